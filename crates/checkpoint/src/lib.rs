@@ -1,0 +1,1 @@
+//! Checkpoints: manifest, writer, reader, retention, over an object store.

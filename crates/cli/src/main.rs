@@ -1,0 +1,2 @@
+//! The `shanty` program.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Sources, chat templates, masks, tokenisation, packing, and the global order of rows.

@@ -1,0 +1,1 @@
+//! Everything numeric: quantisation, layers, models, adapters, losses, optimizers.

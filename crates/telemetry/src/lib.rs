@@ -1,0 +1,1 @@
+//! Logs: structured, to the terminal and to one file a process.

@@ -1,0 +1,2 @@
+//! House rules as code, generated docs, release.
+fn main() {}
