@@ -1,8 +1,8 @@
 //! Logits, losses and every gradient of LoRA adapters beside those of Hugging Face PEFT.
 
-mod common;
+mod memory;
 
-use common::{MemoryBase, Setup, assert_close, case, floats, padded_rows, reference, tensors, tolerance};
+use memory::{MemoryBase, Setup, assert_close, case, floats, padded_rows, reference, tensors, tolerance};
 use shanty_peft_core::{
     NoSink, StepKey,
     adapter::{ParameterLayout, layout::Target},

@@ -1,8 +1,8 @@
 //! Logits and losses of the base models beside those of Hugging Face transformers.
 
-mod common;
+mod memory;
 
-use common::{
+use memory::{
     MemoryBase, Setup, assert_close, case, floats, integers, padded_rows, reference, tensors, tolerance,
 };
 use shanty_peft_core::{
