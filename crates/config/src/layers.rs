@@ -101,8 +101,7 @@ pub(crate) fn parse(path: &Path, text: String) -> Result<Document, Errors> {
     // Kept for the position of an error: the parser takes the text.
     let shown = text.clone();
     Document::parse(text).map_err(|error| {
-        let place =
-            Place::File { path: path.to_owned(), at: Some(position_in(&shown, &error.span)) };
+        let place = Place::File { path: path.to_owned(), at: Some(position_in(&shown, &error.span)) };
         let reason = error.message.replace('\n', ", ");
         Error::Syntax { hint: syntax_hint(&reason), reason, place }.into()
     })
@@ -178,7 +177,9 @@ fn fallback(error: ConfigError, sources: &Sources) -> Errors {
         ConfigError::Type { key: Some(key), unexpected, expected, .. } => {
             (key.clone(), (*expected).to_owned(), unexpected.to_string())
         }
-        ConfigError::At { key: Some(key), error, .. } => (key.clone(), "readable".to_owned(), error.to_string()),
+        ConfigError::At { key: Some(key), error, .. } => {
+            (key.clone(), "readable".to_owned(), error.to_string())
+        }
         _ => {
             let place = Place::File { path: sources.path.clone(), at: None };
             return Error::Syntax { reason: error.to_string(), hint: None, place }.into();

@@ -54,5 +54,9 @@ fn not_utf8(path: &Path, error: &std::string::FromUtf8Error) -> Error {
     };
     let before = String::from_utf8_lossy(&bytes[..good]);
     let at = position_in(&before, &(good..good));
-    Error::NotUtf8 { path: path.to_owned(), found, place: Place::File { path: path.to_owned(), at: Some(at) } }
+    Error::NotUtf8 {
+        path: path.to_owned(),
+        found,
+        place: Place::File { path: path.to_owned(), at: Some(at) },
+    }
 }

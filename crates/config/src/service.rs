@@ -145,11 +145,11 @@ pub(crate) fn load_coordinator_with(
     environment: Vec<(String, String)>,
     overrides: &[(String, String)],
 ) -> Result<Loaded<CoordinatorFile>, Errors> {
-    let layers =
-        Layers { file, prefix: COORDINATOR_PREFIX, environment, flags: overrides, required: &[] };
+    let layers = Layers { file, prefix: COORDINATOR_PREFIX, environment, flags: overrides, required: &[] };
     let (mut value, sources) = layers.load::<CoordinatorFile>()?;
     Errors::check(coordinator_errors(&value, |key| sources.locate(key)))?;
-    value.state_dir = absolute(&folder_of(&sources.locate_named("state_dir"), &sources.path), &value.state_dir);
+    value.state_dir =
+        absolute(&folder_of(&sources.locate_named("state_dir"), &sources.path), &value.state_dir);
     Ok(Loaded { value, warnings: Vec::new(), sources })
 }
 
@@ -157,7 +157,10 @@ pub(crate) fn load_coordinator_with(
 ///
 /// # Errors
 /// All that is wrong, each with its place.
-pub fn load_worker(file: Option<&Path>, overrides: &[(String, String)]) -> Result<Loaded<WorkerFile>, Errors> {
+pub fn load_worker(
+    file: Option<&Path>,
+    overrides: &[(String, String)],
+) -> Result<Loaded<WorkerFile>, Errors> {
     load_worker_with(file, process_environment(), overrides)
 }
 
@@ -169,7 +172,8 @@ pub(crate) fn load_worker_with(
     let layers = Layers { file, prefix: WORKER_PREFIX, environment, flags: overrides, required: &[] };
     let (mut value, sources) = layers.load::<WorkerFile>()?;
     Errors::check(worker_errors(&value, |key| sources.locate(key)))?;
-    value.state_dir = absolute(&folder_of(&sources.locate_named("state_dir"), &sources.path), &value.state_dir);
+    value.state_dir =
+        absolute(&folder_of(&sources.locate_named("state_dir"), &sources.path), &value.state_dir);
     if let Some(logs) = &value.logs {
         value.logs = Some(absolute(&folder_of(&sources.locate_named("logs"), &sources.path), logs));
     }
