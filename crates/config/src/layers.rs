@@ -28,6 +28,8 @@ pub(crate) struct Layers<'a> {
     pub(crate) environment: Vec<(String, String)>,
     /// Dotted keys and values, in the order of the command line.
     pub(crate) flags: &'a [(String, String)],
+    /// How such a key and value are typed.
+    pub(crate) flag: fn(&str, &str) -> String,
     /// Keys that must be given, each with a value as an example.
     pub(crate) required: &'static [(&'static str, &'static str)],
 }
@@ -63,7 +65,7 @@ impl Layers<'_> {
             }
         }
         for (key, text) in self.flags {
-            let place = Place::Flag { text: format!("--set {key}={text}") };
+            let place = Place::Flag { text: (self.flag)(key, text) };
             if let Some(value) = typed(&shape, key, text, &place, self.prefix, &mut errors) {
                 builder = builder.add_source(Layer(Map::from([(key.clone(), value)])));
                 sources.flags.push((key.clone(), place));
