@@ -50,7 +50,10 @@ fn run(arguments: &[&str]) -> Result<bool> {
 }
 
 fn workspace_root() -> PathBuf {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    // Cargo names the folder at run time, too: a binary that was built in another checkout looks at the right one.
+    let built = || env!("CARGO_MANIFEST_DIR").into();
+    let here = env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(built);
+    let here = Path::new(&here);
     here.parent().unwrap_or(here).to_owned()
 }
 

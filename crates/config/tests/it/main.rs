@@ -1,6 +1,7 @@
 //! A job file from text to typed value, and every way in which it can be wrong.
 
 mod layers;
+mod properties;
 mod reference;
 mod rendered;
 mod services;
