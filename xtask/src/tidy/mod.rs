@@ -3,6 +3,7 @@
 //! A rule is a function from the tree to complaints. To change a rule, change its list here and say why in the commit.
 
 mod arrows;
+mod documents;
 mod error_pages;
 mod files;
 mod graph;
@@ -56,6 +57,8 @@ const RULES: &[(&str, Rule)] = &[
     ("files of a readable length", files::length),
     ("no large file by accident", files::size),
     ("every error has a page, every page an error", error_pages::pages),
+    ("every environment variable is declared", documents::variables),
+    ("documents link to what is there", documents::links),
 ];
 
 /// Checks all rules; whether all hold.
