@@ -90,6 +90,12 @@ pub enum Error {
         /// The job it belongs to.
         job: JobId,
     },
+    /// Two jobs in one store would overwrite each other.
+    #[error("job `{job}` has the same store")]
+    StoreTaken {
+        /// The job that has it.
+        job: JobId,
+    },
     /// A message makes no sense.
     #[error("{what}")]
     BadMessage {
@@ -150,6 +156,8 @@ impl Diagnose for Error {
             }
             Self::WrongState { .. } => say("SH0774", Kind::User),
             Self::OtherSpec { .. } => say("SH0774", Kind::User).hint("a new submission takes a new request id"),
+            Self::StoreTaken { job } => say("SH0774", Kind::User)
+                .hint(format!("`shanty resume {job}` goes on with it; a new job takes another `checkpoint.store`")),
             Self::BadMessage { .. } => say("SH0775", Kind::User),
             Self::StaleLease { .. } => say("SH0775", Kind::Transient),
             Self::Stopping => say("SH0776", Kind::Transient),
@@ -166,6 +174,7 @@ impl From<Refusal> for Error {
             Refusal::NoSuchJob(job) => Self::NoSuchJob { job },
             Refusal::WrongState { job, action, state } => Self::WrongState { job, action, state },
             Refusal::BadName(name) => Self::bad(format!("no job id can be made of the name `{name}`")),
+            Refusal::StoreTaken(job) => Self::StoreTaken { job },
             Refusal::OtherSpec(job) => Self::OtherSpec { job },
         }
     }

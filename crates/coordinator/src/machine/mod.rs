@@ -98,6 +98,7 @@ impl Machine {
             Event::Resume { request, job } => self.resume(now, request, job),
             Event::PrepareProgress { job, attempt, text } => self.prepare_progress(&job, attempt, &text),
             Event::PrepareEnded { job, attempt, outcome } => self.prepare_ended(now, &job, attempt, outcome),
+            Event::DataLost { job, error } => self.data_lost(now, &job, error),
             Event::CheckpointFound { job, attempt, outcome, damaged } => {
                 self.checkpoint_found(now, &job, attempt, outcome, damaged);
             }
@@ -247,5 +248,23 @@ impl Machine {
     pub fn leasable(&self, job: &JobId) -> Option<(Attempt, shanty_proto::Generation, Step)> {
         let job = self.jobs.get(job)?;
         matches!(job.phase, Phase::Running | Phase::Leaving(_)).then(|| (job.attempt, job.generation_number(), job.steps()))
+    }
+}
+
+/// What the server needs to know to carry effects out.
+impl Machine {
+    /// A job's job file.
+    pub fn spec(&self, job: &JobId) -> Option<std::sync::Arc<shanty_config::JobSpec>> {
+        self.jobs.get(job).map(|job| std::sync::Arc::clone(&job.spec))
+    }
+
+    /// Hash of a job's prepared data.
+    pub fn data_hash(&self, job: &JobId) -> Option<String> {
+        self.jobs.get(job)?.facts.as_ref().map(|facts| facts.hash.clone())
+    }
+
+    /// All jobs that have not ended.
+    pub fn unfinished(&self) -> Vec<JobId> {
+        self.jobs.values().filter(|job| !job.is_ended()).map(|job| job.id.clone()).collect()
     }
 }

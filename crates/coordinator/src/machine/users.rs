@@ -39,6 +39,11 @@ impl Machine {
             };
             return self.reply(request, outcome);
         }
+        let same_store = |job: &&Job| spec.checkpoint.store.is_some() && job.spec.checkpoint.store == spec.checkpoint.store;
+        if let Some(job) = self.jobs.values().find(same_store) {
+            let refusal = Refusal::StoreTaken(job.id.clone());
+            return self.reply(request, Err(refusal));
+        }
         let Some(id) = self.new_id(&spec.name) else {
             return self.reply(request, Err(Refusal::BadName(spec.name.clone())));
         };
@@ -207,6 +212,15 @@ impl Machine {
             job.phase = Phase::Forming(Forming { origin, enough_since: None });
             machine.note(now, job, "prepared", text);
             machine.save(job);
+        });
+    }
+
+    /// Nobody can be leased rows any more: the job fails. One that still waits will prepare its data anyway.
+    pub(super) fn data_lost(&mut self, now: Moment, job: &JobId, error: Diagnostic) {
+        let _ = self.with_job(job, |machine, job| {
+            if job.wants_workers() {
+                machine.fail(now, job, error);
+            }
         });
     }
 }
