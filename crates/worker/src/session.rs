@@ -232,6 +232,7 @@ impl Session {
             }
             FromCoordinator::Form(form) => {
                 memory.left = None;
+                memory.assigned = Some((form.job_id.clone(), form.attempt));
                 self.control.enter(Attachment {
                     job_id: form.job_id.clone(),
                     attempt: form.attempt,

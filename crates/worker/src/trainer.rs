@@ -213,7 +213,8 @@ impl Trainer {
     fn form(&mut self, form: Form) -> Result<(), Error> {
         let (job_id, attempt, generation) = (form.job_id.clone(), form.attempt, form.generation);
         self.member = None;
-        let stop = match self.take_part(form) {
+        let taken_part = self.take_part(form);
+        let stop = match taken_part {
             Ok(collective) => {
                 self.around.control.set_phase(MemberPhase::Waiting);
                 self.member = Some(Member { job_id, attempt, generation, _collective: Some(collective) });
@@ -230,6 +231,9 @@ impl Trainer {
                 if let Some(job) = &mut self.job {
                     job.sum.clear();
                 }
+                // The coordinator goes on without this worker; it may be assigned anew.
+                self.member = None;
+                self.around.control.drop_membership("this worker failed");
                 self.fail(&job_id, attempt, &error);
             }
             Stop::Killed => {

@@ -127,7 +127,7 @@ impl Ticket {
             size_bytes: written.bytes,
             seconds: written.seconds,
         }));
-        if let Err(error) = store.apply_retention(self.keep, &[]) {
+        if let Err(error) = store.apply_retention(self.keep.max(1), &[]) {
             warn!(%error, "old checkpoints could not be removed");
         }
         Ok(())

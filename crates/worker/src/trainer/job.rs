@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::{engine::StepEngine, plan::JobPlan, row_log::RowLog};
+use crate::{Error, engine::StepEngine, plan::JobPlan, row_log::RowLog};
 
 use super::{
     checkpoint::Checkpoints,
@@ -19,6 +19,8 @@ pub(crate) struct Job {
     pub(crate) update: Update,
     /// Adapter and optimizer; none before the first generation gave one.
     pub(crate) state: Option<State>,
+    /// The furthest start of a generation that this worker was told of. Without a state, it shows what was missed.
+    pub(crate) furthest_start: u64,
     /// The local sum of the step after the state's.
     pub(crate) sum: LocalSum,
     /// Where sums over all ranks arrive. `[flat_length]`
@@ -42,6 +44,7 @@ impl Job {
             row_log,
             update,
             state: None,
+            furthest_start: 0,
             sum: LocalSum::default(),
             reduced: vec![0.0; length],
             micro_batch_rows: 0,
@@ -55,9 +58,19 @@ impl Job {
         self.reduced.len()
     }
 
+    /// The state before the first step, which follows from the job alone.
+    pub(crate) fn start_afresh(&mut self) -> Result<(), Error> {
+        let parameters = self.engine.initial_parameters(self.plan.spec.train.seed)?;
+        self.state = Some(self.update.fresh(parameters));
+        self.micro_batch_rows = 0;
+        self.sum.clear();
+        Ok(())
+    }
+
     /// Drops state and sum: they belong to another attempt.
     pub(crate) fn forget_state(&mut self) {
         self.state = None;
+        self.furthest_start = 0;
         self.sum.clear();
         self.micro_batch_rows = 0;
     }

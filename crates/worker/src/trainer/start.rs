@@ -9,7 +9,7 @@ use crate::{Error, control::Interrupted, failpoint::Point};
 
 use super::{
     Stop, Surroundings,
-    formation::{Formation, Origin},
+    formation::{Formation, Origin, Start},
     job::Job,
     state::State,
 };
@@ -38,6 +38,18 @@ struct Header {
     hash: [u8; 32],
 }
 
+/// Makes the state before the first step, where a generation starts from it and this worker has none. Done before
+/// anybody is waited for: whoever leaves this generation then holds the state that it answers with.
+pub(super) fn prepare(job: &mut Job, start: &Start) -> Result<(), Error> {
+    job.furthest_start = job.furthest_start.max(start.applied_step);
+    // A worker that never got the state of a later step must not pass for one that stands before the first.
+    let begins = start.applied_step == 0 && job.furthest_start == 0;
+    if start.from == Origin::Seed || (begins && job.state.is_none()) {
+        job.start_afresh()?;
+    }
+    Ok(())
+}
+
 /// Brings this member's state to the start of the generation.
 pub(super) fn reach_start(
     around: &Surroundings,
@@ -46,13 +58,7 @@ pub(super) fn reach_start(
     collective: &mut dyn Collective,
 ) -> Result<(), Stop> {
     let source = match &formation.start.from {
-        Origin::Seed => {
-            let parameters = job.engine.initial_parameters(job.plan.spec.train.seed)?;
-            job.state = Some(job.update.fresh(parameters));
-            job.micro_batch_rows = 0;
-            job.sum.clear();
-            0
-        }
+        Origin::Seed => 0,
         Origin::Checkpoint(path) => {
             if formation.rank == 0 {
                 let (state, micro_batch_rows) = load(job, path)?;

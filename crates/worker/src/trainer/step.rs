@@ -59,6 +59,7 @@ impl<'a> Generation<'a> {
     /// Joins the others and comes to hold the state that the generation starts from.
     pub(super) fn join(around: &'a Surroundings, job: &'a mut Job, formation: Formation) -> Result<Self, Stop> {
         around.control.set_phase(MemberPhase::Forming);
+        start::prepare(job, &formation.start)?;
         let (abort, requests) = around.control.handles(formation.generation)?;
         let mut collective: Box<dyn Collective> = match around
             .listener
