@@ -175,13 +175,18 @@ impl Control {
 
     /// The highest step that the credit of `generation` covers; 0 without one.
     pub(crate) fn credited_step(&self, generation: u64) -> u64 {
-        self.lock().credit.filter(|credit| credit.generation == generation).map_or(0, |credit| credit.up_to_step)
+        self.lock()
+            .credit
+            .filter(|credit| credit.generation == generation)
+            .map_or(0, |credit| credit.up_to_step)
     }
 
     /// Whether the last credit of `generation` is unexpired. Stays true for a while after the generation was left:
     /// what was applied in it is part of the lineage.
     pub(crate) fn holds_credit(&self, generation: u64) -> bool {
-        self.lock().credit.is_some_and(|credit| credit.generation == generation && Instant::now() < credit.expires)
+        self.lock()
+            .credit
+            .is_some_and(|credit| credit.generation == generation && Instant::now() < credit.expires)
     }
 
     /// Waits until there is credit for `step`, asking for beats meanwhile.
@@ -216,7 +221,11 @@ impl Control {
     }
 
     /// Waits up to `patience` for the generation to be interrupted.
-    pub(crate) fn wait_for_interruption(&self, generation: u64, patience: Duration) -> Result<(), Interrupted> {
+    pub(crate) fn wait_for_interruption(
+        &self,
+        generation: u64,
+        patience: Duration,
+    ) -> Result<(), Interrupted> {
         let deadline = Instant::now() + patience;
         let mut inner = self.lock();
         loop {
@@ -224,10 +233,81 @@ impl Control {
                 Some(membership) if membership.is_active(generation) => {}
                 _ => return Err(Interrupted),
             }
-            let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) else {
+            let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
+            else {
                 return Ok(());
             };
             inner = self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    fn member(generation: u64) -> Arc<Control> {
+        let control = Arc::new(Control::default());
+        control.enter(Attachment { generation, ..Attachment::default() });
+        control
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn credit_counts_from_the_sending_of_the_beat() {
+        let control = member(1);
+        let sent = Instant::now().checked_sub(Duration::from_secs(2)).unwrap();
+        control.grant(1, 5, sent, Duration::from_secs(1));
+        assert!(!control.holds_credit(1), "it was over before the answer came");
+        control.grant(1, 5, sent, LONG);
+        assert!(control.holds_credit(1));
+        assert!(control.wait_for_credit(1, 5).is_ok());
+    }
+
+    #[test]
+    fn an_older_answer_takes_nothing_away_and_another_generation_has_its_own() {
+        let control = member(1);
+        let now = Instant::now();
+        control.grant(1, 9, now, LONG);
+        control.grant(1, 7, now, Duration::ZERO);
+        assert!(control.holds_credit(1));
+        assert_eq!(control.credited_step(1), 9);
+        control.enter(Attachment { generation: 2, ..Attachment::default() });
+        assert!(!control.holds_credit(2));
+        control.grant(2, 4, now, LONG);
+        control.grant(1, 20, now, LONG);
+        assert_eq!(control.credited_step(2), 4);
+    }
+
+    #[test]
+    fn an_interruption_ends_every_kind_of_wait() {
+        let control = member(1);
+        let (abort, requests) = control.handles(1).unwrap();
+        let waiting = {
+            let control = Arc::clone(&control);
+            std::thread::spawn(move || control.wait_for_credit(1, 1))
+        };
+        control.interrupt(2, "not this one");
+        assert!(control.check(1).is_ok());
+        control.interrupt(1, "leave");
+        assert_eq!(waiting.join().unwrap(), Err(Interrupted));
+        assert!(abort.is_aborted() && requests.is_cancelled());
+        assert_eq!(control.wait_for_interruption(1, LONG), Err(Interrupted));
+        assert!(control.attachment().is_some(), "it still holds the state of the generation that it left");
+    }
+
+    #[test]
+    fn a_newer_generation_ends_the_one_before() {
+        let control = member(1);
+        let (abort, _) = control.handles(1).unwrap();
+        control.set_applied(7);
+        control.enter(Attachment { generation: 2, ..Attachment::default() });
+        assert!(abort.is_aborted());
+        assert_eq!(control.check(1), Err(Interrupted));
+        let attachment = control.attachment().unwrap();
+        assert_eq!((attachment.generation, attachment.applied_step), (2, 7));
     }
 }

@@ -2,8 +2,6 @@
 
 mod peft;
 
-use std::path::Path;
-
 use shanty_config::job::JobSpec;
 
 use crate::Error;
@@ -89,8 +87,6 @@ pub struct LoadRequest<'a> {
     pub spec: &'a JobSpec,
     /// Threads that it may use.
     pub threads: usize,
-    /// The job's store, for caches.
-    pub store: &'a Path,
 }
 
 /// Loads engines.
@@ -99,5 +95,9 @@ pub trait EngineLoader: Send {
     ///
     /// # Errors
     /// As the engine says.
-    fn load(&self, request: LoadRequest<'_>, progress: &mut dyn FnMut(f64)) -> Result<Box<dyn StepEngine>, Error>;
+    fn load(
+        &self,
+        request: LoadRequest<'_>,
+        progress: &mut dyn FnMut(f64),
+    ) -> Result<Box<dyn StepEngine>, Error>;
 }

@@ -148,22 +148,32 @@ impl Diagnose for Error {
                 Kind::User,
                 Some("lower `train.learning_rate`, set `train.warmup_steps`, or look at the named rows"),
             ),
-            Self::StateDiffers { .. } => ("SH0603", Kind::Internal, Some("start all workers from the same program")),
+            Self::StateDiffers { .. } => {
+                ("SH0603", Kind::Internal, Some("start all workers from the same program"))
+            }
             Self::Protocol { .. } => {
                 ("SH0604", Kind::Internal, Some("coordinator and workers must be of the same version"))
             }
             Self::WrongRows { .. } => ("SH0605", Kind::Internal, None),
-            Self::RowLog { .. } => ("SH0606", Kind::Transient, Some("is the disk full, or the job's store read-only?")),
-            Self::WriteAdapter { .. } => {
-                ("SH0607", Kind::Transient, Some("free the disk, then `shanty resume`: the last checkpoint is whole"))
+            Self::RowLog { .. } => {
+                ("SH0606", Kind::Transient, Some("is the disk full, or the job's store read-only?"))
             }
+            Self::WriteAdapter { .. } => (
+                "SH0607",
+                Kind::Transient,
+                Some("free the disk, then `shanty resume`: the last checkpoint is whole"),
+            ),
             Self::TrainerGone => ("SH0608", Kind::Internal, None),
-            Self::Failpoint { .. } | Self::Killed => {
-                ("SH0609", Kind::User, Some("for example after_reduction@step=5,rank=1; unset SHANTY_FAILPOINT"))
-            }
+            Self::Failpoint { .. } | Self::Killed => (
+                "SH0609",
+                Kind::User,
+                Some("for example after_reduction@step=5,rank=1; unset SHANTY_FAILPOINT"),
+            ),
             Self::Address { .. } => ("SH0750", Kind::User, Some("for example http://127.0.0.1:7461")),
             Self::Process { .. } => ("SH0751", Kind::Transient, None),
-            Self::Refused { .. } => ("SH0752", Kind::User, Some("coordinator and workers must be of the same version")),
+            Self::Refused { .. } => {
+                ("SH0752", Kind::User, Some("coordinator and workers must be of the same version"))
+            }
             Self::NoCudaEngine { .. } => ("SH0801", Kind::User, Some("use `--device cpu`")),
         };
         let diagnostic = Diagnostic::new(code, self).kind(kind);

@@ -115,7 +115,11 @@ impl Failpoints {
 
     #[cold]
     fn reach_armed(&self, point: Point, place: Place) -> Result<(), Error> {
-        if self.plans.iter().any(|plan| plan.matches(point, place)) { (self.action)(point, place) } else { Ok(()) }
+        if self.plans.iter().any(|plan| plan.matches(point, place)) {
+            (self.action)(point, place)
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -216,7 +220,9 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused_with_its_text() {
-        for text in ["nowhere", "after_update@step", "after_update@step=x", "after_update@color=1", "ring_hop_x"] {
+        for text in
+            ["nowhere", "after_update@step", "after_update@step=x", "after_update@color=1", "ring_hop_x"]
+        {
             let error = counting(text).unwrap_err();
             assert!(matches!(error, Error::Failpoint { .. }), "{text}: {error}");
         }

@@ -53,7 +53,10 @@ mod tests {
     #[test]
     fn only_our_own_lines_of_interest_travel() {
         let sent = wire_line("w1", line(Level::Warn, "shanty_worker::session", "gone")).unwrap();
-        assert_eq!((sent.worker_id.as_str(), sent.level.as_str(), sent.text.as_str()), ("w1", "warn", "gone"));
+        assert_eq!(
+            (sent.worker_id.as_str(), sent.level.as_str(), sent.text.as_str()),
+            ("w1", "warn", "gone")
+        );
         assert!(wire_line("w1", line(Level::Debug, "shanty_worker", "gone")).is_none());
         assert!(wire_line("w1", line(Level::Error, "h2::codec", "gone")).is_none());
     }

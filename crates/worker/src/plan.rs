@@ -99,7 +99,9 @@ mod tests {
 
     #[test]
     fn evaluation_is_due_before_after_and_in_between_but_never_twice() {
-        let due = |plan: &JobPlan, evaluated| (0..=6).filter(|step| plan.evaluation_is_due(*step, evaluated)).collect();
+        let due = |plan: &JobPlan, evaluated| {
+            (0..=6).filter(|step| plan.evaluation_is_due(*step, evaluated)).collect()
+        };
         let ends: Vec<u64> = due(&plan(0, 0), None);
         assert_eq!(ends, [0, 6]);
         let regular: Vec<u64> = due(&plan(2, 0), None);

@@ -103,7 +103,8 @@ async fn lease_all(
         let part = LeaseRowsRequest { row_ids: ids.to_vec(), ..request.clone() };
         let response = lease_part(&mut client, &part).await?;
         let wrong = |reason: String| Error::WrongRows { step: request.step, reason };
-        let announced = response.announcement.ok_or_else(|| wrong("the announcement is missing".to_owned()))?;
+        let announced =
+            response.announcement.ok_or_else(|| wrong("the announcement is missing".to_owned()))?;
         if announcement.get_or_insert(announced) != &announced {
             return Err(wrong("two announcements of one step differ".to_owned()));
         }
@@ -168,8 +169,11 @@ fn check(step: u64, ids: &[u64], rows: Vec<shanty_proto::v1::Row>) -> Result<Vec
 
 /// The wire's row as the engine takes it.
 fn take_over(row: shanty_proto::v1::Row) -> Result<Row, &'static str> {
-    let segments: Vec<Segment> =
-        row.segments.iter().map(|segment| Segment { sample_id: segment.sample_id, length: segment.length }).collect();
+    let segments: Vec<Segment> = row
+        .segments
+        .iter()
+        .map(|segment| Segment { sample_id: segment.sample_id, length: segment.length })
+        .collect();
     let length: u64 = segments.iter().map(|segment| u64::from(segment.length)).sum();
     if length != row.token_ids.len() as u64 {
         return Err("its segments do not add up to its tokens");

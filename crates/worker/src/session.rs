@@ -13,7 +13,8 @@ use std::{
 
 use shanty_proto::v1::{
     Attachment, Beat, CoordinatorMessage, Goodbye, Hello, Left, LogLine, LogLines, Welcome, WorkerMessage,
-    coordinator_message::Message as FromCoordinator, worker_message::Message, worker_service_client::WorkerServiceClient,
+    coordinator_message::Message as FromCoordinator, worker_message::Message,
+    worker_service_client::WorkerServiceClient,
 };
 use tokio::{
     sync::mpsc::{self, Receiver, UnboundedReceiver, UnboundedSender},

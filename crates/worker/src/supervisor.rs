@@ -212,7 +212,8 @@ mod tests {
 
     #[tokio::test]
     async fn children_that_end_are_reported_with_their_status() {
-        let supervisor = Supervisor::spawn(SupervisorOptions::new(vec![shell("exit 0"), shell("exit 3")])).unwrap();
+        let supervisor =
+            Supervisor::spawn(SupervisorOptions::new(vec![shell("exit 0"), shell("exit 3")])).unwrap();
         let exits = supervisor.run(CancellationToken::new()).await;
         assert_eq!(exits.iter().map(|exit| exit.status.code()).collect::<Vec<_>>(), [Some(0), Some(3)]);
         assert!(!ended_well(&exits));
@@ -232,7 +233,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_child_that_reads_its_lifeline_ends_when_the_parent_drops_it() {
-        let mut supervisor = Supervisor::spawn(SupervisorOptions::new(vec![shell("cat > /dev/null; exit 7")])).unwrap();
+        let mut supervisor =
+            Supervisor::spawn(SupervisorOptions::new(vec![shell("cat > /dev/null; exit 7")])).unwrap();
         supervisor.children[0].lifeline = None;
         let exits = supervisor.run(CancellationToken::new()).await;
         assert_eq!(exits[0].status.code(), Some(7));

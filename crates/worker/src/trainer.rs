@@ -127,7 +127,11 @@ pub(crate) struct Trainer {
 }
 
 impl Trainer {
-    pub(crate) fn new(around: Surroundings, loader: Box<dyn EngineLoader>, commands: Receiver<Command>) -> Self {
+    pub(crate) fn new(
+        around: Surroundings,
+        loader: Box<dyn EngineLoader>,
+        commands: Receiver<Command>,
+    ) -> Self {
         Self { around, loader, commands, job: None, member: None }
     }
 
@@ -143,7 +147,11 @@ impl Trainer {
                 Command::Form(form) => self.form(form)?,
                 Command::Leave(leave) => self.leave(&leave),
                 Command::Release(release) => self.release(&release),
-                Command::Dropped => self.member = None,
+                Command::Dropped => {
+                    self.member = None;
+                    let phase = if self.job.is_some() { MemberPhase::Ready } else { MemberPhase::Idle };
+                    self.around.control.set_phase(phase);
+                }
                 Command::Close => break,
             }
         }
@@ -197,7 +205,7 @@ impl Trainer {
         self.around.control.set_phase(MemberPhase::Loading);
         info!(job = %plan.job_id, base = %plan.spec.base.model.display(), "loading the base");
         let row_log = RowLog::open(&plan.store, &self.around.worker_id)?;
-        let request = LoadRequest { spec: &plan.spec, threads: self.around.threads, store: &plan.store };
+        let request = LoadRequest { spec: &plan.spec, threads: self.around.threads };
         let mut told = 0;
         let engine = self.loader.load(request, &mut |share| {
             let quarters = (share * 4.0) as u32;

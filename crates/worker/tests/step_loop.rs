@@ -58,9 +58,11 @@ async fn a_batch_smaller_than_the_crew_leaves_some_with_zeros() {
 #[tokio::test(flavor = "multi_thread")]
 async fn micro_batches_of_any_size_give_the_same_step() {
     let (_one, path) = store();
-    let reference = run(Job::new(path), 2, ModelEngines { micro_batch_rows: 1, ..ModelEngines::default() }, "").await;
+    let reference =
+        run(Job::new(path), 2, ModelEngines { micro_batch_rows: 1, ..ModelEngines::default() }, "").await;
     let (_two, path) = store();
-    let wide = run(Job::new(path), 2, ModelEngines { micro_batch_rows: 8, ..ModelEngines::default() }, "").await;
+    let wide =
+        run(Job::new(path), 2, ModelEngines { micro_batch_rows: 8, ..ModelEngines::default() }, "").await;
     assert_same_losses(&wide, &reference);
 
     // Workers that can take micro-batches of unequal size agree on one.
@@ -125,7 +127,8 @@ async fn a_writer_killed_before_its_manifest_leaves_no_checkpoint_and_after_it_l
 async fn whole_micro_batches_are_kept_and_only_the_lost_rows_are_computed_again() {
     let (_one, path) = store();
     let job = Job { batch: 12, train_rows: 36, ..Job::new(path) };
-    let slow = ModelEngines { micro_batch_rows: 1, pause: Duration::from_millis(3), ..ModelEngines::default() };
+    let slow =
+        ModelEngines { micro_batch_rows: 1, pause: Duration::from_millis(3), ..ModelEngines::default() };
     let undisturbed = run(job, 3, slow.clone(), "").await;
     let (_two, path) = store();
     let job = Job { batch: 12, train_rows: 36, ..Job::new(path) };
@@ -133,7 +136,8 @@ async fn whole_micro_batches_are_kept_and_only_the_lost_rows_are_computed_again(
     assert_same_losses(&record, &undisturbed);
     prove_exactly_once(&job);
 
-    let kept: Vec<u64> = record.lefts.iter().filter_map(|left| left.kept.clone()).flat_map(|kept| kept.row_ids).collect();
+    let kept: Vec<u64> =
+        record.lefts.iter().filter_map(|left| left.kept.clone()).flat_map(|kept| kept.row_ids).collect();
     assert!(!kept.is_empty());
     let rows = &record.generations[1].2.rows;
     assert_eq!(rows.iter().map(|rows| rows.kept.len()).sum::<usize>(), kept.len());
@@ -335,7 +339,8 @@ async fn a_loss_that_is_not_a_number_names_step_and_rows() {
     let (_folder, path) = store();
     let job = Job::new(path);
     let poisoned = job.order().step_rows(2)[3];
-    let engines = ModelEngines { poisoned_row: Some(poisoned), micro_batch_rows: 1, ..ModelEngines::default() };
+    let engines =
+        ModelEngines { poisoned_row: Some(poisoned), micro_batch_rows: 1, ..ModelEngines::default() };
     let record = run(job, 1, engines, "").await;
     assert_eq!(record.failures[0].code, "SH0602");
     assert_eq!(record.failures[0].message, format!("the loss of step 2 is not finite in row {poisoned}"));

@@ -24,7 +24,11 @@ pub struct PeftEngines {
 }
 
 impl EngineLoader for PeftEngines {
-    fn load(&self, request: LoadRequest<'_>, progress: &mut dyn FnMut(f64)) -> Result<Box<dyn StepEngine>, Error> {
+    fn load(
+        &self,
+        request: LoadRequest<'_>,
+        progress: &mut dyn FnMut(f64),
+    ) -> Result<Box<dyn StepEngine>, Error> {
         let spec = request.spec;
         let device = if self.device == Device::Auto { spec.cluster.device } else { self.device };
         if device == Device::Cuda {

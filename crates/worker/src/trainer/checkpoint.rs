@@ -49,7 +49,10 @@ impl Checkpoints {
                 // Nobody listens any more if the job was dropped.
                 let _ = sender.send(ticket.write(&snapshot));
             })
-            .map_err(|source| Error::Process { what: "the thread that writes checkpoints".to_owned(), source })?;
+            .map_err(|source| Error::Process {
+                what: "the thread that writes checkpoints".to_owned(),
+                source,
+            })?;
         self.pending = Some(receiver);
         Ok(())
     }
@@ -66,7 +69,11 @@ impl Checkpoints {
                 Err(mpsc::RecvTimeoutError::Disconnected) => {
                     self.pending = None;
                     let source = std::io::Error::other("it ended unexpectedly");
-                    return Err(Error::Process { what: "the thread that writes checkpoints".to_owned(), source }.into());
+                    return Err(Error::Process {
+                        what: "the thread that writes checkpoints".to_owned(),
+                        source,
+                    }
+                    .into());
                 }
             }
         }
@@ -107,7 +114,9 @@ impl Ticket {
         }
         let written = match written {
             Ok(written) => written,
-            Err(error @ (shanty_checkpoint::Error::GivenUp { .. } | shanty_checkpoint::Error::Exists { .. })) => {
+            Err(
+                error @ (shanty_checkpoint::Error::GivenUp { .. } | shanty_checkpoint::Error::Exists { .. }),
+            ) => {
                 warn!(step = self.place.step, %error, "no checkpoint was written");
                 return Ok(());
             }
@@ -131,5 +140,68 @@ impl Ticket {
             warn!(%error, "old checkpoints could not be removed");
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use shanty_checkpoint::{Key, Optimizer, State};
+    use shanty_proto::v1::Attachment;
+
+    use super::*;
+
+    fn snapshot(generation: u64) -> Snapshot {
+        Snapshot {
+            job: "test-1".to_owned(),
+            key: Key { attempt: 1, step: 5, generation },
+            files: vec![
+                ("adapter_config.json".to_owned(), b"{}".to_vec().into()),
+                ("adapter_model.safetensors".to_owned(), vec![1, 2, 3].into()),
+            ],
+            optimizer: Optimizer { parameters: vec![1.0], exp_avg: vec![0.5], exp_avg_sq: vec![0.25] },
+            state: State::default(),
+        }
+    }
+
+    /// Writes with a credit that lasts for `lasts`, 50 ms after it was given.
+    fn write(store: &std::path::Path, lasts: Duration) -> (Result<(), Error>, bool) {
+        let control = Arc::new(Control::default());
+        control.enter(Attachment { generation: 3, ..Attachment::default() });
+        let sent = Instant::now().checked_sub(Duration::from_millis(50)).unwrap();
+        control.grant(3, 9, sent, lasts);
+        let (reports, mut reported) = tokio::sync::mpsc::unbounded_channel();
+        let ticket = Ticket {
+            control,
+            reports,
+            failpoints: Failpoints::none(),
+            place: Place { generation: 3, step: 5, rank: 0 },
+            store: store.to_owned(),
+            keep: 2,
+        };
+        let result = ticket.write(&snapshot(3));
+        (result, reported.try_recv().is_ok())
+    }
+
+    fn manifests(store: &std::path::Path) -> usize {
+        Blocking::open(&store.display().to_string()).unwrap().list().unwrap().len()
+    }
+
+    #[test]
+    fn a_writer_whose_credit_has_expired_writes_no_manifest() {
+        let store = tempfile::tempdir().unwrap();
+        let (result, told) = write(store.path(), Duration::from_millis(20));
+        assert!(result.is_ok(), "the job can go on without it: {result:?}");
+        assert!(!told);
+        assert_eq!(manifests(store.path()), 0);
+    }
+
+    #[test]
+    fn a_writer_with_credit_does_and_tells() {
+        let store = tempfile::tempdir().unwrap();
+        let (result, told) = write(store.path(), Duration::from_secs(60));
+        assert!(result.is_ok() && told, "{result:?}");
+        assert_eq!(manifests(store.path()), 1);
     }
 }

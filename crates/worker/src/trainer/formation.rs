@@ -51,7 +51,8 @@ impl Formation {
         if (&form.job_id, form.attempt) != (&plan.job_id, plan.attempt) {
             return Err(wrong(format!("it is of attempt {} of job {}", form.attempt, form.job_id)));
         }
-        let token = form.token.as_slice().try_into().map_err(|_| wrong("its token has not 32 bytes".to_owned()))?;
+        let token =
+            form.token.as_slice().try_into().map_err(|_| wrong("its token has not 32 bytes".to_owned()))?;
         let mut members = form.members;
         members.sort_by_key(|member| member.rank);
         if members.iter().enumerate().any(|(rank, member)| member.rank as usize != rank) {
@@ -93,8 +94,14 @@ impl Start {
             Some(Source::Checkpoint(checkpoint)) => Origin::Checkpoint(checkpoint.path),
             Some(Source::Members(from)) => {
                 let known = |rank: &u32| (*rank as usize) < members;
-                if !known(&from.donor) || !from.receivers.iter().all(known) || from.receivers.contains(&from.donor) {
-                    return Err(format!("rank {} cannot give state to ranks {:?}", from.donor, from.receivers));
+                if !known(&from.donor)
+                    || !from.receivers.iter().all(known)
+                    || from.receivers.contains(&from.donor)
+                {
+                    return Err(format!(
+                        "rank {} cannot give state to ranks {:?}",
+                        from.donor, from.receivers
+                    ));
                 }
                 Origin::Members { donor: from.donor, receivers: from.receivers }
             }

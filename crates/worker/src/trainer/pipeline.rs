@@ -37,7 +37,12 @@ pub(super) struct Pipeline {
 }
 
 impl Pipeline {
-    pub(super) fn new(client: RowClient, cancel: CancellationToken, plan: &JobPlan, formation: &Formation) -> Self {
+    pub(super) fn new(
+        client: RowClient,
+        cancel: CancellationToken,
+        plan: &JobPlan,
+        formation: &Formation,
+    ) -> Self {
         Self {
             client,
             cancel,

@@ -145,17 +145,23 @@ fn agree(
     collective
         .all_gather(bytemuck::bytes_of(&own), bytemuck::cast_slice_mut(&mut all))
         .map_err(|error| broken(around, formation, &error))?;
-    if let Some(rank) = all.iter().position(|one| {
-        (one.engine_hash, one.parameters) != (own.engine_hash, own.parameters)
-    }) {
+    if let Some(rank) =
+        all.iter().position(|one| (one.engine_hash, one.parameters) != (own.engine_hash, own.parameters))
+    {
         let donor = u32::try_from(rank).unwrap_or(u32::MAX);
         let step = formation.start.applied_step;
-        return Err(Error::StateDiffers { step, donor, what: "the base or adapter that this worker loaded" }.into());
+        return Err(
+            Error::StateDiffers { step, donor, what: "the base or adapter that this worker loaded" }.into()
+        );
     }
     let most = all.iter().map(|one| one.micro_batch_rows).min().unwrap_or(1);
     let planned = all.get(source as usize).map_or(0, |one| one.planned_rows);
     if planned > most {
-        tracing::warn!(planned, most, "micro-batches are smaller than before: bits will differ from an uninterrupted run");
+        tracing::warn!(
+            planned,
+            most,
+            "micro-batches are smaller than before: bits will differ from an uninterrupted run"
+        );
     }
     job.micro_batch_rows = if planned == 0 { most } else { planned.min(most) };
     Ok(())
@@ -203,7 +209,9 @@ fn transfer(
             match (&mut arriving, &job.state) {
                 (Some(parts), _) => parts[part][range].copy_from_slice(chunk),
                 (None, Some(state)) if same_bits(&state.parts()[part][range], chunk) => {}
-                (None, _) => return Err(Error::StateDiffers { step, donor, what: "what this worker holds" }.into()),
+                (None, _) => {
+                    return Err(Error::StateDiffers { step, donor, what: "what this worker holds" }.into());
+                }
             }
         }
     }

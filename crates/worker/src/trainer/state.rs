@@ -100,7 +100,8 @@ impl Update {
     /// All parts of `given`: `[parameters]`, else it is an error.
     pub(crate) fn restore(&self, applied: u64, given: Optimizer) -> Result<State, Error> {
         let Optimizer { parameters, exp_avg, exp_avg_sq } = given;
-        let optimizer = AdamW::restore(self.adamw, applied, exp_avg, exp_avg_sq).map_err(|error| Error::part(&error))?;
+        let optimizer =
+            AdamW::restore(self.adamw, applied, exp_avg, exp_avg_sq).map_err(|error| Error::part(&error))?;
         Ok(State { parameters, optimizer })
     }
 
@@ -109,7 +110,12 @@ impl Update {
     ///
     /// # Shapes
     /// `reduced`: `[parameters]`
-    pub(crate) fn apply(&self, state: &mut State, reduced: &[f32], tokens: u64) -> Result<Option<Applied>, Error> {
+    pub(crate) fn apply(
+        &self,
+        state: &mut State,
+        reduced: &[f32],
+        tokens: u64,
+    ) -> Result<Option<Applied>, Error> {
         let mean = 1.0 / tokens.max(1) as f64;
         let gradient_norm = global_norm(reduced) * mean;
         let Some(clip) = clip_factor(gradient_norm, self.max_norm) else { return Ok(None) };

@@ -21,7 +21,13 @@ use crate::{
 };
 
 use super::{
-    Stop, Surroundings, check::Check, formation::Formation, job::Job, pipeline::Pipeline, start, state::{Applied, State},
+    Stop, Surroundings,
+    check::Check,
+    formation::Formation,
+    job::Job,
+    pipeline::Pipeline,
+    start,
+    state::{Applied, State},
 };
 
 /// Entries of the gradient in one all-reduce. Between two, a member that is to leave does.
@@ -57,17 +63,19 @@ impl Formation {
 
 impl<'a> Generation<'a> {
     /// Joins the others and comes to hold the state that the generation starts from.
-    pub(super) fn join(around: &'a Surroundings, job: &'a mut Job, formation: Formation) -> Result<Self, Stop> {
+    pub(super) fn join(
+        around: &'a Surroundings,
+        job: &'a mut Job,
+        formation: Formation,
+    ) -> Result<Self, Stop> {
         around.control.set_phase(MemberPhase::Forming);
         start::prepare(job, &formation.start)?;
         let (abort, requests) = around.control.handles(formation.generation)?;
-        let mut collective: Box<dyn Collective> = match around
-            .listener
-            .join(&formation.join_options(&job.plan.job_id), abort)
-        {
-            Ok(collective) => Box::new(collective),
-            Err(error) => return Err(start::broken(around, &formation, &error)),
-        };
+        let mut collective: Box<dyn Collective> =
+            match around.listener.join(&formation.join_options(&job.plan.job_id), abort) {
+                Ok(collective) => Box::new(collective),
+                Err(error) => return Err(start::broken(around, &formation, &error)),
+            };
         start::reach_start(around, job, &formation, &mut *collective)?;
         take_first_rows(job, &formation)?;
         let pipeline = Pipeline::new(around.rows.clone(), requests, &job.plan, &formation);
@@ -75,7 +83,8 @@ impl<'a> Generation<'a> {
         if around.failpoints.is_armed() {
             collective.set_hop_hook(Some(hop_hook(around, &formation, &hops, &*collective)));
         }
-        let (evaluated_step, checkpoint_step) = (formation.start.evaluated_step, formation.start.checkpoint_step);
+        let (evaluated_step, checkpoint_step) =
+            (formation.start.evaluated_step, formation.start.checkpoint_step);
         Ok(Self { around, job, formation, collective, pipeline, evaluated_step, checkpoint_step, hops })
     }
 
@@ -272,7 +281,10 @@ fn take_first_rows(job: &mut Job, formation: &Formation) -> Result<(), Error> {
     if holds {
         return Ok(());
     }
-    let reason = format!("it counts on a sum of {} rows for step {step} that this worker does not hold", expected.len());
+    let reason = format!(
+        "it counts on a sum of {} rows for step {step} that this worker does not hold",
+        expected.len()
+    );
     Err(Error::Protocol { message: "Form", reason })
 }
 

@@ -138,17 +138,17 @@ impl WorkerService for Service {
         let (sender, receiver) = unbounded_channel();
         let service = self.clone();
         tokio::spawn(async move {
-            let Some(Ok(WorkerMessage { message: Some(FromWorker::Hello(hello)) })) = inbound.next().await else {
+            let Some(Ok(WorkerMessage { message: Some(FromWorker::Hello(hello)) })) = inbound.next().await
+            else {
                 return;
             };
             let worker = hello.worker_id.clone();
             let cut = CancellationToken::new();
             let welcome = {
                 let mut shared = service.shared.lock().unwrap();
-                let attached = hello
-                    .attachment
-                    .as_ref()
-                    .is_some_and(|one| one.generation == shared.generation && shared.members.contains(&worker));
+                let attached = hello.attachment.as_ref().is_some_and(|one| {
+                    one.generation == shared.generation && shared.members.contains(&worker)
+                });
                 shared.hellos.insert(worker.clone(), hello);
                 shared.streams.insert(worker.clone(), (sender.clone(), cut.clone()));
                 Welcome { beat_interval_ms: 50, credit_ms: shared.credit_ms, attached }
@@ -166,7 +166,8 @@ impl WorkerService for Service {
                 let Some(Ok(WorkerMessage { message: Some(message) })) = message else { break };
                 if let FromWorker::Beat(beat) = message {
                     let shared = service.shared.lock().unwrap();
-                    let ours = beat.attachment.as_ref().is_some_and(|one| one.generation == shared.generation);
+                    let ours =
+                        beat.attachment.as_ref().is_some_and(|one| one.generation == shared.generation);
                     let credit = shared
                         .credit
                         .filter(|_| ours)
@@ -355,7 +356,8 @@ impl Coordinator {
             return;
         }
         for worker in self.members() {
-            let release = Release { job_id: "test-1".to_owned(), attempt: self.job.attempt, ..Release::default() };
+            let release =
+                Release { job_id: "test-1".to_owned(), attempt: self.job.attempt, ..Release::default() };
             self.tell(&worker, ToWorker::Release(release));
         }
     }
@@ -386,7 +388,9 @@ impl Coordinator {
                 if current == 0 && self.ready.len() == world {
                     let members: Vec<String> = self.ready.iter().cloned().collect();
                     let (applied_step, source) = match self.resume_from.clone() {
-                        Some((step, path)) => (step, start_point::Source::Checkpoint(FromCheckpoint { path })),
+                        Some((step, path)) => {
+                            (step, start_point::Source::Checkpoint(FromCheckpoint { path }))
+                        }
                         None => (0, start_point::Source::Fresh(Fresh {})),
                     };
                     let start = StartPoint { applied_step, source: Some(source), ..StartPoint::default() };
@@ -405,7 +409,12 @@ impl Coordinator {
             }
             FromWorker::Evaluation(report) => {
                 let loss = *self.record.evaluations.entry(report.step).or_insert(report.loss);
-                assert_eq!(loss.to_bits(), report.loss.to_bits(), "ranks differ at evaluation {}", report.step);
+                assert_eq!(
+                    loss.to_bits(),
+                    report.loss.to_bits(),
+                    "ranks differ at evaluation {}",
+                    report.step
+                );
             }
             FromWorker::Checkpoint(written) => self.record.checkpoints.push(written.step),
             FromWorker::Broken(broken) => {

@@ -106,7 +106,10 @@ impl StepEngine for ModelEngine {
                 if i == PARAMETERS / 2 {
                     during();
                 }
-                let key = seed ^ step.wrapping_mul(31) ^ row.segments[0].sample_id.wrapping_mul(77) ^ (i as u64) << 40;
+                let key = seed
+                    ^ step.wrapping_mul(31)
+                    ^ row.segments[0].sample_id.wrapping_mul(77)
+                    ^ (i as u64) << 40;
                 let keep = if uniform(key) < 0.1 { 0.0 } else { 1.0 / 0.9 };
                 let pull = (parameter - target(row, i)) * keep;
                 *gradient += pull * weight as f32;

@@ -10,8 +10,10 @@ use std::{
     sync::Arc,
 };
 
+use shanty_data::order::Order;
 use shanty_worker::{
     Error, WorkerOptions,
+    engine::EngineLoader,
     failpoint::Failpoints,
     row_log::{self, Entry},
     run_worker,
@@ -31,10 +33,26 @@ pub struct Crew {
 
 impl Crew {
     /// Starts worker `w<number>`; lower numbers get lower ranks.
-    pub fn hire(&mut self, coordinator: &Coordinator, number: usize, engines: &ModelEngines, failpoints: Failpoints) {
+    pub fn hire(
+        &mut self,
+        coordinator: &Coordinator,
+        number: usize,
+        engines: &ModelEngines,
+        failpoints: Failpoints,
+    ) {
+        self.hire_at(&coordinator.address, number, Box::new(engines.clone()), failpoints);
+    }
+
+    pub fn hire_at(
+        &mut self,
+        address: &str,
+        number: usize,
+        engines: Box<dyn EngineLoader>,
+        failpoints: Failpoints,
+    ) {
         let worker_id = format!("w{number}");
         let options = WorkerOptions {
-            coordinator: coordinator.address.clone(),
+            coordinator: address.to_owned(),
             worker_id: worker_id.clone(),
             device: "cpu".to_owned(),
             threads: 1,
@@ -44,8 +62,21 @@ impl Crew {
         };
         let (_, logs) = shanty_worker::logs::forward(&worker_id);
         let shutdown = self.shutdown.clone();
-        let worker = tokio::spawn(run_worker(options, Box::new(engines.clone()), logs, shutdown));
+        let worker = tokio::spawn(run_worker(options, engines, logs, shutdown));
         self.workers.insert(worker_id, worker);
+    }
+
+    /// One that can be dismissed apart from the others.
+    pub fn hire_late(
+        &mut self,
+        address: &str,
+        number: usize,
+        engines: Box<dyn EngineLoader>,
+    ) -> CancellationToken {
+        let all = std::mem::take(&mut self.shutdown);
+        self.shutdown = all.child_token();
+        self.hire_at(address, number, engines, Failpoints::none());
+        std::mem::replace(&mut self.shutdown, all)
     }
 
     /// Ends all workers; gives how each ended.
@@ -95,8 +126,12 @@ pub fn adapter(store: &Path) -> Vec<f32> {
 /// Proves from the workers' own logs that each step was applied with exactly its rows: in the one generation that
 /// applied it, every rank entered the reduction once, and their rows together are the step's, each once.
 pub fn prove_exactly_once(job: &Job) {
+    prove_exactly_once_in(&job.store, job.steps, &job.order());
+}
+
+pub fn prove_exactly_once_in(store: &Path, steps: u64, order: &Order) {
     let mut entries = Vec::new();
-    for file in std::fs::read_dir(job.store.join("logs")).unwrap() {
+    for file in std::fs::read_dir(store.join("logs")).unwrap() {
         let path = file.unwrap().path();
         if path.extension().is_some_and(|extension| extension == "jsonl") {
             entries.extend(row_log::read(&path).unwrap());
@@ -109,7 +144,7 @@ pub fn prove_exactly_once(job: &Job) {
             assert_eq!(known, *generation, "step {step} was applied in two generations");
         }
     }
-    assert_eq!(applied_in.keys().copied().collect::<Vec<_>>(), (1..=job.steps).collect::<Vec<_>>());
+    assert_eq!(applied_in.keys().copied().collect::<Vec<_>>(), (1..=steps).collect::<Vec<_>>());
     for (step, generation) in applied_in {
         let mut rows = Vec::new();
         let (mut ranks, mut members) = (Vec::new(), 0);
@@ -125,7 +160,7 @@ pub fn prove_exactly_once(job: &Job) {
         ranks.sort_unstable();
         assert_eq!(ranks, (0..members).collect::<Vec<_>>(), "ranks of step {step}");
         rows.sort_unstable();
-        let mut expected = job.order().step_rows(step);
+        let mut expected = order.step_rows(step);
         expected.sort_unstable();
         assert_eq!(rows, expected, "rows of step {step}");
     }
