@@ -10,6 +10,8 @@
 //! Where the cores are the limit, as on loopback, and other work shares them, the ratio of processor times
 //! says more than that of the clock: the yardstick has twice the threads and gets twice the turns.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
+
 mod common;
 
 use std::{
