@@ -6,7 +6,8 @@ use super::Complaint;
 use crate::tree::{Source, Tree};
 
 /// Where devices are spoken to, and so where `unsafe` may stand.
-const UNSAFE_ALLOWED: &[&str] = &["crates/collective/src/nccl", "crates/peft-core/src/backend/cuda"];
+const UNSAFE_ALLOWED: &[&str] =
+    &["crates/collective/src/nccl", "crates/peft-core/src/backend/cuda", "crates/peft-core/src/backend/cpu"];
 /// How far above an `unsafe` its reason may stand, lines.
 const REASON_WITHIN: usize = 6;
 
