@@ -7,8 +7,8 @@ use shanty_coordinator::{
     machine::{
         Change,
         record::{
-            EvaluationRecord, EventRecord, FailureRecord, GenerationRecord, JobRecord, JobState, MemberRecord, RankRows,
-            Source, StartPoint, StepRecord,
+            EvaluationRecord, EventRecord, FailureRecord, GenerationRecord, JobRecord, JobState,
+            MemberRecord, RankRows, Source, StartPoint, StepRecord,
         },
     },
     store::{FILE, LogLine, Store},
@@ -21,10 +21,8 @@ fn job() -> JobId {
 }
 
 fn record() -> JobRecord {
-    let members = ["a", "b"].map(|name| MemberRecord {
-        worker: WorkerId::new(name).unwrap(),
-        address: format!("{name}:1"),
-    });
+    let members = ["a", "b"]
+        .map(|name| MemberRecord { worker: WorkerId::new(name).unwrap(), address: format!("{name}:1") });
     JobRecord {
         id: job(),
         sequence: 4,
@@ -77,7 +75,10 @@ fn step(number: u64, generation: u64, loss: f64) -> StepRecord {
 }
 
 /// Opens the store, lets `act` use it, and closes it without a word, as a crash would.
-async fn with_store<T>(folder: &Path, act: impl AsyncFnOnce(&Store) -> T) -> (Vec<shanty_coordinator::machine::StoredJob>, T) {
+async fn with_store<T>(
+    folder: &Path,
+    act: impl AsyncFnOnce(&Store) -> T,
+) -> (Vec<shanty_coordinator::machine::StoredJob>, T) {
     let (store, jobs, closing) = Store::open(folder).unwrap();
     let result = act(&store).await;
     drop(store);
@@ -92,9 +93,15 @@ async fn what_was_made_durable_is_there_after_a_crash() {
     let (store, jobs, _closing) = Store::open(folder.path()).unwrap();
     assert!(jobs.is_empty());
     store.persist(vec![Change::Job(Box::new(record()))]).await.unwrap();
-    store.record(vec![Change::Step(job(), step(6, 3, 2.5)), Change::Watermark(job(), Step(8))]).await.unwrap();
+    store
+        .record(vec![Change::Step(job(), step(6, 3, 2.5)), Change::Watermark(job(), Step(8))])
+        .await
+        .unwrap();
     // What is persisted later makes what was recorded before it durable too.
-    store.persist(vec![Change::Evaluation(job(), EvaluationRecord { step: Step(0), loss: 6.0, tokens: 4 })]).await.unwrap();
+    store
+        .persist(vec![Change::Evaluation(job(), EvaluationRecord { step: Step(0), loss: 6.0, tokens: 4 })])
+        .await
+        .unwrap();
     // The files as they are while the store is still open: what kill -9 leaves behind.
     for entry in std::fs::read_dir(folder.path()).unwrap() {
         let entry = entry.unwrap();
@@ -167,7 +174,10 @@ async fn a_long_history_is_answered_evenly_spaced_and_thinned() {
         let steps = store.steps(job(), 1, 100_000).await.unwrap();
         assert!((20_000..40_001).contains(&steps.len()), "{}", steps.len());
         assert_eq!(steps.last().unwrap().step, Step(41_000));
-        assert!(steps.iter().rev().take(19_000).map(|step| step.step.0).eq((22_001..=41_000).rev()), "the newer half is whole");
+        assert!(
+            steps.iter().rev().take(19_000).map(|step| step.step.0).eq((22_001..=41_000).rev()),
+            "the newer half is whole"
+        );
     })
     .await;
 }
@@ -191,7 +201,10 @@ async fn logs_and_events_keep_their_newest() {
         assert!((5000..5300).contains(&all.len()), "{}", all.len());
         assert_eq!(all.last().unwrap().text, "699.9");
         let of_a = store.logs(job(), "a".to_owned(), 3).await.unwrap();
-        assert_eq!(of_a.iter().map(|line| line.text.as_str()).collect::<Vec<_>>(), ["699.4", "699.6", "699.8"]);
+        assert_eq!(
+            of_a.iter().map(|line| line.text.as_str()).collect::<Vec<_>>(),
+            ["699.4", "699.6", "699.8"]
+        );
         let event = EventRecord {
             unix_ms: 1,
             kind: "formed".to_owned(),
