@@ -8,11 +8,12 @@ use std::ops::Range;
 
 use memory::{MemoryBase, Random, Setup, all_targets, assert_close, reference};
 use shanty_peft_core::{
-    Engine, GradientSink, LossSum, NoSink, StepKey,
-    adapter::ParameterLayout,
+    Engine, EngineOptions, GradientSink, LossSum, NoSink, StepKey,
+    adapter::{LoraConfig, ParameterLayout, TargetModules},
     batch::{Row, Segment},
     generate::SamplingOptions,
     plan::Recompute,
+    quant::Nf4Options,
 };
 
 const KEY: StepKey = StepKey { seed: 4, step: 2 };
@@ -70,6 +71,34 @@ fn the_thread_count_does_not_change_a_bit() {
         assert_eq!(one.0.loss.to_bits(), more.0.loss.to_bits());
         assert_eq!(bits(&one.1), bits(&more.1), "{threads} threads");
     }
+}
+
+#[test]
+fn the_thread_count_does_not_change_a_bit_on_a_real_base() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/tiny-llama-14m");
+    let mut random = Random::new(2);
+    let rows = [Row::whole(0, (0..200).map(|_| random.below(8192)).collect())];
+    let results = [1, 2].map(|threads| {
+        let lora = LoraConfig {
+            base_model_name_or_path: None,
+            r: 16,
+            lora_alpha: 32.0,
+            lora_dropout: 0.1,
+            use_rslora: false,
+            target_modules: TargetModules::all_linear(),
+        };
+        let options = EngineOptions {
+            quantization: Some(Nf4Options::default()),
+            lora: Some(lora),
+            threads,
+            micro_batch_rows: Some(1),
+            ..EngineOptions::new(&folder, 200)
+        };
+        let mut engine = Engine::load(options, &mut |_| {}).unwrap();
+        let (sum, gradient) = step(&mut engine, &rows);
+        (sum.loss.to_bits(), bits(&gradient))
+    });
+    assert_eq!(results[0], results[1]);
 }
 
 #[test]
