@@ -6,6 +6,7 @@
 pub mod config;
 pub mod files;
 pub mod layout;
+pub mod lora;
 pub mod targets;
 
 pub use config::LoraConfig;

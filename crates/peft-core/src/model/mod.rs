@@ -6,6 +6,7 @@
 pub mod base;
 pub mod config;
 pub mod export;
+pub mod decoder;
 pub mod resident;
 pub mod weights;
 
