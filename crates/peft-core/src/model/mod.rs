@@ -5,8 +5,8 @@
 
 pub mod base;
 pub mod config;
-pub mod export;
 pub mod decoder;
+pub mod export;
 pub mod resident;
 pub mod weights;
 
