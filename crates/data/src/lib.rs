@@ -1,1 +1,28 @@
 //! Sources, chat templates, masks, tokenisation, packing, and the global order of rows.
+//!
+//! [`prepare`] reads JSON Lines or Parquet once, tokenises in parallel, packs samples into rows and writes them to
+//! a hashed folder in bounded memory. [`Prepared`] reads rows from it by number. [`order`] says which
+//! rows a step trains. [`Tokenizer`] is also what generation uses.
+
+mod artefact;
+mod error;
+mod form;
+mod format;
+pub mod order;
+mod pack;
+mod prepare;
+mod row;
+mod sample;
+mod source;
+mod summary;
+mod tokenizer;
+
+pub use crate::{
+    artefact::Prepared,
+    error::{Error, Place},
+    format::Format,
+    prepare::{PrepareOptions, Progress, Stage, prepare},
+    row::{Row, SampleSource, Segment, Split},
+    summary::{Dropped, SplitSummary, Summary},
+    tokenizer::{Encoded, Message, Rendered, Tokenizer},
+};
