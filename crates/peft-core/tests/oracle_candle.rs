@@ -4,6 +4,8 @@
 //! The oracle uses differentiable operations only (`RmsNorm::forward_diff`, `ops::softmax`, `rope_slow`): several of
 //! candle's stock operations cut gradients without a word.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot set its scene should fail")]
+
 mod memory;
 
 use candle_core::{D, DType, Device, Tensor, Var};
