@@ -1,5 +1,7 @@
 //! Memory stays bounded whatever the size of the input. In a process of its own: it looks at the peak.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::{
     fs::File,
     io::{BufWriter, Write},
