@@ -7,6 +7,7 @@
 pub mod adapter;
 pub mod backend;
 pub mod batch;
+pub mod bench;
 pub mod engine;
 pub mod error;
 pub mod generate;

@@ -1,5 +1,7 @@
 //! Adapter folders: PEFT's own are read, ours are written as PEFT writes them.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot set its scene should fail")]
+
 mod common;
 
 use std::{collections::BTreeSet, fs, path::Path};

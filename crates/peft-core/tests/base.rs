@@ -1,5 +1,7 @@
 //! Whole bases: loaded, hashed, measured.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot set its scene should fail")]
+
 mod common;
 
 use std::{fs, path::Path};
@@ -8,7 +10,7 @@ use common::{assert_bits, copy_folder, expected, reference, tensors};
 use safetensors::tensor::Dtype;
 use shanty_peft_core::{
     model::{
-        BaseSource, MemoryUse, ModelConfig, Projection, ResidentBase,
+        BaseSource, MemoryUse, ModelConfig, Projection, ResidentBase, export,
         weights::{ModelFiles, PIECE},
     },
     quant::{
@@ -300,4 +302,33 @@ fn a_tied_model_reports_the_head_it_does_not_read() {
         .unwrap();
     assert_eq!(load(folder.path(), None).unused_tensors(), ["lm_head.weight"]);
     assert!(ModelFiles::open(folder.path()).unwrap().find("lm_head.weight").is_some());
+}
+
+#[test]
+fn a_saved_nf4_base_is_the_one_that_transformers_saved() {
+    let target = tempfile::tempdir().unwrap();
+    // What was pre-quantised comes out with every tensor unchanged.
+    let source = reference("nf4/checkpoint_double/model");
+    export::save_nf4(&source, target.path(), Nf4Options::default()).unwrap();
+    let saved = tensors(&target.path().join("model.safetensors"));
+    assert!(saved == tensors(&source.join("model.safetensors")));
+    let config = |folder: &Path| -> serde_json::Value {
+        serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap()
+    };
+    assert_eq!(config(target.path()), config(&source));
+    // What was dense loads as it would have been quantised while loading.
+    for options in [Nf4Options::default(), Nf4Options { block_size: 128, double: false }] {
+        let target = tempfile::tempdir().unwrap();
+        let source = reference("models/llama_tied");
+        export::save_nf4(&source, target.path(), options).unwrap();
+        let settings = &config(target.path())["quantization_config"];
+        assert_eq!(settings["bnb_4bit_use_double_quant"], options.double);
+        let (saved, direct) =
+            (load(target.path(), Some(Nf4Options::default())), load(&source, Some(options)));
+        assert!(saved.config().stored_nf4 && saved.unused_tensors().is_empty());
+        for projection in Projection::ALL {
+            assert_bits(&numbers(&saved, 1, projection), &numbers(&direct, 1, projection), "saved");
+        }
+        assert_eq!(saved.memory(), direct.memory());
+    }
 }

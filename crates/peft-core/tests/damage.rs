@@ -1,5 +1,7 @@
 //! Damaged and impossible folders: each gives its code, names its file, and never a panic.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot set its scene should fail")]
+
 mod common;
 
 use std::{fs, path::Path};

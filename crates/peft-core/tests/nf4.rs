@@ -1,5 +1,7 @@
 //! NF4 against bitsandbytes' own numbers.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot set its scene should fail")]
+
 mod common;
 
 use common::{assert_bits, case, expected, reference, tensors};

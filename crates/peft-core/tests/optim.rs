@@ -1,5 +1,7 @@
 //! The optimizer against transformers' rates, torch's clipping norm, and AdamW in f64.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot set its scene should fail")]
+
 mod common;
 
 use common::{case, expected, relative};

@@ -143,7 +143,7 @@ impl ParameterLayout {
     pub fn layer_range(&self, layer: usize) -> Range<usize> {
         let mut own = self.entries.iter().enumerate().filter(|(_, entry)| entry.layer == layer);
         let Some((first, entry)) = own.next() else { return 0..0 };
-        let last = own.last().map_or(first, |(index, _)| index);
+        let last = own.next_back().map_or(first, |(index, _)| index);
         let end = self.entries.get(last + 1).map_or(self.length, |next| next.range.start);
         entry.range.start..end
     }

@@ -10,17 +10,19 @@
 //! ```
 
 mod error;
+mod load;
 mod options;
 mod passes;
 
 use std::ops::Range;
 
 pub use error::StepError;
-pub use options::{EngineOptions, Quantization};
+pub use load::Estimate;
+pub use options::EngineOptions;
 
 use crate::{
-    adapter::ParameterLayout,
-    backend::cpu::Cpu,
+    adapter::{Kind, ParameterLayout, Target, targets::Matched},
+    backend::cpu::{Cpu, Spent},
     batch::PackedBatch,
     error::Result,
     model::{BaseSource, ModelConfig},
@@ -89,6 +91,8 @@ pub struct Engine {
     /// Reserved at the first step: generating alone does not need it.
     memory: Option<StepMemory>,
     packed: PackedBatch,
+    matched: Matched,
+    base_hash: Option<blake3::Hash>,
 }
 
 /// What a step works in.
@@ -123,7 +127,24 @@ impl Engine {
         let plan = MemoryPlan::choose(sizes, &request);
         let sizes = sizes(plan.micro_batch_tokens);
         let packed = PackedBatch::with_capacity(plan.micro_batch_tokens);
-        Ok(Self { backend, config, base, layout, dropout, request, sizes, plan, memory: None, packed })
+        let targets = layout.entries().iter().filter(|entry| entry.kind == Kind::A);
+        let targets = targets.map(|entry| Target { layer: entry.layer, projection: entry.projection });
+        let mut targets: Vec<Target> = targets.collect();
+        targets.sort();
+        Ok(Self {
+            backend,
+            config,
+            base,
+            layout,
+            dropout,
+            request,
+            sizes,
+            plan,
+            memory: None,
+            packed,
+            matched: Matched { targets, unused: Vec::new() },
+            base_hash: None,
+        })
     }
 
     /// What the model is made of.
@@ -144,6 +165,21 @@ impl Engine {
     /// Memory by part.
     pub fn plan(&self) -> &MemoryPlan {
         &self.plan
+    }
+
+    /// The modules that are adapted.
+    pub fn matched(&self) -> &Matched {
+        &self.matched
+    }
+
+    /// Hash of the base as it was stored; none where the base was handed in by [`Engine::with_base`].
+    pub fn base_hash(&self) -> Option<blake3::Hash> {
+        self.base_hash
+    }
+
+    /// Where the time went since the last call, by kind of operation.
+    pub fn take_profile(&self) -> Vec<Spent> {
+        self.backend.take_profile()
     }
 
     /// Threads that work.

@@ -2,30 +2,17 @@
 
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
-
-use crate::plan::Recompute;
-
-/// How frozen weights are kept in memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Quantization {
-    /// As stored; bf16 and f16 matrices are widened to f32.
-    None,
-    /// 4-bit NormalFloat in blocks of 64.
-    Nf4 {
-        /// Whether block scales are kept in 8 bits.
-        double: bool,
-    },
-}
+use crate::{adapter::LoraConfig, plan::Recompute, quant::Nf4Options};
 
 /// What an engine is loaded with.
 #[derive(Debug, Clone)]
 pub struct EngineOptions {
     /// The base's folder, in Hugging Face layout.
     pub base: PathBuf,
-    /// How its matrices are kept.
-    pub quantization: Quantization,
+    /// 4-bit NormalFloat for the decoder's matrices; none widens them to f32.
+    pub quantization: Option<Nf4Options>,
+    /// What is trained; none runs the bare base.
+    pub lora: Option<LoraConfig>,
     /// Threads; 0 takes as many as the machine has.
     pub threads: usize,
     /// Keep activations or compute them again.
@@ -36,4 +23,20 @@ pub struct EngineOptions {
     pub max_length: usize,
     /// Bytes that the plan may take; half of what is free when none.
     pub memory_limit: Option<u64>,
+}
+
+impl EngineOptions {
+    /// A base in f32 without an adapter, on all threads, for rows of at most `max_length` tokens.
+    pub fn new(base: impl Into<PathBuf>, max_length: usize) -> Self {
+        Self {
+            base: base.into(),
+            quantization: None,
+            lora: None,
+            threads: 0,
+            recompute: Recompute::Auto,
+            micro_batch_rows: None,
+            max_length,
+            memory_limit: None,
+        }
+    }
 }

@@ -90,10 +90,10 @@ impl Session {
                 };
                 let new = |x| View::<Cpu>::new(x, tokens, features);
                 let start = past * features;
-                backend.copy(new(&work.k), ViewMut::at(&mut cache.keys, start, tokens, features));
-                backend.copy(new(&work.v), ViewMut::at(&mut cache.values, start, tokens, features));
-                let keys = View::new(&cache.keys, past + tokens, features);
-                let values = View::new(&cache.values, past + tokens, features);
+                backend.copy(new(&work.k), ViewMut::<Cpu>::at(&mut cache.keys, start, tokens, features));
+                backend.copy(new(&work.v), ViewMut::<Cpu>::at(&mut cache.values, start, tokens, features));
+                let keys = View::<Cpu>::new(&cache.keys, past + tokens, features);
+                let values = View::<Cpu>::new(&cache.values, past + tokens, features);
                 attention.attend_to(backend, batch, tokens, work, keys, values, attended);
             })?;
             decoder.logits(rows, out);

@@ -6,6 +6,7 @@
 pub mod base;
 pub mod config;
 pub mod decoder;
+pub mod export;
 pub mod resident;
 pub mod weights;
 

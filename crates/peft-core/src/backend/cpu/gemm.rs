@@ -3,9 +3,19 @@
 //! This is the one part of the CPU backend with raw pointers: the product's interface takes them, and attention's
 //! tasks write columns of shared rows, which slices cannot express. Bounds are checked before.
 
-use std::marker::PhantomData;
+use std::{cell::Cell, marker::PhantomData};
 
 use gemm::Parallelism;
+
+thread_local! {
+    static IN_PRODUCT: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether the calling thread is inside a matrix product: the `gemm` crate takes memory for packing there, and a test
+/// that counts allocations must tell it apart.
+pub fn in_product() -> bool {
+    IN_PRODUCT.try_with(Cell::get).unwrap_or(false)
+}
 
 /// A strided matrix that is read.
 #[derive(Clone, Copy)]
@@ -125,6 +135,7 @@ pub(super) unsafe fn multiply_shared(
     let last = target.offset + (m - 1) * target.stride + n - 1;
     assert!(last < out.length, "a product ends at {last}, its memory at {}", out.length);
     let parallelism = if threads == 0 { Parallelism::None } else { Parallelism::Rayon(threads) };
+    IN_PRODUCT.set(true);
     // SAFETY: both operands and the target lie in their memory, as was checked; the target's rows do not overlap and are
     // nobody else's, as the caller promises; operands are shared borrows and so cannot alias it.
     unsafe {
@@ -150,4 +161,5 @@ pub(super) unsafe fn multiply_shared(
             parallelism,
         );
     }
+    IN_PRODUCT.set(false);
 }

@@ -8,12 +8,17 @@ mod cross_entropy;
 mod elementwise;
 mod gemm;
 mod math;
+mod profile;
 
 use std::sync::{Mutex, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use self::gemm::{Operand, Target};
+pub use self::{
+    gemm::in_product,
+    profile::{NARROW, Operation, Spent},
+};
 use super::{AttentionShape, Backend, BatchRoom, View, ViewMut};
 use crate::{
     batch::PackedBatch,
@@ -27,6 +32,7 @@ use crate::{
 pub struct Cpu {
     pool: ThreadPool,
     threads: usize,
+    profile: profile::Profile,
 }
 
 impl Cpu {
@@ -41,7 +47,7 @@ impl Cpu {
             .build()
             .map_err(|source| StepError::Threads { threads, reason: source.to_string() })?;
         let threads = pool.current_num_threads();
-        Ok(Self { pool, threads })
+        Ok(Self { pool, threads, profile: profile::Profile::default() })
     }
 
     /// Threads in the pool.
@@ -49,9 +55,19 @@ impl Cpu {
         self.threads
     }
 
+    /// Where the time went since the last call, by kind of operation.
+    pub fn take_profile(&self) -> Vec<Spent> {
+        self.profile.take()
+    }
+
     /// Runs `work` on a thread of the pool, where parallel operations start without a hand-over.
     pub(crate) fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.pool.install(work)
+    }
+
+    /// Counts the time of `work`.
+    fn measure<R>(&self, operation: Operation, work: impl FnOnce() -> R) -> R {
+        self.profile.measure(operation, 0, work)
     }
 }
 
@@ -118,7 +134,7 @@ impl Backend for Cpu {
             return View::new(data, rows, columns);
         }
         let scratch = &mut scratch[..rows * columns];
-        self.install(|| matrix.write_f32(scratch));
+        self.measure(Operation::Dequantise, || self.install(|| matrix.write_f32(scratch)));
         View::new(scratch, rows, columns)
     }
 
@@ -138,7 +154,7 @@ impl Backend for Cpu {
             return View::at(data, first * columns, rows, columns);
         }
         let scratch = &mut scratch[..rows * columns];
-        self.install(|| table.rows_f32(first..first + rows, scratch));
+        self.measure(Operation::Dequantise, || self.install(|| table.rows_f32(first..first + rows, scratch)));
         View::new(scratch, rows, columns)
     }
 
@@ -155,27 +171,34 @@ impl Backend for Cpu {
         let (a, b) = (operand(a, transpose_a), operand(b, transpose_b));
         assert!(a.rows == c.rows && b.columns == c.columns, "a product's target has another shape");
         let target = Target { offset: c.offset, stride: c.stride };
-        self.install(|| gemm::multiply(alpha, a, b, beta, c.data, target, self.threads));
+        let narrow = a.rows.min(a.columns).min(b.columns) <= NARROW;
+        let operation = if narrow { Operation::NarrowProduct } else { Operation::Product };
+        let flops = 2 * a.rows * a.columns * b.columns;
+        self.profile.measure(operation, flops, || {
+            self.install(|| gemm::multiply(alpha, a, b, beta, c.data, target, self.threads));
+        });
     }
 
     fn fill(&self, value: f32, to: ViewMut<'_, Self>) {
-        self.rows(to, |_, to| to.fill(value));
+        self.measure(Operation::Move, || self.rows(to, |_, to| to.fill(value)));
     }
 
     fn copy(&self, from: View<'_, Self>, to: ViewMut<'_, Self>) {
-        self.rows(to, |row, to| to.copy_from_slice(row_of(from, row)));
+        self.measure(Operation::Move, || self.rows(to, |row, to| to.copy_from_slice(row_of(from, row))));
     }
 
     fn add(&self, from: View<'_, Self>, to: ViewMut<'_, Self>) {
-        self.rows(to, |row, to| math::add(row_of(from, row), to));
+        self.measure(Operation::Move, || self.rows(to, |row, to| math::add(row_of(from, row), to)));
     }
 
     fn add_bias(&self, bias: View<'_, Self>, to: ViewMut<'_, Self>) {
-        self.rows(to, |_, to| math::add(row_of(bias, 0), to));
+        self.measure(Operation::Move, || self.rows(to, |_, to| math::add(row_of(bias, 0), to)));
     }
 
     fn gather_embedding(&self, batch: &CpuBatch, table: &EmbeddingView<'_>, out: ViewMut<'_, Self>) {
-        self.rows(out, |row, out| table.gather_row(batch.packed.token_ids[row] as usize, out));
+        self.measure(Operation::Move, || {
+            self.rows(out, |row, out| table.gather_row(batch.packed.token_ids[row] as usize, out))
+        });
     }
 
     fn gather_predicting(&self, batch: &CpuBatch, first: usize, x: View<'_, Self>, out: ViewMut<'_, Self>) {
@@ -199,7 +222,7 @@ impl Backend for Cpu {
         out: ViewMut<'_, Self>,
         reciprocal: ViewMut<'_, Self>,
     ) {
-        self.rms_norm_rows(x, weight, epsilon, out, reciprocal);
+        self.measure(Operation::Norm, || self.rms_norm_rows(x, weight, epsilon, out, reciprocal));
     }
 
     fn rms_norm_backward(
@@ -210,7 +233,7 @@ impl Backend for Cpu {
         reciprocal: View<'_, Self>,
         dx: ViewMut<'_, Self>,
     ) {
-        self.rms_norm_backward_rows(dout, x, weight, reciprocal, dx);
+        self.measure(Operation::Norm, || self.rms_norm_backward_rows(dout, x, weight, reciprocal, dx));
     }
 
     fn rope(
@@ -221,15 +244,21 @@ impl Backend for Cpu {
         backward: bool,
         x: ViewMut<'_, Self>,
     ) {
-        self.rope_rows(&batch.packed.positions, head_dim, table, backward, x);
+        self.measure(Operation::Rope, || {
+            self.rope_rows(&batch.packed.positions, head_dim, table, backward, x)
+        });
     }
 
     fn swiglu(&self, gate: View<'_, Self>, up: View<'_, Self>, out: ViewMut<'_, Self>) {
-        self.rows(out, |row, out| math::swiglu(row_of(gate, row), row_of(up, row), out));
+        self.measure(Operation::Swiglu, || {
+            self.rows(out, |row, out| math::swiglu(row_of(gate, row), row_of(up, row), out))
+        });
     }
 
     fn swiglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
-        self.row_pairs(gate, up, |row, gate, up| math::swiglu_backward(row_of(dout, row), gate, up));
+        self.measure(Operation::Swiglu, || {
+            self.row_pairs(gate, up, |row, gate, up| math::swiglu_backward(row_of(dout, row), gate, up))
+        });
     }
 
     fn attention(
@@ -242,7 +271,7 @@ impl Backend for Cpu {
         out: ViewMut<'_, Self>,
         log_sum: ViewMut<'_, Self>,
     ) {
-        attention::forward(self, batch, shape, q, k, v, out, log_sum);
+        self.measure(Operation::Attention, || attention::forward(self, batch, shape, q, k, v, out, log_sum));
     }
 
     fn attention_backward(
@@ -260,11 +289,13 @@ impl Backend for Cpu {
         dv: ViewMut<'_, Self>,
     ) {
         let known = attention::Known { q, k, v, out, log_sum, dout };
-        attention::backward(self, batch, shape, &known, attention::Gradients { dq, dk, dv });
+        self.measure(Operation::AttentionBackward, || {
+            attention::backward(self, batch, shape, &known, attention::Gradients { dq, dk, dv })
+        });
     }
 
     fn dropout(&self, batch: &CpuBatch, key: DropoutKey, p: f32, x: View<'_, Self>, out: ViewMut<'_, Self>) {
-        self.dropout_rows(batch, key, p, x, out);
+        self.measure(Operation::Dropout, || self.dropout_rows(batch, key, p, x, out));
     }
 
     fn dropout_backward(
@@ -275,7 +306,7 @@ impl Backend for Cpu {
         dout: View<'_, Self>,
         dx: ViewMut<'_, Self>,
     ) {
-        self.dropout_backward_rows(batch, key, p, dout, dx);
+        self.measure(Operation::Dropout, || self.dropout_backward_rows(batch, key, p, dout, dx));
     }
 
     fn cross_entropy(
@@ -286,7 +317,9 @@ impl Backend for Cpu {
         logits: ViewMut<'_, Self>,
         losses: ViewMut<'_, Self>,
     ) -> f64 {
-        cross_entropy::rows(self, &batch.packed.targets[first..], gradient, logits, losses)
+        self.measure(Operation::CrossEntropy, || {
+            cross_entropy::rows(self, &batch.packed.targets[first..], gradient, logits, losses)
+        })
     }
 }
 
