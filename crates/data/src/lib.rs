@@ -1,1 +1,25 @@
 //! Sources, chat templates, masks, tokenisation, packing, and the global order of rows.
+//!
+//! [`prepare`] reads JSON Lines or Parquet once, tokenises in parallel, packs samples into rows and writes them to
+//! a hashed folder in bounded memory. [`Prepared`] reads rows from it by number. [`order`] says which
+//! rows a step trains. [`Tokenizer`] is also what generation uses.
+
+mod error;
+mod format;
+pub mod order;
+mod pack;
+mod prepare;
+mod prepared;
+mod row;
+mod summary;
+mod tokenizer;
+
+pub use crate::{
+    error::{Error, Place},
+    format::Format,
+    prepare::{PrepareOptions, Progress, Stage, prepare},
+    prepared::Prepared,
+    row::{Row, SampleSource, Segment, Split},
+    summary::{Dropped, SplitSummary, Summary},
+    tokenizer::{Encoded, Message, Tokenizer},
+};
