@@ -5,14 +5,15 @@ use std::{collections::BTreeMap, fs, path::Path};
 use anyhow::{Context, ensure};
 use safetensors::{Dtype, SafeTensors};
 
-/// The tensors of an adapter folder, by name, widened from nothing: they must be f32.
+/// The tensors of an adapter folder, by name; they must be f32.
 pub fn read(folder: &Path) -> anyhow::Result<BTreeMap<String, Vec<f32>>> {
     let path = folder.join("adapter_model.safetensors");
     let bytes = fs::read(&path).with_context(|| format!("failed to read `{}`", path.display()))?;
     let mut tensors = BTreeMap::new();
     for (name, view) in SafeTensors::deserialize(&bytes)?.iter() {
         ensure!(view.dtype() == Dtype::F32, "`{name}` is {:?}, not f32", view.dtype());
-        tensors.insert(name.to_owned(), bytemuck::pod_collect_to_vec(view.data()));
+        let (numbers, _) = view.data().as_chunks::<4>();
+        tensors.insert(name.to_owned(), numbers.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect());
     }
     ensure!(!tensors.is_empty(), "`{}` holds no tensor", path.display());
     Ok(tensors)
