@@ -154,7 +154,7 @@ pub(crate) fn read_address(store: &Path) -> Option<String> {
 
 /// An error that came over the wire, with the code and hint that it was sent with.
 pub(crate) fn wire(status: tonic::Status) -> crate::failure::Failure {
-    crate::failure::Failure::from(shanty_proto::diagnostic(&status))
+    crate::failure::Failure::from(shanty_proto::from_status(&status))
 }
 
 /// The innermost cause: "connection refused" says more than "transport error".

@@ -48,6 +48,9 @@ pub(crate) enum Error {
     #[error("`{}` holds several jobs: {jobs}", store.display())]
     WhichJob { store: PathBuf, jobs: String },
 
+    #[error("`{flag}` is {value}, {rule}")]
+    Impossible { flag: &'static str, value: String, rule: String },
+
     #[error("the coordinator's answer makes no sense: {reason}")]
     Answer { reason: String },
 }
@@ -102,6 +105,7 @@ impl Diagnose for Error {
             }
             Self::Start { .. } => new("SH0912").kind(Kind::Transient),
             Self::WhichJob { .. } => new("SH0913").hint("name one"),
+            Self::Impossible { .. } => new("SH0915"),
             Self::Answer { .. } => new("SH0914").kind(Kind::Internal),
         }
     }

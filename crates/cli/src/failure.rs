@@ -34,18 +34,17 @@ impl From<Exit> for ExitCode {
 /// An error on its way to the user. Made with `?` from every error that knows how it looks.
 #[derive(Debug)]
 pub(crate) struct Failure {
-    diagnostic: Box<Diagnostic>,
+    diagnostics: Vec<Diagnostic>,
     exit: Exit,
-    silent: bool,
 }
 
 /// What commands give back.
 pub(crate) type CommandResult<T = Exit> = Result<T, Failure>;
 
 impl Failure {
-    /// What is shown.
-    pub(crate) fn diagnostic(&self) -> &Diagnostic {
-        &self.diagnostic
+    /// What is shown, the first first; nothing when the reader of stdout went away.
+    pub(crate) fn diagnostics(&self) -> &[Diagnostic] {
+        &self.diagnostics
     }
 
     /// The exit code that goes with it.
@@ -53,22 +52,20 @@ impl Failure {
         self.exit
     }
 
-    /// Whether there is nothing to say: the reader of stdout went away.
-    pub(crate) fn is_silent(&self) -> bool {
-        self.silent
+    /// Several errors at once; the first decides about the exit code.
+    pub(crate) fn many(diagnostics: Vec<Diagnostic>) -> Self {
+        let is_usage = diagnostics.first().is_some_and(|first| first.kind.exit_code() == 2);
+        Self { diagnostics, exit: if is_usage { Exit::Usage } else { Exit::Failed } }
     }
 
     /// An end without a word.
     pub(crate) fn silent() -> Self {
-        let diagnostic = Diagnostic::new("SH0900", "stdout was closed");
-        Self { diagnostic: Box::new(diagnostic), exit: Exit::Failed, silent: true }
+        Self { diagnostics: Vec::new(), exit: Exit::Failed }
     }
 }
 
 impl<E: Diagnose> From<E> for Failure {
     fn from(error: E) -> Self {
-        let diagnostic = Box::new(error.diagnostic());
-        let exit = if diagnostic.kind.exit_code() == 2 { Exit::Usage } else { Exit::Failed };
-        Self { diagnostic, exit, silent: false }
+        Self::many(vec![error.diagnostic()])
     }
 }

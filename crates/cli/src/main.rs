@@ -10,6 +10,7 @@ mod commands;
 mod error;
 mod failure;
 mod format;
+mod job_file;
 mod progress;
 mod run;
 mod ui;

@@ -92,19 +92,19 @@ impl Ui {
         self.note(format!("{mark} {}", text.as_ref()));
     }
 
-    /// Reports an error: one JSON object, or text with place, caret and hint.
-    pub(crate) fn report(&self, failure: &Failure) {
-        if failure.is_silent() {
-            return;
-        }
-        write_stderr(&self.render(failure.diagnostic()));
+    /// Shows a warning with its place and hint; scripts are spared.
+    pub(crate) fn warning(&self, diagnostic: &Diagnostic) {
+        self.note(shanty_config::render::render_warning(diagnostic, self.color_on_stderr()));
     }
 
-    fn render(&self, diagnostic: &Diagnostic) -> String {
+    /// Reports an error: one JSON object, or text with place, caret and hint.
+    pub(crate) fn report(&self, failure: &Failure) {
+        let diagnostics = failure.diagnostics();
+        let Some(first) = diagnostics.first() else { return };
         if self.is_json() {
-            serde_json::to_string(diagnostic).unwrap_or_else(|_| diagnostic.message.clone())
+            write_stderr(&shanty_config::render::to_json(first));
         } else {
-            shanty_config::render(diagnostic, self.color_on_stderr())
+            write_stderr(&shanty_config::render::render_all(diagnostics, self.color_on_stderr()));
         }
     }
 }
