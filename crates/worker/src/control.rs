@@ -33,6 +33,8 @@ struct Inner {
     membership: Option<Membership>,
     credit: Option<Credit>,
     phase: MemberPhase,
+    /// Updates in the state that the trainer holds; it may outlive a membership.
+    applied: u64,
 }
 
 #[derive(Debug)]
@@ -76,7 +78,7 @@ impl Control {
 
     // ---- the session's side ----
 
-    /// The worker became a member of a generation. One that it belonged to ends.
+    /// The worker became a member of a generation. One that it belonged to ends. The applied step is filled in.
     pub(crate) fn enter(&self, attachment: Attachment) {
         self.drop_membership("a newer generation began");
         let mut inner = self.lock();
@@ -99,11 +101,6 @@ impl Control {
             membership.interrupt(reason);
         }
         self.changed.notify_all();
-    }
-
-    /// Whether the worker belongs to a generation that it does not take part in any more.
-    pub(crate) fn is_interrupted(&self) -> bool {
-        self.lock().membership.as_ref().is_some_and(|membership| membership.interrupted)
     }
 
     /// The worker belongs to no generation any more.
@@ -139,7 +136,9 @@ impl Control {
 
     /// What the worker belongs to, for beats and for re-attaching.
     pub(crate) fn attachment(&self) -> Option<Attachment> {
-        self.lock().membership.as_ref().map(|membership| membership.attachment.clone())
+        let inner = self.lock();
+        let attachment = inner.membership.as_ref().map(|membership| membership.attachment.clone());
+        attachment.map(|attachment| Attachment { applied_step: inner.applied, ..attachment })
     }
 
     /// What the worker does, for beats.
@@ -154,13 +153,9 @@ impl Control {
         self.lock().phase = phase;
     }
 
-    /// The state now has `applied` updates.
-    pub(crate) fn set_applied(&self, generation: u64, applied: u64) {
-        if let Some(membership) = &mut self.lock().membership
-            && membership.attachment.generation == generation
-        {
-            membership.attachment.applied_step = applied;
-        }
+    /// The state that the trainer holds now has `applied` updates.
+    pub(crate) fn set_applied(&self, applied: u64) {
+        self.lock().applied = applied;
     }
 
     /// The handles that end a generation's collective and its requests for rows; none if it was left already.

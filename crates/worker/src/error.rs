@@ -65,14 +65,6 @@ pub enum Error {
         /// What is wrong with them.
         reason: String,
     },
-    /// The coordinator refused to lease rows.
-    #[error("rows of step {step} were refused: {reason}")]
-    RowsRefused {
-        /// The step.
-        step: u64,
-        /// What the coordinator said.
-        reason: String,
-    },
     /// The row log cannot be written or read.
     #[error("failed to use row log `{}`: {source}", path.display())]
     RowLog {
@@ -150,16 +142,7 @@ impl Error {
 
     /// The error as it travels to the coordinator.
     pub(crate) fn detail(&self) -> ErrorDetail {
-        let diagnostic = self.diagnostic();
-        ErrorDetail {
-            code: diagnostic.code,
-            message: diagnostic.message,
-            file: diagnostic.file.map(|file| file.display().to_string()).unwrap_or_default(),
-            line: diagnostic.line.and_then(|line| line.try_into().ok()).unwrap_or_default(),
-            column: diagnostic.column.and_then(|column| column.try_into().ok()).unwrap_or_default(),
-            hint: diagnostic.hint.unwrap_or_default(),
-            retryable: diagnostic.kind.is_retryable(),
-        }
+        shanty_proto::to_detail(&self.diagnostic())
     }
 }
 
@@ -178,33 +161,3 @@ impl Diagnose for Error {
                 ("SH0604", Kind::Internal, Some("coordinator and workers must be of the same version"))
             }
             Self::WrongRows { .. } => ("SH0605", Kind::Internal, None),
-            Self::RowsRefused { .. } => ("SH0606", Kind::Transient, None),
-            Self::RowLog { .. } => ("SH0607", Kind::Transient, Some("is the disk full, or `checkpoint.store` read-only?")),
-            Self::WriteAdapter { .. } => {
-                ("SH0608", Kind::Transient, Some("free the disk, then `shanty resume`: the last checkpoint is whole"))
-            }
-            Self::Address { .. } => ("SH0750", Kind::User, Some("for example http://127.0.0.1:7070")),
-            Self::Refused { .. } => ("SH0753", Kind::User, Some("coordinator and workers must be of the same version")),
-            Self::Listen { .. } => ("SH0751", Kind::Transient, None),
-            Self::Process { .. } => ("SH0752", Kind::Transient, None),
-            Self::TrainerGone => ("SH0609", Kind::Internal, None),
-            Self::NoCudaEngine { .. } => ("SH0801", Kind::User, Some("use `--device cpu`")),
-            Self::Failpoint { .. } | Self::Killed => {
-                ("SH0610", Kind::User, Some("for example after_reduction@step=5,rank=1; unset SHANTY_FAILPOINT"))
-            }
-        };
-        let diagnostic = Diagnostic::new(code, self).kind(kind);
-        match hint {
-            Some(hint) => diagnostic.hint(hint),
-            None => diagnostic,
-        }
-    }
-}
-
-fn in_rows(rows: &[u64]) -> String {
-    match rows {
-        [] => " in the rows of another worker".to_owned(),
-        [row] => format!(" in row {row}"),
-        rows => format!(" in one of rows {}", rows.iter().map(u64::to_string).collect::<Vec<_>>().join(", ")),
-    }
-}

@@ -1,0 +1,1 @@
+//! A whole base in memory.

@@ -1,0 +1,1 @@
+//! Tensors of a model's folder, read from safetensors piece by piece.

@@ -1,0 +1,1 @@
+//! From a summed gradient to the next parameters.

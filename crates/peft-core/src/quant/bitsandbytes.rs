@@ -1,0 +1,1 @@
+//! The layout of checkpoints that bitsandbytes pre-quantised.

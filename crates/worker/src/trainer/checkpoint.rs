@@ -1,0 +1,131 @@
+//! Checkpoints, written by a thread of their own while steps go on. One at a time.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, mpsc},
+    time::Duration,
+};
+
+use shanty_checkpoint::{Blocking, Snapshot, WritePoint};
+use shanty_proto::v1::{CheckpointWritten, worker_message::Message};
+use tokio::sync::mpsc::UnboundedSender;
+use tracing::{info, warn};
+
+use crate::{
+    Error,
+    control::Control,
+    failpoint::{Failpoints, Place, Point},
+};
+
+use super::{Stop, Surroundings};
+
+/// How often a wait for the writer looks whether the generation was left.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// The checkpoint that is being written, if any.
+#[derive(Debug, Default)]
+pub(crate) struct Checkpoints {
+    pending: Option<mpsc::Receiver<Result<(), Error>>>,
+}
+
+/// What a writer uses of its worker.
+pub(super) struct Ticket {
+    pub(super) control: Arc<Control>,
+    pub(super) reports: UnboundedSender<Message>,
+    pub(super) failpoints: Failpoints,
+    pub(super) place: Place,
+    pub(super) store: PathBuf,
+    /// How many checkpoints stay.
+    pub(super) keep: usize,
+}
+
+impl Checkpoints {
+    /// Begins to write. The one before must have been waited for.
+    pub(super) fn begin(&mut self, ticket: Ticket, snapshot: Snapshot) -> Result<(), Error> {
+        let (sender, receiver) = mpsc::channel();
+        std::thread::Builder::new()
+            .name("checkpoint".to_owned())
+            .spawn(move || {
+                // Nobody listens any more if the job was dropped.
+                let _ = sender.send(ticket.write(&snapshot));
+            })
+            .map_err(|source| Error::Process { what: "the thread that writes checkpoints".to_owned(), source })?;
+        self.pending = Some(receiver);
+        Ok(())
+    }
+
+    /// Waits for the pending write, but not beyond the generation: the write goes on without it.
+    pub(super) fn wait_or_leave(&mut self, around: &Surroundings, generation: u64) -> Result<(), Stop> {
+        while let Some(receiver) = &self.pending {
+            match receiver.recv_timeout(LOOK) {
+                Err(mpsc::RecvTimeoutError::Timeout) => around.control.check(generation)?,
+                Ok(result) => {
+                    self.pending = None;
+                    result?;
+                }
+                Err(mpsc::RecvTimeoutError::Disconnected) => self.pending = None,
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the pending write. Its error was logged.
+    pub(crate) fn wait(&mut self) {
+        if let Some(receiver) = self.pending.take() {
+            let _ = receiver.recv();
+        }
+    }
+}
+
+impl Ticket {
+    /// Writes, tells, and applies retention. A checkpoint that was given up or that exists already is no error: the
+    /// job can go on without it. A full disk is one.
+    fn write(self, snapshot: &Snapshot) -> Result<(), Error> {
+        let store = Blocking::open(&self.store.display().to_string()).map_err(|error| Error::part(&error))?;
+        let mut died = None;
+        let written = store.write_with(snapshot, &mut |point| {
+            let point = match point {
+                WritePoint::BeforeManifest => Point::BeforeManifest,
+                WritePoint::AfterManifest => Point::AfterManifest,
+            };
+            if let Err(error) = self.failpoints.reach(point, self.place) {
+                died = Some(error);
+                return Err("killed at a failpoint".to_owned());
+            }
+            if point == Point::BeforeManifest && !self.control.holds_credit(self.place.generation) {
+                return Err("the credit of this worker ran out".to_owned());
+            }
+            Ok(())
+        });
+        if let Some(error) = died {
+            self.control.die();
+            return Err(error);
+        }
+        let written = match written {
+            Ok(written) => written,
+            Err(error @ (shanty_checkpoint::Error::GivenUp { .. } | shanty_checkpoint::Error::Exists { .. })) => {
+                warn!(step = self.place.step, %error, "no checkpoint was written");
+                return Ok(());
+            }
+            Err(error) => {
+                warn!(step = self.place.step, %error, "failed to write a checkpoint");
+                return Err(Error::part(&error));
+            }
+        };
+        info!(step = self.place.step, path = %written.path, bytes = written.bytes, "checkpoint written");
+        // A closed channel means that the session is over.
+        let _ = self.reports.send(Message::Checkpoint(CheckpointWritten {
+            job_id: snapshot.job.clone(),
+            attempt: snapshot.key.attempt,
+            generation: snapshot.key.generation,
+            step: snapshot.key.step,
+            path: written.path,
+            size_bytes: written.bytes,
+            seconds: written.seconds,
+        }));
+        if let Err(error) = store.apply_retention(self.keep, &[]) {
+            warn!(%error, "old checkpoints could not be removed");
+        }
+        Ok(())
+    }
+}
