@@ -43,7 +43,9 @@ impl Client {
     pub(crate) async fn connect(address: &str) -> CommandResult<Self> {
         let unreachable = |reason: String| Error::Unreachable { address: address.to_owned(), reason };
         let endpoint = Endpoint::from_shared(address.to_owned())
-            .map_err(|error| unreachable(error.to_string()))?
+            .ok()
+            .filter(|endpoint| endpoint.uri().host().is_some() && endpoint.uri().scheme().is_some())
+            .ok_or_else(|| Error::Address { address: address.to_owned() })?
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true);
         let channel = endpoint.connect().await.map_err(|error| unreachable(innermost(&error)))?;

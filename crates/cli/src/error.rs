@@ -48,6 +48,9 @@ pub(crate) enum Error {
     #[error("`{}` holds several jobs: {jobs}", store.display())]
     WhichJob { store: PathBuf, jobs: String },
 
+    #[error("`{address}` is no address of a coordinator")]
+    Address { address: String },
+
     #[error("`{flag}` is {value}, {rule}")]
     Impossible { flag: &'static str, value: String, rule: String },
 
@@ -105,6 +108,7 @@ impl Diagnose for Error {
             }
             Self::Start { .. } => new("SH0912").kind(Kind::Transient),
             Self::WhichJob { .. } => new("SH0913").hint("name one"),
+            Self::Address { .. } => new("SH0916").hint("for example http://127.0.0.1:7461"),
             Self::Impossible { .. } => new("SH0915"),
             Self::Answer { .. } => new("SH0914").kind(Kind::Internal),
         }
