@@ -9,8 +9,11 @@ pub(crate) enum Error {
     #[error("{message}")]
     Usage { message: String, hint: String },
 
-    #[error("run folder `{}` already holds job `{job}`, which {what}", store.display())]
-    StoreTaken { store: PathBuf, job: String, what: &'static str, resume: String },
+    #[error("run folder `{}` of job `{job}` is taken: it holds a finished or interrupted run", store.display())]
+    StoreTaken { store: PathBuf, job: String, resume: String },
+
+    #[error("job `{job}` in `{}` has succeeded: nothing is left to do", store.display())]
+    Finished { store: PathBuf, job: String },
 
     #[error("nothing to resume in `{}`", store.display())]
     NothingToResume { store: PathBuf, run: String },
@@ -72,6 +75,9 @@ impl Diagnose for Error {
             Self::StoreTaken { resume, .. } => new("SH0902").hint(format!(
                 "go on with `{resume}`, or choose another folder with `--set checkpoint.store=…`"
             )),
+            Self::Finished { .. } => new("SH0903").hint(
+                "to train it anew, choose another folder: `shanty run … --set checkpoint.store=…`",
+            ),
             Self::NothingToResume { run, .. } => new("SH0903").hint(format!("start it with `{run}`")),
             Self::NoCoordinator => new("SH0904").hint(
                 "say `--coordinator URL`, set SHANTY_COORDINATOR, or give the run folder with `--store runs/NAME`",

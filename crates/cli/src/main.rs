@@ -11,8 +11,10 @@ mod error;
 mod failure;
 mod format;
 mod job_file;
+mod preflight;
 mod progress;
 mod run;
+mod sample;
 mod ui;
 mod watch;
 

@@ -86,6 +86,11 @@ impl Ui {
         }
     }
 
+    /// Tells people and the readers of a script's log something on stderr.
+    pub(crate) fn always_note(&self, text: &str) {
+        write_stderr(text);
+    }
+
     /// Warns people on stderr; scripts are spared.
     pub(crate) fn warn(&self, text: impl AsRef<str>) {
         let mark = paint(self.color_on_stderr(), Paint::Yellow, "warning:");

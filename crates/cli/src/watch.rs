@@ -3,10 +3,10 @@
 use std::{collections::HashSet, time::Duration};
 
 use shanty_proto::v1::{
-    Checkpoint, Evaluation, Event, JobStatus, ListStepsRequest, StepRecord, WatchJobRequest,
+    Checkpoint, Evaluation, Event, JobState, JobStatus, ListStepsRequest, StepRecord, WatchJobRequest,
     watch_job_response::Update,
 };
-use tokio::time::sleep;
+use tokio::{sync::watch, time::sleep};
 use tonic::Code;
 
 use crate::{
@@ -27,6 +27,7 @@ pub(crate) struct Watcher<'a> {
     evaluations: HashSet<(u64, u64)>,
     checkpoints: HashSet<(u32, u64, u64)>,
     events: HashSet<(u64, String, String, u64)>,
+    state: watch::Sender<JobState>,
 }
 
 /// Why a watch ended before the job did.
@@ -57,7 +58,13 @@ impl<'a> Watcher<'a> {
             evaluations: HashSet::new(),
             checkpoints: HashSet::new(),
             events: HashSet::new(),
+            state: watch::Sender::new(JobState::Unspecified),
         }
+    }
+
+    /// The job's state, as it changes.
+    pub(crate) fn state(&self) -> watch::Receiver<JobState> {
+        self.state.subscribe()
     }
 
     /// Leaves out what happened before: steps up to `from_step`, and what `status` tells of.
@@ -140,6 +147,7 @@ impl<'a> Watcher<'a> {
 
     fn show_status(&mut self, status: &JobStatus, reporter: &mut Reporter) -> CommandResult<()> {
         reporter.status(status);
+        self.state.send_replace(status.state());
         for evaluation in &status.evaluations {
             self.show_evaluation(evaluation, reporter)?;
         }

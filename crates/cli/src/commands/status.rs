@@ -5,9 +5,9 @@ use shanty_proto::v1::{JobStatus, Ledger, Member};
 
 use crate::{
     client::{Target, block_on},
-    commands::run::end_of_job,
     failure::{CommandResult, Exit},
     format,
+    run::ending::end_of_job,
     progress::{self, Reporter, is_over, phase_name, state_name},
     ui::{Paint, Ui, paint},
     watch::Watcher,
