@@ -315,7 +315,8 @@ impl Error {
     fn hint(&self) -> Option<String> {
         let hint = match self {
             Self::NoInput { .. } => {
-                "`data.train` and `data.eval` take a path or a glob; relative ones start at the job file".to_owned()
+                "`data.train` and `data.eval` take a path or a glob; relative ones start at the job file"
+                    .to_owned()
             }
             Self::InvalidUtf8 { .. } => "convert the file, for example with `iconv -t UTF-8`".to_owned(),
             Self::InvalidJson { .. } => "JSON Lines have one whole JSON object on each line".to_owned(),
@@ -329,10 +330,12 @@ impl Error {
                 "the model folder must hold the `tokenizer.json` of a fast tokenizer".to_owned()
             }
             Self::NoChatTemplate { .. } => {
-                "add `chat_template.jinja` to the model folder, or give the data as prompt and completion".to_owned()
+                "add `chat_template.jinja` to the model folder, or give the data as prompt and completion"
+                    .to_owned()
             }
             Self::NotPrefixStable { .. } => {
-                "mark the assistant's words with {% generation %} … {% endgeneration %} in the chat template".to_owned()
+                "mark the assistant's words with {% generation %} … {% endgeneration %} in the chat template"
+                    .to_owned()
             }
             Self::SplitToken { .. } => {
                 "template and tokenizer are of different models, or the token was never added; \

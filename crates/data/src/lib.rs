@@ -4,22 +4,25 @@
 //! a hashed folder in bounded memory. [`Prepared`] reads rows from it by number. [`order`] says which
 //! rows a step trains. [`Tokenizer`] is also what generation uses.
 
+mod artefact;
 mod error;
+mod form;
 mod format;
 pub mod order;
 mod pack;
 mod prepare;
-mod prepared;
 mod row;
+mod sample;
+mod source;
 mod summary;
 mod tokenizer;
 
 pub use crate::{
+    artefact::Prepared,
     error::{Error, Place},
     format::Format,
     prepare::{PrepareOptions, Progress, Stage, prepare},
-    prepared::Prepared,
     row::{Row, SampleSource, Segment, Split},
     summary::{Dropped, SplitSummary, Summary},
-    tokenizer::{Encoded, Message, Tokenizer},
+    tokenizer::{Encoded, Message, Rendered, Tokenizer},
 };

@@ -101,7 +101,10 @@ impl Order {
     /// [`Error::Impossible`] if either is 0.
     pub fn new(seed: u64, rows: u64, global_batch_size: u64) -> Result<Self, Error> {
         if rows == 0 {
-            return Err(Error::Impossible { option: "rows", reason: "there are no rows to order".to_owned() });
+            return Err(Error::Impossible {
+                option: "rows",
+                reason: "there are no rows to order".to_owned(),
+            });
         }
         if global_batch_size == 0 {
             let reason = "a step must have at least one row".to_owned();

@@ -11,8 +11,6 @@ pub struct Summary {
     pub hash: String,
     /// BLAKE3 over the tokenizer's files and chat template; hexadecimal.
     pub tokenizer_hash: String,
-    /// The form that the rows have: `text`, `prompt-completion` or `messages`.
-    pub form: String,
     /// Longest row, tokens.
     pub max_length: u32,
     /// Whether several samples share a row.
@@ -39,6 +37,8 @@ impl Summary {
 /// Figures of one split.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct SplitSummary {
+    /// The form that the rows have: `text`, `prompt-completion` or `messages`.
+    pub form: String,
     /// Data files.
     pub files: u64,
     /// Records of those files.
