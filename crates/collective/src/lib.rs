@@ -35,6 +35,7 @@
 //! ```
 
 mod abort;
+mod check;
 mod error;
 pub mod local;
 pub mod sum;
