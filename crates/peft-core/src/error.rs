@@ -6,6 +6,8 @@ use std::{io, path::PathBuf};
 
 use shanty_diagnostic::{Diagnose, Diagnostic, Kind};
 
+use crate::engine::StepError;
+
 /// A result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -262,6 +264,9 @@ pub enum Error {
         /// The length it should have.
         expected: usize,
     },
+    /// A pass over rows failed.
+    #[error(transparent)]
+    Step(#[from] StepError),
 }
 
 /// "1 tensor", "12 tensors".
@@ -307,6 +312,7 @@ impl Error {
             Self::AdapterPrefix { .. } => "SH0415",
             Self::Write { origin, .. } => origin.code("SH0314", "SH0409"),
             Self::Length { .. } => "SH0399",
+            Self::Step(error) => error.code(),
         }
     }
 
@@ -346,12 +352,14 @@ impl Error {
                 _ => Kind::Transient,
             },
             Self::Length { .. } => Kind::Internal,
+            Self::Step(error) => error.kind(),
             _ => Kind::User,
         }
     }
 
     fn hint(&self) -> Option<String> {
         let hint = match self {
+            Self::Step(error) => return error.hint(),
             Self::Read { origin: Origin::Base, .. } => {
                 "a base is a folder in Hugging Face layout: config.json and model.safetensors, \
                  or model.safetensors.index.json with its shards"

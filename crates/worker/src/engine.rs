@@ -5,7 +5,7 @@ mod peft;
 use std::path::Path;
 
 use shanty_config::job::JobSpec;
-use shanty_peft_core::batch::Row;
+use shanty_data::Row;
 
 use crate::Error;
 

@@ -95,14 +95,6 @@ pub enum Error {
         /// What it said.
         reason: String,
     },
-    /// The address for the collective cannot be listened on.
-    #[error("failed to listen for other workers on {address}: {reason}")]
-    Listen {
-        /// The address.
-        address: String,
-        /// Why.
-        reason: String,
-    },
     /// A device that this build cannot use.
     #[error("device `{device}` was asked for: this build has no CUDA engine yet")]
     NoCudaEngine {
@@ -161,3 +153,31 @@ impl Diagnose for Error {
                 ("SH0604", Kind::Internal, Some("coordinator and workers must be of the same version"))
             }
             Self::WrongRows { .. } => ("SH0605", Kind::Internal, None),
+            Self::RowLog { .. } => ("SH0606", Kind::Transient, Some("is the disk full, or the job's store read-only?")),
+            Self::WriteAdapter { .. } => {
+                ("SH0607", Kind::Transient, Some("free the disk, then `shanty resume`: the last checkpoint is whole"))
+            }
+            Self::TrainerGone => ("SH0608", Kind::Internal, None),
+            Self::Failpoint { .. } | Self::Killed => {
+                ("SH0609", Kind::User, Some("for example after_reduction@step=5,rank=1; unset SHANTY_FAILPOINT"))
+            }
+            Self::Address { .. } => ("SH0750", Kind::User, Some("for example http://127.0.0.1:7461")),
+            Self::Process { .. } => ("SH0751", Kind::Transient, None),
+            Self::Refused { .. } => ("SH0752", Kind::User, Some("coordinator and workers must be of the same version")),
+            Self::NoCudaEngine { .. } => ("SH0801", Kind::User, Some("use `--device cpu`")),
+        };
+        let diagnostic = Diagnostic::new(code, self).kind(kind);
+        match hint {
+            Some(hint) => diagnostic.hint(hint),
+            None => diagnostic,
+        }
+    }
+}
+
+fn in_rows(rows: &[u64]) -> String {
+    match rows {
+        [] => " in the rows of another worker".to_owned(),
+        [row] => format!(" in row {row}"),
+        rows => format!(" in one of rows {}", rows.iter().map(u64::to_string).collect::<Vec<_>>().join(", ")),
+    }
+}

@@ -46,6 +46,16 @@ impl JobPlan {
         self.data.steps
     }
 
+    /// All rows of a step.
+    pub(crate) fn rows_of_step(&self, step: u64) -> Vec<u64> {
+        self.order.step_rows(step)
+    }
+
+    /// The epoch that the step after `applied` updates falls in, from 0.
+    pub(crate) fn epoch_after(&self, applied: u64) -> u64 {
+        self.order.epoch_of(applied + 1)
+    }
+
     /// Rows of one rank in a regular step.
     pub(crate) fn rows_of_rank(&self, step: u64, world_size: u32, rank: u32) -> Vec<u64> {
         order::slice(&self.order.step_rows(step), world_size, rank).to_vec()

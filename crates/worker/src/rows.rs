@@ -6,7 +6,7 @@ use std::{
 };
 
 use shanty_data::order::row_hash;
-use shanty_peft_core::batch::{Row, Segment};
+use shanty_data::{Row, Segment};
 use shanty_proto::v1::{
     Announcement, LeaseRowsRequest, LeaseRowsResponse, worker_service_client::WorkerServiceClient,
 };

