@@ -55,10 +55,7 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
         let reason = format!("{id} is not below the vocabulary of {vocabulary}");
         return Err(Error::Ids { reason }.into());
     }
-    let mut logits = Vec::with_capacity(rows.len() * tokens * vocabulary);
-    for row in &rows {
-        logits.extend(model.logits(row)?);
-    }
+    let logits = model.logits(&rows)?;
     let shape = [rows.len(), tokens, vocabulary];
     write(&args.out, &shape, &logits)?;
     ui.data(&json!({ "out": args.out, "shape": shape }), |_| {
