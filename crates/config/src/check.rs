@@ -28,7 +28,7 @@ impl Checker<'_> {
             (Shape::Table(_), Node::Table(_)) => return self.table(key, item, shape),
             (Shape::Integer { max }, Node::Integer(value)) => self.integer(key, item, *value, *max)?,
             (Shape::Integer { .. } | Shape::Number, Node::HugeInteger(digits)) => {
-                return self.impossible(key, item, digits, "more than 64 bits hold");
+                return self.impossible(key, item, digits, &format!("must be at most {}", i64::MAX));
             }
             (Shape::Number, Node::Integer(value)) => (*value).into(),
             (Shape::Number, Node::Float(value)) => (*value).into(),
@@ -99,7 +99,7 @@ impl Checker<'_> {
             words: quoted(known()),
             hint: Some(match suggest::closest(word, known()) {
                 Some(close) => format!("did you mean `{close}`?"),
-                None => format!("this version knows {}", quoted(known())),
+                None => "docs/reference/job.md says what each of them does".to_owned(),
             }),
             place: (self.place)(&item.span),
         });

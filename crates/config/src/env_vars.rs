@@ -20,7 +20,10 @@ pub const NO_COLOR: &str = "NO_COLOR";
 
 /// All of them, in the order of the alphabet. `docs/reference/environment.md` is made from this list.
 pub const ENVIRONMENT_VARIABLES: &[EnvironmentVariable] = &[
-    EnvironmentVariable { name: NO_COLOR, doc: "Set to anything but nothing, it turns colour off everywhere." },
+    EnvironmentVariable {
+        name: NO_COLOR,
+        doc: "Set to anything but nothing, it turns colour off everywhere.",
+    },
     EnvironmentVariable {
         name: SHANTY_COORDINATOR,
         doc: "URL of the coordinator that `submit`, `jobs`, `status`, `logs`, `cancel`, `resume`, `checkpoints` and \

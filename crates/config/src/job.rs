@@ -80,7 +80,7 @@ described! {
     #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
     #[serde(deny_unknown_fields)]
     pub struct AdapterSpec {
-        /// The method.
+        /// How the base is adapted.
         #[serde(default)]
         pub method: Method,
         /// Rank of the update.
@@ -92,7 +92,7 @@ described! {
         /// Share of the adapter's inputs set to zero while training.
         #[serde(default)]
         pub lora_dropout: f32,
-        /// Rank-stabilised scale.
+        /// Whether the scale is rank-stabilised (rsLoRA): `lora_alpha / sqrt(r)`.
         #[serde(default)]
         pub use_rslora: bool,
         /// `"all-linear"`, a list of name suffixes, or a regular expression that must match the whole name.
@@ -173,11 +173,11 @@ described! {
         /// Detected from the columns.
         #[default]
         Auto,
-        /// `text`: every token is trained.
+        /// A column `text`: every token is trained.
         Text,
-        /// `prompt`, `completion`: the completion is trained.
+        /// Columns `prompt` and `completion`: the completion is trained.
         PromptCompletion,
-        /// `messages`: what the assistant says is trained.
+        /// A column `messages`: what the assistant says is trained.
         Messages,
     }
 
@@ -242,11 +242,11 @@ described! {
     #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
     #[serde(rename_all = "lowercase")]
     pub enum Schedule {
-        /// It stays.
+        /// It stays where it is.
         Constant,
-        /// To 0 in a line.
+        /// It falls to 0 in a straight line.
         Linear,
-        /// To 0 along half a cosine.
+        /// It falls to 0 along half a cosine.
         #[default]
         Cosine,
     }
@@ -255,12 +255,12 @@ described! {
     #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
     #[serde(rename_all = "lowercase")]
     pub enum Recompute {
-        /// From the memory that is there.
+        /// Decided by the memory that is there.
         #[default]
         Auto,
-        /// Keep them.
+        /// Everything is kept: fastest.
         Never,
-        /// Keep layer inputs, compute the rest again.
+        /// Layer inputs are kept, the rest is computed again: least memory.
         Layers,
     }
 

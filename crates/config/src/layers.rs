@@ -28,6 +28,8 @@ pub(crate) struct Layers<'a> {
     pub(crate) environment: Vec<(String, String)>,
     /// Dotted keys and values, in the order of the command line.
     pub(crate) flags: &'a [(String, String)],
+    /// How such a key and value are typed.
+    pub(crate) flag: fn(&str, &str) -> String,
     /// Keys that must be given, each with a value as an example.
     pub(crate) required: &'static [(&'static str, &'static str)],
 }
@@ -63,7 +65,7 @@ impl Layers<'_> {
             }
         }
         for (key, text) in self.flags {
-            let place = Place::Flag { text: format!("--set {key}={text}") };
+            let place = Place::Flag { text: (self.flag)(key, text) };
             if let Some(value) = typed(&shape, key, text, &place, self.prefix, &mut errors) {
                 builder = builder.add_source(Layer(Map::from([(key.clone(), value)])));
                 sources.flags.push((key.clone(), place));
@@ -101,8 +103,7 @@ pub(crate) fn parse(path: &Path, text: String) -> Result<Document, Errors> {
     // Kept for the position of an error: the parser takes the text.
     let shown = text.clone();
     Document::parse(text).map_err(|error| {
-        let place =
-            Place::File { path: path.to_owned(), at: Some(position_in(&shown, &error.span)) };
+        let place = Place::File { path: path.to_owned(), at: Some(position_in(&shown, &error.span)) };
         let reason = error.message.replace('\n', ", ");
         Error::Syntax { hint: syntax_hint(&reason), reason, place }.into()
     })
@@ -178,7 +179,9 @@ fn fallback(error: ConfigError, sources: &Sources) -> Errors {
         ConfigError::Type { key: Some(key), unexpected, expected, .. } => {
             (key.clone(), (*expected).to_owned(), unexpected.to_string())
         }
-        ConfigError::At { key: Some(key), error, .. } => (key.clone(), "readable".to_owned(), error.to_string()),
+        ConfigError::At { key: Some(key), error, .. } => {
+            (key.clone(), "readable".to_owned(), error.to_string())
+        }
         _ => {
             let place = Place::File { path: sources.path.clone(), at: None };
             return Error::Syntax { reason: error.to_string(), hint: None, place }.into();

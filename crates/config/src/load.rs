@@ -46,6 +46,7 @@ pub fn load_job_with(
         prefix: JOB_PREFIX,
         environment,
         flags: overrides,
+        flag: |key, value| format!("--set {key}={value}"),
         required: JOB_REQUIRED,
     };
     let (mut spec, sources) = layers.load::<JobSpec>()?;

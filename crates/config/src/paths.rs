@@ -38,11 +38,16 @@ pub(crate) fn absolute_pattern(folder: &Path, pattern: &str) -> String {
     if pattern.contains("://") || pattern.is_empty() {
         return pattern.to_owned();
     }
+    // A name that exists is taken as it is, also with brackets in it.
+    let named = absolute(folder, Path::new(pattern));
+    if named.exists() {
+        return named.to_string_lossy().into_owned();
+    }
     let first_glob = Path::new(pattern)
         .components()
         .position(|part| part.as_os_str().to_string_lossy().contains(['*', '?', '[']));
     let Some(first_glob) = first_glob else {
-        return absolute(folder, Path::new(pattern)).to_string_lossy().into_owned();
+        return named.to_string_lossy().into_owned();
     };
     let parts: Vec<Component<'_>> = Path::new(pattern).components().collect();
     let plain: PathBuf = parts[..first_glob].iter().collect();
@@ -78,6 +83,16 @@ mod tests {
         assert_eq!(absolute_pattern(Path::new("/jobs/a"), "../d/*.jsonl"), "/jobs/d/*.jsonl");
         assert_eq!(absolute_pattern(Path::new("/jo[b]s"), "d/*.jsonl"), "/jo[[]b[]]s/d/*.jsonl");
         assert_eq!(absolute_pattern(Path::new("/jobs"), "s3://bucket/*.jsonl"), "s3://bucket/*.jsonl");
+    }
+
+    #[test]
+    fn a_file_with_brackets_in_its_name_is_no_glob() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("d[1]");
+        std::fs::create_dir(&path).expect("create");
+        std::fs::write(path.join("a[2].jsonl"), "").expect("write");
+        let named = absolute_pattern(&path, "a[2].jsonl");
+        assert_eq!(Path::new(&named), path.join("a[2].jsonl"));
     }
 
     #[cfg(unix)]

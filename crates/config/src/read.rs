@@ -6,13 +6,17 @@ use std::{
     path::Path,
 };
 
-use crate::{document::position_in, error::Error, place::Place};
+use crate::{
+    document::position_in,
+    error::{Error, Errors},
+    place::Place,
+};
 
 /// Nobody writes a larger one by hand; a larger one is some other file.
 const LARGEST_BYTES: u64 = 4 << 20;
 
 /// The text of a file, without a byte order mark.
-pub(crate) fn text(path: &Path) -> Result<String, Error> {
+pub(crate) fn text(path: &Path) -> Result<String, Errors> {
     let mut bytes = Vec::new();
     let length = File::open(path)
         .and_then(|file| file.take(LARGEST_BYTES + 1).read_to_end(&mut bytes))
@@ -22,7 +26,8 @@ pub(crate) fn text(path: &Path) -> Result<String, Error> {
             path: path.to_owned(),
             reason: format!("it is larger than {} MiB", LARGEST_BYTES >> 20),
             hint: Some("name the TOML file, not data or a model".to_owned()),
-        });
+        }
+        .into());
     }
     let text = String::from_utf8(bytes).map_err(|error| not_utf8(path, &error))?;
     Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
@@ -54,5 +59,9 @@ fn not_utf8(path: &Path, error: &std::string::FromUtf8Error) -> Error {
     };
     let before = String::from_utf8_lossy(&bytes[..good]);
     let at = position_in(&before, &(good..good));
-    Error::NotUtf8 { path: path.to_owned(), found, place: Place::File { path: path.to_owned(), at: Some(at) } }
+    Error::NotUtf8 {
+        path: path.to_owned(),
+        found,
+        place: Place::File { path: path.to_owned(), at: Some(at) },
+    }
 }

@@ -143,13 +143,13 @@ impl Window {
         let at_fault = lines.get(line - first)?;
         let start = column.saturating_sub(1).min(at_fault.chars().count());
         // A long line is cut around the fault; its neighbours are cut the same way, to stay below each other.
-        let cut = if at_fault.chars().count() > SHOWN_CHARS { start.saturating_sub(SHOWN_CHARS / 2) } else { 0 };
+        let cut =
+            if at_fault.chars().count() > SHOWN_CHARS { start.saturating_sub(SHOWN_CHARS / 2) } else { 0 };
         let shown: Vec<String> =
             lines.iter().map(|line| line.chars().skip(cut).take(SHOWN_CHARS).collect()).collect();
         let before: usize = shown[..line - first].iter().map(|line| line.len() + 1).sum();
-        let bytes_of = |chars: usize| -> usize {
-            shown[line - first].chars().take(chars).map(char::len_utf8).sum()
-        };
+        let bytes_of =
+            |chars: usize| -> usize { shown[line - first].chars().take(chars).map(char::len_utf8).sum() };
         let (from, to) = (bytes_of(start - cut), bytes_of(start - cut + width.max(1)));
         Some(Self {
             name: file.display().to_string(),

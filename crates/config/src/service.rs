@@ -35,11 +35,11 @@ described! {
         pub insecure: bool,
         /// How often a worker reports that it is alive, milliseconds.
         pub beat_interval_ms: u64,
-        /// Silence after which a worker counts as lost, milliseconds.
+        /// Silence after which a worker counts as lost though its connection is up, milliseconds.
         pub lost_after_ms: u64,
         /// How long a worker may go on without the coordinator, milliseconds.
         pub credit_ms: u64,
-        /// How long to wait for more workers before a job starts with those that are there, milliseconds.
+        /// How long to wait for more workers once the least number is ready, milliseconds.
         pub gather_ms: u64,
         /// How many steps a worker may go beyond the last step that is known to be committed.
         pub steps_ahead: u64,
@@ -61,6 +61,8 @@ described! {
         pub logs: Option<PathBuf>,
         /// Address on which other workers reach this one for reductions; each process takes a free port of it.
         pub bind: String,
+        /// Host or address that other workers are told, where it is not `bind`.
+        pub advertise: Option<String>,
     }
 }
 
@@ -70,11 +72,11 @@ impl Default for CoordinatorFile {
             listen: "127.0.0.1:7461".to_owned(),
             state_dir: PathBuf::from(".shanty/coordinator"),
             insecure: false,
-            beat_interval_ms: 500,
-            lost_after_ms: 4_000,
-            credit_ms: 30_000,
-            gather_ms: 2_000,
-            steps_ahead: 4,
+            beat_interval_ms: 250,
+            lost_after_ms: 3_000,
+            credit_ms: 20_000,
+            gather_ms: 3_000,
+            steps_ahead: 12,
         }
     }
 }
@@ -88,6 +90,7 @@ impl Default for WorkerFile {
             state_dir: PathBuf::from(".shanty/worker"),
             logs: None,
             bind: "127.0.0.1".to_owned(),
+            advertise: None,
         }
     }
 }
@@ -145,11 +148,18 @@ pub(crate) fn load_coordinator_with(
     environment: Vec<(String, String)>,
     overrides: &[(String, String)],
 ) -> Result<Loaded<CoordinatorFile>, Errors> {
-    let layers =
-        Layers { file, prefix: COORDINATOR_PREFIX, environment, flags: overrides, required: &[] };
+    let layers = Layers {
+        file,
+        prefix: COORDINATOR_PREFIX,
+        environment,
+        flags: overrides,
+        flag: own_flag,
+        required: &[],
+    };
     let (mut value, sources) = layers.load::<CoordinatorFile>()?;
     Errors::check(coordinator_errors(&value, |key| sources.locate(key)))?;
-    value.state_dir = absolute(&folder_of(&sources.locate_named("state_dir"), &sources.path), &value.state_dir);
+    value.state_dir =
+        absolute(&folder_of(&sources.locate_named("state_dir"), &sources.path), &value.state_dir);
     Ok(Loaded { value, warnings: Vec::new(), sources })
 }
 
@@ -157,7 +167,10 @@ pub(crate) fn load_coordinator_with(
 ///
 /// # Errors
 /// All that is wrong, each with its place.
-pub fn load_worker(file: Option<&Path>, overrides: &[(String, String)]) -> Result<Loaded<WorkerFile>, Errors> {
+pub fn load_worker(
+    file: Option<&Path>,
+    overrides: &[(String, String)],
+) -> Result<Loaded<WorkerFile>, Errors> {
     load_worker_with(file, process_environment(), overrides)
 }
 
@@ -166,14 +179,21 @@ pub(crate) fn load_worker_with(
     environment: Vec<(String, String)>,
     overrides: &[(String, String)],
 ) -> Result<Loaded<WorkerFile>, Errors> {
-    let layers = Layers { file, prefix: WORKER_PREFIX, environment, flags: overrides, required: &[] };
+    let layers =
+        Layers { file, prefix: WORKER_PREFIX, environment, flags: overrides, flag: own_flag, required: &[] };
     let (mut value, sources) = layers.load::<WorkerFile>()?;
     Errors::check(worker_errors(&value, |key| sources.locate(key)))?;
-    value.state_dir = absolute(&folder_of(&sources.locate_named("state_dir"), &sources.path), &value.state_dir);
+    value.state_dir =
+        absolute(&folder_of(&sources.locate_named("state_dir"), &sources.path), &value.state_dir);
     if let Some(logs) = &value.logs {
         value.logs = Some(absolute(&folder_of(&sources.locate_named("logs"), &sources.path), logs));
     }
     Ok(Loaded { value, warnings: Vec::new(), sources })
+}
+
+/// A key of a service's file as the flag of its command: `beat_interval_ms` is `--beat-interval-ms`.
+fn own_flag(key: &str, value: &str) -> String {
+    format!("--{} {value}", key.replace('_', "-"))
 }
 
 fn impossible(

@@ -58,6 +58,10 @@ pub(crate) fn closest_key(root: &Shape, parent: &str, key: &str) -> Option<Strin
             root.find(meant).map(|_| (*meant).to_owned())
         })
         .or_else(|| tables().find(|table| *table == key).map(str::to_owned))
+        .or_else(|| {
+            let begins = |sibling: &&str| sibling.len() >= 3 && key.starts_with(*sibling);
+            siblings.iter().map(|field| field.key).find(begins).map(|sibling| join_key(parent, sibling))
+        })
 }
 
 /// Letters to insert, delete, replace or swap with their neighbour until `a` is `b`.
@@ -110,6 +114,7 @@ mod tests {
         assert_eq!(closest_key(&shape, "", "learning_rate").as_deref(), Some("train.learning_rate"));
         assert_eq!(closest_key(&shape, "train", "lora_alpha").as_deref(), Some("adapter.lora_alpha"));
         assert_eq!(closest_key(&shape, "train", "lr").as_deref(), Some("train.learning_rate"));
+        assert_eq!(closest_key(&shape, "cluster.workers", "maximum").as_deref(), Some("cluster.workers.max"));
         assert_eq!(closest_key(&shape, "adapter", "zzzzz"), None);
     }
 }

@@ -128,7 +128,12 @@ fn adapter(spec: &JobSpec, findings: &mut Findings) {
             findings.require_hinted(!names.is_empty(), "adapter.target_modules", "empty", rule, all_linear);
             for (index, name) in names.iter().enumerate() {
                 let key = format!("adapter.target_modules[{index}]");
-                findings.require(!name.trim().is_empty(), &key, "empty", "must be a module's name or its end");
+                findings.require(
+                    !name.trim().is_empty(),
+                    &key,
+                    "empty",
+                    "must be a module's name or its end",
+                );
                 let hint = Some("write `target_modules = \"all-linear\"`, without brackets");
                 let rule = "has that meaning only as a text of its own, not in a list";
                 findings.require_hinted(name != "all-linear", &key, "`all-linear`", rule, hint);
@@ -163,9 +168,10 @@ fn pattern(key: &str, pattern: &str, findings: &mut Findings) {
         Some("object stores are not read yet: copy the data here first"),
     );
     if let Err(error) = glob::Pattern::new(pattern) {
-        // A file may be named so; only a glob that is one must be well formed.
         let rule = format!("no valid glob: {} at character {}", error.msg, error.pos + 1);
-        findings.require(std::path::Path::new(pattern).exists(), key, shown, &rule);
+        let hint =
+            Some("`*`, `?` and `[abc]` match letters, `**` matches folders; write `[[]` for a bracket");
+        findings.require_hinted(false, key, shown, &rule, hint);
     }
 }
 

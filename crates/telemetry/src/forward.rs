@@ -158,7 +158,8 @@ impl Visit for Fields {
 
     fn record_str(&mut self, field: &Field, value: &str) {
         // A word needs no quotes; a text with spaces does, or its end is lost.
-        let is_word = !value.is_empty() && !value.contains(|letter: char| letter.is_whitespace() || letter == '"');
+        let is_word =
+            !value.is_empty() && !value.contains(|letter: char| letter.is_whitespace() || letter == '"');
         if is_word || field.name() == "message" {
             self.record_debug(field, &format_args!("{value}"));
         } else {

@@ -114,7 +114,8 @@ fn build(
     if let Some(path) = options.file {
         let file = rotate::Rotating::open(&path).map_err(|source| Error::File { path, source })?;
         // Lossy on purpose: a slow disk must not slow training.
-        let (writer, worker) = NonBlockingBuilder::default().lossy(true).thread_name("shanty-log").finish(file);
+        let (writer, worker) =
+            NonBlockingBuilder::default().lossy(true).thread_name("shanty-log").finish(file);
         guard.file_drops = Some(writer.error_counter());
         guard._file = Some(worker);
         let lines = tracing_subscriber::fmt::layer().with_writer(writer).json().flatten_event(true);

@@ -39,7 +39,8 @@ fn a_listener_gets_message_fields_and_the_spans_around() {
 #[test]
 fn a_full_listener_drops_lines_and_counts_them() {
     let (sender, receiver) = sync_channel(2);
-    let (layers, guard) = build(Options { forward: Some(sender.into()), ..quiet() }, &nothing).expect("start");
+    let (layers, guard) =
+        build(Options { forward: Some(sender.into()), ..quiet() }, &nothing).expect("start");
     with_layers(layers, || {
         for number in 0..5 {
             info!(number, "line");
@@ -70,8 +71,7 @@ fn the_file_holds_one_json_object_a_line_when_the_guard_is_gone() {
 #[test]
 fn the_variable_wins_over_the_level_and_a_wrong_one_is_answered() {
     let (sender, receiver) = sync_channel(8);
-    let options =
-        Options { level: Some("error".to_owned()), forward: Some(sender.into()), ..quiet() };
+    let options = Options { level: Some("error".to_owned()), forward: Some(sender.into()), ..quiet() };
     let environment = |name: &str| (name == SHANTY_LOG).then(|| "shanty_telemetry=debug".to_owned());
     let (layers, _guard) = build(options, &environment).expect("start");
     with_layers(layers, || debug!("seen"));

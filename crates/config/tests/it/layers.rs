@@ -37,7 +37,8 @@ fn flags_win_over_variables_win_over_the_file_wins_over_defaults() {
 
 #[test]
 fn of_two_flags_for_one_key_the_later_wins() {
-    let job = Bench::new().load_with(GOOD, &[], &[("train.steps", "3"), ("train.steps", "4")]).expect("right");
+    let job =
+        Bench::new().load_with(GOOD, &[], &[("train.steps", "3"), ("train.steps", "4")]).expect("right");
     assert_eq!(job.value.train.steps, Some(4));
     assert_eq!(job.locate("train.steps"), Place::Flag { text: "--set train.steps=4".to_owned() });
 }

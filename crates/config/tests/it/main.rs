@@ -1,6 +1,7 @@
 //! A job file from text to typed value, and every way in which it can be wrong.
 
 mod layers;
+mod properties;
 mod reference;
 mod rendered;
 mod services;
@@ -11,12 +12,12 @@ use std::path::{Path, PathBuf};
 use shanty_config::{Errors, JobSpec, Loaded, load_job_with};
 
 /// A folder with a model, data and a job file.
-pub struct Bench {
+pub(crate) struct Bench {
     folder: tempfile::TempDir,
 }
 
 impl Bench {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let bench = Self { folder };
         bench.write("model/config.json", r#"{"model_type": "llama", "max_position_embeddings": 512}"#);
@@ -26,15 +27,15 @@ impl Bench {
         bench
     }
 
-    pub fn folder(&self) -> &Path {
+    pub(crate) fn folder(&self) -> &Path {
         self.folder.path()
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    pub fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
+    pub(crate) fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
         let path = self.path(name);
         let folder = path.parent().expect("it lies in a folder");
         std::fs::create_dir_all(folder).expect("create the folder");
@@ -43,11 +44,11 @@ impl Bench {
     }
 
     /// Loads a job file of this text with no other layer.
-    pub fn load(&self, text: impl AsRef<[u8]>) -> Result<Loaded<JobSpec>, Errors> {
+    pub(crate) fn load(&self, text: impl AsRef<[u8]>) -> Result<Loaded<JobSpec>, Errors> {
         self.load_with(text, &[], &[])
     }
 
-    pub fn load_with(
+    pub(crate) fn load_with(
         &self,
         text: impl AsRef<[u8]>,
         environment: &[(&str, &str)],
@@ -58,12 +59,12 @@ impl Bench {
     }
 }
 
-pub fn owned(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
+pub(crate) fn owned(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
     pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
 }
 
 /// A right job file; line numbers matter to no test that uses it.
-pub const GOOD: &str = r#"
+pub(crate) const GOOD: &str = r#"
 name = "pirate"
 [base]
 model = "model"

@@ -115,7 +115,8 @@ fn colour_adds_escapes_and_its_absence_leaves_plain_ascii() {
 
 #[test]
 fn a_place_that_is_gone_is_still_told() {
-    let error = Diagnostic::new("SH0103", "wrong").in_file("/gone.toml").at_line(4).at_column(2, 1).hint("look");
+    let error =
+        Diagnostic::new("SH0103", "wrong").in_file("/gone.toml").at_line(4).at_column(2, 1).hint("look");
     let plain = render(&error, false);
     assert!(plain.contains("in /gone.toml:4:2") && plain.contains("hint: look"), "{plain}");
 }
@@ -128,6 +129,9 @@ fn scripts_get_one_object_in_one_line() {
     let object: serde_json::Value = serde_json::from_str(&line).expect("JSON");
     let keys: Vec<&String> = object.as_object().expect("an object").keys().collect();
     assert_eq!(keys, ["code", "message", "file", "line", "column", "hint"]);
-    assert_eq!((&object["code"], &object["line"], &object["column"]), (&"SH0103".into(), &10.into(), &8.into()));
+    assert_eq!(
+        (&object["code"], &object["line"], &object["column"]),
+        (&"SH0103".into(), &10.into(), &8.into())
+    );
     assert!(!line.contains('\n'));
 }

@@ -10,7 +10,7 @@ fn the_services_start_without_a_file() {
     let coordinator = load_coordinator(None, &[]).expect("the defaults are right").value;
     assert_eq!(coordinator.address(), Ok(SocketAddr::from(([127, 0, 0, 1], 7461))));
     assert!(coordinator.state_dir.is_absolute());
-    assert_eq!(coordinator.beat_interval(), Duration::from_millis(500));
+    assert_eq!(coordinator.beat_interval(), Duration::from_millis(250));
     let worker = load_worker(None, &[]).expect("the defaults are right").value;
     assert_eq!(worker.coordinator, "http://127.0.0.1:7461");
     assert_eq!(worker.logs_dir(), worker.state_dir.join("logs"));
@@ -58,4 +58,23 @@ fn wrong_service_files_are_answered_like_job_files() {
         let error = load_worker(Some(&file), &[]).expect_err(text).diagnostic();
         assert_eq!((error.code.as_str(), error.line), (code, Some(1)), "{text}: {error}");
     }
+}
+
+#[test]
+fn a_value_of_a_service_is_answered_with_its_own_flag_or_variable() {
+    let error = load_worker(None, &owned(&[("threads", "0")])).expect_err("wrong").diagnostic();
+    assert!(error.message.ends_with("(from `--threads 0`)"), "{error}");
+    let error = load_coordinator(None, &owned(&[("steps_ahead", "some")])).expect_err("wrong").diagnostic();
+    assert!(error.message.ends_with("(from `--steps-ahead some`)"), "{error}");
+}
+
+#[test]
+fn the_files_that_are_deployed_are_right() {
+    let deployed = |name: &str| {
+        std::path::PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/systemd")).join(name)
+    };
+    let coordinator = load_coordinator(Some(&deployed("coordinator.toml")), &[]).expect("right").value;
+    assert_eq!(coordinator.state_dir, std::path::Path::new("/var/lib/shanty/coordinator"));
+    let worker = load_worker(Some(&deployed("worker.toml")), &[]).expect("right").value;
+    assert_eq!(worker.state_dir, std::path::Path::new("/var/lib/shanty/worker"));
 }

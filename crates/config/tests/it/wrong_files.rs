@@ -10,11 +10,7 @@ struct Wrong {
     answers: &'static [(&'static str, usize)],
 }
 
-const fn wrong(
-    what: &'static str,
-    text: &'static str,
-    answers: &'static [(&'static str, usize)],
-) -> Wrong {
+const fn wrong(what: &'static str, text: &'static str, answers: &'static [(&'static str, usize)]) -> Wrong {
     Wrong { what, text, answers }
 }
 
@@ -35,17 +31,19 @@ const WRONG: &[Wrong] = &[
     wrong("YAML", "name: x\n", &[("SH0106", 1)]),
     // unknown keys
     wrong("a typo", after_head!("[train]\nlearnign_rate = 1e-3\n"), &[("SH0102", 5)]),
-    wrong("a key at the top", "learning_rate = 1e-3\nname = \"x\"\nbase.model = \"m\"\ndata.train = \"d\"\n", &[
-        ("SH0102", 1),
-    ]),
+    wrong(
+        "a key at the top",
+        "learning_rate = 1e-3\nname = \"x\"\nbase.model = \"m\"\ndata.train = \"d\"\n",
+        &[("SH0102", 1)],
+    ),
     wrong("an unknown table", after_head!("[optimizer]\nlr = 1\n"), &[("SH0102", 4)]),
     wrong("a typo in an inline table", after_head!("[cluster]\nworkers = { mim = 1 }\n"), &[("SH0102", 5)]),
     wrong("a dotted typo", after_head!("train.step = 4\n"), &[("SH0102", 4)]),
-    wrong("three at once", after_head!("[train]\na1 = 1\nseed = \"x\"\n[adapter]\nr = 0\nb1 = 2\n"), &[
-        ("SH0102", 5),
-        ("SH0103", 6),
-        ("SH0102", 9),
-    ]),
+    wrong(
+        "three at once",
+        after_head!("[train]\na1 = 1\nseed = \"x\"\n[adapter]\nr = 0\nb1 = 2\n"),
+        &[("SH0102", 5), ("SH0103", 6), ("SH0102", 9)],
+    ),
     // wrong types
     wrong("a number in quotes", after_head!("[adapter]\nr = \"16\"\n"), &[("SH0103", 5)]),
     wrong("a fraction for a count", after_head!("[train]\nsteps = 1.5\n"), &[("SH0103", 5)]),
@@ -55,9 +53,21 @@ const WRONG: &[Wrong] = &[
     wrong("a number for a table", after_head!("cluster = 3\n"), &[("SH0103", 4)]),
     wrong("one beta", after_head!("[train]\nbetas = [0.9]\n"), &[("SH0103", 5)]),
     wrong("a beta in quotes", after_head!("[train]\nbetas = [\n0.9,\n\"b\"]\n"), &[("SH0103", 7)]),
-    wrong("a number among modules", after_head!("[adapter]\ntarget_modules = [\"q\", 3]\n"), &[("SH0103", 5)]),
-    wrong("a date for a name", "name = 2026-01-01\nbase.model = \"m\"\ndata.train = \"d\"\n", &[("SH0103", 1)]),
-    wrong("a model that is no path", "name = \"x\"\nbase = \"model\"\ndata.train = \"d\"\n", &[("SH0103", 2)]),
+    wrong(
+        "a number among modules",
+        after_head!("[adapter]\ntarget_modules = [\"q\", 3]\n"),
+        &[("SH0103", 5)],
+    ),
+    wrong(
+        "a date for a name",
+        "name = 2026-01-01\nbase.model = \"m\"\ndata.train = \"d\"\n",
+        &[("SH0103", 1)],
+    ),
+    wrong(
+        "a model that is no path",
+        "name = \"x\"\nbase = \"model\"\ndata.train = \"d\"\n",
+        &[("SH0103", 2)],
+    ),
     // unknown words
     wrong("an unknown quantisation", after_head!("base.quantization = \"int8\"\n"), &[("SH0107", 4)]),
     wrong("an unknown method", after_head!("[adapter]\nmethod = \"lorra\"\n"), &[("SH0107", 5)]),
@@ -71,8 +81,16 @@ const WRONG: &[Wrong] = &[
     wrong("no data", "name = \"x\"\nbase.model = \"m\"\n[data]\neval = \"d\"\n", &[("SH0105", 3)]),
     // impossible values
     wrong("an empty name", "name = \"\"\nbase.model = \"m\"\ndata.train = \"d\"\n", &[("SH0104", 1)]),
-    wrong("a name with a slash", "name = \"a/b\"\nbase.model = \"m\"\ndata.train = \"d\"\n", &[("SH0104", 1)]),
-    wrong("a name that is a flag", "name = \"-x\"\nbase.model = \"m\"\ndata.train = \"d\"\n", &[("SH0104", 1)]),
+    wrong(
+        "a name with a slash",
+        "name = \"a/b\"\nbase.model = \"m\"\ndata.train = \"d\"\n",
+        &[("SH0104", 1)],
+    ),
+    wrong(
+        "a name that is a flag",
+        "name = \"-x\"\nbase.model = \"m\"\ndata.train = \"d\"\n",
+        &[("SH0104", 1)],
+    ),
     wrong("a negative rank", after_head!("[adapter]\nr = -4\n"), &[("SH0104", 5)]),
     wrong("rank 0", after_head!("[adapter]\nr = 0\n"), &[("SH0104", 5)]),
     wrong("alpha 0", after_head!("[adapter]\nlora_alpha = 0\n"), &[("SH0104", 5)]),
@@ -82,7 +100,11 @@ const WRONG: &[Wrong] = &[
     wrong("no target", after_head!("[adapter]\ntarget_modules = []\n"), &[("SH0104", 5)]),
     wrong("an empty target", after_head!("[adapter]\ntarget_modules = [\n\"q\",\n\"\"]\n"), &[("SH0104", 7)]),
     wrong("an empty pattern", after_head!("[adapter]\ntarget_modules = \"\"\n"), &[("SH0104", 5)]),
-    wrong("all-linear in a list", after_head!("[adapter]\ntarget_modules = [\"all-linear\"]\n"), &[("SH0104", 5)]),
+    wrong(
+        "all-linear in a list",
+        after_head!("[adapter]\ntarget_modules = [\"all-linear\"]\n"),
+        &[("SH0104", 5)],
+    ),
     wrong("rows of no token", after_head!("data.max_length = 0\n"), &[("SH0104", 4)]),
     wrong("a broken glob", after_head!("data.eval = \"data/[.jsonl\"\n"), &[("SH0104", 4)]),
     wrong("data of an object store", after_head!("data.eval = \"s3://b/x.jsonl\"\n"), &[("SH0104", 4)]),
@@ -213,6 +235,7 @@ fn what_is_wrong_with_the_files_a_job_names_is_shown_at_their_keys() {
     std::fs::remove_file(bench.path("model/tokenizer.json")).expect("remove");
     assert_eq!(answers(&bench, fits), [("SH0110", 3)]);
     assert!(!bench.path("out").exists(), "a check leaves nothing behind");
-    let left: Vec<_> = std::fs::read_dir(bench.folder()).expect("list").flatten().map(|e| e.file_name()).collect();
+    let left: Vec<_> =
+        std::fs::read_dir(bench.folder()).expect("list").flatten().map(|e| e.file_name()).collect();
     assert_eq!(left.len(), 3, "a check leaves nothing behind: {left:?}");
 }
