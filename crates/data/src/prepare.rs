@@ -10,7 +10,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use self::split::SplitBuilder;
 use crate::{
     Error, Format, Prepared, Split, Summary, Tokenizer,
-    artefact::{Folder, Inputs, MANIFEST, Manifest, content_hash},
+    artefact::{self, Folder, Inputs, MANIFEST, Manifest, content_hash},
     source,
 };
 
@@ -133,16 +133,21 @@ pub fn prepare(options: &PrepareOptions, progress: &mut dyn FnMut(&Progress)) ->
     Ok(summary)
 }
 
-/// Whether `out` is not there yet, is empty, or holds prepared data: anything else is somebody's.
+/// Whether `out` is not there yet or holds files of prepared data alone: anything else is somebody's.
 fn may_write(out: &Path) -> Result<bool, Error> {
     let failed = |source| Error::Write { path: out.to_owned(), source };
     if !out.exists() {
         return Ok(true);
     }
-    if out.join(MANIFEST).exists() {
-        return Ok(true);
+    if !out.is_dir() {
+        return Ok(false);
     }
-    Ok(out.is_dir() && out.read_dir().map_err(failed)?.next().is_none())
+    for entry in out.read_dir().map_err(failed)? {
+        if !artefact::is_ours(&entry.map_err(failed)?.file_name()) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// The figures of what `out` holds, if that is whole and of the same inputs.

@@ -14,6 +14,8 @@ mod manifest;
 mod read;
 mod write;
 
+use std::ffi::OsStr;
+
 pub use self::read::Prepared;
 pub(crate) use self::{
     manifest::{FileEntry, InputFile, Inputs, MANIFEST, Manifest, content_hash},
@@ -35,6 +37,13 @@ const PARTS: [&str; 3] = ["rows", "index", "samples"];
 
 fn file_name(split: Split, part: &str) -> String {
     format!("{split}.{part}")
+}
+
+/// Whether a file of this name belongs to prepared data.
+pub(crate) fn is_ours(name: &OsStr) -> bool {
+    let splits = [Split::Train, Split::Eval];
+    let mut files = splits.iter().flat_map(|split| PARTS.map(|part| file_name(*split, part)));
+    name == MANIFEST || name == SEAL || files.any(|file| name == file.as_str())
 }
 
 /// What the index says of a row.

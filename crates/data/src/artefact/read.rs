@@ -155,13 +155,13 @@ impl Prepared {
             return Err(Error::NoSuchRow { split, id, rows });
         };
         let mut bytes = [0; INDEX_ENTRY as usize];
-        let path = self.dir.join(file_name(split, "index"));
-        files.index.read_exact_at(&mut bytes, id * INDEX_ENTRY).map_err(|source| damaged(&path, &source))?;
+        let failed = |reason: &dyn ToString| damaged(&self.dir.join(file_name(split, "index")), reason);
+        files.index.read_exact_at(&mut bytes, id * INDEX_ENTRY).map_err(|source| failed(&source))?;
         let entry = Entry::from_bytes(&bytes);
         // A damaged index must not make us ask for memory without end.
         let longest = self.summary().max_length;
         if entry.tokens > longest || entry.segments > entry.tokens || entry.ranges > entry.tokens {
-            return Err(damaged(&path, &format!("entry {id} is not what was written")));
+            return Err(failed(&format!("entry {id} is not what was written")));
         }
         Ok((files, entry))
     }

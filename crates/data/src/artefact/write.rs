@@ -28,6 +28,7 @@ impl Folder {
     pub(crate) fn create(target: &Path) -> Result<Self, Error> {
         let temporary = beside(target, "part");
         remove(&temporary)?;
+        remove_orphans(target);
         fs::create_dir_all(&temporary).map_err(failed(&temporary))?;
         Ok(Self { temporary, target: target.to_owned(), is_complete: false })
     }
@@ -76,6 +77,21 @@ impl Drop for Folder {
 fn beside(target: &Path, what: &str) -> PathBuf {
     let name = target.file_name().unwrap_or_default().to_string_lossy();
     target.with_file_name(format!(".{name}.{what}-{}", std::process::id()))
+}
+
+/// Removes what processes that were killed left beside `target`. Best effort: it is only a matter of space.
+fn remove_orphans(target: &Path) {
+    let name = target.file_name().unwrap_or_default().to_string_lossy();
+    let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let is_alive = |id: &str| !Path::new("/proc/self").exists() || Path::new("/proc").join(id).exists();
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let file_name = entry.file_name();
+        let rest = file_name.to_str().and_then(|file| file.strip_prefix('.')?.strip_prefix(&*name));
+        let id = rest.and_then(|rest| rest.strip_prefix(".part-").or_else(|| rest.strip_prefix(".old-")));
+        if id.is_some_and(|id| id.parse::<u32>().is_ok() && !is_alive(id)) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 fn remove(path: &Path) -> Result<(), Error> {
