@@ -128,6 +128,14 @@ pub enum Error {
         /// What may stand there.
         expected: &'static str,
     },
+    /// The weights are there in PyTorch's own format alone.
+    #[error("`{}` holds weights as PyTorch pickles only, no safetensors", folder.display())]
+    OnlyPickles {
+        /// Base or adapter.
+        origin: Origin,
+        /// The folder.
+        folder: PathBuf,
+    },
     /// The index of a sharded model does not agree with the files.
     #[error("index `{}`: {problem}", file.display())]
     Index {
@@ -156,7 +164,7 @@ pub enum Error {
         /// The tensor.
         tensor: String,
     },
-    /// The base gives another model than the one expected (block size, layer count …).
+    /// A block size that bitsandbytes does not know.
     #[error("quantisation block size {block_size} is not a power of two from 32 to 4096")]
     BlockSize {
         /// The block size asked for.
@@ -297,6 +305,7 @@ impl Error {
             Self::MissingTensor { .. } => "SH0307",
             Self::WrongShape { origin, .. } => origin.code("SH0308", "SH0411"),
             Self::WrongDtype { origin, .. } => origin.code("SH0309", "SH0412"),
+            Self::OnlyPickles { origin, .. } => origin.code("SH0315", "SH0417"),
             Self::Index { .. } => "SH0310",
             Self::QuantState { .. } => "SH0311",
             Self::NonFinite { origin, .. } => origin.code("SH0312", "SH0416"),
@@ -333,7 +342,7 @@ impl Error {
             | Self::UnexpectedAdapterTensors { file, .. }
             | Self::AdapterPrefix { file, .. }
             | Self::Write { file, .. } => Some(file),
-            Self::MissingTensor { folder, .. } => Some(folder),
+            Self::MissingTensor { folder, .. } | Self::OnlyPickles { folder, .. } => Some(folder),
             Self::AdapterSetting { file, .. }
             | Self::UnsupportedMethod { file, .. }
             | Self::UnsupportedOption { file, .. } => file.as_ref(),
@@ -385,6 +394,14 @@ impl Error {
             }
             Self::WrongDtype { origin: Origin::Base, .. } => {
                 "weights are read as F32, F16, BF16, or as bitsandbytes NF4 with its quant_state beside them".to_owned()
+            }
+            Self::OnlyPickles { origin: Origin::Adapter, .. } => {
+                "a pickle runs code when it is opened; load it with PEFT where you trust it, and save it again".to_owned()
+            }
+            Self::OnlyPickles { .. } => {
+                "a pickle runs code when it is opened; take the safetensors of the same model, or convert it with \
+                 transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)"
+                    .to_owned()
             }
             Self::Index { .. } => "download the model's files again, all of them from one revision".to_owned(),
             Self::NonFinite { .. } => "training from such weights gives nothing: get a sound copy".to_owned(),

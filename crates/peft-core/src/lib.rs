@@ -9,6 +9,7 @@ pub mod backend;
 pub mod batch;
 pub mod engine;
 pub mod error;
+pub mod generate;
 pub mod loss;
 pub mod model;
 pub mod nn;

@@ -78,11 +78,12 @@ pub type SharedBase = Box<dyn BaseSource + Send + Sync>;
 
 /// A frozen base, and passes over it with an adapter that the caller owns.
 pub struct Engine {
-    backend: Cpu,
-    config: ModelConfig,
-    base: SharedBase,
-    layout: ParameterLayout,
+    pub(crate) backend: Cpu,
+    pub(crate) config: ModelConfig,
+    pub(crate) base: SharedBase,
+    pub(crate) layout: ParameterLayout,
     dropout: f32,
+    request: PlanRequest,
     sizes: Sizes,
     plan: MemoryPlan,
     /// Reserved at the first step: generating alone does not need it.
@@ -122,7 +123,7 @@ impl Engine {
         let plan = MemoryPlan::choose(sizes, &request);
         let sizes = sizes(plan.micro_batch_tokens);
         let packed = PackedBatch::with_capacity(plan.micro_batch_tokens);
-        Ok(Self { backend, config, base, layout, dropout, sizes, plan, memory: None, packed })
+        Ok(Self { backend, config, base, layout, dropout, request, sizes, plan, memory: None, packed })
     }
 
     /// What the model is made of.
@@ -155,6 +156,11 @@ impl Engine {
         let mut parameters = vec![0.0; self.layout.len()];
         self.layout.initialise(seed, &mut parameters);
         parameters
+    }
+
+    /// Sizes of a pass over `tokens` tokens of a sequence of at most `positions`.
+    pub(crate) fn sizes_for(&self, tokens: usize, positions: usize) -> Sizes {
+        Sizes::new(&self.config, &self.layout, tokens, positions, &self.request)
     }
 
     /// The memory of a step, reserved now if it was not yet.

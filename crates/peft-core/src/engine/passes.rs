@@ -62,9 +62,7 @@ impl Engine {
         dropout: Option<PassDropout>,
         training: Option<(&mut [f32], &mut dyn GradientSink)>,
     ) -> Result<LossSum> {
-        if let Some(parameters) = parameters {
-            self.check_flat(parameters.len())?;
-        }
+        self.check_parameters(parameters)?;
         self.check_rows(rows)?;
         self.packed.fill(rows)?;
         self.reserve()?;
@@ -98,6 +96,10 @@ impl Engine {
             Ok::<_, Error>(loss)
         })?;
         Ok(LossSum { loss, tokens: predicting as u64 })
+    }
+
+    pub(crate) fn check_parameters(&self, parameters: Option<&[f32]>) -> Result<()> {
+        parameters.map_or(Ok(()), |parameters| self.check_flat(parameters.len()))
     }
 
     fn check_flat(&self, found: usize) -> Result<()> {

@@ -11,4 +11,4 @@ pub mod weights;
 
 pub use base::{BaseSource, DenseView, EmbeddingView, LayerWeights, LinearWeights, Matrix};
 pub use config::{Activation, ModelConfig, Projection, Rope, RopeScaling};
-// pub use resident::{LoadOptions, LoadProgress, MemoryUse, ResidentBase};
+pub use resident::{LoadProgress, MemoryUse, ResidentBase};

@@ -91,38 +91,47 @@ pub enum ScalesMut<'a> {
     },
 }
 
+/// Where each matrix lies, and where all end, bytes.
+fn directory(shapes: &[PackedShape]) -> (Vec<PackedEntry>, usize) {
+    let mut end = 0;
+    let mut place = |bytes: usize| {
+        let start = end;
+        end = (start + bytes).next_multiple_of(ALIGNMENT);
+        start..start + bytes
+    };
+    let entry = |shape: &PackedShape| {
+        let blocks = shape.blocks();
+        let (scales, nested) = match shape.options.double {
+            true => (blocks, 4 * blocks.div_ceil(NESTED_BLOCK)),
+            false => (4 * blocks, 0),
+        };
+        PackedEntry {
+            shape: *shape,
+            codes: place(nf4::code_bytes(shape.numbers())),
+            scales: place(scales),
+            nested: place(nested),
+        }
+    };
+    (shapes.iter().map(entry).collect(), end)
+}
+
 impl PackedLayer {
     /// A buffer of zeros with room for `shapes`.
     pub fn new(shapes: &[PackedShape]) -> Self {
-        let mut end = 0;
-        let mut place = |bytes: usize| {
-            let start = end;
-            end = (start + bytes).next_multiple_of(ALIGNMENT);
-            start..start + bytes
-        };
-        let entries: Vec<_> = shapes
-            .iter()
-            .map(|shape| {
-                let blocks = shape.blocks();
-                let (scales, nested) = match shape.options.double {
-                    true => (blocks, 4 * blocks.div_ceil(NESTED_BLOCK)),
-                    false => (4 * blocks, 0),
-                };
-                PackedEntry {
-                    shape: *shape,
-                    codes: place(nf4::code_bytes(shape.numbers())),
-                    scales: place(scales),
-                    nested: place(nested),
-                }
-            })
-            .collect();
+        let (entries, bytes) = directory(shapes);
         Self {
-            lines: vec![Line::zeroed(); end / ALIGNMENT],
+            lines: vec![Line::zeroed(); bytes / ALIGNMENT],
             offsets: vec![0.0; entries.len()],
             maps: Vec::new(),
             map_of: vec![0; entries.len()],
             entries,
         }
+    }
+
+    /// What [`Self::memory_bytes`] will be for `shapes`.
+    pub fn bytes_for(shapes: &[PackedShape]) -> usize {
+        let maps = usize::from(shapes.iter().any(|shape| shape.options.double));
+        directory(shapes).1 + maps * size_of::<[f32; 256]>()
     }
 
     /// The whole buffer.
