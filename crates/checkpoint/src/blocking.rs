@@ -5,8 +5,11 @@ use std::future::Future;
 use crate::{
     error::{Error, Result},
     manifest::{Expectations, Key, Manifest},
+    read::{Found, Verified},
+    retention::Removed,
     snapshot::Snapshot,
-    store::{Found, Listing, Removed, Store, WritePoint, Written},
+    store::{Listing, Store},
+    write::{WritePoint, Written},
 };
 
 /// A [`Store`] with a small runtime of its own. Not to be used on an async thread.
@@ -100,6 +103,14 @@ impl Blocking {
     /// As there.
     pub fn newest_good(&self, expect: &Expectations) -> Result<Option<Found>> {
         self.wait(self.store.newest_good(expect))
+    }
+
+    /// [`Store::newest_verified`]
+    ///
+    /// # Errors
+    /// As there.
+    pub fn newest_verified(&self, expect: &Expectations) -> Result<Option<Verified>> {
+        self.wait(self.store.newest_verified(expect))
     }
 
     /// [`Store::apply_retention`]

@@ -20,15 +20,19 @@
 mod blocking;
 mod error;
 mod manifest;
+mod read;
 mod retention;
 mod snapshot;
 mod store;
+mod write;
 
 pub use crate::{
     blocking::Blocking,
     error::{Error, Result, Skipped},
     manifest::{Expectations, FORMAT, FileEntry, Key, Manifest, State},
-    retention::{Candidate, Health, retain},
+    read::{Found, Verified},
+    retention::{Candidate, Health, Removed, retain},
     snapshot::{Optimizer, Snapshot},
-    store::{Found, Listing, Removed, Store, Verified, WritePoint, Written},
+    store::{Listing, Store},
+    write::{WritePoint, Written},
 };

@@ -1,33 +1,30 @@
-//! Writing, listing and reading checkpoints.
+//! Where checkpoints lie, and what is there.
+
+use std::{
+    path::{Path as FilePath, PathBuf},
+    sync::{Arc, OnceLock},
+};
+
+use object_store::{ObjectStore, ObjectStoreExt, local::LocalFileSystem, path::Path};
+use url::Url;
 
 use crate::{
-    error::{Result, Skipped},
-    manifest::{Expectations, Key, Manifest},
-    snapshot::Snapshot,
+    error::{Error, Result, Skipped},
+    manifest::{FOLDER, Key, MANIFEST, Manifest},
 };
 
 /// A job's store. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Store {}
-
-/// What became of a write.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Written {
-    /// The checkpoint's folder below the store.
-    pub path: String,
-    /// Size of the files, without the manifest.
-    pub bytes: u64,
-    /// How long it took.
-    pub seconds: f64,
+pub struct Store {
+    inner: Arc<Inner>,
 }
 
-/// A moment in a write.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WritePoint {
-    /// All files but the manifest are written. An `Err` here gives the checkpoint up.
-    BeforeManifest,
-    /// The checkpoint exists. The result is ignored.
-    AfterManifest,
+#[derive(Debug)]
+struct Inner {
+    location: String,
+    folder: PathBuf,
+    /// Set once the folder is there.
+    objects: OnceLock<Arc<LocalFileSystem>>,
 }
 
 /// What lies in a store.
@@ -41,81 +38,63 @@ pub struct Listing {
     pub unfinished: Vec<Key>,
 }
 
-/// A checkpoint that was checked, with its content.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Found {
-    /// Its content.
-    pub snapshot: Snapshot,
-    /// Its folder below the store.
-    pub path: String,
-    /// Newer ones that are damaged, newest first.
-    pub skipped: Vec<Skipped>,
-}
-
-/// A checkpoint that was checked, without its content.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Verified {
-    /// Its manifest.
-    pub manifest: Manifest,
-    /// Newer ones that are damaged, newest first.
-    pub skipped: Vec<Skipped>,
-}
-
-/// What retention did.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Removed {
-    /// Checkpoints that were deleted, oldest first.
-    pub checkpoints: Vec<Key>,
-    /// Leftovers without a manifest that were deleted.
-    pub unfinished: Vec<Key>,
-}
-
 impl Store {
-    /// Names a store: a folder, or a `file://` URL. Nothing is read or made; the folder may not exist yet.
+    /// Names a store: a folder, or a `file://` URL. Nothing is made, and the folder may not exist yet.
     ///
     /// # Errors
-    /// [`Error::UnsupportedScheme`](crate::Error::UnsupportedScheme),
-    /// [`Error::BadLocation`](crate::Error::BadLocation)
+    /// [`Error::UnsupportedScheme`], [`Error::BadLocation`]
     pub fn open(location: &str) -> Result<Self> {
-        let _ = location;
-        unimplemented!()
+        let bad = |reason: String| Error::BadLocation { location: location.to_owned(), reason };
+        if location.is_empty() {
+            return Err(bad("it is empty".to_owned()));
+        }
+        let folder = match location.split_once("://") {
+            None => PathBuf::from(location),
+            Some(("file", _)) => Url::parse(location)
+                .map_err(|error| bad(error.to_string()))?
+                .to_file_path()
+                .map_err(|()| bad("it is not a file URL of this machine".to_owned()))?,
+            Some((scheme, _)) => {
+                let (location, scheme) = (location.to_owned(), scheme.to_owned());
+                return Err(Error::UnsupportedScheme { location, scheme });
+            }
+        };
+        let folder = std::path::absolute(folder).map_err(|error| bad(error.to_string()))?;
+        if folder.exists() && !folder.is_dir() {
+            return Err(bad("it is a file".to_owned()));
+        }
+        let inner = Inner { location: location.to_owned(), folder, objects: OnceLock::new() };
+        Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Writes a checkpoint: the files, then the manifest. Returns once it is on disk.
-    ///
-    /// # Errors
-    /// [`Error::Exists`](crate::Error::Exists) when another writer was first,
-    /// [`Error::BadSnapshot`](crate::Error::BadSnapshot), [`Error::Store`](crate::Error::Store).
-    pub async fn write(&self, snapshot: &Snapshot) -> Result<Written> {
-        self.write_with(snapshot, &mut |_| Ok(())).await
-    }
-
-    /// As [`Store::write`], with `hook` called at each [`WritePoint`]: the place to check that the
-    /// generation may still write, and for failpoints.
-    ///
-    /// # Errors
-    /// Those of [`Store::write`], and [`Error::GivenUp`](crate::Error::GivenUp) when the hook says no.
-    pub async fn write_with(
-        &self,
-        snapshot: &Snapshot,
-        hook: &mut (dyn FnMut(WritePoint) -> Result<(), String> + Send),
-    ) -> Result<Written> {
-        let _ = (snapshot, hook);
-        unimplemented!()
+    /// The store as it was given to [`Store::open`].
+    pub fn location(&self) -> &str {
+        &self.inner.location
     }
 
     /// Everything in the store. An empty or missing store has nothing.
     ///
     /// # Errors
-    /// [`Error::Store`](crate::Error::Store)
+    /// [`Error::Store`]
     pub async fn scan(&self) -> Result<Listing> {
-        unimplemented!()
+        let mut listing = Listing::default();
+        for key in self.keys().await? {
+            match self.read_manifest(key).await {
+                Ok(Some(manifest)) => listing.manifests.push(manifest),
+                Ok(None) => listing.unfinished.push(key),
+                Err(error @ (Error::Damaged { .. } | Error::FutureFormat { .. })) => {
+                    listing.damaged.push((key, Skipped { path: key.path(), reason: reason_of(error) }));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(listing)
     }
 
     /// The manifests of all checkpoints, newest first: highest step, then attempt, then generation.
     ///
     /// # Errors
-    /// [`Error::Store`](crate::Error::Store)
+    /// [`Error::Store`]
     pub async fn list(&self) -> Result<Vec<Manifest>> {
         Ok(self.scan().await?.manifests)
     }
@@ -123,59 +102,82 @@ impl Store {
     /// Reads the manifest of one checkpoint.
     ///
     /// # Errors
-    /// [`Error::Damaged`](crate::Error::Damaged) when there is none or it is not whole,
-    /// [`Error::FutureFormat`](crate::Error::FutureFormat), [`Error::Store`](crate::Error::Store)
+    /// [`Error::Damaged`] when there is none or it is not whole, [`Error::FutureFormat`], [`Error::Store`]
     pub async fn manifest(&self, key: Key) -> Result<Manifest> {
-        let _ = key;
-        unimplemented!()
+        let manifest = self.read_manifest(key).await?;
+        manifest.ok_or_else(|| Error::Damaged { path: key.path(), reason: format!("{MANIFEST} is missing") })
     }
 
-    /// Reads a checkpoint, checking size and hash of every file.
-    ///
-    /// # Errors
-    /// [`Error::Damaged`](crate::Error::Damaged), [`Error::Store`](crate::Error::Store)
-    pub async fn load(&self, manifest: &Manifest) -> Result<Snapshot> {
-        let _ = manifest;
-        unimplemented!()
+    /// All folders with a checkpoint's name, newest first.
+    pub(crate) async fn keys(&self) -> Result<Vec<Key>> {
+        let Some(objects) = self.objects()? else { return Ok(Vec::new()) };
+        let folder = Path::from(FOLDER);
+        let listed = objects.list_with_delimiter(Some(&folder)).await.map_err(failed("list", FOLDER))?;
+        let mut keys: Vec<Key> =
+            listed.common_prefixes.iter().filter_map(|prefix| prefix.as_ref().parse().ok()).collect();
+        keys.sort_unstable_by(|a, b| b.cmp(a));
+        Ok(keys)
     }
 
-    /// Checks size and hash of every file of a checkpoint, holding none of them in memory.
-    ///
-    /// # Errors
-    /// [`Error::Damaged`](crate::Error::Damaged), [`Error::Store`](crate::Error::Store)
-    pub async fn verify(&self, manifest: &Manifest) -> Result<()> {
-        let _ = manifest;
-        unimplemented!()
+    /// Reads a manifest; `None` when there is none.
+    pub(crate) async fn read_manifest(&self, key: Key) -> Result<Option<Manifest>> {
+        let Some(objects) = self.objects()? else { return Ok(None) };
+        let path = file_path(key, MANIFEST);
+        let text = match objects.get(&path).await {
+            Ok(found) => found.bytes().await,
+            Err(object_store::Error::NotFound { .. }) => return Ok(None),
+            Err(error) => Err(error),
+        };
+        let text = text.map_err(failed("read", path.as_ref()))?;
+        Manifest::unseal(key, &text).map(Some)
     }
 
-    /// The newest checkpoint that is whole, with its content, and which newer ones are not. `None` when
-    /// there is no checkpoint at all.
-    ///
-    /// # Errors
-    /// [`Error::NoneGood`](crate::Error::NoneGood) when all are damaged, [`Error::Mismatch`](crate::Error::Mismatch)
-    /// when it was made from something else than expected, [`Error::FutureFormat`](crate::Error::FutureFormat)
-    /// when a newer version wrote a newer one, [`Error::Store`](crate::Error::Store).
-    pub async fn newest_good(&self, expect: &Expectations) -> Result<Option<Found>> {
-        let _ = expect;
-        unimplemented!()
+    /// What does the work, if the store's folder is there.
+    pub(crate) fn objects(&self) -> Result<Option<Arc<LocalFileSystem>>> {
+        let Inner { location, folder, objects } = &*self.inner;
+        if let Some(objects) = objects.get() {
+            return Ok(Some(Arc::clone(objects)));
+        }
+        if !folder.exists() {
+            return Ok(None);
+        }
+        // Synced to disk: a checkpoint that exists survives the loss of power. Empty folders are no use.
+        let opened = LocalFileSystem::new_with_prefix(folder)
+            .map_err(failed("open", location))?
+            .with_fsync(true)
+            .with_automatic_cleanup(true);
+        Ok(Some(Arc::clone(objects.get_or_init(|| Arc::new(opened)))))
     }
 
-    /// As [`Store::newest_good`], without its content.
-    ///
-    /// # Errors
-    /// Those of [`Store::newest_good`].
-    pub async fn newest_verified(&self, expect: &Expectations) -> Result<Option<Verified>> {
-        let _ = expect;
-        unimplemented!()
+    /// As [`Store::objects`], making the folder.
+    pub(crate) fn objects_to_write(&self) -> Result<Arc<LocalFileSystem>> {
+        let Inner { location, folder, .. } = &*self.inner;
+        let bad = |reason: String| Error::BadLocation { location: location.clone(), reason };
+        std::fs::create_dir_all(folder).map_err(|error| bad(error.to_string()))?;
+        self.objects()?.ok_or_else(|| bad("it vanished".to_owned()))
     }
 
-    /// Deletes what [`retain`](crate::retain) says, and leftovers without a manifest that are older than the
-    /// newest good checkpoint. Checks files until it has found that one.
-    ///
-    /// # Errors
-    /// [`Error::Store`](crate::Error::Store)
-    pub async fn apply_retention(&self, keep: usize, pinned: &[Key]) -> Result<Removed> {
-        let _ = (keep, pinned);
-        unimplemented!()
+    /// A checkpoint's folder on disk.
+    pub(crate) fn folder_of(&self, key: Key) -> PathBuf {
+        self.inner.folder.join(FilePath::new(&key.path()))
+    }
+}
+
+/// A file of a checkpoint.
+pub(crate) fn file_path(key: Key, name: &str) -> Path {
+    Path::from(format!("{}/{name}", key.path()))
+}
+
+/// Wraps what the store says.
+pub(crate) fn failed(action: &'static str, path: &str) -> impl FnOnce(object_store::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Store { action, path, source }
+}
+
+/// Why a checkpoint is not used, without its name.
+pub(crate) fn reason_of(error: Error) -> String {
+    match error {
+        Error::Damaged { reason, .. } => reason,
+        other => other.to_string(),
     }
 }

@@ -123,6 +123,7 @@ impl LocalCollective {
     fn meet(&self, offer: Offer) -> Result<Vec<Offer>> {
         let start = Instant::now();
         let mut round = self.table.lock();
+        self.check_all_there(&round, &offer)?;
         // The round before may still be emptying.
         while round.laid[self.rank].is_some() {
             round = self.wait(round, start, &offer)?;
@@ -151,26 +152,30 @@ impl LocalCollective {
         start: Instant,
         offer: &Offer,
     ) -> Result<MutexGuard<'a, Round>> {
-        self.abort.check()?;
-        let members = 0..round.laid.len();
-        let missing = |rank: &usize| round.laid[*rank].is_none();
-        let (operation, sequence) = (offer.operation, offer.sequence);
-        // Whoever is gone brings nothing more: not to this round, nor, if all is laid and it is about to
-        // be taken, to the one that we wait to begin.
-        let needed = |rank: &usize| *rank != self.rank && (missing(rank) || round.is_full());
-        if let Some(lost) = members.clone().filter(needed).find(|rank| round.gone[*rank]) {
-            let reason = "it left the generation".to_owned();
-            return Err(Error::PeerLost { peer: peer(lost), operation, sequence, reason });
-        }
+        self.check_all_there(&round, offer)?;
         let Some(limit) = self.deadline else {
             return Ok(self.table.changed.wait(round).unwrap_or_else(PoisonError::into_inner));
         };
         let Some(left) = limit.checked_sub(start.elapsed()) else {
-            let late = members.clone().find(missing).unwrap_or(self.rank);
+            let late = round.laid.iter().position(Option::is_none).unwrap_or(self.rank);
+            let (operation, sequence) = (offer.operation, offer.sequence);
             return Err(Error::Deadline { peer: peer(late), operation, sequence, limit });
         };
         let (round, _) = self.table.changed.wait_timeout(round, left).unwrap_or_else(PoisonError::into_inner);
         Ok(round)
+    }
+
+    /// Fails when this member is aborted, or another will bring nothing more: then no round that is not
+    /// full yet counts, also if that member laid something down before it left.
+    fn check_all_there(&self, round: &Round, offer: &Offer) -> Result<()> {
+        self.abort.check()?;
+        let Some(lost) = round.gone.iter().position(|gone| *gone) else { return Ok(()) };
+        Err(Error::PeerLost {
+            peer: peer(lost),
+            operation: offer.operation,
+            sequence: offer.sequence,
+            reason: "it left the generation".to_owned(),
+        })
     }
 
     /// Checks that all make the same call.

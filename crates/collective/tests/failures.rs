@@ -173,8 +173,9 @@ fn a_deadline_ends_the_wait_for_a_slow_peer() {
             assert!(start.elapsed() >= limit, "{name}");
             assert_eq!(error.code(), "SH0786", "{name}: {error}");
             assert!(error.to_string().contains("rank 1"), "{name}: {error}");
-            let late = reduce(members[1].as_mut(), count).unwrap_err();
-            assert!(is_break(&late), "{name}: {late}");
+            // What rank 0 had sent may have been all that rank 1 needed for this sum, not for the next.
+            let late = reduce(members[1].as_mut(), count).and_then(|_| reduce(members[1].as_mut(), count));
+            assert!(late.as_ref().is_err_and(is_break), "{name}: {late:?}");
         }
     }
 }

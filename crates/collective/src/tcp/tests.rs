@@ -1,6 +1,11 @@
 //! Neighbours that hold the token and misbehave afterwards.
 
-use std::{io::Write, net::TcpListener, thread, time::Duration};
+use std::{
+    io::{self, Read, Write},
+    net::{Shutdown, TcpListener},
+    thread,
+    time::Duration,
+};
 
 use super::{
     JoinOptions, Listener, Token,
@@ -10,9 +15,10 @@ use super::{
 };
 use crate::{AbortHandle, Collective, Error, Operation, Result};
 
-/// What rank 0 says to a call when rank 1 answers the barrier and then does `misbehave`.
+/// What rank 0 says to a call when rank 1 answers the barrier and then does `misbehave`. Rank 1 takes what
+/// it gets until rank 0 closes.
 fn beside_a_bad_neighbour(
-    misbehave: impl FnOnce(Links) + Send,
+    misbehave: impl FnOnce(&Links) + Send,
     call: impl FnOnce(&mut dyn Collective) -> Result<()>,
 ) -> Error {
     let bad = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -33,7 +39,9 @@ fn beside_a_bad_neighbour(
             let barrier =
                 Header { operation: Operation::Barrier, total_bytes: 0, payload_bytes: 0, ..header(1) };
             (&links.next).write_all(&barrier.encode()).unwrap();
-            misbehave(links);
+            links.previous.set_nonblocking(false).unwrap();
+            misbehave(&links);
+            let _ = io::copy(&mut &links.previous, &mut io::sink());
         });
         let mut member = good.join(&options, AbortHandle::new()).unwrap();
         member.set_call_deadline(Some(Duration::from_secs(20)));
@@ -68,6 +76,9 @@ fn a_good_frame_is_taken_and_the_next_one_missed() {
             let mut frame = header(2).encode().to_vec();
             frame.extend_from_slice(&41u64.to_le_bytes());
             (&links.next).write_all(&frame).unwrap();
+            // Closes once it has the barrier and the first count.
+            (&links.previous).read_exact(&mut [0; HEADER_BYTES + HEADER_BYTES + 8]).unwrap();
+            links.close();
         },
         |member| {
             let mut values = [1];
@@ -89,15 +100,8 @@ fn garbage_names_the_peer() {
 #[test]
 fn garbage_as_short_as_a_header_is_noticed_without_more() {
     // The peer keeps the connection and sends nothing else: the payload is not waited for.
-    let error = beside_a_bad_neighbour(
-        |links| {
-            (&links.next).write_all(&[0xee; HEADER_BYTES]).unwrap();
-            links.previous.set_nonblocking(false).unwrap();
-            // Until the good side closes.
-            std::io::copy(&mut &links.previous, &mut std::io::sink()).ok();
-        },
-        count,
-    );
+    let send = |links: &Links| (&links.next).write_all(&[0xee; HEADER_BYTES]).unwrap();
+    let error = beside_a_bad_neighbour(send, count);
     assert_eq!(error.code(), "SH0783");
 }
 
@@ -112,7 +116,7 @@ fn other_sequences_and_generations_are_refused() {
         Header { payload_bytes: 16, ..header(2) },
     ];
     for header in wrong {
-        let send = move |links: Links| (&links.next).write_all(&header.encode()).unwrap();
+        let send = move |links: &Links| (&links.next).write_all(&header.encode()).unwrap();
         let error = beside_a_bad_neighbour(send, count);
         assert_eq!(error.code(), "SH0783", "{header:?}: {error}");
     }
@@ -120,8 +124,13 @@ fn other_sequences_and_generations_are_refused() {
 
 #[test]
 fn a_frame_cut_short_is_a_lost_peer() {
-    let error =
-        beside_a_bad_neighbour(|links| (&links.next).write_all(&header(2).encode()[..30]).unwrap(), count);
+    let error = beside_a_bad_neighbour(
+        |links| {
+            (&links.next).write_all(&header(2).encode()[..30]).unwrap();
+            links.next.shutdown(Shutdown::Both).unwrap();
+        },
+        count,
+    );
     assert_eq!(error.code(), "SH0782");
     assert!(error.to_string().contains("rank 1 ("), "{error}");
 }
@@ -130,7 +139,7 @@ fn a_frame_cut_short_is_a_lost_peer() {
 fn a_next_rank_that_closes_is_noticed_while_sending() {
     // It takes nothing: the buffers fill, then it is gone. The rank before is still there and silent.
     let error = beside_a_bad_neighbour(
-        |links| links.previous.shutdown(std::net::Shutdown::Both).unwrap(),
+        |links| links.previous.shutdown(Shutdown::Both).unwrap(),
         |member| {
             let (input, mut output) = (vec![1.0; 1 << 22], vec![0.0; 1 << 22]);
             member.all_reduce_f32(&input, &mut output)
