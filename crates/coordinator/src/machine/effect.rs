@@ -189,6 +189,8 @@ pub enum Refusal {
     },
     /// The name makes no id.
     BadName(String),
+    /// Another job has the same store.
+    StoreTaken(JobId),
     /// The request id belongs to another job with another spec.
     OtherSpec(JobId),
 }

@@ -65,6 +65,13 @@ pub enum Event {
         /// What came of it.
         outcome: Result<DataFacts, Diagnostic>,
     },
+    /// The prepared data of a job at work cannot be opened any more.
+    DataLost {
+        /// The job.
+        job: JobId,
+        /// Why.
+        error: Diagnostic,
+    },
     /// The newest good checkpoint was looked for.
     CheckpointFound {
         /// The job.
