@@ -7,14 +7,8 @@ use std::{
 
 use shanty_data::{Row, Tokenizer};
 use shanty_peft_core::{
-    Engine,
-    adapter::{AdapterFolder, ParameterLayout},
-    batch,
-    engine::EngineParts,
-    generate::SamplingOptions,
-    model::{ModelConfig, ResidentBase},
-    plan::{PlanRequest, Recompute},
-    quant::Nf4Options,
+    Engine, EngineOptions, adapter::AdapterFolder, batch, generate::SamplingOptions, model::ModelConfig,
+    plan::Recompute, quant::Nf4Options,
 };
 
 use crate::failure::CommandResult;
@@ -73,31 +67,25 @@ impl Model {
         threads: usize,
         max_length: Option<usize>,
     ) -> CommandResult<Self> {
-        let config = ModelConfig::load(folder)?;
+        let context = Self::context(folder)?;
         // The adapter is read first: it is small, and wrong folders are told at once.
-        let (layout, parameters) = match adapter {
-            Some(adapter) => {
-                let adapter = AdapterFolder::open(adapter)?;
-                let (layout, _) = adapter.config().layout(&config)?;
-                let mut parameters = vec![0.0; layout.len()];
-                adapter.read_into(&layout, &mut parameters)?;
-                (layout, Some(parameters))
-            }
-            None => (ParameterLayout::lora(&config, &[], 1, 1.0), None),
-        };
-        let base = ResidentBase::load(folder, nf4, &mut |_| {})?;
-        let request = PlanRequest {
-            micro_batch_rows: None,
-            max_length: max_length.unwrap_or(config.max_positions),
-            recompute: Recompute::Layers,
-            memory_limit: None,
-            base_bytes: base.memory().total_bytes() as u64,
-            dequantised: nf4.is_some(),
-            head_widened: true,
-            dropout: false,
+        let adapter = adapter.map(AdapterFolder::open).transpose()?;
+        let options = EngineOptions {
+            quantization: nf4,
+            lora: adapter.as_ref().map(|adapter| adapter.config().clone()),
             threads,
+            recompute: Recompute::Layers,
+            ..EngineOptions::new(folder, max_length.unwrap_or(context))
         };
-        let engine = Engine::with_base(Box::new(base), EngineParts { layout, dropout: 0.0, request })?;
+        let engine = Engine::load(options, &mut |_| {})?;
+        let parameters = match &adapter {
+            Some(adapter) => {
+                let mut parameters = vec![0.0; engine.layout().len()];
+                adapter.read_into(engine.layout(), &mut parameters)?;
+                Some(parameters)
+            }
+            None => None,
+        };
         Ok(Self { engine, parameters })
     }
 

@@ -4,16 +4,13 @@ use serde::Serialize;
 use shanty_config::{JobSpec, Loaded, job};
 use shanty_diagnostic::Diagnose;
 use shanty_peft_core::{
+    Engine, EngineOptions,
     adapter::{LoraConfig, TargetModules},
-    model::{MemoryUse, ModelConfig},
-    plan::{MemoryPlan, PlanRequest, Recompute, Sizes},
+    plan::Recompute,
     quant::Nf4Options,
 };
 
-use crate::{
-    failure::{CommandResult, Failure},
-    job_file::at_key,
-};
+use crate::{failure::CommandResult, job_file::at_key};
 
 /// What a job would train and take.
 #[derive(Debug, Clone)]
@@ -25,6 +22,8 @@ pub(crate) struct Preflight {
     pub(crate) memory: Memory,
     pub(crate) micro_batch_rows: usize,
     pub(crate) recompute: bool,
+    /// Names in `target_modules` that matched nothing while others did.
+    pub(crate) unused_targets: Vec<String>,
 }
 
 /// Memory of one worker by part, bytes.
@@ -47,36 +46,16 @@ impl Preflight {
     /// Checks base and targets, and counts. What is wrong is shown at the key of the job file that names it.
     pub(crate) fn of(job: &Loaded<JobSpec>, threads: usize) -> CommandResult<Self> {
         let spec = &job.value;
-        let at = |key: &'static str| {
-            move |error: shanty_peft_core::Error| -> Failure { at_key(job, key, error.diagnostic()) }
-        };
-        let config = ModelConfig::load(&spec.base.model).map_err(at("base.model"))?;
-        let nf4 = nf4_of(spec);
-        let base = MemoryUse::plan(&spec.base.model, nf4).map_err(at("base.model"))?;
-        let (layout, matched) = lora_of(spec).layout(&config).map_err(at("adapter.target_modules"))?;
-
-        let trainable = layout.parameters() as u64;
-        let request = PlanRequest {
-            micro_batch_rows: spec.train.micro_batch_size,
-            max_length: spec.data.max_length,
-            recompute: match spec.train.recompute {
-                job::Recompute::Auto => Recompute::Auto,
-                job::Recompute::Never => Recompute::Never,
-                job::Recompute::Layers => Recompute::Layers,
-            },
-            memory_limit: None,
-            base_bytes: base.total_bytes() as u64,
-            dequantised: nf4.is_some(),
-            head_widened: true,
-            dropout: spec.adapter.lora_dropout > 0.0,
-            threads,
-        };
-        let sizes = |tokens| Sizes::new(&config, &layout, tokens, spec.data.max_length, &request);
-        let plan = MemoryPlan::choose(sizes, &request);
+        let estimate = Engine::estimate(&engine_options(spec, threads)).map_err(|error| {
+            let diagnostic = error.diagnostic();
+            let key = if diagnostic.code.starts_with("SH04") { "adapter.target_modules" } else { "base.model" };
+            at_key(job, key, diagnostic)
+        })?;
+        let (plan, trainable) = (estimate.plan, estimate.layout.parameters() as u64);
         Ok(Self {
-            matched_modules: matched.modules(),
+            matched_modules: estimate.matched.modules(),
             trainable_parameters: trainable,
-            total_parameters: config.parameters() as u64 + trainable,
+            total_parameters: estimate.config.parameters() as u64 + trainable,
             memory: Memory {
                 base: plan.base_bytes,
                 adapter: plan.adapter_bytes,
@@ -86,6 +65,7 @@ impl Preflight {
             },
             micro_batch_rows: plan.micro_batch_rows,
             recompute: plan.recompute == Recompute::Layers,
+            unused_targets: estimate.matched.unused,
         })
     }
 
@@ -99,6 +79,22 @@ impl Preflight {
             }
         }
         kinds.join(", ")
+    }
+}
+
+/// The engine that a worker of this job loads.
+fn engine_options(spec: &JobSpec, threads: usize) -> EngineOptions {
+    EngineOptions {
+        quantization: nf4_of(spec),
+        lora: Some(lora_of(spec)),
+        threads,
+        recompute: match spec.train.recompute {
+            job::Recompute::Auto => Recompute::Auto,
+            job::Recompute::Never => Recompute::Never,
+            job::Recompute::Layers => Recompute::Layers,
+        },
+        micro_batch_rows: spec.train.micro_batch_size,
+        ..EngineOptions::new(&spec.base.model, spec.data.max_length)
     }
 }
 

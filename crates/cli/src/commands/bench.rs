@@ -4,13 +4,11 @@ use std::{path::PathBuf, time::Instant};
 
 use serde_json::json;
 use shanty_peft_core::{
-    Engine, NoSink, StepKey,
+    Engine, EngineOptions, NoSink, StepKey,
     adapter::{LoraConfig, TargetModules},
     batch::Row,
-    engine::EngineParts,
-    model::{ModelConfig, ResidentBase},
-    optim,
-    plan::{PlanRequest, Recompute},
+    model::ModelConfig,
+    optim::{AdamW, AdamWOptions, clip_factor, global_norm},
     quant::Nf4Options,
 };
 
@@ -112,7 +110,7 @@ fn step(args: &StepArgs, ui: &Ui) -> CommandResult<Exit> {
         "step_seconds": median,
         "steps": args.steps,
         "peak_memory_bytes": peak_memory_bytes(),
-        "base_memory_bytes": bench.base_bytes,
+        "base_memory_bytes": bench.engine.plan().base_bytes,
         "trainable_parameters": bench.parameters.len(),
     });
     ui.data(&result, |_| {
@@ -122,7 +120,7 @@ fn step(args: &StepArgs, ui: &Ui) -> CommandResult<Exit> {
             1000.0 * median,
             args.steps,
             format::bytes(peak_memory_bytes().unwrap_or(0)),
-            format::bytes(bench.base_bytes),
+            format::bytes(bench.engine.plan().base_bytes),
         )
     })?;
     Ok(Exit::Done)
@@ -131,50 +129,40 @@ fn step(args: &StepArgs, ui: &Ui) -> CommandResult<Exit> {
 /// A training step without data, network or disk.
 struct Bench {
     engine: Engine,
-    base_bytes: u64,
     parameters: Vec<f32>,
     gradient: Vec<f32>,
-    optimizer: optim::AdamW,
+    optimizer: AdamW,
     rows: Vec<Row>,
 }
 
 impl Bench {
     fn load(args: &StepArgs, config: &ModelConfig) -> CommandResult<Self> {
-        let nf4 = (args.quantization == BaseQuantization::Nf4).then(Nf4Options::default);
-        let lora = LoraConfig {
-            base_model_name_or_path: None,
-            r: args.rank as usize,
-            lora_alpha: 2.0 * f64::from(args.rank),
-            lora_dropout: 0.0,
-            use_rslora: false,
-            target_modules: TargetModules::all_linear(),
-        };
-        let (layout, _) = lora.layout(config)?;
-        let base = ResidentBase::load(&args.model, nf4, &mut |_| {})?;
-        let base_bytes = base.memory().total_bytes() as u64;
-        let request = PlanRequest {
-            micro_batch_rows: Some(args.micro_batch.unwrap_or(args.batch).min(args.batch) as usize),
-            max_length: args.length,
-            recompute: Recompute::Auto,
-            memory_limit: None,
-            base_bytes,
-            dequantised: nf4.is_some(),
-            head_widened: true,
-            dropout: false,
+        let options = EngineOptions {
+            quantization: (args.quantization == BaseQuantization::Nf4).then(Nf4Options::default),
+            lora: Some(LoraConfig {
+                base_model_name_or_path: None,
+                r: args.rank as usize,
+                lora_alpha: 2.0 * f64::from(args.rank),
+                lora_dropout: 0.0,
+                use_rslora: false,
+                target_modules: TargetModules::all_linear(),
+            }),
             threads: usize::from(args.threads),
+            micro_batch_rows: Some(args.micro_batch.unwrap_or(args.batch).min(args.batch) as usize),
+            ..EngineOptions::new(&args.model, args.length)
         };
-        let engine = Engine::with_base(Box::new(base), EngineParts { layout, dropout: 0.0, request })?;
+        let engine = Engine::load(options, &mut |_| {})?;
         let parameters = engine.initial_parameters(17);
         Ok(Self {
-            base_bytes,
             gradient: vec![0.0; parameters.len()],
-            optimizer: optim::AdamW::new(parameters.len()),
+            optimizer: AdamW::new(AdamWOptions::default(), parameters.len()),
             rows: rows(args, config.vocabulary_size),
             parameters,
             engine,
         })
     }
 
+    /// One update as a worker makes it, but for the reduction.
     fn step(&mut self, number: u64) -> CommandResult<()> {
         self.gradient.fill(0.0);
         let key = StepKey { seed: 17, step: number };
@@ -184,7 +172,10 @@ impl Bench {
                 self.engine.forward_backward(&self.parameters, rows, key, &mut self.gradient, &mut NoSink)?;
             tokens += sum.tokens;
         }
-        let _ = (tokens, &mut self.optimizer);
+        let scale = 1.0 / tokens.max(1) as f64;
+        // Random tokens teach nothing; a step that fails to be finite would be a defect, and is shown as one.
+        let factor = clip_factor(scale * global_norm(&self.gradient), 1.0).unwrap_or(f64::NAN);
+        self.optimizer.update(&mut self.parameters, &self.gradient, scale * factor, 1e-4)?;
         Ok(())
     }
 }
