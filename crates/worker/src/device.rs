@@ -79,7 +79,7 @@ pub fn new_worker_id() -> String {
     format!("w-{}", uuid::Uuid::now_v7().simple())
 }
 
-/// Works for the coordinator until `shutdown`. `logs` is the other end of [`logs::forwarder`](crate::logs::forwarder).
+/// Works for the coordinator until `shutdown`. `logs` is the other end of [`logs::forward`](crate::logs::forward).
 ///
 /// # Errors
 /// [`Error::Address`], [`Error::Listen`] and [`Error::Process`] before anything began; [`Error::Refused`] if the
@@ -99,7 +99,8 @@ pub async fn run_worker(
         .keep_alive_while_idle(true)
         .connect_lazy();
     let client = WorkerServiceClient::new(connection).max_decoding_message_size(LARGEST_MESSAGE_BYTES);
-    let listener = Listener::bind((options.bind.as_str(), 0)).map_err(|error| Error::part(&error))?;
+    let bind = Address { host: &options.bind, port: 0 }.to_string();
+    let listener = Listener::bind(&bind).map_err(|error| Error::part(&error))?;
     let hello = hello(&options, &listener);
     info!(worker_id = %options.worker_id, collective = %hello.collective_address, "worker started");
 

@@ -5,9 +5,10 @@ mod peft;
 use std::path::Path;
 
 use shanty_config::job::JobSpec;
-use shanty_data::Row;
 
 use crate::Error;
+
+pub use shanty_peft_core::batch::{Row, Segment};
 
 pub use peft::PeftEngines;
 
@@ -25,8 +26,10 @@ pub struct Sum {
 pub struct Facts {
     /// Hash of the base as loaded and quantised.
     pub base_hash: String,
-    /// Length of the flat parameter vector.
-    pub trainable_parameters: usize,
+    /// Length of the flat parameter vector; there may be gaps between tensors.
+    pub flat_length: usize,
+    /// Parameters of the adapter.
+    pub trainable_parameters: u64,
     /// Parameters of base and adapter together.
     pub total_parameters: u64,
     /// Modules that got an adapter.
@@ -52,7 +55,7 @@ pub trait StepEngine: Send {
     /// once while part of the gradient is computed and part is not.
     ///
     /// # Shapes
-    /// `parameters`, `gradient`: `[trainable_parameters]`; at most [`Self::micro_batch_rows`] rows.
+    /// `parameters`, `gradient`: `[flat_length]`; at most [`Self::micro_batch_rows`] rows.
     ///
     /// # Errors
     /// As the engine says; `gradient` is then unspecified.
@@ -63,7 +66,7 @@ pub trait StepEngine: Send {
         seed: u64,
         step: u64,
         gradient: &mut [f32],
-        during: &mut dyn FnMut(),
+        during: &mut (dyn FnMut() + Send),
     ) -> Result<Sum, Error>;
 
     /// The summed loss of some rows, without dropout.

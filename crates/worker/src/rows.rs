@@ -6,7 +6,6 @@ use std::{
 };
 
 use shanty_data::order::row_hash;
-use shanty_data::{Row, Segment};
 use shanty_proto::v1::{
     Announcement, LeaseRowsRequest, LeaseRowsResponse, worker_service_client::WorkerServiceClient,
 };
@@ -15,7 +14,11 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, transport::Channel};
 use tracing::{debug, warn};
 
-use crate::{Error, control::Interrupted};
+use crate::{
+    Error,
+    control::Interrupted,
+    engine::{Row, Segment},
+};
 
 /// Rows of one request. A longer slice takes several, so that messages stay small.
 const ROWS_A_REQUEST: usize = 64;

@@ -166,7 +166,7 @@ impl Trainer {
                     job_id,
                     attempt,
                     base_hash: facts.base_hash.clone(),
-                    trainable_parameters: facts.trainable_parameters as u64,
+                    trainable_parameters: facts.trainable_parameters,
                     total_parameters: facts.total_parameters,
                     matched_modules: facts.matched_modules.clone(),
                     seconds: began.elapsed().as_secs_f64(),
@@ -273,7 +273,7 @@ impl Trainer {
         member._collective = None;
         let Some(job) = &self.job else { return };
         let (applied_step, state_hash) = match &job.state {
-            Some(state) => (state.applied, state.hash()),
+            Some(state) => (state.applied(), state.hash()),
             None => (0, String::new()),
         };
         let kept = job.sum.kept().map(|(step, rows)| KeptSum { step, row_ids: rows.to_vec() });
@@ -313,6 +313,6 @@ impl Trainer {
     }
 
     fn applied(&self) -> u64 {
-        self.job.as_ref().and_then(|job| job.state.as_ref()).map_or(0, |state| state.applied)
+        self.job.as_ref().and_then(|job| job.state.as_ref()).map_or(0, state::State::applied)
     }
 }

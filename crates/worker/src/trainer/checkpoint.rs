@@ -63,7 +63,11 @@ impl Checkpoints {
                     self.pending = None;
                     result?;
                 }
-                Err(mpsc::RecvTimeoutError::Disconnected) => self.pending = None,
+                Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    self.pending = None;
+                    let source = std::io::Error::other("it ended unexpectedly");
+                    return Err(Error::Process { what: "the thread that writes checkpoints".to_owned(), source }.into());
+                }
             }
         }
         Ok(())

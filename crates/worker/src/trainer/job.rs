@@ -21,7 +21,7 @@ pub(crate) struct Job {
     pub(crate) state: Option<State>,
     /// The local sum of the step after the state's.
     pub(crate) sum: LocalSum,
-    /// Where sums over all ranks arrive. `[trainable parameters]`
+    /// Where sums over all ranks arrive. `[flat_length]`
     pub(crate) reduced: Vec<f32>,
     /// Rows of a micro-batch, as the crew agreed; 0 before the first generation.
     pub(crate) micro_batch_rows: u64,
@@ -32,7 +32,7 @@ pub(crate) struct Job {
 
 impl Job {
     pub(crate) fn new(plan: JobPlan, engine: Box<dyn StepEngine>, row_log: RowLog) -> Self {
-        let length = engine.facts().trainable_parameters;
+        let length = engine.facts().flat_length;
         let update = Update::new(&plan.spec.train, plan.steps());
         let adapter = serde_json::to_vec(&plan.spec.adapter).unwrap_or_default();
         let adapter_hash = blake3::hash(&adapter).to_hex().as_str().into();
@@ -51,7 +51,7 @@ impl Job {
     }
 
     /// Length of the flat parameter vector.
-    pub(crate) fn parameters(&self) -> usize {
+    pub(crate) fn flat_length(&self) -> usize {
         self.reduced.len()
     }
 

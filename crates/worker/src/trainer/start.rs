@@ -1,7 +1,7 @@
 //! How a generation's members come to hold the same state: from the seed, from a checkpoint, or from each other.
 
 use bytemuck::{Pod, Zeroable};
-use shanty_checkpoint::{Blocking, Expectations, Key};
+use shanty_checkpoint::{Blocking, Expectations, Key, Optimizer};
 use shanty_collective::Collective;
 use tracing::info;
 
@@ -48,7 +48,7 @@ pub(super) fn reach_start(
     let source = match &formation.start.from {
         Origin::Seed => {
             let parameters = job.engine.initial_parameters(job.plan.spec.train.seed)?;
-            job.state = Some(State::new(parameters));
+            job.state = Some(job.update.fresh(parameters));
             job.micro_batch_rows = 0;
             job.sum.clear();
             0
@@ -76,7 +76,7 @@ pub(super) fn reach_start(
             transfer(around, job, formation, collective, *donor, |rank| receivers.contains(&rank))?;
         }
     }
-    let applied = job.state.as_ref().map(|state| state.applied);
+    let applied = job.state.as_ref().map(State::applied);
     if applied != Some(formation.start.applied_step) {
         let reason = format!(
             "it starts after step {}, this worker's state {}",
@@ -111,12 +111,11 @@ fn load(job: &Job, path: &str) -> Result<(State, u64), Error> {
     let snapshot = store.load(&manifest).map_err(part)?;
     info!(%path, step = snapshot.key.step, "read the checkpoint");
     let rows = u64::from(snapshot.state.micro_batch_rows);
-    let state = State::from_checkpoint(snapshot.key.step, snapshot.optimizer);
-    if state.parameters.len() != job.parameters() {
-        let reason = format!("checkpoint `{path}` has {} parameters", state.parameters.len());
+    if snapshot.optimizer.parameters.len() != job.flat_length() {
+        let reason = format!("checkpoint `{path}` has {} parameters", snapshot.optimizer.parameters.len());
         return Err(Error::Protocol { message: "Form", reason });
     }
-    Ok((state, rows))
+    Ok((job.update.restore(snapshot.key.step, snapshot.optimizer)?, rows))
 }
 
 /// All members say what they are; they must be the same, and take the same micro-batches.
@@ -132,7 +131,7 @@ fn agree(
     hasher.update(job.adapter_hash.as_bytes());
     let own = Introduction {
         engine_hash: *hasher.finalize().as_bytes(),
-        parameters: job.parameters() as u64,
+        parameters: job.flat_length() as u64,
         micro_batch_rows: job.engine.micro_batch_rows().max(1) as u64,
         planned_rows: if job.state.is_some() { job.micro_batch_rows } else { 0 },
     };
@@ -174,39 +173,40 @@ fn transfer(
     }
     let mut header = Header { applied: 0, hash: [0; 32] };
     if let Some(state) = job.state.as_ref().filter(|_| gives) {
-        header = Header { applied: state.applied, hash: *state.digest().as_bytes() };
+        header = Header { applied: state.applied(), hash: *state.digest().as_bytes() };
     }
     collective
         .broadcast(donor, bytemuck::bytes_of_mut(&mut header))
         .map_err(|error| broken(around, formation, &error))?;
 
     // What arrives is kept apart until it is whole: a member that loses its donor here still holds what it had.
-    let mut arriving = receives(rank).then(|| State::empty(header.applied, job.parameters()));
-    let mut chunk = vec![0.0f32; CHUNK.min(job.parameters())];
-    for part in State::PARTS {
-        for start in (0..job.parameters()).step_by(CHUNK) {
+    let mut arriving = receives(rank).then(|| [(); 3].map(|()| vec![0.0f32; job.flat_length()]));
+    let mut chunk = vec![0.0f32; CHUNK.min(job.flat_length())];
+    for part in 0..3 {
+        for start in (0..job.flat_length()).step_by(CHUNK) {
             around.control.check(formation.generation)?;
-            let range = start..(start + CHUNK).min(job.parameters());
+            let range = start..(start + CHUNK).min(job.flat_length());
             let chunk = &mut chunk[..range.len()];
             if let Some(state) = job.state.as_ref().filter(|_| gives) {
-                chunk.copy_from_slice(&state.part(part)[range.clone()]);
+                chunk.copy_from_slice(&state.parts()[part][range.clone()]);
             }
             collective
                 .broadcast(donor, bytemuck::cast_slice_mut(chunk))
                 .map_err(|error| broken(around, formation, &error))?;
             around.failpoints.reach(Point::DuringStateTransfer, formation.place(step))?;
             match (&mut arriving, &job.state) {
-                (Some(state), _) => state.part_mut(part)[range].copy_from_slice(chunk),
-                (None, Some(state)) if same_bits(&state.part(part)[range], chunk) => {}
+                (Some(parts), _) => parts[part][range].copy_from_slice(chunk),
+                (None, Some(state)) if same_bits(&state.parts()[part][range], chunk) => {}
                 (None, _) => return Err(Error::StateDiffers { step, donor, what: "what this worker holds" }.into()),
             }
         }
     }
-    if let Some(state) = arriving {
+    if let Some([parameters, exp_avg, exp_avg_sq]) = arriving {
+        let state = job.update.restore(header.applied, Optimizer { parameters, exp_avg, exp_avg_sq })?;
         if *state.digest().as_bytes() != header.hash {
             return Err(Error::StateDiffers { step, donor, what: "its hash" }.into());
         }
-        info!(donor, step = state.applied, "received adapter and optimizer");
+        info!(donor, step = state.applied(), "received adapter and optimizer");
         job.state = Some(state);
         job.sum.clear();
     }

@@ -9,19 +9,19 @@ use std::{
 };
 
 use shanty_collective::{Collective, HopPoint};
-use shanty_data::Row;
 use shanty_proto::v1::{Announcement, MemberPhase, StepReport, StepTimings, worker_message::Message};
 use tracing::{debug, info};
 
 use crate::{
     Error,
+    engine::Row,
     failpoint::{Place, Point},
     row_log::Entry,
     rows::hash_of_rows,
 };
 
 use super::{
-    Stop, Surroundings, check::Check, formation::Formation, job::Job, pipeline::Pipeline, start, state::Applied,
+    Stop, Surroundings, check::Check, formation::Formation, job::Job, pipeline::Pipeline, start, state::{Applied, State},
 };
 
 /// Entries of the gradient in one all-reduce. Between two, a member that is to leave does.
@@ -93,11 +93,7 @@ impl<'a> Generation<'a> {
 
     /// Updates in the state.
     pub(super) fn applied(&self) -> u64 {
-        self.job.state.as_ref().map_or(0, |state| state.applied)
-    }
-
-    pub(super) fn check_membership(&self) -> Result<(), Stop> {
-        Ok(self.around.control.check(self.formation.generation)?)
+        self.job.state.as_ref().map_or(0, State::applied)
     }
 
     pub(super) fn reach(&self, point: Point, step: u64) -> Result<(), Stop> {
@@ -223,7 +219,7 @@ impl<'a> Generation<'a> {
             return Err(Error::NotFinite { what: "the loss", step, rows }.into());
         }
         let Some(state) = &mut self.job.state else { return Err(missing_state().into()) };
-        let Some(applied) = self.job.update.apply(state, &mut self.job.reduced, total.tokens) else {
+        let Some(applied) = self.job.update.apply(state, &self.job.reduced, total.tokens)? else {
             // The rows are known only to the rank whose own sum is at fault.
             let own = self.job.sum.gradient().iter().any(|value| !value.is_finite());
             let rows = if own { self.job.sum.rows().to_vec() } else { Vec::new() };
@@ -308,8 +304,10 @@ fn hop_hook(
         let hop = hops.passed.fetch_add(1, Ordering::Relaxed);
         let place = formation.place(hops.step.load(Ordering::Relaxed));
         if let Err(error) = failpoints.reach(Point::RingHop(hop), place) {
-            *hops.died.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-            abort.abort("killed at a failpoint");
+            if matches!(error, Error::Killed) {
+                *hops.died.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            }
+            abort.abort("failpoint");
         }
     })
 }

@@ -247,8 +247,9 @@ pub struct Coordinator {
     pub resume_from: Option<(u64, String)>,
     /// Whether a member whose stream is gone may come back.
     pub patient: bool,
-    /// Cut the streams of all workers with the restart of the coordinator in mind.
     pub steps_ahead: u64,
+    /// Ends [`Self::drive`] early.
+    pub halt: bool,
 }
 
 impl Drop for Coordinator {
@@ -288,6 +289,7 @@ impl Coordinator {
             resume_from: None,
             patient: false,
             steps_ahead: 4,
+            halt: false,
         }
     }
 
@@ -341,13 +343,16 @@ impl Coordinator {
         let whole = tokio::time::timeout(Duration::from_secs(60), async {
             while let Some(event) = self.events.recv().await {
                 watch(&event, self);
-                if self.handle(event, world) {
+                if self.handle(event, world) || self.halt {
                     break;
                 }
             }
         });
         if whole.await.is_err() {
             panic!("the job did not end; so far: {:#?}", self.record);
+        }
+        if self.halt {
+            return;
         }
         for worker in self.members() {
             let release = Release { job_id: "test-1".to_owned(), attempt: self.job.attempt, ..Release::default() };
@@ -440,6 +445,34 @@ impl Coordinator {
         } else {
             self.part("a member was lost");
         }
+    }
+
+    /// A worker counts as ready to join.
+    pub fn ready(&mut self, worker: &str) {
+        self.ready.insert(worker.to_owned());
+    }
+
+    /// [`Self::come_back`], later.
+    pub fn come_back_after(&self, pause: Duration) {
+        let shared = Arc::clone(&self.shared);
+        tokio::spawn(async move {
+            tokio::time::sleep(pause).await;
+            shared.lock().unwrap().away = false;
+        });
+    }
+
+    /// Takes in what is said until nothing but beats came for `quiet`; none if that does not happen.
+    pub async fn until_silent(&mut self, quiet: Duration) -> Option<()> {
+        for _ in 0..200 {
+            match tokio::time::timeout(quiet, self.events.recv()).await {
+                Ok(Some(event)) => {
+                    self.handle(event, usize::MAX);
+                }
+                Ok(None) => return None,
+                Err(_) => return Some(()),
+            }
+        }
+        None
     }
 
     /// Sends `Leave` to all members.

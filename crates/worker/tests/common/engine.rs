@@ -42,7 +42,8 @@ impl EngineLoader for ModelEngines {
         self.loads.fetch_add(1, Ordering::SeqCst);
         let facts = Facts {
             base_hash: "model".to_owned(),
-            trainable_parameters: PARAMETERS,
+            flat_length: PARAMETERS,
+            trainable_parameters: PARAMETERS as u64,
             total_parameters: 1000,
             matched_modules: vec!["layer.0".to_owned()],
         };
