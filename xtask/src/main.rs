@@ -1,2 +1,64 @@
-//! House rules as code, generated docs, release.
-fn main() {}
+//! House rules as code, and generated docs.
+//!
+//! - `cargo xtask tidy`: checks the house rules; each rule is a function with a test of its own.
+//! - `cargo xtask docs`: writes the pages that are made from the source; `--check` fails where one is stale.
+
+mod docs;
+mod tidy;
+mod tree;
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::{Result, bail};
+
+const USAGE: &str = "\
+usage: cargo xtask COMMAND
+
+  tidy            checks the house rules
+  docs            writes the pages that are made from the source
+  docs --check    fails where such a page is stale";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    match run(&arguments.iter().map(String::as_str).collect::<Vec<_>>()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            say(&format!("xtask: {error:#}"));
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Whether all is well.
+fn run(arguments: &[&str]) -> Result<bool> {
+    let root = workspace_root();
+    match arguments {
+        ["tidy"] => tidy::run(&root),
+        ["docs"] => docs::write(&root),
+        ["docs", "--check"] => docs::check(&root),
+        [] | ["help" | "--help" | "-h"] => {
+            say(USAGE);
+            Ok(true)
+        }
+        other => bail!("unknown arguments {other:?}\n{USAGE}"),
+    }
+}
+
+fn workspace_root() -> PathBuf {
+    // Cargo names the folder at run time, too: a binary that was built in another checkout looks at the right one.
+    let built = || env!("CARGO_MANIFEST_DIR").into();
+    let here = env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(built);
+    let here = Path::new(&here);
+    here.parent().unwrap_or(here).to_owned()
+}
+
+/// What people read goes to stderr.
+#[expect(clippy::print_stderr, reason = "the one place where xtask speaks")]
+fn say(text: &str) {
+    eprintln!("{text}");
+}

@@ -7,102 +7,107 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// A fine-tuning job.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct JobSpec {
-    /// Name of the job; its id is made from it. Letters, digits, `-` and `_`.
-    pub name: String,
-    /// The frozen base model.
-    pub base: BaseSpec,
-    /// What is trained.
-    pub adapter: AdapterSpec,
-    /// What it is trained on.
-    pub data: DataSpec,
-    /// How it is trained.
-    #[serde(default)]
-    pub train: TrainSpec,
-    /// What is kept, and where.
-    #[serde(default)]
-    pub checkpoint: CheckpointSpec,
-    /// Who trains.
-    #[serde(default)]
-    pub cluster: ClusterSpec,
-    /// What is shown at the end.
-    #[serde(default)]
-    pub sample: SampleSpec,
-}
+use crate::shape::{Describe, Shape, described};
 
-/// `[base]`
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct BaseSpec {
-    /// A folder in Hugging Face layout: `config.json`, safetensors, tokenizer.
-    pub model: PathBuf,
-    /// How the frozen weights are kept.
-    #[serde(default)]
-    pub quantization: Quantization,
-    /// Whether block scales are quantised too (8 bits, blocks of 256), as QLoRA does.
-    #[serde(default = "yes")]
-    pub double_quantization: bool,
+described! {
+    /// A fine-tuning job.
+    #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    pub struct JobSpec {
+        /// Name of the job; its id is made from it. Letters, digits, `-` and `_`.
+        pub name: String,
+        /// The frozen base model.
+        pub base: BaseSpec,
+        /// What is trained.
+        #[serde(default)]
+        pub adapter: AdapterSpec,
+        /// What it is trained on.
+        pub data: DataSpec,
+        /// How it is trained.
+        #[serde(default)]
+        pub train: TrainSpec,
+        /// What is kept, and where.
+        #[serde(default)]
+        pub checkpoint: CheckpointSpec,
+        /// Who trains.
+        #[serde(default)]
+        pub cluster: ClusterSpec,
+        /// What is shown at the end.
+        #[serde(default)]
+        pub sample: SampleSpec,
+    }
+
+    /// `[base]`
+    #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    pub struct BaseSpec {
+        /// A folder in Hugging Face layout: `config.json`, safetensors, tokenizer.
+        pub model: PathBuf,
+        /// How the frozen weights are kept.
+        #[serde(default)]
+        pub quantization: Quantization,
+        /// Whether block scales are quantised too (8 bits, blocks of 256), as QLoRA does.
+        #[serde(default = "yes")]
+        pub double_quantization: bool,
+        /// How many workers share one copy of the base.
+        #[serde(default)]
+        pub shard: Shard,
+    }
+
+    /// How the frozen weights are kept in memory.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum Quantization {
+        /// 4-bit NormalFloat in blocks of 64.
+        #[default]
+        Nf4,
+        /// As stored, computed in f32.
+        None,
+    }
+
     /// How many workers share one copy of the base.
-    #[serde(default)]
-    pub shard: Shard,
-}
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum Shard {
+        /// Replicate where it fits.
+        #[default]
+        Auto,
+        /// Every worker holds all of it.
+        Replicate,
+    }
 
-/// How the frozen weights are kept in memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Quantization {
-    /// 4-bit NormalFloat in blocks of 64.
-    #[default]
-    Nf4,
-    /// As stored, computed in f32.
-    None,
-}
+    /// `[adapter]`
+    #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    pub struct AdapterSpec {
+        /// How the base is adapted.
+        #[serde(default)]
+        pub method: Method,
+        /// Rank of the update.
+        #[serde(default = "default_r")]
+        pub r: usize,
+        /// The update is scaled by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+        #[serde(default = "default_lora_alpha")]
+        pub lora_alpha: f64,
+        /// Share of the adapter's inputs set to zero while training.
+        #[serde(default)]
+        pub lora_dropout: f32,
+        /// Whether the scale is rank-stabilised (rsLoRA): `lora_alpha / sqrt(r)`.
+        #[serde(default)]
+        pub use_rslora: bool,
+        /// `"all-linear"`, a list of name suffixes, or a regular expression that must match the whole name.
+        #[serde(default)]
+        pub target_modules: TargetModules,
+    }
 
-/// How many workers share one copy of the base.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Shard {
-    /// Replicate where it fits.
-    #[default]
-    Auto,
-    /// Every worker holds all of it.
-    Replicate,
-}
-
-/// `[adapter]`
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct AdapterSpec {
-    /// The method.
-    #[serde(default)]
-    pub method: Method,
-    /// Rank of the update.
-    #[serde(default = "default_r")]
-    pub r: usize,
-    /// The update is scaled by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
-    #[serde(default = "default_lora_alpha")]
-    pub lora_alpha: f64,
-    /// Share of the adapter's inputs set to zero while training.
-    #[serde(default)]
-    pub lora_dropout: f32,
-    /// Rank-stabilised scale.
-    #[serde(default)]
-    pub use_rslora: bool,
-    /// `"all-linear"`, a list of name suffixes, or a regular expression that must match the whole name.
-    #[serde(default)]
-    pub target_modules: TargetModules,
-}
-
-/// The method of fine-tuning.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Method {
-    /// Low-rank adaptation.
-    #[default]
-    Lora,
+    /// The method of fine-tuning.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+    #[serde(rename_all = "snake_case")]
+    pub enum Method {
+        /// Low-rank adaptation.
+        #[default]
+        Lora,
+    }
 }
 
 /// Which modules get an adapter. Rules as in PEFT.
@@ -115,79 +120,100 @@ pub enum TargetModules {
     Names(Vec<String>),
 }
 
+impl Describe for TargetModules {
+    fn shape() -> Shape {
+        Shape::TextOrList
+    }
+}
+
 impl Default for TargetModules {
     fn default() -> Self {
         Self::Pattern("all-linear".to_owned())
     }
 }
 
-/// `[data]`
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DataSpec {
-    /// Training data: JSONL or Parquet; a path or a glob.
-    pub train: String,
-    /// Held-out data, evaluated before, after, and every `train.eval_every_steps`.
-    #[serde(default)]
-    pub eval: Option<String>,
-    /// Form of the rows; `auto` detects it from the columns.
-    #[serde(default)]
-    pub format: Format,
-    /// Longest row, tokens. Longer samples are truncated and counted; `text` is cut into samples.
-    #[serde(default = "default_max_length")]
-    pub max_length: usize,
-    /// Whether several samples share a row (no attention between them).
-    #[serde(default = "yes")]
-    pub packing: bool,
+impl Default for AdapterSpec {
+    fn default() -> Self {
+        Self {
+            method: Method::Lora,
+            r: default_r(),
+            lora_alpha: default_lora_alpha(),
+            lora_dropout: 0.0,
+            use_rslora: false,
+            target_modules: TargetModules::default(),
+        }
+    }
 }
 
-/// Form of the rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Format {
-    /// Detected from the columns.
-    #[default]
-    Auto,
-    /// `text`: every token is trained.
-    Text,
-    /// `prompt`, `completion`: the completion is trained.
-    PromptCompletion,
-    /// `messages`: what the assistant says is trained.
-    Messages,
-}
+described! {
+    /// `[data]`
+    #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    pub struct DataSpec {
+        /// Training data: JSONL or Parquet; a path or a glob.
+        pub train: String,
+        /// Held-out data, evaluated before, after, and every `train.eval_every_steps`.
+        #[serde(default)]
+        pub eval: Option<String>,
+        /// Form of the rows; `auto` detects it from the columns.
+        #[serde(default)]
+        pub format: Format,
+        /// Longest row, tokens. Longer samples are truncated and counted; `text` is cut into samples.
+        #[serde(default = "default_max_length")]
+        pub max_length: usize,
+        /// Whether several samples share a row (no attention between them).
+        #[serde(default = "yes")]
+        pub packing: bool,
+    }
 
-/// `[train]`
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct TrainSpec {
-    /// Passes over the data. Ignored where `steps` is given.
-    pub epochs: u32,
-    /// Optimizer steps; instead of `epochs`.
-    pub steps: Option<u64>,
-    /// Rows per optimizer step, whatever the number of workers.
-    pub global_batch_size: usize,
-    /// Rows per forward pass; chosen from memory when absent.
-    pub micro_batch_size: Option<usize>,
-    /// Peak learning rate.
-    pub learning_rate: f64,
-    /// How the learning rate falls.
-    pub schedule: Schedule,
-    /// Steps over which the learning rate rises from 0.
-    pub warmup_steps: u64,
-    /// AdamW's betas.
-    pub betas: [f64; 2],
-    /// AdamW's epsilon.
-    pub epsilon: f64,
-    /// Decoupled weight decay.
-    pub weight_decay: f64,
-    /// Gradients are scaled down to at most this global norm; 0 turns it off.
-    pub max_grad_norm: f64,
-    /// Seeds order, initialisation and dropout.
-    pub seed: u64,
-    /// Evaluate every so many steps; 0: before and after only.
-    pub eval_every_steps: u64,
-    /// Activation memory: keep everything, or recompute a layer in its backward pass.
-    pub recompute: Recompute,
+    /// Form of the rows.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    pub enum Format {
+        /// Detected from the columns.
+        #[default]
+        Auto,
+        /// A column `text`: every token is trained.
+        Text,
+        /// Columns `prompt` and `completion`: the completion is trained.
+        PromptCompletion,
+        /// A column `messages`: what the assistant says is trained.
+        Messages,
+    }
+
+    /// `[train]`
+    #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields, default)]
+    pub struct TrainSpec {
+        /// Passes over the data. Ignored where `steps` is given.
+        pub epochs: u32,
+        /// Optimizer steps; instead of `epochs`.
+        pub steps: Option<u64>,
+        /// Rows per optimizer step, whatever the number of workers.
+        pub global_batch_size: usize,
+        /// Rows per forward pass; chosen from memory when absent.
+        pub micro_batch_size: Option<usize>,
+        /// Peak learning rate.
+        pub learning_rate: f64,
+        /// How the learning rate falls.
+        pub schedule: Schedule,
+        /// Steps over which the learning rate rises from 0.
+        pub warmup_steps: u64,
+        /// AdamW's betas.
+        pub betas: [f64; 2],
+        /// AdamW's epsilon.
+        pub epsilon: f64,
+        /// Decoupled weight decay.
+        pub weight_decay: f64,
+        /// Gradients are scaled down to at most this global norm; 0 turns it off.
+        pub max_grad_norm: f64,
+        /// Seeds order, initialisation and dropout.
+        pub seed: u64,
+        /// Evaluate every so many steps; 0: before and after only.
+        pub eval_every_steps: u64,
+        /// Activation memory: keep everything, or recompute a layer in its backward pass.
+        pub recompute: Recompute,
+    }
 }
 
 impl Default for TrainSpec {
@@ -211,42 +237,44 @@ impl Default for TrainSpec {
     }
 }
 
-/// How the learning rate falls after the warm-up, as transformers defines them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Schedule {
-    /// It stays.
-    Constant,
-    /// To 0 in a line.
-    Linear,
-    /// To 0 along half a cosine.
-    #[default]
-    Cosine,
-}
+described! {
+    /// How the learning rate falls after the warm-up, as transformers defines them.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum Schedule {
+        /// It stays where it is.
+        Constant,
+        /// It falls to 0 in a straight line.
+        Linear,
+        /// It falls to 0 along half a cosine.
+        #[default]
+        Cosine,
+    }
 
-/// What becomes of activations between forward and backward.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Recompute {
-    /// From the memory that is there.
-    #[default]
-    Auto,
-    /// Keep them.
-    Never,
-    /// Keep layer inputs, compute the rest again.
-    Layers,
-}
+    /// What becomes of activations between forward and backward.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum Recompute {
+        /// Decided by the memory that is there.
+        #[default]
+        Auto,
+        /// Everything is kept: fastest.
+        Never,
+        /// Layer inputs are kept, the rest is computed again: least memory.
+        Layers,
+    }
 
-/// `[checkpoint]`
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct CheckpointSpec {
-    /// A folder; `runs/NAME` when absent. Everything of the run lies below it.
-    pub store: Option<PathBuf>,
-    /// Write a checkpoint every so many steps; the last step always has one. 0: the last alone.
-    pub every_steps: u64,
-    /// How many checkpoints are kept.
-    pub keep: usize,
+    /// `[checkpoint]`
+    #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields, default)]
+    pub struct CheckpointSpec {
+        /// A folder; `runs/NAME` when absent. Everything of the run lies below it.
+        pub store: Option<PathBuf>,
+        /// Write a checkpoint every so many steps; the last step always has one. 0: the last alone.
+        pub every_steps: u64,
+        /// How many checkpoints are kept.
+        pub keep: usize,
+    }
 }
 
 impl Default for CheckpointSpec {
@@ -255,24 +283,26 @@ impl Default for CheckpointSpec {
     }
 }
 
-/// `[cluster]`
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct ClusterSpec {
-    /// How many workers train.
-    pub workers: WorkerCount,
-    /// Where workers compute.
-    pub device: Device,
-}
+described! {
+    /// `[cluster]`
+    #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields, default)]
+    pub struct ClusterSpec {
+        /// How many workers train.
+        pub workers: WorkerCount,
+        /// Where workers compute.
+        pub device: Device,
+    }
 
-/// Bounds on the number of workers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct WorkerCount {
-    /// Fewer than this and the job waits.
-    pub min: u32,
-    /// More than this are not used.
-    pub max: u32,
+    /// Bounds on the number of workers.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields, default)]
+    pub struct WorkerCount {
+        /// Fewer than this and the job waits.
+        pub min: u32,
+        /// More than this are not used.
+        pub max: u32,
+    }
 }
 
 impl Default for WorkerCount {
@@ -281,27 +311,29 @@ impl Default for WorkerCount {
     }
 }
 
-/// Where a worker computes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Device {
-    /// A GPU where there is one, else the CPU.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// A GPU, or an error.
-    Cuda,
-}
+described! {
+    /// Where a worker computes.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum Device {
+        /// A GPU where there is one, else the CPU.
+        #[default]
+        Auto,
+        /// The CPU.
+        Cpu,
+        /// A GPU, or an error.
+        Cuda,
+    }
 
-/// `[sample]`
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct SampleSpec {
-    /// Continued by base and adapter at the end of `shanty run`; nothing is shown when absent.
-    pub prompt: Option<String>,
-    /// Length of the continuation.
-    pub max_tokens: usize,
+    /// `[sample]`
+    #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields, default)]
+    pub struct SampleSpec {
+        /// Continued by base and adapter at the end of `shanty run`; nothing is shown when absent.
+        pub prompt: Option<String>,
+        /// Length of the continuation.
+        pub max_tokens: usize,
+    }
 }
 
 impl Default for SampleSpec {

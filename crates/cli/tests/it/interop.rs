@@ -1,0 +1,71 @@
+//! What Hugging Face PEFT makes of an adapter that was trained here.
+//!
+//! Needs a Python with peft, transformers and torch: `SHANTY_PYTHON`, else `python3`. Without one the test is
+//! skipped aloud; where `SHANTY_REQUIRE_PYTHON` is set, as in continuous integration, it fails.
+
+use std::{
+    env,
+    process::{Command, Stdio},
+};
+
+use shanty_testkit::TinyJob;
+
+use crate::support::Place;
+
+/// Token ids that the tiny model knows, of two rows as long as each other.
+const IDS: &str = "[[5,17,33,120,64,7,201,9],[8,40,12,99,150,31,77,260]]";
+const CHECK: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/open_in_peft.py");
+
+/// An interpreter that has PEFT, or none and a word about it.
+fn python() -> Option<String> {
+    let python = env::var("SHANTY_PYTHON").unwrap_or_else(|_| "python3".to_owned());
+    let found = Command::new(&python)
+        .args(["-c", "import peft, torch, transformers"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    if found {
+        return Some(python);
+    }
+    assert!(
+        env::var_os("SHANTY_REQUIRE_PYTHON").is_none(),
+        "`{python}` cannot import peft, torch and transformers"
+    );
+    eprintln!("SKIPPED: `{python}` cannot import peft, torch and transformers; nothing was compared");
+    None
+}
+
+/// Trains `job`, writes logits of base and adapter in f32, and lets PEFT open and compare them.
+fn trained_adapter_opens_in_peft(job: TinyJob) {
+    let Some(python) = python() else { return };
+    let place = Place::new(job).unwrap();
+    let run = place.run(2).unwrap();
+    let adapter = place.adapter(&run).unwrap();
+    let adapter = adapter.to_str().unwrap();
+    let logits = ["logits", "--model", "model", "--adapter", adapter, "--quantization", "none", "--ids", IDS];
+    place.shanty.run(&[&logits[..], &["--out", "logits.safetensors"]].concat()).unwrap().expect_code(0).unwrap();
+
+    let check = Command::new(python)
+        .arg(CHECK)
+        .args(["--model", "model", "--adapter", adapter, "--ids", IDS, "--logits", "logits.safetensors"])
+        // f32 on both sides; the reference cases hold logits to the same.
+        .args(["--tolerance", "1e-4"])
+        .current_dir(place.folder.path())
+        .output()
+        .unwrap();
+    let (said, complained) = (String::from_utf8_lossy(&check.stdout), String::from_utf8_lossy(&check.stderr));
+    assert!(check.status.success(), "{said}\n{complained}");
+    println!("{said}");
+}
+
+#[test]
+fn peft_opens_what_was_trained_without_a_warning_and_gives_the_same_logits() {
+    trained_adapter_opens_in_peft(TinyJob { quantization: "none", ..TinyJob::default() });
+}
+
+#[test]
+fn peft_opens_what_was_trained_on_a_4_bit_base() {
+    trained_adapter_opens_in_peft(TinyJob { quantization: "nf4", ..TinyJob::default() });
+}

@@ -1,0 +1,55 @@
+//! Every environment variable that the program reads, declared once.
+
+/// An environment variable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EnvironmentVariable {
+    /// Its name; a trailing `…` stands for a key.
+    pub name: &'static str,
+    /// What it does.
+    pub doc: &'static str,
+}
+
+/// What is logged: a level (`error`, `warn`, `info`, `debug`, `trace`) or a filter.
+pub const SHANTY_LOG: &str = "SHANTY_LOG";
+/// The coordinator's URL, where `--coordinator` is not given.
+pub const SHANTY_COORDINATOR: &str = "SHANTY_COORDINATOR";
+/// Where a test stops a process.
+pub const SHANTY_FAILPOINT: &str = "SHANTY_FAILPOINT";
+/// Turns colour off.
+pub const NO_COLOR: &str = "NO_COLOR";
+
+/// All of them, in the order of the alphabet. `docs/reference/environment.md` is made from this list.
+pub const ENVIRONMENT_VARIABLES: &[EnvironmentVariable] = &[
+    EnvironmentVariable {
+        name: NO_COLOR,
+        doc: "Set to anything but nothing, it turns colour off everywhere.",
+    },
+    EnvironmentVariable {
+        name: SHANTY_COORDINATOR,
+        doc: "URL of the coordinator that `submit`, `jobs`, `status`, `logs`, `cancel`, `resume`, `checkpoints` and \
+              `worker` talk to; `--coordinator` wins over it.",
+    },
+    EnvironmentVariable {
+        name: "SHANTY_COORDINATOR__…",
+        doc: "Any key of the coordinator's file, above the file and below flags: `SHANTY_COORDINATOR__LISTEN` is \
+              `listen`.",
+    },
+    EnvironmentVariable {
+        name: SHANTY_FAILPOINT,
+        doc: "For tests: where a process is to die, so that recovery can be watched. Leave it unset.",
+    },
+    EnvironmentVariable {
+        name: "SHANTY_JOB__…",
+        doc: "Any key of the job file, above the file and below `--set`: `SHANTY_JOB__TRAIN__STEPS=5` is `steps = 5` in \
+              `[train]`. Relative paths count from the current folder.",
+    },
+    EnvironmentVariable {
+        name: SHANTY_LOG,
+        doc: "What is logged: `error`, `warn`, `info` (the default), `debug`, `trace`, or a filter such as \
+              `info,shanty_worker=debug`.",
+    },
+    EnvironmentVariable {
+        name: "SHANTY_WORKER__…",
+        doc: "Any key of the worker's file, above the file and below flags: `SHANTY_WORKER__THREADS` is `threads`.",
+    },
+];

@@ -1,0 +1,109 @@
+//! Relative paths: those of a file count from its folder, those of a variable or a flag from the current folder.
+
+use std::{
+    env,
+    path::{Component, Path, PathBuf},
+};
+
+use crate::{job::JobSpec, layers::folder_of, loaded::Sources};
+
+/// Makes every path of a job absolute, and names the store where it is not named.
+pub(crate) fn resolve_job(spec: &mut JobSpec, sources: &Sources) {
+    let folder = |key: &str| folder_of(&sources.locate_named(key), &sources.path);
+    spec.base.model = absolute(&folder("base.model"), &spec.base.model);
+    spec.data.train = absolute_pattern(&folder("data.train"), &spec.data.train);
+    if let Some(eval) = &mut spec.data.eval {
+        *eval = absolute_pattern(&folder("data.eval"), eval);
+    }
+    spec.checkpoint.store = Some(match &spec.checkpoint.store {
+        Some(store) => absolute(&folder("checkpoint.store"), store),
+        None => absolute(Path::new(""), &Path::new("runs").join(&spec.name)),
+    });
+}
+
+/// `path`, seen from `folder`, as an absolute path without `.` and, where that changes nothing, without `..`.
+pub(crate) fn absolute(folder: &Path, path: &Path) -> PathBuf {
+    let joined = env::current_dir().unwrap_or_default().join(folder).join(path);
+    let tidy = without_dots(&joined);
+    // Behind a symbolic link `a/../b` is not `b`.
+    match (joined.canonicalize(), tidy.canonicalize()) {
+        (Ok(real), Ok(tidied)) if real != tidied => joined,
+        (Ok(_), Err(_)) => joined,
+        _ => tidy,
+    }
+}
+
+/// The same for data: a path, a glob, or a URL, which stays as it is.
+pub(crate) fn absolute_pattern(folder: &Path, pattern: &str) -> String {
+    if pattern.contains("://") || pattern.is_empty() {
+        return pattern.to_owned();
+    }
+    // A name that exists is taken as it is, also with brackets in it.
+    let named = absolute(folder, Path::new(pattern));
+    if named.exists() {
+        return named.to_string_lossy().into_owned();
+    }
+    let first_glob = Path::new(pattern)
+        .components()
+        .position(|part| part.as_os_str().to_string_lossy().contains(['*', '?', '[']));
+    let Some(first_glob) = first_glob else {
+        return named.to_string_lossy().into_owned();
+    };
+    let parts: Vec<Component<'_>> = Path::new(pattern).components().collect();
+    let plain: PathBuf = parts[..first_glob].iter().collect();
+    let rest: PathBuf = parts[first_glob..].iter().collect();
+    let prefix = absolute(folder, &plain);
+    // A bracket in the folder's own name is no glob.
+    let prefix = glob::Pattern::escape(&prefix.to_string_lossy());
+    Path::new(&prefix).join(rest).to_string_lossy().into_owned()
+}
+
+fn without_dots(path: &Path) -> PathBuf {
+    let mut tidy = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::CurDir => {}
+            Component::ParentDir => {
+                tidy.pop();
+            }
+            other => tidy.push(other),
+        }
+    }
+    tidy
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dots_go_and_globs_stay() {
+        assert_eq!(absolute(Path::new("/jobs/a"), Path::new("../model")), Path::new("/jobs/model"));
+        assert_eq!(absolute(Path::new("/jobs"), Path::new("/m")), Path::new("/m"));
+        assert_eq!(absolute_pattern(Path::new("/jobs/a"), "../d/*.jsonl"), "/jobs/d/*.jsonl");
+        assert_eq!(absolute_pattern(Path::new("/jo[b]s"), "d/*.jsonl"), "/jo[[]b[]]s/d/*.jsonl");
+        assert_eq!(absolute_pattern(Path::new("/jobs"), "s3://bucket/*.jsonl"), "s3://bucket/*.jsonl");
+    }
+
+    #[test]
+    fn a_file_with_brackets_in_its_name_is_no_glob() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("d[1]");
+        std::fs::create_dir(&path).expect("create");
+        std::fs::write(path.join("a[2].jsonl"), "").expect("write");
+        let named = absolute_pattern(&path, "a[2].jsonl");
+        assert_eq!(Path::new(&named), path.join("a[2].jsonl"));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_step_up_behind_a_symbolic_link_is_kept() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let real = folder.path().join("real/inner");
+        std::fs::create_dir_all(&real).expect("create");
+        std::fs::create_dir(folder.path().join("real/model")).expect("create");
+        std::os::unix::fs::symlink(&real, folder.path().join("link")).expect("link");
+        let path = absolute(folder.path(), Path::new("link/../model"));
+        assert!(path.is_dir(), "{} leads nowhere", path.display());
+    }
+}

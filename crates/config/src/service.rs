@@ -1,0 +1,273 @@
+//! The files of the services: what a coordinator and a worker need to know.
+//!
+//! Same layers and same answers as the job file. A file is not required: the defaults serve one machine.
+
+use std::{net::SocketAddr, path::Path, path::PathBuf, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    error::{Error, Errors},
+    job::Device,
+    layers::{Layers, folder_of, process_environment},
+    loaded::Loaded,
+    paths::absolute,
+    place::Place,
+    shape::described,
+};
+
+/// What the names of a coordinator's environment variables begin with.
+pub const COORDINATOR_PREFIX: &str = "SHANTY_COORDINATOR__";
+
+/// What the names of a worker's environment variables begin with.
+pub const WORKER_PREFIX: &str = "SHANTY_WORKER__";
+
+described! {
+    /// The coordinator's file.
+    #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields, default)]
+    pub struct CoordinatorFile {
+        /// Address and port to listen on; port 0 takes a free one.
+        pub listen: String,
+        /// Folder of the state that outlives the process.
+        pub state_dir: PathBuf,
+        /// Whether to listen beyond this machine without TLS. Anybody who reaches the port can then run jobs.
+        pub insecure: bool,
+        /// How often a worker reports that it is alive, milliseconds.
+        pub beat_interval_ms: u64,
+        /// Silence after which a worker counts as lost though its connection is up, milliseconds.
+        pub lost_after_ms: u64,
+        /// How long a worker may go on without the coordinator, milliseconds.
+        pub credit_ms: u64,
+        /// How long to wait for more workers once the least number is ready, milliseconds.
+        pub gather_ms: u64,
+        /// How many steps a worker may go beyond the last step that is known to be committed.
+        pub steps_ahead: u64,
+    }
+
+    /// The worker's file.
+    #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields, default)]
+    pub struct WorkerFile {
+        /// URL of the coordinator.
+        pub coordinator: String,
+        /// Where to compute.
+        pub device: Device,
+        /// Threads to compute with; all cores when absent.
+        pub threads: Option<usize>,
+        /// Folder of row logs and of what is being received.
+        pub state_dir: PathBuf,
+        /// Folder of the log files; `logs` in `state_dir` when absent.
+        pub logs: Option<PathBuf>,
+        /// Address on which other workers reach this one for reductions; each process takes a free port of it.
+        pub bind: String,
+        /// Host or address that other workers are told, where it is not `bind`.
+        pub advertise: Option<String>,
+    }
+}
+
+impl Default for CoordinatorFile {
+    fn default() -> Self {
+        Self {
+            listen: "127.0.0.1:7461".to_owned(),
+            state_dir: PathBuf::from(".shanty/coordinator"),
+            insecure: false,
+            beat_interval_ms: 250,
+            lost_after_ms: 3_000,
+            credit_ms: 20_000,
+            gather_ms: 3_000,
+            steps_ahead: 12,
+        }
+    }
+}
+
+impl Default for WorkerFile {
+    fn default() -> Self {
+        Self {
+            coordinator: "http://127.0.0.1:7461".to_owned(),
+            device: Device::Auto,
+            threads: None,
+            state_dir: PathBuf::from(".shanty/worker"),
+            logs: None,
+            bind: "127.0.0.1".to_owned(),
+            advertise: None,
+        }
+    }
+}
+
+impl CoordinatorFile {
+    /// The address to listen on.
+    ///
+    /// # Errors
+    /// Where `listen` is none; [`load_coordinator`] lets no such file through.
+    pub fn address(&self) -> Result<SocketAddr, std::net::AddrParseError> {
+        self.listen.parse()
+    }
+
+    /// How often a worker reports that it is alive.
+    pub fn beat_interval(&self) -> Duration {
+        Duration::from_millis(self.beat_interval_ms)
+    }
+
+    /// Silence after which a worker counts as lost.
+    pub fn lost_after(&self) -> Duration {
+        Duration::from_millis(self.lost_after_ms)
+    }
+
+    /// How long a worker may go on without the coordinator.
+    pub fn credit(&self) -> Duration {
+        Duration::from_millis(self.credit_ms)
+    }
+
+    /// How long to wait for more workers.
+    pub fn gather(&self) -> Duration {
+        Duration::from_millis(self.gather_ms)
+    }
+}
+
+impl WorkerFile {
+    /// The folder of the log files.
+    pub fn logs_dir(&self) -> PathBuf {
+        self.logs.clone().unwrap_or_else(|| self.state_dir.join("logs"))
+    }
+}
+
+/// Loads a coordinator's file (or the defaults), below `SHANTY_COORDINATOR__…`, below `overrides`.
+///
+/// # Errors
+/// All that is wrong, each with its place.
+pub fn load_coordinator(
+    file: Option<&Path>,
+    overrides: &[(String, String)],
+) -> Result<Loaded<CoordinatorFile>, Errors> {
+    load_coordinator_with(file, process_environment(), overrides)
+}
+
+pub(crate) fn load_coordinator_with(
+    file: Option<&Path>,
+    environment: Vec<(String, String)>,
+    overrides: &[(String, String)],
+) -> Result<Loaded<CoordinatorFile>, Errors> {
+    let layers = Layers {
+        file,
+        prefix: COORDINATOR_PREFIX,
+        environment,
+        flags: overrides,
+        flag: own_flag,
+        required: &[],
+    };
+    let (mut value, sources) = layers.load::<CoordinatorFile>()?;
+    Errors::check(coordinator_errors(&value, |key| sources.locate(key)))?;
+    value.state_dir =
+        absolute(&folder_of(&sources.locate_named("state_dir"), &sources.path), &value.state_dir);
+    Ok(Loaded { value, warnings: Vec::new(), sources })
+}
+
+/// Loads a worker's file (or the defaults), below `SHANTY_WORKER__…`, below `overrides`.
+///
+/// # Errors
+/// All that is wrong, each with its place.
+pub fn load_worker(
+    file: Option<&Path>,
+    overrides: &[(String, String)],
+) -> Result<Loaded<WorkerFile>, Errors> {
+    load_worker_with(file, process_environment(), overrides)
+}
+
+pub(crate) fn load_worker_with(
+    file: Option<&Path>,
+    environment: Vec<(String, String)>,
+    overrides: &[(String, String)],
+) -> Result<Loaded<WorkerFile>, Errors> {
+    let layers =
+        Layers { file, prefix: WORKER_PREFIX, environment, flags: overrides, flag: own_flag, required: &[] };
+    let (mut value, sources) = layers.load::<WorkerFile>()?;
+    Errors::check(worker_errors(&value, |key| sources.locate(key)))?;
+    value.state_dir =
+        absolute(&folder_of(&sources.locate_named("state_dir"), &sources.path), &value.state_dir);
+    if let Some(logs) = &value.logs {
+        value.logs = Some(absolute(&folder_of(&sources.locate_named("logs"), &sources.path), logs));
+    }
+    Ok(Loaded { value, warnings: Vec::new(), sources })
+}
+
+/// A key of a service's file as the flag of its command: `beat_interval_ms` is `--beat-interval-ms`.
+fn own_flag(key: &str, value: &str) -> String {
+    format!("--{} {value}", key.replace('_', "-"))
+}
+
+fn impossible(
+    place: Place,
+    key: &str,
+    value: impl ToString,
+    rule: impl ToString,
+    hint: Option<&str>,
+) -> Error {
+    Error::Impossible {
+        key: key.to_owned(),
+        value: value.to_string(),
+        rule: rule.to_string(),
+        hint: hint.map(str::to_owned),
+        place,
+    }
+}
+
+fn coordinator_errors(file: &CoordinatorFile, place: impl Fn(&str) -> Place) -> Vec<Error> {
+    let mut errors = Vec::new();
+    let listen = format!("`{}`", file.listen);
+    match file.address() {
+        Err(_) => {
+            let rule = "must be an address and a port";
+            let hint = Some("write it as `127.0.0.1:7461`");
+            errors.push(impossible(place("listen"), "listen", listen, rule, hint));
+        }
+        Ok(address) if !address.ip().is_loopback() && !file.insecure => {
+            let rule = "must be an address of this machine alone: there is no TLS yet";
+            let hint = Some("on a network that you trust, say `insecure = true` (or `--insecure`)");
+            errors.push(impossible(place("listen"), "listen", listen, rule, hint));
+        }
+        Ok(_) => {}
+    }
+    let counts = [
+        ("beat_interval_ms", file.beat_interval_ms),
+        ("lost_after_ms", file.lost_after_ms),
+        ("credit_ms", file.credit_ms),
+        ("steps_ahead", file.steps_ahead),
+    ];
+    for (key, count) in counts {
+        if count == 0 {
+            errors.push(impossible(place(key), key, count, "must be at least 1", None));
+        }
+    }
+    if errors.is_empty() {
+        for (key, long) in [("lost_after_ms", file.lost_after_ms), ("credit_ms", file.credit_ms)] {
+            if long < file.beat_interval_ms.saturating_mul(2) {
+                let rule = format!("must be at least two beats of {} ms", file.beat_interval_ms);
+                let hint = Some("one late beat must not cost a worker");
+                errors.push(impossible(place(key), key, long, rule, hint));
+            }
+        }
+    }
+    errors
+}
+
+fn worker_errors(file: &WorkerFile, place: impl Fn(&str) -> Place) -> Vec<Error> {
+    let mut errors = Vec::new();
+    let is_url = url::Url::parse(&file.coordinator)
+        .is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.host().is_some());
+    if !is_url {
+        let hint = Some("write it as `http://127.0.0.1:7461`");
+        let value = format!("`{}`", file.coordinator);
+        errors.push(impossible(place("coordinator"), "coordinator", value, "must be a URL", hint));
+    }
+    if file.threads == Some(0) {
+        let hint = Some("leave it out to use all cores");
+        errors.push(impossible(place("threads"), "threads", 0, "must be at least 1", hint));
+    }
+    if file.bind.parse::<std::net::IpAddr>().is_err() {
+        let value = format!("`{}`", file.bind);
+        let hint = Some("write it without a port, such as `127.0.0.1`");
+        errors.push(impossible(place("bind"), "bind", value, "must be an IP address", hint));
+    }
+    errors
+}

@@ -1,0 +1,304 @@
+//! What a job may say: every check that needs no file.
+
+use crate::job::{JobSpec, Method, TargetModules};
+
+/// A value that cannot be, or looks wrong.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Finding {
+    /// The dotted key that it is about.
+    pub key: String,
+    /// Its value.
+    pub value: String,
+    /// What it must or cannot be.
+    pub rule: String,
+    /// What to do.
+    pub hint: Option<String>,
+}
+
+/// A finding that is shown and not stopped at.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Warning {
+    /// `SH0120` and up.
+    pub code: &'static str,
+    /// The dotted key that it is about.
+    pub key: String,
+    /// What looks wrong.
+    pub message: String,
+    /// What to do.
+    pub hint: String,
+}
+
+#[derive(Default)]
+struct Findings(Vec<Finding>);
+
+impl Findings {
+    /// Notes that `key` breaks a rule, unless it holds.
+    fn require(&mut self, holds: bool, key: &str, value: impl ToString, rule: &str) {
+        self.require_hinted(holds, key, value, rule, None);
+    }
+
+    fn require_hinted(
+        &mut self,
+        holds: bool,
+        key: &str,
+        value: impl ToString,
+        rule: &str,
+        hint: Option<&str>,
+    ) {
+        if !holds {
+            self.0.push(Finding {
+                key: key.to_owned(),
+                value: value.to_string(),
+                rule: rule.to_owned(),
+                hint: hint.map(str::to_owned),
+            });
+        }
+    }
+}
+
+/// Values that cannot be.
+pub fn findings(spec: &JobSpec) -> Vec<Finding> {
+    let mut findings = Findings::default();
+    name(spec, &mut findings);
+    adapter(spec, &mut findings);
+    data(spec, &mut findings);
+    batches(spec, &mut findings);
+    optimizer(spec, &mut findings);
+    cluster(spec, &mut findings);
+    findings.0
+}
+
+const LONGEST_NAME: usize = 64;
+
+fn name(spec: &JobSpec, findings: &mut Findings) {
+    let name = &spec.name;
+    let good = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '-' | '_');
+    let first_good = name.starts_with(|first: char| first.is_ascii_alphanumeric());
+    let rule = "must be letters, digits, `-` and `_`, and begin with a letter or a digit";
+    findings.require(
+        !name.is_empty() && name.chars().all(good) && first_good,
+        "name",
+        format!("`{}`", name.escape_debug()),
+        rule,
+    );
+    findings.require(
+        name.len() <= LONGEST_NAME,
+        "name",
+        format!("{} letters long", name.len()),
+        "must be at most 64",
+    );
+}
+
+fn adapter(spec: &JobSpec, findings: &mut Findings) {
+    let adapter = &spec.adapter;
+    findings.require_hinted(
+        adapter.r >= 1,
+        "adapter.r",
+        adapter.r,
+        "must be at least 1",
+        Some("8 to 64 are usual; 16 is the default"),
+    );
+    findings.require(
+        adapter.lora_alpha.is_finite() && adapter.lora_alpha > 0.0,
+        "adapter.lora_alpha",
+        adapter.lora_alpha,
+        "must be above 0",
+    );
+    findings.require_hinted(
+        (0.0..1.0).contains(&adapter.lora_dropout),
+        "adapter.lora_dropout",
+        adapter.lora_dropout,
+        "must be at least 0 and below 1",
+        Some("it is a share: 0.05 drops 5 % of the adapter's inputs"),
+    );
+    let all_linear = Some("use `\"all-linear\"` for every linear layer");
+    match &adapter.target_modules {
+        TargetModules::Pattern(pattern) => {
+            let rule = "must name at least one module";
+            findings.require_hinted(
+                !pattern.trim().is_empty(),
+                "adapter.target_modules",
+                "empty",
+                rule,
+                all_linear,
+            );
+        }
+        TargetModules::Names(names) => {
+            let rule = "must name at least one module";
+            findings.require_hinted(!names.is_empty(), "adapter.target_modules", "empty", rule, all_linear);
+            for (index, name) in names.iter().enumerate() {
+                let key = format!("adapter.target_modules[{index}]");
+                findings.require(
+                    !name.trim().is_empty(),
+                    &key,
+                    "empty",
+                    "must be a module's name or its end",
+                );
+                let hint = Some("write `target_modules = \"all-linear\"`, without brackets");
+                let rule = "has that meaning only as a text of its own, not in a list";
+                findings.require_hinted(name != "all-linear", &key, "`all-linear`", rule, hint);
+            }
+        }
+    }
+}
+
+fn data(spec: &JobSpec, findings: &mut Findings) {
+    let data = &spec.data;
+    pattern("data.train", &data.train, findings);
+    if let Some(eval) = &data.eval {
+        pattern("data.eval", eval, findings);
+    }
+    findings.require_hinted(
+        data.max_length >= 2,
+        "data.max_length",
+        data.max_length,
+        "must be at least 2",
+        Some("a row needs a token to see and a token to learn"),
+    );
+}
+
+fn pattern(key: &str, pattern: &str, findings: &mut Findings) {
+    let shown = format!("`{pattern}`");
+    findings.require(!pattern.is_empty(), key, "empty", "must be a path or a glob");
+    findings.require_hinted(
+        !pattern.contains("://"),
+        key,
+        &shown,
+        "must be a path or a glob on this machine",
+        Some("object stores are not read yet: copy the data here first"),
+    );
+    if let Err(error) = glob::Pattern::new(pattern) {
+        let rule = format!("no valid glob: {} at character {}", error.msg, error.pos + 1);
+        let hint =
+            Some("`*`, `?` and `[abc]` match letters, `**` matches folders; write `[[]` for a bracket");
+        findings.require_hinted(false, key, shown, &rule, hint);
+    }
+}
+
+fn batches(spec: &JobSpec, findings: &mut Findings) {
+    let train = &spec.train;
+    let one = "must be at least 1";
+    let endless = Some("leave `steps` out to train for whole `epochs`");
+    findings.require(train.steps.is_some() || train.epochs >= 1, "train.epochs", train.epochs, one);
+    if let Some(steps) = train.steps {
+        findings.require_hinted(steps >= 1, "train.steps", steps, one, endless);
+    }
+    findings.require_hinted(
+        train.global_batch_size >= 1,
+        "train.global_batch_size",
+        train.global_batch_size,
+        one,
+        Some("rows per optimizer step, over all workers; 16 to 128 are usual"),
+    );
+    if let Some(rows) = train.micro_batch_size {
+        let chosen = Some("leave it out to have it chosen from the memory that is there");
+        findings.require_hinted(rows >= 1, "train.micro_batch_size", rows, one, chosen);
+    }
+    findings.require(spec.checkpoint.keep >= 1, "checkpoint.keep", spec.checkpoint.keep, one);
+    let sample = &spec.sample;
+    findings.require(sample.max_tokens >= 1, "sample.max_tokens", sample.max_tokens, one);
+}
+
+fn optimizer(spec: &JobSpec, findings: &mut Findings) {
+    let train = &spec.train;
+    let above = "must be above 0";
+    let not_negative = "must not be negative";
+    let positive = |value: f64| value.is_finite() && value > 0.0;
+    findings.require_hinted(
+        positive(train.learning_rate),
+        "train.learning_rate",
+        train.learning_rate,
+        above,
+        Some("2e-4 is the default for LoRA"),
+    );
+    for (index, beta) in train.betas.into_iter().enumerate() {
+        let key = format!("train.betas[{index}]");
+        findings.require((0.0..1.0).contains(&beta), &key, beta, "must be at least 0 and below 1");
+    }
+    findings.require(positive(train.epsilon), "train.epsilon", train.epsilon, above);
+    let decay = train.weight_decay;
+    findings.require(decay.is_finite() && decay >= 0.0, "train.weight_decay", decay, not_negative);
+    let norm = train.max_grad_norm;
+    let off = Some("0 turns clipping off");
+    findings.require_hinted(norm.is_finite() && norm >= 0.0, "train.max_grad_norm", norm, not_negative, off);
+}
+
+fn cluster(spec: &JobSpec, findings: &mut Findings) {
+    let workers = spec.cluster.workers;
+    findings.require(workers.min >= 1, "cluster.workers.min", workers.min, "must be at least 1");
+    findings.require(workers.max >= 1, "cluster.workers.max", workers.max, "must be at least 1");
+    if workers.min >= 1 && workers.max >= 1 {
+        let rule = format!("must be at least `min`, which is {}", workers.min);
+        let hint = "write `workers = { min = 1, max = 8 }`; `max` is 1 where it is left out";
+        findings.require_hinted(
+            workers.max >= workers.min,
+            "cluster.workers.max",
+            workers.max,
+            &rule,
+            Some(hint),
+        );
+    }
+}
+
+/// Values that are allowed and look wrong. `named` tells whether the user wrote a key.
+pub fn warnings(spec: &JobSpec, named: impl Fn(&str) -> bool) -> Vec<Warning> {
+    let mut warnings = Vec::new();
+    let (low, high) = usual_learning_rates(spec.adapter.method);
+    let rate = spec.train.learning_rate;
+    if rate < low || rate > high {
+        warnings.push(Warning {
+            code: "SH0120",
+            key: "train.learning_rate".to_owned(),
+            message: format!("a learning rate of {rate:e} is unusual: {low:e} to {high:e} are usual here"),
+            hint: "2e-4 is a good first try for LoRA on a large model, 2e-3 on a tiny one".to_owned(),
+        });
+    }
+    if let Some(steps) = spec.train.steps.filter(|steps| spec.train.warmup_steps >= *steps) {
+        let warmup = spec.train.warmup_steps;
+        warnings.push(Warning {
+            code: "SH0120",
+            key: "train.warmup_steps".to_owned(),
+            message: format!("the warm-up of {warmup} steps is not over before the last of {steps} steps"),
+            hint: "a warm-up of 3 to 10 % of all steps is usual".to_owned(),
+        });
+    }
+    let (rows, workers) = (spec.train.global_batch_size, spec.cluster.workers.max);
+    if rows < workers as usize {
+        warnings.push(Warning {
+            code: "SH0121",
+            key: "train.global_batch_size".to_owned(),
+            message: format!("{rows} rows a step leave some of {workers} workers without work"),
+            hint: format!("set `global_batch_size` to {workers} or a multiple of it"),
+        });
+    }
+    let mut without_effect = |key: &str, why: &str| {
+        if named(key) {
+            warnings.push(Warning {
+                code: "SH0122",
+                key: key.to_owned(),
+                message: format!("`{key}` has no effect: {why}"),
+                hint: "remove it".to_owned(),
+            });
+        }
+    };
+    if spec.train.steps.is_some() {
+        without_effect("train.epochs", "`train.steps` says how long to train");
+    }
+    if spec.data.eval.is_none() {
+        without_effect("train.eval_every_steps", "there is no `data.eval`");
+    }
+    if spec.base.quantization == crate::job::Quantization::None {
+        without_effect("base.double_quantization", "`base.quantization` is `none`");
+    }
+    if spec.sample.prompt.is_none() {
+        without_effect("sample.max_tokens", "there is no `sample.prompt`");
+    }
+    warnings
+}
+
+/// Learning rates between which a method is known to work.
+fn usual_learning_rates(method: Method) -> (f64, f64) {
+    match method {
+        Method::Lora => (1e-6, 5e-3),
+    }
+}

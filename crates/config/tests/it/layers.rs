@@ -1,0 +1,162 @@
+use shanty_config::{
+    Place, check_files, from_json,
+    job::{Quantization, TargetModules},
+    load_job, parse_override, to_json,
+};
+
+use crate::{Bench, GOOD, owned};
+
+#[test]
+fn the_example_job_is_right_and_its_files_are_there() {
+    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/shakespeare/job.toml");
+    let job = load_job(example.as_ref(), &[]).unwrap_or_else(|errors| panic!("{errors}"));
+    check_files(&job).unwrap_or_else(|errors| panic!("{errors}"));
+    assert_eq!(job.warnings, []);
+    assert_eq!(job.value.adapter.r, 16);
+    assert_eq!(job.value.base.quantization, Quantization::Nf4);
+}
+
+#[test]
+fn flags_win_over_variables_win_over_the_file_wins_over_defaults() {
+    let bench = Bench::new();
+    let environment = [("SHANTY_JOB__TRAIN__STEPS", "20"), ("SHANTY_JOB__TRAIN__SEED", "1"), ("HOME", "/")];
+    let flags = [("train.steps", "30")];
+
+    let job = bench.load(GOOD).expect("right");
+    assert_eq!((job.value.train.steps, job.value.train.seed), (Some(10), 17));
+    let job = bench.load_with(GOOD, &environment, &[]).expect("right");
+    assert_eq!((job.value.train.steps, job.value.train.seed), (Some(20), 1));
+    let job = bench.load_with(GOOD, &environment, &flags).expect("right");
+    assert_eq!((job.value.train.steps, job.value.train.seed), (Some(30), 1));
+
+    assert_eq!(job.locate("train.steps"), Place::Flag { text: "--set train.steps=30".to_owned() });
+    let variable = "SHANTY_JOB__TRAIN__SEED".to_owned();
+    assert_eq!(job.locate("train.seed"), Place::Environment { variable });
+    assert!(matches!(job.locate("data.max_length"), Place::File { at: Some(at), .. } if at.line == 7));
+}
+
+#[test]
+fn of_two_flags_for_one_key_the_later_wins() {
+    let job =
+        Bench::new().load_with(GOOD, &[], &[("train.steps", "3"), ("train.steps", "4")]).expect("right");
+    assert_eq!(job.value.train.steps, Some(4));
+    assert_eq!(job.locate("train.steps"), Place::Flag { text: "--set train.steps=4".to_owned() });
+}
+
+#[test]
+fn values_from_outside_are_read_as_their_key_wants() {
+    let flags = [
+        ("name", "17"),
+        ("train.learning_rate", "1e-4"),
+        ("train.betas", "[0.8, 0.9]"),
+        ("base.quantization", "none"),
+        ("base.double_quantization", "false"),
+        ("adapter.target_modules", r#"["q_proj", "v_proj"]"#),
+        ("cluster.workers", "{ min = 2, max = 3 }"),
+        ("cluster.workers.max", "4"),
+        ("sample.prompt", "\"a\\nb\""),
+    ];
+    let job = Bench::new().load_with(GOOD, &[], &flags).unwrap_or_else(|errors| panic!("{errors}")).value;
+    assert_eq!(job.name, "17");
+    assert_eq!(job.train.learning_rate, 1e-4);
+    assert_eq!(job.train.betas, [0.8, 0.9]);
+    assert_eq!(job.base.quantization, Quantization::None);
+    assert!(!job.base.double_quantization);
+    let names = ["q_proj", "v_proj"].map(str::to_owned).to_vec();
+    assert_eq!(job.adapter.target_modules, TargetModules::Names(names));
+    assert_eq!((job.cluster.workers.min, job.cluster.workers.max), (2, 4));
+    assert_eq!(job.sample.prompt.as_deref(), Some("a\nb"));
+}
+
+#[test]
+fn a_table_from_outside_leaves_the_other_keys_of_the_file() {
+    let text = format!("{GOOD}[cluster]\nworkers = {{ min = 2, max = 5 }}\n");
+    let job = Bench::new().load_with(text, &[], &[("cluster.workers.max", "9")]).expect("right");
+    assert_eq!((job.value.cluster.workers.min, job.value.cluster.workers.max), (2, 9));
+}
+
+#[test]
+fn required_keys_may_come_from_outside_the_file() {
+    let environment = [("SHANTY_JOB__BASE__MODEL", "/models/tiny"), ("SHANTY_JOB__DATA__TRAIN", "/d.jsonl")];
+    let job = Bench::new().load_with("", &environment, &[("name", "x")]).expect("right");
+    assert_eq!(job.value.base.model.to_str(), Some("/models/tiny"));
+}
+
+#[test]
+fn paths_of_the_file_count_from_its_folder_and_others_from_here() {
+    let bench = Bench::new();
+    let here = std::env::current_dir().expect("a current folder");
+    let job = bench.load(GOOD).expect("right").value;
+    assert_eq!(job.base.model, bench.path("model"));
+    assert_eq!(job.data.train, bench.path("data/*.jsonl").to_str().expect("UTF-8"));
+    assert_eq!(job.checkpoint.store, Some(here.join("runs/pirate")));
+
+    let text = format!("{GOOD}[checkpoint]\nstore = \"out\"\n");
+    assert_eq!(bench.load(&text).expect("right").value.checkpoint.store, Some(bench.path("out")));
+    let job = bench.load_with(&text, &[], &[("checkpoint.store", "out")]).expect("right").value;
+    assert_eq!(job.checkpoint.store, Some(here.join("out")));
+}
+
+#[test]
+fn a_job_survives_the_wire_to_the_last_bit() {
+    let flags = [("train.learning_rate", "0.00031415926535897"), ("adapter.lora_dropout", "0.1")];
+    let job = Bench::new().load_with(GOOD, &[], &flags).expect("right").value;
+    let wire = to_json(&job);
+    assert_eq!(from_json(&wire).expect("what was written"), job);
+    assert_eq!(to_json(&from_json(&wire).expect("what was written")), wire);
+}
+
+#[test]
+fn a_job_from_the_wire_is_checked_like_a_file() {
+    let job = Bench::new().load(GOOD).expect("right").value;
+    let codes = |wire: &str| -> Vec<&'static str> {
+        from_json(wire).expect_err("wrong").iter().map(shanty_config::Error::code).collect()
+    };
+    assert_eq!(codes(&to_json(&job).replace("\"r\":16", "\"r\":0")), ["SH0104"]);
+    assert_eq!(codes(&to_json(&job).replace("\"r\":16", "\"rank\":16")), ["SH0114"]);
+    assert_eq!(codes("{"), ["SH0114"]);
+}
+
+#[test]
+fn overrides_split_at_the_first_equals_sign() {
+    assert_eq!(parse_override("a.b = c=d").expect("right"), owned(&[("a.b", "c=d")])[0]);
+    assert!(parse_override("train.steps").is_err());
+    assert!(parse_override(" =5").is_err());
+}
+
+#[test]
+fn errors_from_elsewhere_are_shown_at_the_key_they_are_about() {
+    let text = format!("{GOOD}[adapter]\ntarget_modules = [\"q_proj\", \"nope\"]\n");
+    let job = Bench::new().load(text).expect("right");
+    let error = shanty_diagnostic::Diagnostic::new("SH0403", "`nope` matches no module");
+    let shown = job.attach("adapter.target_modules[1]", error);
+    assert_eq!((shown.line, shown.column, shown.width), (Some(11), Some(29), Some(6)));
+}
+
+#[test]
+fn what_looks_wrong_is_told_and_not_stopped_at() {
+    let text = "
+name = \"x\"
+base.model = \"model\"
+data.train = \"data/a.jsonl\"
+[train]
+epochs = 2
+steps = 4
+warmup_steps = 4
+learning_rate = 0.5
+global_batch_size = 2
+eval_every_steps = 2
+[cluster]
+workers = { min = 1, max = 4 }
+";
+    let job = Bench::new().load(text).expect("allowed");
+    let told: Vec<_> = job.warnings.iter().map(|warning| (warning.code.as_str(), warning.line)).collect();
+    let expected = [
+        ("SH0120", Some(9)),
+        ("SH0120", Some(8)),
+        ("SH0121", Some(10)),
+        ("SH0122", Some(6)),
+        ("SH0122", Some(11)),
+    ];
+    assert_eq!(told, expected);
+}

@@ -1,0 +1,181 @@
+//! What can go wrong in the coordinator.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use shanty_diagnostic::{Diagnose, Diagnostic, Kind};
+use shanty_proto::JobId;
+
+use crate::machine::{Refusal, record::JobState};
+
+/// The result of this crate's functions.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// An error of the coordinator.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no such job.
+    #[error("there is no job `{job}`")]
+    NoSuchJob {
+        /// The job.
+        job: JobId,
+    },
+    /// Another coordinator has the state folder.
+    #[error("another coordinator uses the state folder {}", folder.display())]
+    StateInUse {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// The address is not loopback.
+    #[error("refuses to listen on {address}: everybody who reaches that address could run jobs here")]
+    NotLoopback {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// The address cannot be had.
+    #[error("failed to listen on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The server failed.
+    #[error("the server failed: {0}")]
+    Serve(#[source] tonic::transport::Error),
+    /// The state folder cannot be made.
+    #[error("failed to make the state folder {}: {source}", folder.display())]
+    StateFolder {
+        /// The folder.
+        folder: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The store failed.
+    #[error("failed to {action} in the state store: {source}")]
+    Store {
+        /// What was tried.
+        action: &'static str,
+        /// Why.
+        source: rusqlite::Error,
+    },
+    /// A record of the store makes no sense.
+    #[error("failed to read {what} in the state store: {source}")]
+    Record {
+        /// Which.
+        what: String,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// The store was written by a newer version.
+    #[error("the state store has version {found}, this program knows versions up to {known}")]
+    StoreVersion {
+        /// The store's.
+        found: i64,
+        /// This program's.
+        known: i64,
+    },
+    /// A job's state does not allow what was asked for.
+    #[error("cannot {action} job `{job}`: it is {}", state.as_str())]
+    WrongState {
+        /// The job.
+        job: JobId,
+        /// What was asked for.
+        action: &'static str,
+        /// Its state.
+        state: JobState,
+    },
+    /// The request id belongs to another submission.
+    #[error("the request id was used before, for job `{job}` with another job file")]
+    OtherSpec {
+        /// The job it belongs to.
+        job: JobId,
+    },
+    /// Two jobs in one store would overwrite each other.
+    #[error("job `{job}` has the same store")]
+    StoreTaken {
+        /// The job that has it.
+        job: JobId,
+    },
+    /// A message makes no sense.
+    #[error("{what}")]
+    BadMessage {
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A worker asks for rows in a generation that is over, or not begun.
+    #[error("rows are leased to the running generation alone: {what}")]
+    StaleLease {
+        /// Which generation asked, and which runs.
+        what: String,
+    },
+    /// The coordinator is shutting down.
+    #[error("the coordinator is shutting down")]
+    Stopping,
+    /// Preparing the data ended without a result.
+    #[error("preparing the data ended without a result: {what}")]
+    Prepare {
+        /// How it ended.
+        what: String,
+    },
+    /// The prepared data failed.
+    #[error(transparent)]
+    Data(#[from] shanty_data::Error),
+    /// A checkpoint failed.
+    #[error(transparent)]
+    Checkpoint(#[from] shanty_checkpoint::Error),
+}
+
+impl Error {
+    pub(crate) fn bad(what: impl std::fmt::Display) -> Self {
+        Self::BadMessage { what: what.to_string() }
+    }
+}
+
+impl Diagnose for Error {
+    fn diagnostic(&self) -> Diagnostic {
+        let say = |code: &str, kind: Kind| Diagnostic::new(code, self).kind(kind);
+        match self {
+            Self::NoSuchJob { .. } => say("SH0770", Kind::User).hint("`shanty jobs` lists them"),
+            Self::StateInUse { folder } => say("SH0771", Kind::User)
+                .in_file(folder)
+                .hint("stop the other one, or give this one a folder of its own"),
+            Self::NotLoopback { .. } => say("SH0772", Kind::User)
+                .hint("listen on 127.0.0.1, or say --insecure if the network is yours alone"),
+            Self::Listen { .. } => say("SH0772", Kind::User).hint("port 0 takes any that is free"),
+            Self::Serve(_) => say("SH0776", Kind::Transient),
+            Self::StateFolder { folder, .. } => say("SH0773", Kind::User).in_file(folder),
+            Self::Store { .. } => {
+                say("SH0773", Kind::Internal).hint("is the disk full or read-only? the folder's state is as it was")
+            }
+            Self::Record { .. } => say("SH0773", Kind::Internal),
+            Self::StoreVersion { .. } => {
+                say("SH0773", Kind::User).hint("use the version that wrote it, or another state folder")
+            }
+            Self::WrongState { action: "resume", .. } => {
+                say("SH0774", Kind::User).hint("a job that ended well has nothing to resume, one that runs need not be")
+            }
+            Self::WrongState { .. } => say("SH0774", Kind::User),
+            Self::OtherSpec { .. } => say("SH0774", Kind::User).hint("a new submission takes a new request id"),
+            Self::StoreTaken { job } => say("SH0774", Kind::User)
+                .hint(format!("`shanty resume {job}` goes on with it; a new job takes another `checkpoint.store`")),
+            Self::BadMessage { .. } => say("SH0775", Kind::User),
+            Self::StaleLease { .. } => say("SH0775", Kind::Transient),
+            Self::Stopping => say("SH0776", Kind::Transient),
+            Self::Prepare { .. } => say("SH0778", Kind::Internal).hint("see the coordinator's log; was it out of memory?"),
+            Self::Data(error) => error.diagnostic(),
+            Self::Checkpoint(error) => error.diagnostic(),
+        }
+    }
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::NoSuchJob(job) => Self::NoSuchJob { job },
+            Refusal::WrongState { job, action, state } => Self::WrongState { job, action, state },
+            Refusal::BadName(name) => Self::bad(format!("no job id can be made of the name `{name}`")),
+            Refusal::StoreTaken(job) => Self::StoreTaken { job },
+            Refusal::OtherSpec(job) => Self::OtherSpec { job },
+        }
+    }
+}

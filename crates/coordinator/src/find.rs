@@ -1,0 +1,55 @@
+//! Looking for checkpoints in a job's store.
+
+use shanty_checkpoint::{Expectations, Manifest, Store};
+use shanty_config::JobSpec;
+use shanty_proto::{Attempt, Generation, JobId, Step};
+
+use crate::{
+    error::{Error, Result},
+    machine::record::CheckpointRecord,
+};
+
+/// The store of a job.
+fn store_of(spec: &JobSpec) -> Result<Store> {
+    let folder = spec.checkpoint.store.as_ref().ok_or_else(|| Error::bad("the job names no store"))?;
+    let location = folder.to_str().ok_or_else(|| Error::bad("the job's store is no text"))?;
+    Ok(Store::open(location)?)
+}
+
+fn record(manifest: &Manifest) -> CheckpointRecord {
+    CheckpointRecord {
+        attempt: Attempt(manifest.attempt),
+        step: Step(manifest.step),
+        generation: Generation(manifest.generation),
+        path: manifest.path(),
+        size_bytes: manifest.size_bytes(),
+        seconds: 0.0,
+        unix_ms: manifest.created_unix_ms,
+    }
+}
+
+/// The newest checkpoint whose files are whole, and what is wrong with newer ones.
+pub(crate) async fn newest_good(
+    job: &JobId,
+    spec: &JobSpec,
+    data_hash: Option<String>,
+) -> Result<(Option<CheckpointRecord>, Vec<String>)> {
+    let expect = Expectations {
+        data_hash,
+        seed: Some(spec.train.seed),
+        global_batch_size: Some(spec.train.global_batch_size as u64),
+        ..Expectations::default()
+    };
+    let verified = store_of(spec)?.newest_verified(&expect).await?;
+    let Some(verified) = verified else { return Ok((None, Vec::new())) };
+    let damaged: Vec<String> = verified.skipped.iter().map(ToString::to_string).collect();
+    for reason in &damaged {
+        tracing::warn!(%job, reason, "a checkpoint cannot be used");
+    }
+    Ok((Some(record(&verified.manifest)), damaged))
+}
+
+/// All checkpoints whose manifest is whole, newest first.
+pub(crate) async fn list(spec: &JobSpec) -> Result<Vec<CheckpointRecord>> {
+    Ok(store_of(spec)?.list().await?.iter().map(record).collect())
+}

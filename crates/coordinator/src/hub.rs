@@ -1,0 +1,88 @@
+//! Those who watch jobs. The newest status of each job is always there; points go to whoever keeps up.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use shanty_proto::JobId;
+use tokio::sync::{broadcast, watch};
+
+use crate::{
+    machine::{JobView, Point},
+    store::LogLine,
+};
+
+/// Points that a slow watcher may be behind before it misses some.
+const POINTS: usize = 512;
+
+/// What watchers of one job share.
+#[derive(Debug)]
+struct Topic {
+    status: watch::Sender<Arc<JobView>>,
+    points: broadcast::Sender<Arc<Point>>,
+    logs: broadcast::Sender<Arc<Vec<LogLine>>>,
+}
+
+/// A watcher's ends.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    pub status: watch::Receiver<Arc<JobView>>,
+    pub points: broadcast::Receiver<Arc<Point>>,
+    pub logs: broadcast::Receiver<Arc<Vec<LogLine>>>,
+}
+
+/// The topics of all jobs.
+#[derive(Debug, Default)]
+pub(crate) struct Hub {
+    topics: Mutex<HashMap<JobId, Topic>>,
+}
+
+impl Hub {
+    fn with<T>(&self, act: impl FnOnce(&mut HashMap<JobId, Topic>) -> T) -> T {
+        // A map of senders is whole after any panic.
+        act(&mut self.topics.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Sets a job's newest status.
+    pub fn set_status(&self, view: JobView) {
+        let view = Arc::new(view);
+        self.with(|topics| match topics.get(&view.id) {
+            Some(topic) => drop(topic.status.send_replace(view)),
+            None => {
+                let id = view.id.clone();
+                let topic = Topic {
+                    status: watch::channel(view).0,
+                    points: broadcast::channel(POINTS).0,
+                    logs: broadcast::channel(POINTS).0,
+                };
+                topics.insert(id, topic);
+            }
+        });
+    }
+
+    /// Tells a job's watchers; nobody may be there.
+    pub fn publish(&self, job: &JobId, point: Point) {
+        self.with(|topics| topics.get(job).map(|topic| topic.points.send(Arc::new(point))));
+    }
+
+    /// Passes log lines to those who follow.
+    pub fn log(&self, job: &JobId, lines: &[LogLine]) {
+        self.with(|topics| {
+            let topic = topics.get(job)?;
+            (topic.logs.receiver_count() > 0).then(|| topic.logs.send(Arc::new(lines.to_vec())))
+        });
+    }
+
+    /// Begins to watch a job, if there is one.
+    pub fn watch(&self, job: &JobId) -> Option<Watch> {
+        self.with(|topics| {
+            let topic = topics.get(job)?;
+            Some(Watch {
+                points: topic.points.subscribe(),
+                logs: topic.logs.subscribe(),
+                status: topic.status.subscribe(),
+            })
+        })
+    }
+}

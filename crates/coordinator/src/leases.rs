@@ -1,0 +1,190 @@
+//! Serving prepared rows, and what a step must amount to.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use shanty_config::JobSpec;
+use shanty_data::{
+    Prepared, Row, Split,
+    order::{self, Order},
+};
+use shanty_proto::{Attempt, Generation, JobId, Step};
+
+use crate::{
+    error::{Error, Result},
+    machine::{Announcement, record::DataFacts},
+    prepare,
+};
+
+/// Announcements that are remembered, a job.
+const REMEMBERED: usize = 64;
+/// Rows in one lease.
+const MOST_ROWS: usize = 65_536;
+
+/// Where a job's prepared data lies.
+pub(crate) fn prepared_folder(spec: &JobSpec) -> PathBuf {
+    spec.checkpoint.store.clone().unwrap_or_default().join("prepared")
+}
+
+/// A job's prepared data, open.
+#[derive(Debug)]
+struct Open {
+    prepared: Prepared,
+    order: Order,
+    announcements: Mutex<BTreeMap<(bool, u64), Announcement>>,
+}
+
+/// What is asked for.
+#[derive(Debug, Clone)]
+pub(crate) struct LeaseRequest {
+    pub job: JobId,
+    pub attempt: Attempt,
+    pub generation: Generation,
+    pub split: Split,
+    pub step: u64,
+    pub row_ids: Vec<u64>,
+}
+
+type Allowed = (Attempt, Generation, Step);
+
+/// The prepared data of jobs, and to which generation their rows are leased.
+#[derive(Debug, Default)]
+pub(crate) struct Leases {
+    open: Mutex<HashMap<JobId, Arc<Open>>>,
+    allowed: Mutex<HashMap<JobId, Allowed>>,
+}
+
+impl Leases {
+    /// Sets the generation that a job's rows are leased to.
+    pub fn allow(&self, job: &JobId, to: Option<Allowed>) {
+        let mut allowed = self.allowed.lock().unwrap_or_else(PoisonError::into_inner);
+        match to {
+            Some(to) => drop(allowed.insert(job.clone(), to)),
+            None => drop(allowed.remove(job)),
+        }
+    }
+
+    /// Opens a job's prepared data; fails if it is not what `hash` says. Opens anew where it is open already:
+    /// it may have been prepared again.
+    pub async fn open(&self, job: &JobId, spec: &JobSpec, hash: Option<String>) -> Result<DataFacts> {
+        let folder = prepared_folder(spec);
+        let (seed, batch) = (spec.train.seed, spec.train.global_batch_size as u64);
+        let open = blocking(move || {
+            let prepared = Prepared::open(&folder)?;
+            let order = Order::new(seed, prepared.rows(Split::Train), batch)?;
+            Ok(Open { prepared, order, announcements: Mutex::new(BTreeMap::new()) })
+        })
+        .await?;
+        let facts = prepare::facts(open.prepared.summary());
+        if let Some(expected) = hash.filter(|expected| *expected != facts.hash) {
+            let what = format!("the prepared data of job {job} has hash {}, expected was {expected}", facts.hash);
+            return Err(Error::Prepare { what });
+        }
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).insert(job.clone(), Arc::new(open));
+        Ok(facts)
+    }
+
+    fn opened(&self, job: &JobId) -> Result<Arc<Open>> {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.get(job).cloned().ok_or_else(|| Error::bad(format!("job {job} has no prepared data")))
+    }
+
+    /// What a training step must amount to; from memory, if it was leased before.
+    pub async fn announcement(&self, job: &JobId, step: Step) -> Result<Announcement> {
+        let open = self.opened(job)?;
+        match open.remembered(Split::Train, step.0) {
+            Some(known) => Ok(known),
+            None => blocking(move || open.announce(Split::Train, step.0)).await,
+        }
+    }
+
+    /// The rows of a lease, and what their step must amount to.
+    pub async fn lease(&self, request: LeaseRequest) -> Result<(Announcement, Vec<Row>)> {
+        let allowed = self.allowed.lock().unwrap_or_else(PoisonError::into_inner).get(&request.job).copied();
+        let steps = match allowed {
+            Some((attempt, generation, steps)) if (attempt, generation) == (request.attempt, request.generation) => {
+                steps
+            }
+            Some((attempt, generation, _)) => {
+                let what = format!(
+                    "attempt {} generation {} asks, attempt {attempt} generation {generation} runs",
+                    request.attempt, request.generation
+                );
+                return Err(Error::StaleLease { what });
+            }
+            None => {
+                let what = format!("job {} has no generation", request.job);
+                return Err(Error::StaleLease { what });
+            }
+        };
+        if request.row_ids.len() > MOST_ROWS {
+            return Err(Error::bad(format!("{} rows in one lease", request.row_ids.len())));
+        }
+        let first = u64::from(request.split == Split::Train);
+        if request.step < first || request.step > steps.0 {
+            return Err(Error::bad(format!("step {} of {steps} is leased to nobody", request.step)));
+        }
+        let open = self.opened(&request.job)?;
+        blocking(move || {
+            let announcement = match open.remembered(request.split, request.step) {
+                Some(known) => known,
+                None => open.announce(request.split, request.step)?,
+            };
+            let rows_of_step: HashSet<u64> = open.rows_of(request.split, request.step).into_iter().collect();
+            if let Some(foreign) = request.row_ids.iter().find(|id| !rows_of_step.contains(id)) {
+                return Err(Error::bad(format!("row {foreign} is not of {} step {}", request.split, request.step)));
+            }
+            let rows: Result<Vec<Row>, _> =
+                request.row_ids.iter().map(|id| open.prepared.row(request.split, *id)).collect();
+            Ok((announcement, rows?))
+        })
+        .await
+    }
+}
+
+impl Open {
+    /// Rows of a training step; for an evaluation all held-out rows, whatever the step.
+    fn rows_of(&self, split: Split, step: u64) -> Vec<u64> {
+        match split {
+            Split::Train => self.order.step_rows(step),
+            Split::Eval => (0..self.prepared.rows(Split::Eval)).collect(),
+        }
+    }
+
+    fn key(split: Split, step: u64) -> (bool, u64) {
+        // All evaluations are of the same rows.
+        if split == Split::Eval { (true, 0) } else { (false, step) }
+    }
+
+    fn remembered(&self, split: Split, step: u64) -> Option<Announcement> {
+        let announcements = self.announcements.lock().unwrap_or_else(PoisonError::into_inner);
+        announcements.get(&Self::key(split, step)).copied()
+    }
+
+    fn announce(&self, split: Split, step: u64) -> Result<Announcement> {
+        let mut announcement = Announcement::default();
+        for id in self.rows_of(split, step) {
+            announcement.tokens += u64::from(self.prepared.trained_tokens(split, id)?);
+            announcement.rows += 1;
+            announcement.row_hash = announcement.row_hash.wrapping_add(order::row_hash(id));
+        }
+        let mut announcements = self.announcements.lock().unwrap_or_else(PoisonError::into_inner);
+        if announcements.len() >= REMEMBERED {
+            // The lowest training step is the one that is over longest.
+            announcements.pop_first();
+        }
+        announcements.insert(Self::key(split, step), announcement);
+        Ok(announcement)
+    }
+}
+
+/// Runs what reads files where it holds nobody up.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(Error::Stopping),
+    }
+}

@@ -1,0 +1,219 @@
+//! How a generation ends early: a member is lost, says so, or others are to join.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use shanty_diagnostic::{Diagnostic, Kind};
+use shanty_proto::{Step, WorkerId};
+
+use super::{
+    Machine,
+    crew::{Credit, Member},
+    effect::Message,
+    event::{KeptSum, Moment, Within},
+    job::{Break, Forming, Holder, Job, Leaving, Origin, Phase},
+};
+
+/// A job that cannot be carried out.
+const HOPELESS: &str = "SH0777";
+
+impl Machine {
+    /// A worker that had to do with the job is gone. `silent`: since its last sign of life.
+    pub(super) fn member_gone(
+        &mut self,
+        now: Moment,
+        job: &mut Job,
+        worker: &WorkerId,
+        reason: &str,
+        silent: Option<Duration>,
+    ) {
+        let Some(member) = job.crew.of_mut(worker) else { return };
+        member.attached = false;
+        member.left = None;
+        if member.lost.is_some() {
+            return;
+        }
+        member.lost = Some(reason.to_owned());
+        if job.is_ended() {
+            return;
+        }
+        let detection_ms = silent.map(|silent| silent.as_secs_f64() * 1e3);
+        let event = job.event(now, "member_lost", format!("{worker}: {reason}"));
+        event.worker = Some(worker.clone());
+        event.detection_ms = detection_ms;
+        self.publish_event(job);
+        let cause = format!("{worker} was lost: {reason}");
+        match &mut job.phase {
+            Phase::Running => self.start_leaving(now, job, cause, detection_ms),
+            Phase::Leaving(_) => self.finish_leaving(now, job),
+            Phase::Forming(Forming { origin: Origin::Holders(holders), .. }) => {
+                holders.remove(worker);
+                if holders.is_empty() {
+                    self.all_lost(now, job);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn broken(&mut self, now: Moment, worker: &WorkerId, within: &Within, error: &str) {
+        let _ = self.with_job(&within.job, |machine, job| {
+            if Self::rank_within(job, worker, within).is_none() || !matches!(job.phase, Phase::Running) {
+                return;
+            }
+            let text = format!("{worker} reports: {error}");
+            job.event(now, "broken", text.clone()).worker = Some(worker.clone());
+            machine.publish_event(job);
+            machine.start_leaving(now, job, text, None);
+        });
+    }
+
+    /// Asks every member that can to leave the generation.
+    pub(super) fn start_leaving(&mut self, now: Moment, job: &mut Job, cause: String, detection_ms: Option<f64>) {
+        if !job.advanced {
+            job.fruitless += 1;
+            if job.fruitless >= self.options.fruitless_generations {
+                let count = job.fruitless;
+                let message = format!("{count} generations in a row ended before their first step; the last: {cause}");
+                let hint = "look at the workers' logs; `shanty resume` goes on from the last checkpoint";
+                let error = Diagnostic::new(HOPELESS, message).kind(Kind::Internal).hint(hint);
+                return self.fail(now, job, error);
+            }
+        }
+        job.broken.get_or_insert_with(|| Break { noticed: now.monotonic, detection_ms, cause: cause.clone() });
+        let generation = job.generation_number();
+        for member in job.crew.staying().filter(|member| member.attached) {
+            let leave = Message::Leave {
+                job: job.id.clone(),
+                attempt: job.attempt,
+                generation,
+                reason: cause.clone(),
+            };
+            self.send(&member.worker, leave);
+        }
+        job.phase = Phase::Leaving(Leaving { since: now.monotonic, cause });
+        self.save(job);
+        self.finish_leaving(now, job);
+    }
+
+    /// Asks a member to leave, if the generation is being left.
+    pub(super) fn ask_to_leave(&mut self, job: &Job, worker: &WorkerId) {
+        if let Phase::Leaving(leaving) = &job.phase {
+            let leave = Message::Leave {
+                job: job.id.clone(),
+                attempt: job.attempt,
+                generation: job.generation_number(),
+                reason: leaving.cause.clone(),
+            };
+            self.send(worker, leave);
+        }
+    }
+
+    pub(super) fn left(
+        &mut self,
+        now: Moment,
+        worker: &WorkerId,
+        within: &Within,
+        applied: Step,
+        kept: Option<KeptSum>,
+    ) {
+        let _ = self.with_job(&within.job, |machine, job| {
+            let Some(rank) = Self::rank_within(job, worker, within) else { return };
+            machine.raise(job, applied);
+            let begun_from = job.generation.as_ref().map_or(Step(0), |generation| generation.start.applied);
+            let member = job.crew.of_mut(worker).expect("it has a rank");
+            member.credit = Credit::Out;
+            member.step = member.step.max(applied);
+            member.left = Some((applied, kept.clone()));
+            let holds_state = holds_state(member, begun_from);
+            match &mut job.phase {
+                Phase::Running => machine.start_leaving(now, job, format!("{worker} left by itself"), None),
+                Phase::Leaving(_) => machine.finish_leaving(now, job),
+                Phase::Forming(forming) if holds_state => {
+                    // Somebody thought lost came back before the next generation was made.
+                    let holder = Holder { rank, applied, kept };
+                    match &mut forming.origin {
+                        Origin::Holders(holders) => drop(holders.insert(worker.clone(), holder)),
+                        other => *other = Origin::Holders(BTreeMap::from([(worker.clone(), holder)])),
+                    }
+                }
+                _ => {}
+            }
+        });
+    }
+
+    /// Goes on once nobody is left in the generation.
+    pub(super) fn finish_leaving(&mut self, now: Moment, job: &mut Job) {
+        let Phase::Leaving(leaving) = &job.phase else { return };
+        let waits_for: Vec<&str> = job.crew.staying().map(|member| member.worker.as_str()).collect();
+        if !waits_for.is_empty() {
+            let generation = job.generation_number();
+            let reason = format!("{}; {} to leave generation {generation}", leaving.cause, waits_for.join(", "));
+            return self.set_reason(job, reason);
+        }
+        let begun_from = job.generation.as_ref().map_or(Step(0), |generation| generation.start.applied);
+        let mut holders = BTreeMap::new();
+        for member in job.crew.members.iter().filter(|member| holds_state(member, begun_from)) {
+            let (Some((applied, kept)), None) = (&member.left, &member.lost) else { continue };
+            let rank = job.crew.rank_of(&member.worker).expect("it is a member");
+            holders.insert(member.worker.clone(), Holder { rank, applied: *applied, kept: kept.clone() });
+        }
+        if holders.is_empty() {
+            return self.all_lost(now, job);
+        }
+        job.phase = Phase::Forming(Forming { origin: Origin::Holders(holders), enough_since: None });
+        self.save(job);
+    }
+
+    /// Nobody who has the state is left: back to a checkpoint, or the job is given up.
+    fn all_lost(&mut self, now: Moment, job: &mut Job) {
+        job.total_losses += 1;
+        let cause = job.broken.as_ref().map(|broken| broken.cause.clone()).unwrap_or_default();
+        let text = format!("nobody of generation {} is left who has its state", job.generation_number());
+        self.note(now, job, "all_lost", text);
+        if job.total_losses >= self.options.total_losses {
+            let (times, step) = (job.total_losses, job.furthest);
+            let message = format!("all workers were lost {times} times without getting beyond step {step}; the last: {cause}");
+            let hint = "look at the workers' logs for what ends them (memory, a kernel fault); then `shanty resume`";
+            let error = Diagnostic::new(HOPELESS, message).kind(Kind::Internal).hint(hint);
+            return self.fail(now, job, error);
+        }
+        job.phase = Phase::Forming(Forming { origin: Origin::Fenced, enough_since: None });
+        self.save(job);
+    }
+
+    /// Members that should have left, or come back, by now.
+    pub(super) fn lose_overdue(&mut self, now: Moment, job: &mut Job) {
+        let leave_by = match &job.phase {
+            Phase::Leaving(leaving) => Some(leaving.since + self.options.leave_within),
+            Phase::Running => None,
+            _ => return,
+        };
+        let mut overdue = Vec::new();
+        for member in job.crew.staying() {
+            if member.back_by.is_some_and(|by| now.monotonic >= by) {
+                overdue.push((member.worker.clone(), "did not come back after a restart of the coordinator".to_owned()));
+            } else if member.attached && leave_by.is_some_and(|by| now.monotonic >= by) {
+                let seconds = self.options.leave_within.as_secs_f64();
+                overdue.push((member.worker.clone(), format!("did not leave its generation within {seconds:.0} s")));
+            }
+        }
+        for (worker, reason) in overdue {
+            if let Some(session) = self.sessions.get_mut(&worker) {
+                let session_number = session.number;
+                let silent = now.monotonic.saturating_sub(session.last_heard);
+                self.sessions.remove(&worker);
+                let close = super::Effect::Close { worker: worker.clone(), session: session_number, reason: reason.clone() };
+                self.effects.push(close);
+                self.member_gone(now, job, &worker, &reason, Some(silent));
+            } else {
+                self.member_gone(now, job, &worker, &reason, None);
+            }
+        }
+    }
+}
+
+/// Whether a member that left holds a state of this lineage. One that left before it was given the generation's has
+/// what it came with: nothing, or what it left the generation before with.
+fn holds_state(member: &Member, begun_from: Step) -> bool {
+    member.left.as_ref().is_some_and(|(applied, _)| *applied >= begun_from || member.had == Some(*applied))
+}

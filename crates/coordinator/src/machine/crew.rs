@@ -1,0 +1,128 @@
+//! The members of the newest generation, and when none of them can apply a step any more.
+
+use std::time::Duration;
+
+use shanty_proto::{Rank, Step, WorkerId};
+
+use super::event::{KeptSum, MemberPhase, Timings};
+
+/// The members of a generation, by rank.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Crew {
+    pub members: Vec<Member>,
+}
+
+/// A member as it is now.
+#[derive(Debug, Clone)]
+pub(crate) struct Member {
+    pub worker: WorkerId,
+    /// Why it is lost.
+    pub lost: Option<String>,
+    /// Whether its stream is up and said that it belongs here (or was told so).
+    pub attached: bool,
+    /// Until when it may have to come back, after a restart of the coordinator.
+    pub back_by: Option<Duration>,
+    /// The updates that its state had when the generation began; nothing for one that had none, or if a restart forgot it.
+    pub had: Option<Step>,
+    /// What it said when it left.
+    pub left: Option<(Step, Option<KeptSum>)>,
+    pub credit: Credit,
+    pub phase: MemberPhase,
+    pub step: Step,
+    pub timings: Timings,
+    /// Host, process and device, for people; kept when the stream is gone.
+    pub host: String,
+    pub pid: u32,
+    pub device: String,
+}
+
+/// Whether a member may still apply a step of the generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Credit {
+    /// It never had a credit.
+    Never,
+    /// It had one, which ends at this moment by the coordinator's clock.
+    Until(Duration),
+    /// It said that it left.
+    Out,
+}
+
+impl Member {
+    pub fn new(worker: WorkerId) -> Self {
+        Self {
+            worker,
+            lost: None,
+            attached: false,
+            back_by: None,
+            had: None,
+            left: None,
+            credit: Credit::Never,
+            phase: MemberPhase::Forming,
+            step: Step(0),
+            timings: Timings::default(),
+            host: String::new(),
+            pid: 0,
+            device: String::new(),
+        }
+    }
+}
+
+impl Crew {
+    pub fn rank_of(&self, worker: &WorkerId) -> Option<Rank> {
+        let at = self.members.iter().position(|member| member.worker == *worker)?;
+        Some(Rank(u32::try_from(at).expect("there are fewer members than 2^32")))
+    }
+
+    pub fn of(&self, worker: &WorkerId) -> Option<&Member> {
+        self.members.iter().find(|member| member.worker == *worker)
+    }
+
+    pub fn of_mut(&mut self, worker: &WorkerId) -> Option<&mut Member> {
+        self.members.iter_mut().find(|member| member.worker == *worker)
+    }
+
+    /// Members that are neither lost nor have left.
+    pub fn staying(&self) -> impl Iterator<Item = &Member> {
+        self.members.iter().filter(|member| member.lost.is_none() && member.left.is_none())
+    }
+
+    /// When the generation can apply no step any more: nothing if that is so already.
+    ///
+    /// A step needs all members, so one that cannot take part is enough; else all credits must have run out.
+    pub fn fence(&self, now: Duration) -> Option<Duration> {
+        let mut last = Duration::ZERO;
+        for member in &self.members {
+            match member.credit {
+                Credit::Never | Credit::Out => return None,
+                Credit::Until(end) => last = last.max(end),
+            }
+        }
+        (last > now).then_some(last)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn crew(credits: &[Credit]) -> Crew {
+        let member = |credit: &Credit| {
+            let mut member = Member::new(WorkerId::new("w").expect("a valid id"));
+            member.credit = *credit;
+            member
+        };
+        Crew { members: credits.iter().map(member).collect() }
+    }
+
+    #[test]
+    fn fence_opens_with_one_member_out_or_all_credits_over() {
+        let second = Duration::from_secs;
+        let both = crew(&[Credit::Until(second(5)), Credit::Until(second(7))]);
+        assert_eq!(both.fence(second(4)), Some(second(7)));
+        assert_eq!(both.fence(second(6)), Some(second(7)));
+        assert_eq!(both.fence(second(7)), None);
+        assert_eq!(crew(&[Credit::Until(second(5)), Credit::Out]).fence(second(0)), None);
+        assert_eq!(crew(&[Credit::Until(second(5)), Credit::Never]).fence(second(0)), None);
+        assert_eq!(crew(&[]).fence(second(0)), None);
+    }
+}

@@ -1,0 +1,344 @@
+//! How a generation begins: who is asked to load the base, who takes part, and from what state.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use shanty_data::order;
+use shanty_proto::{Attempt, Generation, JobId, Rank, Step, WorkerId};
+
+use super::{
+    Machine,
+    crew::{Crew, Member},
+    deal,
+    effect::{Change, Effect, Message},
+    event::Moment,
+    job::{Holder, Job, Origin, Phase},
+    record::{CheckpointRecord, GenerationRecord, MemberRecord, RankRows, Source, StartPoint},
+};
+
+impl Machine {
+    /// Asks idle workers to load the job's base.
+    pub(super) fn assign(&mut self, now: Moment, job: &mut Job) {
+        let Some(facts) = &job.facts else { return };
+        let tries = self.options.worker_tries;
+        let mut asked = Vec::new();
+        for (worker, session) in &mut self.sessions {
+            let is_idle = session.assigned.is_none() && session.unfit_until <= now.monotonic;
+            if is_idle && session.failures_in(job) < tries && job.wants_workers() {
+                session.assigned = Some((job.id.clone(), job.attempt));
+                session.ready_since = None;
+                asked.push(worker.clone());
+            }
+        }
+        for worker in &asked {
+            let assign = Message::Assign {
+                job: job.id.clone(),
+                attempt: job.attempt,
+                spec_json: Arc::clone(&job.spec_json),
+                facts: facts.clone(),
+                steps: job.steps(),
+            };
+            self.send(worker, assign);
+        }
+        if !asked.is_empty() {
+            self.changed.insert(job.id.clone());
+        }
+    }
+
+    /// Workers that loaded the job's base, in the order in which they came.
+    fn ready_for(&self, job: &Job) -> Vec<WorkerId> {
+        let mut ready: Vec<(u64, &WorkerId)> = self
+            .sessions
+            .iter()
+            .filter(|(_, session)| session.is_ready_for(job))
+            .map(|(worker, session)| (session.number, worker))
+            .collect();
+        ready.sort_unstable();
+        ready.into_iter().map(|(_, worker)| worker.clone()).collect()
+    }
+
+    /// Breaks a running generation, once it has made a step and has more than one before it, to let ready workers join.
+    pub(super) fn let_join(&mut self, now: Moment, job: &mut Job) {
+        let all_here = job.crew.members.iter().all(|member| member.attached);
+        let near_end = job.watermark.0 + 1 >= job.steps().0;
+        if !matches!(job.phase, Phase::Running) || !all_here || !job.advanced || near_end {
+            return;
+        }
+        let max = job.spec.cluster.workers.max as usize;
+        let mut joiners = self.ready_for(job);
+        joiners.retain(|worker| job.crew.of(worker).is_none());
+        joiners.truncate(max.saturating_sub(job.crew.members.len()));
+        if joiners.is_empty() {
+            return;
+        }
+        let full = job.crew.members.len() + joiners.len() >= max;
+        let first_ready = joiners.iter().filter_map(|worker| self.sessions.get(worker)?.ready_since).min();
+        let waited = first_ready.is_some_and(|since| now.monotonic >= since + self.options.join_gather);
+        if !full && !waited {
+            return;
+        }
+        let names: Vec<&str> = joiners.iter().map(WorkerId::as_str).collect();
+        let cause = format!("{} to join", names.join(", "));
+        self.note(now, job, "member_joined", format!("{} after step {}", cause, job.watermark));
+        self.start_leaving(now, job, cause, None);
+    }
+
+    /// Forms the next generation, if all that it needs is there; else says what is missing.
+    pub(super) fn try_form(&mut self, now: Moment, job: &mut Job) {
+        let Phase::Forming(forming) = &job.phase else { return };
+        let holders = match &forming.origin {
+            Origin::Fenced => return self.wait_for_fence(now, job),
+            Origin::Searching => {
+                return self.set_reason(job, "looks for the newest good checkpoint".to_owned());
+            }
+            Origin::Holders(holders) => holders.clone(),
+            Origin::Fresh | Origin::Checkpoint(_) => BTreeMap::new(),
+        };
+        let enough_since = forming.enough_since;
+        let bounds = job.spec.cluster.workers;
+        let (min, max) = (bounds.min.max(1) as usize, bounds.max.max(1) as usize);
+        let mut joiners = self.ready_for(job);
+        joiners.retain(|worker| !holders.contains_key(worker));
+        let count = holders.len() + joiners.len();
+        if count < min {
+            self.set_enough_since(job, None);
+            let reason = self.missing(job, count, min);
+            return self.set_reason(job, reason);
+        }
+        let since = enough_since.unwrap_or(now.monotonic);
+        // Those who hold a sum wait for nobody: others can join at any later step.
+        let gathered = !holders.is_empty() || count >= max || now.monotonic >= since + self.options.gather;
+        if !gathered {
+            self.set_enough_since(job, Some(since));
+            let seconds = self.options.gather.as_secs_f64();
+            let reason = format!("{count} of at most {max} workers are ready; waits up to {seconds:.1} s for more");
+            return self.set_reason(job, reason);
+        }
+        let mut by_rank: Vec<(Rank, WorkerId)> =
+            holders.iter().map(|(worker, holder)| (holder.rank, worker.clone())).collect();
+        by_rank.sort();
+        let members: Vec<WorkerId> = by_rank.into_iter().map(|(_, worker)| worker).chain(joiners).take(max).collect();
+        self.form(now, job, &members, &holders);
+    }
+
+    fn set_enough_since(&mut self, job: &mut Job, since: Option<Duration>) {
+        if let Phase::Forming(forming) = &mut job.phase {
+            forming.enough_since = since;
+        }
+    }
+
+    fn wait_for_fence(&mut self, now: Moment, job: &mut Job) {
+        if job.crew.fence(now.monotonic).is_some() {
+            let generation = job.generation_number();
+            let reason = format!(
+                "no member of generation {generation} said that it left; waits until the credits given to it have run out"
+            );
+            return self.set_reason(job, reason);
+        }
+        if let Phase::Forming(forming) = &mut job.phase {
+            forming.origin = Origin::Searching;
+        }
+        self.effects.push(Effect::FindCheckpoint { job: job.id.clone(), attempt: job.attempt });
+        self.set_reason(job, "looks for the newest good checkpoint".to_owned());
+    }
+
+    pub(super) fn checkpoint_found(
+        &mut self,
+        now: Moment,
+        job: &JobId,
+        attempt: Attempt,
+        outcome: Result<Option<CheckpointRecord>, shanty_diagnostic::Diagnostic>,
+        damaged: Vec<String>,
+    ) {
+        let _ = self.with_job(job, |machine, job| {
+            let Phase::Forming(forming) = &mut job.phase else { return };
+            if job.attempt != attempt || forming.origin != Origin::Searching {
+                return;
+            }
+            let text = match outcome {
+                Ok(Some(checkpoint)) => {
+                    let text = format!("goes on from step {} ({})", checkpoint.step, checkpoint.path);
+                    forming.origin = Origin::Checkpoint(checkpoint);
+                    text
+                }
+                Ok(None) => {
+                    forming.origin = Origin::Fresh;
+                    "there is no checkpoint; starts from the beginning".to_owned()
+                }
+                Err(error) => return machine.fail(now, job, error),
+            };
+            for reason in damaged {
+                machine.note(now, job, "checkpoint_damaged", reason);
+            }
+            machine.note(now, job, "checkpoint_chosen", text);
+        });
+    }
+
+    /// Why there are not enough workers.
+    fn missing(&self, job: &Job, count: usize, min: usize) -> String {
+        let names = |wanted: &dyn Fn(&super::sessions::Session) -> bool| {
+            let matching = self.sessions.iter().filter(|(_, session)| wanted(session));
+            matching.map(|(worker, _)| worker.as_str()).collect::<Vec<_>>().join(", ")
+        };
+        let loading = names(&|session| session.is_assigned_to(job) && session.ready_since.is_none());
+        let failed = names(&|session| !session.is_assigned_to(job) && session.failures_in(job) > 0);
+        let mut reason = format!("{count} of at least {min} workers are ready");
+        if !loading.is_empty() {
+            reason += &format!("; loading the base: {loading}");
+        }
+        if !failed.is_empty() {
+            reason += &format!("; failed: {failed}");
+        }
+        let known = self.sessions.len();
+        if known < min {
+            reason += &format!("; {} more must connect", min - known);
+        }
+        reason
+    }
+
+    fn form(&mut self, now: Moment, job: &mut Job, members: &[WorkerId], holders: &BTreeMap<WorkerId, Holder>) {
+        let Phase::Forming(forming) = &job.phase else { return };
+        let origin = forming.origin.clone();
+        let start = match origin {
+            Origin::Checkpoint(checkpoint) => {
+                self.go_back(job, checkpoint.step);
+                job.checkpoint = Some(checkpoint.step);
+                start_point(job, checkpoint.step, Source::Checkpoint(checkpoint.path), Vec::new())
+            }
+            Origin::Holders(_) => self.start_from_holders(job, members, holders),
+            _ => {
+                self.go_back(job, Step(0));
+                job.checkpoint = None;
+                start_point(job, Step(0), Source::Fresh, Vec::new())
+            }
+        };
+        let number = job.generation_number().next();
+        let address = |worker: &WorkerId| self.sessions.get(worker).map(|session| session.info.address.clone());
+        let record = |worker: &WorkerId| MemberRecord {
+            worker: worker.clone(),
+            address: address(worker).unwrap_or_default(),
+        };
+        let generation = GenerationRecord {
+            generation: number,
+            members: members.iter().map(record).collect(),
+            token: self.token(&job.id, number),
+            start,
+        };
+        let applied = generation.start.applied;
+        job.crew = Crew { members: members.iter().map(|worker| self.new_member(worker, holders)).collect() };
+        job.generation = Some(Arc::new(generation));
+        job.phase = Phase::Running;
+        job.formed = true;
+        job.advanced = false;
+        job.reason = format!("generation {number} of {} workers", members.len());
+        if job.started_unix_ms == 0 {
+            job.started_unix_ms = now.unix_ms;
+        }
+        let names: Vec<&str> = members.iter().map(WorkerId::as_str).collect();
+        let text = format!("generation {number} from step {applied}: {}", names.join(", "));
+        self.note(now, job, "formed", text);
+        self.save(job);
+        for worker in members {
+            self.announce_to(job, worker);
+        }
+    }
+
+    fn new_member(&self, worker: &WorkerId, holders: &BTreeMap<WorkerId, Holder>) -> Member {
+        let mut member = Member::new(worker.clone());
+        member.attached = true;
+        member.had = holders.get(worker).map(|holder| holder.applied);
+        member.step = member.had.unwrap_or_default();
+        if let Some(session) = self.sessions.get(worker) {
+            member.host = session.info.host.clone();
+            member.pid = session.info.pid;
+            member.device = session.info.device.clone();
+        }
+        member
+    }
+
+    /// Tells a member of the newest generation that it begins.
+    pub(super) fn announce_to(&mut self, job: &Job, worker: &WorkerId) {
+        let (Some(generation), Some(rank)) = (&job.generation, job.crew.rank_of(worker)) else { return };
+        let form =
+            Message::Form { job: job.id.clone(), attempt: job.attempt, rank, generation: Arc::clone(generation) };
+        self.send(worker, form);
+    }
+
+    fn go_back(&mut self, job: &mut Job, step: Step) {
+        if job.watermark > step {
+            job.return_to(step);
+        }
+        // Also without a watermark beyond it: an evaluation may have been made there.
+        self.effects.push(Effect::Record(Change::Truncate(job.id.clone(), step)));
+    }
+
+    /// Members with the highest applied step keep what they have; what nobody keeps of the next step is dealt again.
+    fn start_from_holders(
+        &mut self,
+        job: &mut Job,
+        members: &[WorkerId],
+        holders: &BTreeMap<WorkerId, Holder>,
+    ) -> StartPoint {
+        let applied = holders.values().map(|holder| holder.applied).max().unwrap_or_default();
+        let step = applied.next();
+        self.raise(job, applied);
+        job.recorded.retain(|recorded| *recorded <= applied);
+        let up_to_date = |worker: &WorkerId| holders.get(worker).is_some_and(|holder| holder.applied == applied);
+        let kept_by = |worker: &WorkerId| {
+            let kept = holders.get(worker).filter(|holder| holder.applied == applied)?.kept.as_ref()?;
+            (kept.step == step).then(|| kept.rows.clone())
+        };
+        let kept: Vec<Vec<u64>> = members.iter().map(|worker| kept_by(worker).unwrap_or_default()).collect();
+        let rows_of_step = match &job.order {
+            Some(order) if step <= job.steps() => order.step_rows(step.0),
+            _ => Vec::new(),
+        };
+        let rows = deal(&rows_of_step, &kept);
+        job.requeued += requeued(job, step, &rows_of_step, members, &rows);
+        let ranks = (0u32..).zip(members);
+        let (givers, receivers): (Vec<_>, Vec<_>) = ranks.partition(|(_, worker)| up_to_date(worker));
+        let source = Source::Members {
+            donor: givers.first().map_or(Rank(0), |(rank, _)| Rank(*rank)),
+            receivers: receivers.into_iter().map(|(rank, _)| Rank(rank)).collect(),
+        };
+        start_point(job, applied, source, rows)
+    }
+
+    /// A generation's secret: from the machine's, and never the same twice since numbers are not reused.
+    fn token(&self, job: &JobId, generation: Generation) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new_keyed(&self.seed);
+        hasher.update(job.as_str().as_bytes());
+        hasher.update(&generation.0.to_le_bytes());
+        *hasher.finalize().as_bytes()
+    }
+}
+
+fn start_point(job: &Job, applied: Step, source: Source, rows: Vec<RankRows>) -> StartPoint {
+    StartPoint {
+        applied,
+        source,
+        rows,
+        // A member that is lost may have been a step ahead of all who live.
+        evaluated: job.evaluated.filter(|step| *step <= applied),
+        checkpoint: job.checkpoint.filter(|step| *step <= applied),
+    }
+}
+
+/// How many rows of `step` members of the old generation had that are not among the new one's, and that no sum keeps.
+fn requeued(job: &Job, step: Step, rows_of_step: &[u64], members: &[WorkerId], dealt: &[RankRows]) -> u64 {
+    let Some(old) = &job.generation else { return 0 };
+    let world_size = old.members.len() as u32;
+    let explicit = old.start.applied.next() == step && !old.start.rows.is_empty();
+    let mut count = 0;
+    for (rank, member) in (0u32..).zip(&old.members) {
+        if members.contains(&member.worker) {
+            continue;
+        }
+        let had: Vec<u64> = match old.start.rows.get(rank as usize) {
+            Some(rows) if explicit => rows.kept.iter().chain(&rows.compute).copied().collect(),
+            _ => order::slice(rows_of_step, world_size, rank).to_vec(),
+        };
+        let is_kept = |row: &u64| dealt.iter().any(|rank| rank.kept.contains(row));
+        count += had.iter().filter(|row| !is_kept(row)).count() as u64;
+    }
+    count
+}

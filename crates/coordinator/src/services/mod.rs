@@ -1,0 +1,15 @@
+//! The gRPC services, on one port.
+
+mod job;
+mod status;
+pub(crate) mod wire;
+mod worker;
+
+pub(crate) use self::{job::Jobs, status::Statuses, worker::Workers};
+
+use crate::error::Error;
+
+/// An error as a status.
+pub(crate) fn refuse(error: Error) -> tonic::Status {
+    shanty_proto::to_status(&error)
+}

@@ -1,0 +1,416 @@
+//! Between wire types and our own. Messages are checked here; the machine sees only what makes sense.
+
+use shanty_proto::{
+    Attempt, Generation, JobId, Rank, Step, WorkerId, from_detail,
+    v1::{self, coordinator_message::Message as Out, worker_message::Message as In},
+};
+
+use crate::{
+    error::{Error, Result},
+    machine::{
+        Announcement, Attachment, JobView, KeptSum, MemberPhase, MemberView, Message, Said, StepReport, Timings, Within,
+        WorkerInfo,
+        ledger::Ledger,
+        record::{
+            CheckpointRecord, EvaluationRecord, EventRecord, GenerationRecord, JobState, RankRows, Source, StartPoint,
+            StepRecord,
+        },
+    },
+    store::LogLine,
+};
+
+pub(crate) fn job_id(text: &str) -> Result<JobId> {
+    JobId::new(text).map_err(Error::bad)
+}
+
+fn within(job: &str, attempt: u32, generation: u64) -> Result<Within> {
+    Ok(Within { job: job_id(job)?, attempt: Attempt(attempt), generation: Generation(generation) })
+}
+
+fn finite(name: &str, value: f64) -> Result<f64> {
+    // A loss that is not finite is the worker's to report as an error; here it would poison averages and JSON.
+    if value.is_finite() { Ok(value) } else { Err(Error::bad(format!("{name} is {value}"))) }
+}
+
+/// A worker's introduction: who, what, and where it belongs.
+pub(crate) fn hello(hello: v1::Hello) -> Result<(WorkerId, WorkerInfo, Option<Attachment>)> {
+    let worker = WorkerId::new(hello.worker_id).map_err(Error::bad)?;
+    let info = WorkerInfo {
+        host: hello.host,
+        pid: hello.pid,
+        version: hello.version,
+        device: hello.device,
+        address: hello.collective_address,
+    };
+    Ok((worker, info, hello.attachment.map(attachment).transpose()?))
+}
+
+fn attachment(from: v1::Attachment) -> Result<Attachment> {
+    Ok(Attachment {
+        job: job_id(&from.job_id)?,
+        attempt: Attempt(from.attempt),
+        generation: Generation(from.generation),
+        rank: Rank(from.rank),
+        applied: Step(from.applied_step),
+    })
+}
+
+/// A step report without what was leased, which the caller looks up.
+pub(crate) fn step_report(from: v1::StepReport) -> Result<StepReport> {
+    let reduced = from.reduced.ok_or_else(|| Error::bad("a step report without what was reduced"))?;
+    Ok(StepReport {
+        within: within(&from.job_id, from.attempt, from.generation)?,
+        step: Step(from.step),
+        rank: Rank(from.rank),
+        loss: finite("a step's loss", from.loss)?,
+        reduced: announcement(reduced),
+        leased: Announcement::default(),
+        gradient_norm: finite("a step's gradient norm", from.gradient_norm)?,
+        learning_rate: finite("a step's learning rate", from.learning_rate)?,
+        seconds: finite("a step's time", from.seconds)?,
+        timings: from.timings.map(timings).unwrap_or_default(),
+    })
+}
+
+/// What a worker says, but for `Hello`, steps and logs, which take another way.
+pub(crate) fn said(message: In) -> Result<Said> {
+    Ok(match message {
+        In::Beat(beat) => Said::Beat {
+            sequence: beat.sequence,
+            phase: phase_in(beat.phase()),
+            attachment: beat.attachment.map(attachment).transpose()?,
+        },
+        In::BaseReady(ready) => Said::BaseReady {
+            job: job_id(&ready.job_id)?,
+            attempt: Attempt(ready.attempt),
+            base_hash: ready.base_hash,
+            seconds: ready.seconds,
+            trainable_parameters: ready.trainable_parameters,
+        },
+        In::Failure(failure) => {
+            let detail = failure.error.ok_or_else(|| Error::bad("a failure without an error"))?;
+            Said::Failure {
+                job: job_id(&failure.job_id)?,
+                attempt: Attempt(failure.attempt),
+                error: from_detail(&detail, shanty_diagnostic::Kind::User),
+            }
+        }
+        In::Broken(broken) => Said::Broken {
+            within: within(&broken.job_id, broken.attempt, broken.generation)?,
+            error: broken.error,
+        },
+        In::Left(left) => Said::Left {
+            within: within(&left.job_id, left.attempt, left.generation)?,
+            applied: Step(left.applied_step),
+            kept: left.kept.map(|kept| KeptSum { step: Step(kept.step), rows: kept.row_ids }),
+        },
+        In::Checkpoint(written) => Said::Checkpoint {
+            within: within(&written.job_id, written.attempt, written.generation)?,
+            step: Step(written.step),
+            path: written.path,
+            size_bytes: written.size_bytes,
+            seconds: finite("a checkpoint's time", written.seconds)?,
+        },
+        In::Evaluation(evaluation) => Said::Evaluation {
+            within: within(&evaluation.job_id, evaluation.attempt, evaluation.generation)?,
+            step: Step(evaluation.step),
+            loss: finite("an evaluation's loss", evaluation.loss)?,
+            tokens: evaluation.tokens,
+        },
+        In::Finished(finished) => Said::Finished {
+            within: within(&finished.job_id, finished.attempt, finished.generation)?,
+            step: Step(finished.step),
+            adapter: finished.adapter,
+        },
+        In::Goodbye(goodbye) => Said::Goodbye { reason: goodbye.reason },
+        In::Hello(_) => return Err(Error::bad("a second Hello on one stream")),
+        In::Step(_) | In::Logs(_) => return Err(Error::bad("a message out of place")),
+    })
+}
+
+pub(crate) fn log_lines(logs: v1::LogLines, worker: &WorkerId) -> Result<(JobId, Vec<LogLine>)> {
+    let line = |line: v1::LogLine| LogLine {
+        unix_ms: line.unix_ms,
+        // A worker speaks for itself alone.
+        worker: worker.to_string(),
+        level: line.level,
+        text: line.text,
+    };
+    Ok((job_id(&logs.job_id)?, logs.lines.into_iter().map(line).collect()))
+}
+
+pub(crate) fn log_line_out(line: LogLine) -> v1::LogLine {
+    v1::LogLine { unix_ms: line.unix_ms, worker_id: line.worker, level: line.level, text: line.text }
+}
+
+fn announcement(from: v1::Announcement) -> Announcement {
+    Announcement { tokens: from.tokens, rows: from.rows, row_hash: from.row_hash }
+}
+
+pub(crate) fn announcement_out(from: Announcement) -> v1::Announcement {
+    v1::Announcement { tokens: from.tokens, rows: from.rows, row_hash: from.row_hash }
+}
+
+fn timings(from: v1::StepTimings) -> Timings {
+    Timings {
+        data_seconds: from.data_seconds,
+        compute_seconds: from.compute_seconds,
+        reduce_seconds: from.reduce_seconds,
+        update_seconds: from.update_seconds,
+    }
+}
+
+/// What the machine tells a worker. `credit_ms` and `beat_ms` complete the welcome.
+pub(crate) fn message_out(message: Message, beat_ms: u32, credit_ms: u32) -> v1::CoordinatorMessage {
+    let out = match message {
+        Message::Welcome { attached } => {
+            Out::Welcome(v1::Welcome { beat_interval_ms: beat_ms, credit_ms, attached })
+        }
+        Message::BeatAck { sequence, credit } => {
+            let credit = credit
+                .map(|(generation, up_to)| v1::Credit { generation: generation.0, up_to_step: up_to.0 });
+            Out::BeatAck(v1::BeatAck { sequence, credit })
+        }
+        Message::Assign { job, attempt, spec_json, facts, steps } => Out::Assign(v1::Assign {
+            job_id: job.into(),
+            attempt: attempt.0,
+            spec_json: spec_json.to_string(),
+            data: Some(v1::DataSummary {
+                hash: facts.hash,
+                train_rows: facts.train_rows,
+                eval_rows: facts.eval_rows,
+                train_tokens: facts.train_tokens,
+                train_trained_tokens: facts.train_trained_tokens,
+                steps: steps.0,
+                tokenizer_hash: facts.tokenizer_hash,
+            }),
+        }),
+        Message::Form { job, attempt, rank, generation } => Out::Form(form(job, attempt, rank, &generation)),
+        Message::Leave { job, attempt, generation, reason } => Out::Leave(v1::Leave {
+            job_id: job.into(),
+            attempt: attempt.0,
+            generation: generation.0,
+            reason,
+        }),
+        Message::Release { job, attempt, succeeded, reason } => {
+            Out::Release(v1::Release { job_id: job.into(), attempt: attempt.0, succeeded, reason })
+        }
+    };
+    v1::CoordinatorMessage { message: Some(out) }
+}
+
+fn form(job: JobId, attempt: Attempt, rank: Rank, generation: &GenerationRecord) -> v1::Form {
+    let member = |(rank, member): (u32, &crate::machine::record::MemberRecord)| v1::GenerationMember {
+        worker_id: member.worker.to_string(),
+        rank,
+        collective_address: member.address.clone(),
+    };
+    v1::Form {
+        job_id: job.into(),
+        attempt: attempt.0,
+        generation: generation.generation.0,
+        rank: rank.0,
+        members: (0u32..).zip(&generation.members).map(member).collect(),
+        token: generation.token.to_vec(),
+        start: Some(start(&generation.start)),
+    }
+}
+
+fn start(from: &StartPoint) -> v1::StartPoint {
+    let source = match &from.source {
+        Source::Fresh => v1::start_point::Source::Fresh(v1::Fresh {}),
+        Source::Checkpoint(path) => {
+            v1::start_point::Source::Checkpoint(v1::FromCheckpoint { path: path.clone() })
+        }
+        Source::Members { donor, receivers } => v1::start_point::Source::Members(v1::FromMembers {
+            donor: donor.0,
+            receivers: receivers.iter().map(|rank| rank.0).collect(),
+        }),
+    };
+    let rows = |(rank, rows): (u32, &RankRows)| v1::RankRows {
+        rank,
+        kept: rows.kept.clone(),
+        compute: rows.compute.clone(),
+    };
+    v1::StartPoint {
+        applied_step: from.applied.0,
+        source: Some(source),
+        rows: (0u32..).zip(&from.rows).map(rows).collect(),
+        evaluated_step: from.evaluated.map(|step| step.0),
+        checkpoint_step: from.checkpoint.map(|step| step.0),
+    }
+}
+
+pub(crate) fn row_out(row: shanty_data::Row) -> v1::Row {
+    let segment = |segment: shanty_data::Segment| v1::Segment {
+        sample_id: segment.sample_id,
+        length: segment.length,
+    };
+    v1::Row {
+        id: row.id,
+        token_ids: row.token_ids,
+        segments: row.segments.into_iter().map(segment).collect(),
+        trained: row.trained.into_iter().flat_map(|range| [range.start, range.end]).collect(),
+    }
+}
+
+pub(crate) fn state_out(state: JobState) -> v1::JobState {
+    match state {
+        JobState::Queued => v1::JobState::Queued,
+        JobState::Preparing => v1::JobState::Preparing,
+        JobState::Forming => v1::JobState::Forming,
+        JobState::Running => v1::JobState::Running,
+        JobState::Recovering => v1::JobState::Recovering,
+        JobState::Succeeded => v1::JobState::Succeeded,
+        JobState::Failed => v1::JobState::Failed,
+        JobState::Cancelled => v1::JobState::Cancelled,
+    }
+}
+
+fn phase_in(phase: v1::MemberPhase) -> MemberPhase {
+    match phase {
+        v1::MemberPhase::Unspecified | v1::MemberPhase::Idle => MemberPhase::Idle,
+        v1::MemberPhase::Loading => MemberPhase::Loading,
+        v1::MemberPhase::Ready => MemberPhase::Ready,
+        v1::MemberPhase::Forming => MemberPhase::Forming,
+        v1::MemberPhase::Computing => MemberPhase::Computing,
+        v1::MemberPhase::Reducing => MemberPhase::Reducing,
+        v1::MemberPhase::Evaluating => MemberPhase::Evaluating,
+        v1::MemberPhase::Waiting => MemberPhase::Waiting,
+        v1::MemberPhase::Lost => MemberPhase::Lost,
+    }
+}
+
+fn phase_out(phase: MemberPhase) -> v1::MemberPhase {
+    match phase {
+        MemberPhase::Idle => v1::MemberPhase::Idle,
+        MemberPhase::Loading => v1::MemberPhase::Loading,
+        MemberPhase::Ready => v1::MemberPhase::Ready,
+        MemberPhase::Forming => v1::MemberPhase::Forming,
+        MemberPhase::Computing => v1::MemberPhase::Computing,
+        MemberPhase::Reducing => v1::MemberPhase::Reducing,
+        MemberPhase::Evaluating => v1::MemberPhase::Evaluating,
+        MemberPhase::Waiting => v1::MemberPhase::Waiting,
+        MemberPhase::Lost => v1::MemberPhase::Lost,
+    }
+}
+
+pub(crate) fn step_out(from: &StepRecord) -> v1::StepRecord {
+    v1::StepRecord {
+        step: from.step.0,
+        attempt: from.attempt.0,
+        generation: from.generation.0,
+        loss: from.loss,
+        learning_rate: from.learning_rate,
+        gradient_norm: from.gradient_norm,
+        tokens: from.tokens,
+        tokens_per_second: from.tokens_per_second,
+        workers: from.workers,
+        unix_ms: from.unix_ms,
+    }
+}
+
+pub(crate) fn evaluation_out(from: &EvaluationRecord) -> v1::Evaluation {
+    v1::Evaluation { step: from.step.0, loss: from.loss, tokens: from.tokens }
+}
+
+pub(crate) fn checkpoint_out(from: &CheckpointRecord) -> v1::Checkpoint {
+    v1::Checkpoint {
+        attempt: from.attempt.0,
+        step: from.step.0,
+        generation: from.generation.0,
+        path: from.path.clone(),
+        size_bytes: from.size_bytes,
+        seconds: from.seconds,
+        written_unix_ms: from.unix_ms,
+    }
+}
+
+pub(crate) fn event_out(from: &EventRecord) -> v1::Event {
+    v1::Event {
+        unix_ms: from.unix_ms,
+        kind: from.kind.clone(),
+        text: from.text.clone(),
+        worker_id: from.worker.as_ref().map(ToString::to_string).unwrap_or_default(),
+        step: from.step.0,
+        detection_ms: from.detection_ms,
+        stall_ms: from.stall_ms,
+    }
+}
+
+fn member_out(from: &MemberView) -> v1::Member {
+    v1::Member {
+        worker_id: from.worker.to_string(),
+        host: from.host.clone(),
+        pid: from.pid,
+        device: from.device.clone(),
+        rank: from.rank.map(|rank| rank.0),
+        phase: phase_out(from.phase).into(),
+        step: from.step.0,
+        beat_age_seconds: from.beat_age_seconds,
+        reason: from.reason.clone(),
+        timings: Some(v1::StepTimings {
+            data_seconds: from.timings.data_seconds,
+            compute_seconds: from.timings.compute_seconds,
+            reduce_seconds: from.timings.reduce_seconds,
+            update_seconds: from.timings.update_seconds,
+        }),
+    }
+}
+
+fn ledger_out(from: &Ledger) -> v1::Ledger {
+    v1::Ledger {
+        leased: from.leased,
+        committed: from.committed,
+        requeued: from.requeued,
+        skipped: 0,
+        recomputed: from.recomputed,
+        remaining: from.remaining,
+        // A reduction with a row twice does not equal its announcement, which stops the job before it counts.
+        duplicates: 0,
+    }
+}
+
+pub(crate) fn status_out(from: &JobView) -> v1::JobStatus {
+    let failure = from.failure.as_ref().map(|failure| failure.diagnostic());
+    v1::JobStatus {
+        job_id: from.id.to_string(),
+        state: state_out(from.state).into(),
+        reason: from.reason.clone(),
+        attempt: from.attempt.0,
+        generation: from.generation.0,
+        step: from.step.0,
+        steps: from.steps.0,
+        epoch: from.epoch,
+        loss: from.last_step.as_ref().map(|step| step.loss),
+        learning_rate: from.last_step.as_ref().map(|step| step.learning_rate),
+        gradient_norm: from.last_step.as_ref().map(|step| step.gradient_norm),
+        tokens_per_second: from.tokens_per_second,
+        eta_seconds: from.eta_seconds,
+        members: from.members.iter().map(member_out).collect(),
+        ledger: Some(ledger_out(&from.ledger)),
+        checkpoints: from.checkpoints.iter().map(checkpoint_out).collect(),
+        evaluations: from.evaluations.iter().map(evaluation_out).collect(),
+        events: from.events.iter().map(event_out).collect(),
+        adapter: from.adapter.clone(),
+        error_code: failure.as_ref().map(|error| error.code.clone()).unwrap_or_default(),
+        submitted_unix_ms: from.submitted_unix_ms,
+        started_unix_ms: from.started_unix_ms,
+        ended_unix_ms: from.ended_unix_ms,
+        error: failure.as_ref().map(shanty_proto::to_detail),
+    }
+}
+
+pub(crate) fn summary_out(from: &JobView) -> v1::JobSummary {
+    let living = |member: &&MemberView| member.rank.is_some() && member.phase != MemberPhase::Lost;
+    v1::JobSummary {
+        job_id: from.id.to_string(),
+        state: state_out(from.state).into(),
+        reason: from.reason.clone(),
+        step: from.step.0,
+        steps: from.steps.0,
+        loss: from.last_step.as_ref().map(|step| step.loss),
+        members: if from.state.is_final() { 0 } else { from.members.iter().filter(living).count() as u32 },
+        submitted_unix_ms: from.submitted_unix_ms,
+    }
+}

@@ -1,0 +1,160 @@
+//! Workers' sessions and leases.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use futures::Stream;
+use shanty_data::Split;
+use shanty_proto::{
+    Attempt, Generation, WorkerId,
+    v1::{self, worker_message::Message as In, worker_service_server::WorkerService, *},
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{refuse, wire};
+use crate::{
+    engine::Engine,
+    error::{Error, Result},
+    hub::Hub,
+    leases::{LeaseRequest, Leases},
+    machine::{Event, Said},
+    store::Store,
+};
+
+/// Messages that may wait for a worker; one that does not read them is as good as gone.
+const WORKER_QUEUE: usize = 256;
+/// How long a stream may stay silent before its first message.
+const HELLO_WITHIN: Duration = Duration::from_secs(10);
+
+/// The worker service.
+#[derive(Clone)]
+pub(crate) struct Workers {
+    pub engine: Engine,
+    pub store: Store,
+    pub hub: Arc<Hub>,
+    pub leases: Arc<Leases>,
+    pub sessions: Arc<AtomicU64>,
+    pub shutdown: CancellationToken,
+}
+
+type Outgoing = Pin<Box<dyn Stream<Item = Result<CoordinatorMessage, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl WorkerService for Workers {
+    type SessionStream = Outgoing;
+
+    async fn session(&self, request: Request<Streaming<WorkerMessage>>) -> Result<Response<Outgoing>, Status> {
+        let mut incoming = request.into_inner();
+        let (outgoing, receiver) = mpsc::channel(WORKER_QUEUE);
+        let this = self.clone();
+        // The answer's headers must not wait for the first message, or a client that waits for them waits for ever.
+        tokio::spawn(async move {
+            if let Err(error) = this.serve(&mut incoming, outgoing.clone()).await {
+                // The worker may be gone already.
+                let _ = outgoing.try_send(Err(refuse(error)));
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn lease_rows(&self, request: Request<LeaseRowsRequest>) -> Result<Response<LeaseRowsResponse>, Status> {
+        self.lease(request.into_inner()).await.map(Response::new).map_err(refuse)
+    }
+}
+
+impl Workers {
+    /// Reads a session to its end.
+    async fn serve(
+        &self,
+        incoming: &mut Streaming<WorkerMessage>,
+        outgoing: mpsc::Sender<Result<CoordinatorMessage, Status>>,
+    ) -> Result<()> {
+        let first = tokio::time::timeout(HELLO_WITHIN, incoming.message()).await;
+        let hello = match first {
+            Ok(Ok(Some(WorkerMessage { message: Some(In::Hello(hello)) }))) => hello,
+            Ok(Ok(Some(_))) => return Err(Error::bad("the first message of a session must be Hello")),
+            Ok(Ok(None) | Err(_)) => return Ok(()),
+            Err(_) => return Err(Error::bad(format!("no Hello within {} s", HELLO_WITHIN.as_secs()))),
+        };
+        let (worker, info, attachment) = wire::hello(hello)?;
+        let session = self.sessions.fetch_add(1, Ordering::Relaxed) + 1;
+        tracing::info!(%worker, host = info.host, pid = info.pid, device = info.device, "worker connected");
+        let event = Event::Hello { worker: worker.clone(), session, info, attachment };
+        self.engine.begin(session, outgoing.clone(), event).await?;
+        let ended = tokio::select! {
+            ended = self.read(incoming, &worker, session) => ended,
+            // The machine ended the session, or the worker's side of it is closed.
+            () = outgoing.closed() => Ok("its stream broke".to_owned()),
+            () = self.shutdown.cancelled() => Err(Error::Stopping),
+        };
+        let reason = match &ended {
+            Ok(reason) => reason.clone(),
+            Err(error) => error.to_string(),
+        };
+        tracing::info!(%worker, reason, "worker disconnected");
+        // When the coordinator stops, nobody hears it, and nobody has to.
+        let _ = self.engine.tell(Event::Down { worker, session, reason }).await;
+        ended.map(drop)
+    }
+
+    async fn read(&self, incoming: &mut Streaming<WorkerMessage>, worker: &WorkerId, session: u64) -> Result<String> {
+        loop {
+            let message = match incoming.message().await {
+                Ok(Some(message)) => message,
+                Ok(None) => return Ok("its stream ended".to_owned()),
+                Err(status) => return Ok(format!("its stream broke ({})", status.message())),
+            };
+            let message = match message.message {
+                // A kind of message that a newer worker knows.
+                None => continue,
+                Some(In::Logs(logs)) => {
+                    self.log(worker, logs).await?;
+                    continue;
+                }
+                Some(In::Step(report)) => {
+                    let mut report = wire::step_report(report)?;
+                    report.leased = self.leases.announcement(&report.within.job, report.step).await?;
+                    Said::Step(report)
+                }
+                Some(other) => wire::said(other)?,
+            };
+            self.engine.tell(Event::Said { worker: worker.clone(), session, message }).await?;
+        }
+    }
+
+    async fn log(&self, worker: &WorkerId, logs: LogLines) -> Result<()> {
+        let (job, lines) = wire::log_lines(logs, worker)?;
+        self.hub.log(&job, &lines);
+        self.store.log(job, lines).await
+    }
+
+    async fn lease(&self, request: LeaseRowsRequest) -> Result<LeaseRowsResponse> {
+        let split = match request.split() {
+            v1::Split::Train => Split::Train,
+            v1::Split::Eval => Split::Eval,
+            v1::Split::Unspecified => return Err(Error::bad("a lease of no split")),
+        };
+        let request = LeaseRequest {
+            job: wire::job_id(&request.job_id)?,
+            attempt: Attempt(request.attempt),
+            generation: Generation(request.generation),
+            split,
+            step: request.step,
+            row_ids: request.row_ids,
+        };
+        let (announcement, rows) = self.leases.lease(request).await?;
+        Ok(LeaseRowsResponse {
+            announcement: Some(wire::announcement_out(announcement)),
+            rows: rows.into_iter().map(wire::row_out).collect(),
+        })
+    }
+}

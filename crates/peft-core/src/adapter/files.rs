@@ -1,0 +1,203 @@
+//! The adapter's folder, as PEFT writes and reads it: `adapter_config.json` and `adapter_model.safetensors`.
+//!
+//! PEFT warns, and goes on with random or unused numbers, where names do not fit. Here that is an error.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use safetensors::tensor::{Dtype, TensorView};
+
+use crate::{
+    adapter::{config::LoraConfig, layout::ParameterLayout},
+    error::{Error, Origin, Result},
+    model::weights::TensorFile,
+};
+
+/// Settings.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// Tensors.
+pub const TENSORS_FILE: &str = "adapter_model.safetensors";
+/// What every name in [`TENSORS_FILE`] begins with.
+pub const PREFIX: &str = "base_model.model.";
+
+/// An adapter's folder, its settings read and its tensors not yet.
+#[derive(Debug)]
+pub struct AdapterFolder {
+    config: LoraConfig,
+    dropped: Vec<String>,
+    tensors: TensorFile,
+}
+
+impl AdapterFolder {
+    /// Opens a folder that PEFT or [`write`] wrote.
+    ///
+    /// # Errors
+    /// A file is missing or damaged, or the settings are not supported.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let file = folder.join(CONFIG_FILE);
+        let text = fs::read(&file).map_err(|source| Error::Read {
+            origin: Origin::Adapter,
+            file: file.clone(),
+            source,
+        })?;
+        let (config, dropped) = LoraConfig::from_json(&text, &file)?;
+        let tensors = folder.join(TENSORS_FILE);
+        if !tensors.exists() && folder.join("adapter_model.bin").exists() {
+            return Err(Error::OnlyPickles { origin: Origin::Adapter, folder: folder.to_owned() });
+        }
+        Ok(Self { config, dropped, tensors: TensorFile::open(&tensors, Origin::Adapter)? })
+    }
+
+    /// Its settings.
+    pub fn config(&self) -> &LoraConfig {
+        &self.config
+    }
+
+    /// Keys of its settings that nothing here knows, sorted: worth a warning.
+    pub fn dropped_keys(&self) -> &[String] {
+        &self.dropped
+    }
+
+    /// Reads its tensors into a flat buffer of `layout`; f32, f16 and bf16 are widened.
+    ///
+    /// # Errors
+    /// A tensor is missing, has no place in the layout, or is of the wrong shape or dtype.
+    pub fn read_into(&self, layout: &ParameterLayout, parameters: &mut [f32]) -> Result<()> {
+        expect_length(parameters, layout)?;
+        let file = || self.tensors.path().to_owned();
+        let without_prefix: Vec<String> =
+            self.tensors.names().filter(|name| !name.starts_with(PREFIX)).map(str::to_owned).collect();
+        if !without_prefix.is_empty() {
+            return Err(Error::AdapterPrefix { file: file(), tensors: without_prefix });
+        }
+        let mut stored: BTreeMap<String, &str> = BTreeMap::new();
+        let mut unexpected = Vec::new();
+        for name in self.tensors.names() {
+            if stored.insert(without_adapter_name(name), name).is_some() {
+                unexpected.push(name.to_owned());
+            }
+        }
+        let mut missing = Vec::new();
+        let mut found = Vec::new();
+        for entry in layout.entries() {
+            match stored.remove(&entry.peft_name).and_then(|name| self.tensors.tensor(name)) {
+                Some(tensor) => found.push((entry, tensor)),
+                None => missing.push(entry.peft_name.clone()),
+            }
+        }
+        unexpected.extend(stored.into_values().map(str::to_owned));
+        if !missing.is_empty() {
+            missing.sort();
+            return Err(Error::MissingAdapterTensors { file: file(), tensors: missing });
+        }
+        if !unexpected.is_empty() {
+            unexpected.sort();
+            return Err(Error::UnexpectedAdapterTensors { file: file(), tensors: unexpected });
+        }
+        for (entry, tensor) in &found {
+            tensor.expect_shape(&entry.shape)?;
+            tensor.expect_float()?;
+        }
+        parameters.fill(0.0);
+        for (entry, tensor) in found {
+            tensor.read_f32(&mut parameters[entry.range.clone()], &mut |_| {})?;
+        }
+        Ok(())
+    }
+}
+
+/// `….lora_A.default.weight`, which other programs write, is `….lora_A.weight`.
+fn without_adapter_name(name: &str) -> String {
+    for kind in ["lora_A", "lora_B"] {
+        if let Some(module) = name.strip_suffix(&format!(".{kind}.default.weight")) {
+            return format!("{module}.{kind}.weight");
+        }
+    }
+    name.to_owned()
+}
+
+fn expect_length(parameters: &[f32], layout: &ParameterLayout) -> Result<()> {
+    if parameters.len() == layout.len() {
+        return Ok(());
+    }
+    Err(Error::Length { what: "the flat parameter buffer", found: parameters.len(), expected: layout.len() })
+}
+
+/// Writes a folder that PEFT opens without a warning. Both files appear whole or not at all, the settings last.
+///
+/// # Errors
+/// The disk is full, the folder cannot be written, or `parameters` is not of `layout`.
+pub fn write(folder: &Path, config: &LoraConfig, layout: &ParameterLayout, parameters: &[f32]) -> Result<()> {
+    let files = contents(config, layout, parameters)?;
+    fs::create_dir_all(folder).map_err(|source| unwritable(folder, source))?;
+    files.iter().try_for_each(|(name, content)| write_whole(&folder.join(name), content))
+}
+
+/// The files of such a folder, name and content, in the order in which they are to be written.
+///
+/// # Errors
+/// An impossible setting, or `parameters` is not of `layout`.
+pub fn contents(
+    config: &LoraConfig,
+    layout: &ParameterLayout,
+    parameters: &[f32],
+) -> Result<Vec<(String, Vec<u8>)>> {
+    config.check()?;
+    expect_length(parameters, layout)?;
+    let tensors = serialise(layout, parameters)
+        .map_err(|error| unwritable(Path::new(TENSORS_FILE), io::Error::other(error)))?;
+    let mut modules: Vec<String> = layout.entries().iter().map(|entry| entry.module.clone()).collect();
+    modules.sort();
+    modules.dedup();
+    let settings = config.to_json(&modules).into_bytes();
+    Ok(vec![(TENSORS_FILE.to_owned(), tensors), (CONFIG_FILE.to_owned(), settings)])
+}
+
+fn serialise(layout: &ParameterLayout, parameters: &[f32]) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+    let little_endian: Vec<u8>;
+    let bytes: &[u8] = if cfg!(target_endian = "little") {
+        bytemuck::cast_slice(parameters)
+    } else {
+        little_endian = parameters.iter().flat_map(|value| value.to_le_bytes()).collect();
+        &little_endian
+    };
+    let views = layout
+        .entries()
+        .iter()
+        .map(|entry| {
+            let bytes = &bytes[4 * entry.range.start..4 * entry.range.end];
+            Ok((entry.peft_name.as_str(), TensorView::new(Dtype::F32, entry.shape.to_vec(), bytes)?))
+        })
+        .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
+    safetensors::serialize(views, Some(HashMap::from([("format".to_owned(), "pt".to_owned())])))
+}
+
+fn unwritable(file: &Path, source: io::Error) -> Error {
+    Error::Write { origin: Origin::Adapter, file: file.to_owned(), source }
+}
+
+/// Writes under a temporary name in the same folder, brings it to the disk, then renames.
+fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{}.tmp", std::process::id()));
+    let temporary = PathBuf::from(name);
+    let result = write_synced(&temporary, bytes).and_then(|()| fs::rename(&temporary, path)).and_then(|()| {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+    });
+    result.map_err(|source| {
+        // What went wrong is told; a temporary that cannot be removed adds nothing to it.
+        let _ = fs::remove_file(&temporary);
+        unwritable(path, source)
+    })
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}

@@ -1,0 +1,331 @@
+//! Operations on slices of host memory: threads, vector code, and products by the `gemm` crate.
+//!
+//! Each operation splits its work by rows or tiles, never by the number of threads, and sums run in a fixed order: the
+//! same micro-batch gives the same bits on any number of threads.
+
+mod attention;
+mod cross_entropy;
+mod elementwise;
+mod gemm;
+mod math;
+mod profile;
+
+use std::sync::{Mutex, PoisonError};
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use self::gemm::{Operand, Target};
+pub use self::{
+    gemm::in_product,
+    profile::{NARROW, Operation, Spent},
+};
+use super::{AttentionShape, Backend, BatchRoom, View, ViewMut};
+use crate::{
+    batch::PackedBatch,
+    engine::StepError,
+    error::Result,
+    model::{EmbeddingView, Matrix},
+    random::DropoutKey,
+};
+
+/// The CPU backend: a pool of threads of its own.
+pub struct Cpu {
+    pool: ThreadPool,
+    threads: usize,
+    profile: profile::Profile,
+}
+
+impl Cpu {
+    /// A backend of `threads` threads; 0 takes as many as the machine has.
+    ///
+    /// # Errors
+    /// [`StepError::Threads`] when the threads cannot be started.
+    pub fn new(threads: usize) -> Result<Self> {
+        let pool = ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|index| format!("shanty-cpu-{index}"))
+            .build()
+            .map_err(|source| StepError::Threads { threads, reason: source.to_string() })?;
+        let threads = pool.current_num_threads();
+        Ok(Self { pool, threads, profile: profile::Profile::default() })
+    }
+
+    /// Threads in the pool.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Where the time went since the last call, by kind of operation.
+    pub fn take_profile(&self) -> Vec<Spent> {
+        self.profile.take()
+    }
+
+    /// Runs `work` on a thread of the pool, where parallel operations start without a hand-over.
+    pub(crate) fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.pool.install(work)
+    }
+
+    /// Counts the time of `work`.
+    fn measure<R>(&self, operation: Operation, work: impl FnOnce() -> R) -> R {
+        self.profile.measure(operation, 0, work)
+    }
+}
+
+/// A micro-batch, and scratch memory for each thread that works on it.
+pub struct CpuBatch {
+    packed: PackedBatch,
+    lanes: Vec<Mutex<Vec<f32>>>,
+}
+
+impl CpuBatch {
+    /// Lends the calling thread its scratch memory. Must not be nested.
+    fn with_lane<R>(&self, work: impl FnOnce(&mut [f32]) -> R) -> R {
+        let index = rayon::current_thread_index().unwrap_or(0) % self.lanes.len();
+        // A poisoned lane holds scratch numbers, nothing that could be half done.
+        let mut lane = self.lanes[index].lock().unwrap_or_else(PoisonError::into_inner);
+        work(&mut lane)
+    }
+}
+
+fn operand<'a>(view: View<'a, Cpu>, transposed: bool) -> Operand<'a> {
+    let operand = Operand::new(view.data, view.offset, view.rows, view.columns, view.stride);
+    if transposed { operand.transposed() } else { operand }
+}
+
+impl Backend for Cpu {
+    type Buffer = [f32];
+    type Owned = Vec<f32>;
+    type Batch = CpuBatch;
+
+    fn allocate(&self, length: usize) -> Result<Self::Owned> {
+        let mut memory = Vec::new();
+        memory.try_reserve_exact(length).map_err(|_| StepError::OutOfMemory { bytes: length * 4 })?;
+        memory.resize(length, 0.0);
+        Ok(memory)
+    }
+
+    fn allocate_batch(&self, room: BatchRoom) -> Result<CpuBatch> {
+        let lane = (2 * attention::TILE * room.longest_span).max(room.widest);
+        let lanes = (0..self.threads).map(|_| self.allocate(lane).map(Mutex::new)).collect::<Result<_>>()?;
+        Ok(CpuBatch { packed: PackedBatch::with_capacity(room.tokens), lanes })
+    }
+
+    fn load_batch(&self, from: &PackedBatch, into: &mut CpuBatch) {
+        into.packed.clone_from_batch(from);
+    }
+
+    fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.install(work)
+    }
+
+    fn upload(&self, from: &[f32], into: &mut [f32]) {
+        into[..from.len()].copy_from_slice(from);
+    }
+
+    fn download(&self, from: View<'_, Self>, into: &mut [f32]) {
+        for (row, into) in into.chunks_exact_mut(from.columns).enumerate().take(from.rows) {
+            into.copy_from_slice(row_of(from, row));
+        }
+    }
+
+    fn frozen<'a>(&'a self, matrix: &Matrix<'a>, scratch: &'a mut [f32]) -> View<'a, Self> {
+        let (rows, columns) = (matrix.rows(), matrix.columns());
+        if let Some(data) = matrix.as_f32() {
+            return View::new(data, rows, columns);
+        }
+        let scratch = &mut scratch[..rows * columns];
+        self.measure(Operation::Dequantise, || self.install(|| matrix.write_f32(scratch)));
+        View::new(scratch, rows, columns)
+    }
+
+    fn frozen_vector<'a>(&'a self, vector: &'a [f32]) -> View<'a, Self> {
+        View::new(vector, 1, vector.len())
+    }
+
+    fn frozen_rows<'a>(
+        &'a self,
+        table: &EmbeddingView<'a>,
+        first: usize,
+        rows: usize,
+        scratch: &'a mut [f32],
+    ) -> View<'a, Self> {
+        let columns = table.columns();
+        if let Some(data) = table.as_f32() {
+            return View::at(data, first * columns, rows, columns);
+        }
+        let scratch = &mut scratch[..rows * columns];
+        self.measure(Operation::Dequantise, || self.install(|| table.rows_f32(first..first + rows, scratch)));
+        View::new(scratch, rows, columns)
+    }
+
+    fn gemm(
+        &self,
+        alpha: f32,
+        a: View<'_, Self>,
+        transpose_a: bool,
+        b: View<'_, Self>,
+        transpose_b: bool,
+        beta: f32,
+        c: ViewMut<'_, Self>,
+    ) {
+        let (a, b) = (operand(a, transpose_a), operand(b, transpose_b));
+        assert!(a.rows == c.rows && b.columns == c.columns, "a product's target has another shape");
+        let target = Target { offset: c.offset, stride: c.stride };
+        let narrow = a.rows.min(a.columns).min(b.columns) <= NARROW;
+        let operation = if narrow { Operation::NarrowProduct } else { Operation::Product };
+        let flops = 2 * a.rows * a.columns * b.columns;
+        self.profile.measure(operation, flops, || {
+            self.install(|| gemm::multiply(alpha, a, b, beta, c.data, target, self.threads));
+        });
+    }
+
+    fn fill(&self, value: f32, to: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || self.rows(to, |_, to| to.fill(value)));
+    }
+
+    fn copy(&self, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || self.rows(to, |row, to| to.copy_from_slice(row_of(from, row))));
+    }
+
+    fn add(&self, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || self.rows(to, |row, to| math::add(row_of(from, row), to)));
+    }
+
+    fn add_bias(&self, bias: View<'_, Self>, to: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || self.rows(to, |_, to| math::add(row_of(bias, 0), to)));
+    }
+
+    fn gather_embedding(&self, batch: &CpuBatch, table: &EmbeddingView<'_>, out: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || {
+            self.rows(out, |row, out| table.gather_row(batch.packed.token_ids[row] as usize, out))
+        });
+    }
+
+    fn gather_predicting(&self, batch: &CpuBatch, first: usize, x: View<'_, Self>, out: ViewMut<'_, Self>) {
+        self.rows(out, |row, out| {
+            out.copy_from_slice(row_of(x, batch.packed.predicting[first + row] as usize));
+        });
+    }
+
+    fn scatter_predicting(&self, batch: &CpuBatch, first: usize, x: View<'_, Self>, out: ViewMut<'_, Self>) {
+        for row in 0..x.rows {
+            let start = out.offset + batch.packed.predicting[first + row] as usize * out.stride;
+            out.data[start..start + out.columns].copy_from_slice(row_of(x, row));
+        }
+    }
+
+    fn rms_norm(
+        &self,
+        x: View<'_, Self>,
+        weight: View<'_, Self>,
+        epsilon: f32,
+        out: ViewMut<'_, Self>,
+        reciprocal: ViewMut<'_, Self>,
+    ) {
+        self.measure(Operation::Norm, || self.rms_norm_rows(x, weight, epsilon, out, reciprocal));
+    }
+
+    fn rms_norm_backward(
+        &self,
+        dout: View<'_, Self>,
+        x: View<'_, Self>,
+        weight: View<'_, Self>,
+        reciprocal: View<'_, Self>,
+        dx: ViewMut<'_, Self>,
+    ) {
+        self.measure(Operation::Norm, || self.rms_norm_backward_rows(dout, x, weight, reciprocal, dx));
+    }
+
+    fn rope(
+        &self,
+        batch: &CpuBatch,
+        head_dim: usize,
+        table: View<'_, Self>,
+        backward: bool,
+        x: ViewMut<'_, Self>,
+    ) {
+        self.measure(Operation::Rope, || {
+            self.rope_rows(&batch.packed.positions, head_dim, table, backward, x)
+        });
+    }
+
+    fn swiglu(&self, gate: View<'_, Self>, up: View<'_, Self>, out: ViewMut<'_, Self>) {
+        self.measure(Operation::Swiglu, || {
+            self.rows(out, |row, out| math::swiglu(row_of(gate, row), row_of(up, row), out))
+        });
+    }
+
+    fn swiglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
+        self.measure(Operation::Swiglu, || {
+            self.row_pairs(gate, up, |row, gate, up| math::swiglu_backward(row_of(dout, row), gate, up))
+        });
+    }
+
+    fn attention(
+        &self,
+        batch: &CpuBatch,
+        shape: AttentionShape,
+        q: View<'_, Self>,
+        k: View<'_, Self>,
+        v: View<'_, Self>,
+        out: ViewMut<'_, Self>,
+        log_sum: ViewMut<'_, Self>,
+    ) {
+        self.measure(Operation::Attention, || attention::forward(self, batch, shape, q, k, v, out, log_sum));
+    }
+
+    fn attention_backward(
+        &self,
+        batch: &CpuBatch,
+        shape: AttentionShape,
+        q: View<'_, Self>,
+        k: View<'_, Self>,
+        v: View<'_, Self>,
+        out: View<'_, Self>,
+        log_sum: View<'_, Self>,
+        dout: View<'_, Self>,
+        dq: ViewMut<'_, Self>,
+        dk: ViewMut<'_, Self>,
+        dv: ViewMut<'_, Self>,
+    ) {
+        let known = attention::Known { q, k, v, out, log_sum, dout };
+        self.measure(Operation::AttentionBackward, || {
+            attention::backward(self, batch, shape, &known, attention::Gradients { dq, dk, dv })
+        });
+    }
+
+    fn dropout(&self, batch: &CpuBatch, key: DropoutKey, p: f32, x: View<'_, Self>, out: ViewMut<'_, Self>) {
+        self.measure(Operation::Dropout, || self.dropout_rows(batch, key, p, x, out));
+    }
+
+    fn dropout_backward(
+        &self,
+        batch: &CpuBatch,
+        key: DropoutKey,
+        p: f32,
+        dout: View<'_, Self>,
+        dx: ViewMut<'_, Self>,
+    ) {
+        self.measure(Operation::Dropout, || self.dropout_backward_rows(batch, key, p, dout, dx));
+    }
+
+    fn cross_entropy(
+        &self,
+        batch: &CpuBatch,
+        first: usize,
+        gradient: bool,
+        logits: ViewMut<'_, Self>,
+        losses: ViewMut<'_, Self>,
+    ) -> f64 {
+        self.measure(Operation::CrossEntropy, || {
+            cross_entropy::rows(self, &batch.packed.targets[first..], gradient, logits, losses)
+        })
+    }
+}
+
+/// Row `row` of a matrix.
+#[inline]
+fn row_of<'a>(view: View<'a, Cpu>, row: usize) -> &'a [f32] {
+    let start = view.offset + row * view.stride;
+    &view.data[start..start + view.columns]
+}

@@ -1,0 +1,217 @@
+//! The operations that layers are written over.
+//!
+//! A backend owns memory and runs operations on strided [`View`]s of it. Every operation writes into views that the
+//! caller hands in; none allocates. Layers never look into a buffer: the same layer code runs on slices of
+//! host memory ([`cpu`]) and, later, on device memory.
+//!
+//! Each planned slot of memory is a buffer of its own, so that the borrow checker sees which operation reads and
+//! which writes it.
+
+pub mod cpu;
+mod view;
+
+use std::ops::DerefMut;
+
+pub use view::{View, ViewMut};
+
+use crate::{
+    batch::PackedBatch,
+    error::Result,
+    model::{EmbeddingView, Matrix},
+    random::DropoutKey,
+};
+
+/// Shape of an attention operation.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; each serves `heads / kv_heads` query heads.
+    pub kv_heads: usize,
+    /// Features of a head.
+    pub head_dim: usize,
+    /// Multiplies the scores, `1 / sqrt(head_dim)`.
+    pub scale: f32,
+}
+
+/// How large a micro-batch may get.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchRoom {
+    /// Tokens of all rows.
+    pub tokens: usize,
+    /// Keys of the longest span.
+    pub longest_span: usize,
+    /// Columns of the widest matrix that dropout is applied to.
+    pub widest: usize,
+}
+
+/// Tensor operations over caller-owned, strided memory. All numbers are `f32`.
+///
+/// Shapes are written `[rows, columns]`; `T` is the number of tokens of the micro-batch.
+pub trait Backend: Sized + Send + Sync + 'static {
+    /// Memory that views look into.
+    type Buffer: ?Sized + Send + Sync;
+    /// Memory that is owned.
+    type Owned: DerefMut<Target = Self::Buffer> + Send + Sync;
+    /// A micro-batch where operations can read it: ids, positions, spans, targets.
+    type Batch: Send;
+
+    /// Reserves `length` numbers, all 0.
+    ///
+    /// # Errors
+    /// When the memory cannot be had.
+    fn allocate(&self, length: usize) -> Result<Self::Owned>;
+    /// Reserves room for a micro-batch.
+    ///
+    /// # Errors
+    /// When the memory cannot be had.
+    fn allocate_batch(&self, room: BatchRoom) -> Result<Self::Batch>;
+    /// Makes `from` readable by operations. It must fit the room reserved.
+    fn load_batch(&self, from: &PackedBatch, into: &mut Self::Batch);
+    /// Runs `work` where operations start without a hand-over between threads.
+    fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R;
+    /// Copies host numbers into the front of `into`.
+    fn upload(&self, from: &[f32], into: &mut Self::Buffer);
+    /// Copies a view to the host, row after row.
+    fn download(&self, from: View<'_, Self>, into: &mut [f32]);
+
+    /// A frozen matrix as operations can read it: itself where it is dense and near, else written into `scratch`.
+    fn frozen<'a>(&'a self, matrix: &Matrix<'a>, scratch: &'a mut Self::Buffer) -> View<'a, Self>;
+    /// A frozen vector as operations can read it.
+    fn frozen_vector<'a>(&'a self, vector: &'a [f32]) -> View<'a, Self>;
+    /// Rows `first .. first + rows` of a table as operations can read them: in place, or written into `scratch`.
+    fn frozen_rows<'a>(
+        &'a self,
+        table: &EmbeddingView<'a>,
+        first: usize,
+        rows: usize,
+        scratch: &'a mut Self::Buffer,
+    ) -> View<'a, Self>;
+
+    /// `c = alpha op(a) op(b) + beta c`, where `op` transposes if the flag is set. `beta` 0 never reads `c`.
+    #[expect(clippy::too_many_arguments, reason = "the signature every BLAS has")]
+    fn gemm(
+        &self,
+        alpha: f32,
+        a: View<'_, Self>,
+        transpose_a: bool,
+        b: View<'_, Self>,
+        transpose_b: bool,
+        beta: f32,
+        c: ViewMut<'_, Self>,
+    );
+    /// `to = value` everywhere.
+    fn fill(&self, value: f32, to: ViewMut<'_, Self>);
+    /// `to = from`.
+    fn copy(&self, from: View<'_, Self>, to: ViewMut<'_, Self>);
+    /// `to += from`.
+    fn add(&self, from: View<'_, Self>, to: ViewMut<'_, Self>);
+    /// `to[t, :] += bias` for every row.
+    fn add_bias(&self, bias: View<'_, Self>, to: ViewMut<'_, Self>);
+
+    /// `out[t, :] = table[ids[t], :]`.
+    fn gather_embedding(&self, batch: &Self::Batch, table: &EmbeddingView<'_>, out: ViewMut<'_, Self>);
+    /// `out[i, :] = x[predicting[first + i], :]`, the rows that predict a trained token.
+    fn gather_predicting(&self, batch: &Self::Batch, first: usize, x: View<'_, Self>, out: ViewMut<'_, Self>);
+    /// `out[predicting[first + i], :] = x[i, :]`.
+    fn scatter_predicting(
+        &self,
+        batch: &Self::Batch,
+        first: usize,
+        x: View<'_, Self>,
+        out: ViewMut<'_, Self>,
+    );
+
+    /// `out = x / sqrt(mean(x^2) + epsilon) * weight`; the factor of each row is kept in `reciprocal` `[T, 1]`.
+    fn rms_norm(
+        &self,
+        x: View<'_, Self>,
+        weight: View<'_, Self>,
+        epsilon: f32,
+        out: ViewMut<'_, Self>,
+        reciprocal: ViewMut<'_, Self>,
+    );
+    /// Adds to `dx` the gradient of [`Backend::rms_norm`] with respect to `x`.
+    fn rms_norm_backward(
+        &self,
+        dout: View<'_, Self>,
+        x: View<'_, Self>,
+        weight: View<'_, Self>,
+        reciprocal: View<'_, Self>,
+        dx: ViewMut<'_, Self>,
+    );
+    /// Turns the two halves of every head of `x` by the angles of each token's position, in place.
+    /// `table` `[positions, head_dim]` holds cosines, then sines. `backward` turns the other way.
+    fn rope(
+        &self,
+        batch: &Self::Batch,
+        head_dim: usize,
+        table: View<'_, Self>,
+        backward: bool,
+        x: ViewMut<'_, Self>,
+    );
+    /// `out = silu(gate) * up`.
+    fn swiglu(&self, gate: View<'_, Self>, up: View<'_, Self>, out: ViewMut<'_, Self>);
+    /// Replaces `gate` and `up` by their gradients, given that of the output.
+    fn swiglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>);
+
+    /// Causal attention inside the batch's spans; `log_sum` `[T, heads]` keeps the logarithm of each row's sum.
+    /// `k` and `v` may be a cache with rows of their own.
+    #[expect(clippy::too_many_arguments, reason = "three inputs, two outputs, batch and shape")]
+    fn attention(
+        &self,
+        batch: &Self::Batch,
+        shape: AttentionShape,
+        q: View<'_, Self>,
+        k: View<'_, Self>,
+        v: View<'_, Self>,
+        out: ViewMut<'_, Self>,
+        log_sum: ViewMut<'_, Self>,
+    );
+    /// Gradients of [`Backend::attention`]; `dq`, `dk`, `dv` are overwritten.
+    #[expect(clippy::too_many_arguments, reason = "six inputs, three outputs, batch and shape")]
+    fn attention_backward(
+        &self,
+        batch: &Self::Batch,
+        shape: AttentionShape,
+        q: View<'_, Self>,
+        k: View<'_, Self>,
+        v: View<'_, Self>,
+        out: View<'_, Self>,
+        log_sum: View<'_, Self>,
+        dout: View<'_, Self>,
+        dq: ViewMut<'_, Self>,
+        dk: ViewMut<'_, Self>,
+        dv: ViewMut<'_, Self>,
+    );
+
+    /// `out = x * mask`, where the mask is 0 or `1 / (1 - p)`, a pure function of key, sample and position.
+    fn dropout(
+        &self,
+        batch: &Self::Batch,
+        key: DropoutKey,
+        p: f32,
+        x: View<'_, Self>,
+        out: ViewMut<'_, Self>,
+    );
+    /// `dx += dout * mask`, with the mask of [`Backend::dropout`].
+    fn dropout_backward(
+        &self,
+        batch: &Self::Batch,
+        key: DropoutKey,
+        p: f32,
+        dout: View<'_, Self>,
+        dx: ViewMut<'_, Self>,
+    );
+
+    /// Returns the summed cross-entropy of `logits` `[rows, vocabulary]` against `targets[first ..]`, and
+    /// overwrites the logits by its gradient where `gradient` is set. `losses` `[rows, 1]` gets each row's loss.
+    fn cross_entropy(
+        &self,
+        batch: &Self::Batch,
+        first: usize,
+        gradient: bool,
+        logits: ViewMut<'_, Self>,
+        losses: ViewMut<'_, Self>,
+    ) -> f64;
+}

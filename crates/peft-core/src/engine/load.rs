@@ -1,0 +1,103 @@
+//! From a base's folder to an engine, or to what an engine would take.
+
+use super::{Engine, EngineOptions, EngineParts};
+use crate::{
+    adapter::{LoraConfig, ParameterLayout, layout::Target, targets::Matched},
+    error::Result,
+    model::{BaseSource, LoadProgress, MemoryUse, ModelConfig, ResidentBase},
+    plan::{MemoryPlan, PlanRequest, Sizes},
+};
+
+/// What an engine would take and train, without loading it.
+#[derive(Debug, Clone)]
+pub struct Estimate {
+    /// What the model is made of.
+    pub config: ModelConfig,
+    /// Where each trained tensor lies.
+    pub layout: ParameterLayout,
+    /// The modules that are adapted.
+    pub matched: Matched,
+    /// Memory by part.
+    pub plan: MemoryPlan,
+    /// The base's memory by part.
+    pub base: MemoryUse,
+}
+
+impl Engine {
+    /// Loads a base; `progress` is called every few megabytes.
+    ///
+    /// # Errors
+    /// Where the folder is no model of a known family or does not hold together, the adapter's settings do not fit it, or
+    /// threads cannot be started.
+    pub fn load(options: EngineOptions, progress: &mut dyn FnMut(LoadProgress)) -> Result<Self> {
+        // What can be wrong with the adapter is said before the base is read.
+        let (layout, matched) = layout(&ModelConfig::load(&options.base)?, options.lora.as_ref())?;
+        let base = ResidentBase::load(&options.base, options.quantization, progress)?;
+        let request = PlanRequest {
+            base_bytes: base.memory().total_bytes() as u64,
+            dequantised: options.quantization.is_some() || base.config().stored_nf4,
+            head_widened: base.head().as_f32().is_none(),
+            ..options.request()
+        };
+        let hash = base.content_hash();
+        let dropout = options.dropout();
+        let mut engine = Self::with_base(Box::new(base), EngineParts { layout, dropout, request })?;
+        engine.matched = matched;
+        engine.base_hash = Some(hash);
+        Ok(engine)
+    }
+
+    /// Says what [`Engine::load`] would take and train, from headers alone.
+    ///
+    /// # Errors
+    /// As [`Engine::load`], but for damaged numbers.
+    pub fn estimate(options: &EngineOptions) -> Result<Estimate> {
+        let config = ModelConfig::load(&options.base)?;
+        let (layout, matched) = layout(&config, options.lora.as_ref())?;
+        let base = MemoryUse::plan(&options.base, options.quantization)?;
+        let head_bytes = if base.head_bytes > 0 { base.head_bytes } else { base.embedding_bytes };
+        let mut request = PlanRequest {
+            base_bytes: base.total_bytes() as u64,
+            dequantised: options.quantization.is_some() || config.stored_nf4,
+            head_widened: head_bytes < 4 * config.vocabulary_size * config.hidden_size,
+            ..options.request()
+        };
+        if request.threads == 0 {
+            request.threads = std::thread::available_parallelism().map_or(1, usize::from);
+        }
+        let sizes = |tokens| Sizes::new(&config, &layout, tokens, request.max_length, &request);
+        let plan = MemoryPlan::choose(sizes, &request);
+        Ok(Estimate { config, layout, matched, plan, base })
+    }
+}
+
+impl EngineOptions {
+    fn dropout(&self) -> f32 {
+        self.lora.as_ref().map_or(0.0, |lora| lora.lora_dropout)
+    }
+
+    fn request(&self) -> PlanRequest {
+        PlanRequest {
+            micro_batch_rows: self.micro_batch_rows,
+            max_length: self.max_length,
+            recompute: self.recompute,
+            memory_limit: self.memory_limit,
+            base_bytes: 0,
+            dequantised: false,
+            head_widened: false,
+            dropout: self.dropout() > 0.0,
+            threads: self.threads,
+        }
+    }
+}
+
+fn layout(config: &ModelConfig, lora: Option<&LoraConfig>) -> Result<(ParameterLayout, Matched)> {
+    match lora {
+        Some(lora) => lora.layout(config),
+        None => {
+            let targets: Vec<Target> = Vec::new();
+            let layout = ParameterLayout::lora(config, &targets, 1, 1.0);
+            Ok((layout, Matched { targets, unused: Vec::new() }))
+        }
+    }
+}

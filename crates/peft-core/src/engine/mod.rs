@@ -1,0 +1,211 @@
+//! The engine: a frozen base, a flat adapter, and the passes over them.
+//!
+//! An [`Engine`] holds the base and the memory of a step. Parameters, gradients and optimizer state belong to
+//! the caller, as flat buffers of one [`ParameterLayout`]:
+//! ```text
+//! let mut engine = Engine::load(options, &mut |_| {})?;
+//! let mut parameters = engine.initial_parameters(seed);
+//! let sum = engine.forward_backward(&parameters, &rows, StepKey { seed, step: 1 }, &mut gradient, &mut NoSink)?;
+//! // … reduce, scale by 1 / tokens, clip, AdamW …
+//! ```
+
+mod error;
+mod load;
+mod options;
+mod passes;
+
+use std::ops::Range;
+
+pub use error::StepError;
+pub use load::Estimate;
+pub use options::EngineOptions;
+
+use crate::{
+    adapter::{Kind, ParameterLayout, Target, targets::Matched},
+    backend::cpu::{Cpu, Spent},
+    batch::PackedBatch,
+    error::Result,
+    model::{BaseSource, ModelConfig},
+    nn::rope::RopeTable,
+    plan::{Arena, MemoryPlan, PlanRequest, Sizes},
+};
+
+/// What random masks of a step are drawn from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepKey {
+    /// The job's seed.
+    pub seed: u64,
+    /// The optimizer step, from 1.
+    pub step: u64,
+}
+
+/// A summed loss and the number of tokens it is summed over.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct LossSum {
+    /// Sum of the cross-entropy of all trained tokens, nats.
+    pub loss: f64,
+    /// Trained tokens.
+    pub tokens: u64,
+}
+
+impl LossSum {
+    /// Loss per trained token; NaN where there is none.
+    pub fn mean(&self) -> f64 {
+        self.loss / self.tokens as f64
+    }
+
+    /// Adds another sum.
+    pub fn add(&mut self, other: Self) {
+        self.loss += other.loss;
+        self.tokens += other.tokens;
+    }
+}
+
+/// Hears when a part of the flat gradient is final for this micro-batch, so that its reduction may begin.
+pub trait GradientSink: Send {
+    /// `gradient` is the whole buffer; `range` of it will not change any more. Ranges come front to back.
+    fn ready(&mut self, range: Range<usize>, gradient: &[f32]);
+}
+
+/// Does nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoSink;
+
+impl GradientSink for NoSink {
+    fn ready(&mut self, _range: Range<usize>, _gradient: &[f32]) {}
+}
+
+/// A base that any thread may use.
+pub type SharedBase = Box<dyn BaseSource + Send + Sync>;
+
+/// A frozen base, and passes over it with an adapter that the caller owns.
+pub struct Engine {
+    pub(crate) backend: Cpu,
+    pub(crate) config: ModelConfig,
+    pub(crate) base: SharedBase,
+    pub(crate) layout: ParameterLayout,
+    dropout: f32,
+    request: PlanRequest,
+    sizes: Sizes,
+    plan: MemoryPlan,
+    /// Reserved at the first step: generating alone does not need it.
+    memory: Option<StepMemory>,
+    packed: PackedBatch,
+    matched: Matched,
+    base_hash: Option<blake3::Hash>,
+}
+
+/// What a step works in.
+struct StepMemory {
+    arena: Arena<Cpu>,
+    rope: RopeTable<Cpu>,
+}
+
+/// What [`Engine::with_base`] is made of besides the base.
+#[derive(Debug, Clone)]
+pub struct EngineParts {
+    /// Where each trained tensor lies; an empty layout trains nothing.
+    pub layout: ParameterLayout,
+    /// Share of each branch's input set to 0 while training.
+    pub dropout: f32,
+    /// What the memory plan is made for.
+    pub request: PlanRequest,
+}
+
+impl Engine {
+    /// An engine over a base that is already there.
+    ///
+    /// # Errors
+    /// When its threads cannot be started.
+    pub fn with_base(base: SharedBase, parts: EngineParts) -> Result<Self> {
+        let EngineParts { layout, dropout, mut request } = parts;
+        let backend = Cpu::new(request.threads)?;
+        request.threads = backend.threads();
+        request.dropout = dropout > 0.0;
+        let config = base.config().clone();
+        let sizes = |tokens| Sizes::new(&config, &layout, tokens, request.max_length, &request);
+        let plan = MemoryPlan::choose(sizes, &request);
+        let sizes = sizes(plan.micro_batch_tokens);
+        let packed = PackedBatch::with_capacity(plan.micro_batch_tokens);
+        let targets = layout.entries().iter().filter(|entry| entry.kind == Kind::A);
+        let targets = targets.map(|entry| Target { layer: entry.layer, projection: entry.projection });
+        let mut targets: Vec<Target> = targets.collect();
+        targets.sort();
+        Ok(Self {
+            backend,
+            config,
+            base,
+            layout,
+            dropout,
+            request,
+            sizes,
+            plan,
+            memory: None,
+            packed,
+            matched: Matched { targets, unused: Vec::new() },
+            base_hash: None,
+        })
+    }
+
+    /// What the model is made of.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Where each trained tensor lies in the flat buffers.
+    pub fn layout(&self) -> &ParameterLayout {
+        &self.layout
+    }
+
+    /// Rows that one [`Engine::forward_backward`] has room for.
+    pub fn micro_batch_rows(&self) -> usize {
+        self.plan.micro_batch_rows
+    }
+
+    /// Memory by part.
+    pub fn plan(&self) -> &MemoryPlan {
+        &self.plan
+    }
+
+    /// The modules that are adapted.
+    pub fn matched(&self) -> &Matched {
+        &self.matched
+    }
+
+    /// Hash of the base as it was stored; none where the base was handed in by [`Engine::with_base`].
+    pub fn base_hash(&self) -> Option<blake3::Hash> {
+        self.base_hash
+    }
+
+    /// Where the time went since the last call, by kind of operation.
+    pub fn take_profile(&self) -> Vec<Spent> {
+        self.backend.take_profile()
+    }
+
+    /// Threads that work.
+    pub fn threads(&self) -> usize {
+        self.backend.threads()
+    }
+
+    /// Flat parameters at their start: A as PEFT draws it, B zero.
+    pub fn initial_parameters(&self, seed: u64) -> Vec<f32> {
+        let mut parameters = vec![0.0; self.layout.len()];
+        self.layout.initialise(seed, &mut parameters);
+        parameters
+    }
+
+    /// Sizes of a pass over `tokens` tokens of a sequence of at most `positions`.
+    pub(crate) fn sizes_for(&self, tokens: usize, positions: usize) -> Sizes {
+        Sizes::new(&self.config, &self.layout, tokens, positions, &self.request)
+    }
+
+    /// The memory of a step, reserved now if it was not yet.
+    fn reserve(&mut self) -> Result<()> {
+        if self.memory.is_none() {
+            let arena = Arena::new(&self.backend, &self.sizes, self.plan.recompute)?;
+            let rope = RopeTable::new(&self.backend, &self.config, self.sizes.max_length)?;
+            self.memory = Some(StepMemory { arena, rope });
+        }
+        Ok(())
+    }
+}

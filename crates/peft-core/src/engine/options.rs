@@ -1,0 +1,42 @@
+//! What an engine is loaded with.
+
+use std::path::PathBuf;
+
+use crate::{adapter::LoraConfig, plan::Recompute, quant::Nf4Options};
+
+/// What an engine is loaded with.
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// The base's folder, in Hugging Face layout.
+    pub base: PathBuf,
+    /// 4-bit NormalFloat for the decoder's matrices; none widens them to f32.
+    pub quantization: Option<Nf4Options>,
+    /// What is trained; none runs the bare base.
+    pub lora: Option<LoraConfig>,
+    /// Threads; 0 takes as many as the machine has.
+    pub threads: usize,
+    /// Keep activations or compute them again.
+    pub recompute: Recompute,
+    /// Rows of a micro-batch; chosen from memory when none.
+    pub micro_batch_rows: Option<usize>,
+    /// Longest row, tokens.
+    pub max_length: usize,
+    /// Bytes that the plan may take; half of what is free when none.
+    pub memory_limit: Option<u64>,
+}
+
+impl EngineOptions {
+    /// A base in f32 without an adapter, on all threads, for rows of at most `max_length` tokens.
+    pub fn new(base: impl Into<PathBuf>, max_length: usize) -> Self {
+        Self {
+            base: base.into(),
+            quantization: None,
+            lora: None,
+            threads: 0,
+            recompute: Recompute::Auto,
+            micro_batch_rows: None,
+            max_length,
+            memory_limit: None,
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! Passes over rows: training, evaluation, logits.
+
+use super::{Engine, GradientSink, LossSum, StepError, StepKey, StepMemory};
+use crate::{
+    backend::Backend,
+    batch::Row,
+    error::{Error, Result},
+    model::decoder::{Branches, Decoder, PassDropout},
+};
+
+impl Engine {
+    /// Runs one micro-batch forward and backward: returns the summed loss of its trained tokens and **adds** the
+    /// gradient of that sum to `gradient`. Nothing is scaled.
+    ///
+    /// `sink` hears of each layer's part of `gradient` when it is final, front to back.
+    ///
+    /// # Errors
+    /// Where the rows are malformed or do not fit a micro-batch, a token is outside the vocabulary, a flat buffer has
+    /// another length than the layout, memory is short, or a layer's weights cannot be had.
+    pub fn forward_backward(
+        &mut self,
+        parameters: &[f32],
+        rows: &[Row],
+        key: StepKey,
+        gradient: &mut [f32],
+        sink: &mut dyn GradientSink,
+    ) -> Result<LossSum> {
+        self.check_flat(gradient.len())?;
+        let p = self.dropout;
+        let dropout = (p > 0.0).then_some(PassDropout { p, seed: key.seed, step: key.step });
+        self.pass(Some(parameters), rows, dropout, Some((gradient, sink)))
+    }
+
+    /// Summed loss of any number of rows, without dropout.
+    ///
+    /// # Errors
+    /// As [`Engine::forward_backward`].
+    pub fn evaluate(&mut self, parameters: &[f32], rows: &[Row]) -> Result<LossSum> {
+        self.sum_losses(Some(parameters), rows)
+    }
+
+    /// Summed loss of any number of rows on the bare base.
+    ///
+    /// # Errors
+    /// As [`Engine::forward_backward`].
+    pub fn evaluate_base(&mut self, rows: &[Row]) -> Result<LossSum> {
+        self.sum_losses(None, rows)
+    }
+
+    fn sum_losses(&mut self, parameters: Option<&[f32]>, rows: &[Row]) -> Result<LossSum> {
+        let mut sum = LossSum::default();
+        for rows in rows.chunks(self.plan.micro_batch_rows) {
+            sum.add(self.pass(parameters, rows, None, None)?);
+        }
+        Ok(sum)
+    }
+
+    fn pass(
+        &mut self,
+        parameters: Option<&[f32]>,
+        rows: &[Row],
+        dropout: Option<PassDropout>,
+        training: Option<(&mut [f32], &mut dyn GradientSink)>,
+    ) -> Result<LossSum> {
+        self.check_parameters(parameters)?;
+        self.check_rows(rows)?;
+        self.packed.fill(rows)?;
+        self.reserve()?;
+        let Self { backend, config, base, layout, packed, memory, .. } = self;
+        let Some(StepMemory { arena, rope }) = memory else { return Ok(LossSum::default()) };
+        backend.load_batch(packed, &mut arena.batch);
+        let (tokens, predicting) = (packed.tokens(), packed.predicting.len());
+        let branches = Branches { parameters, layout: &*layout, dropout };
+        let mut decoder = Decoder {
+            backend: &*backend,
+            config: &*config,
+            base: &mut **base,
+            branches,
+            rope,
+            arena,
+            tokens,
+            predicting,
+        };
+        let loss = backend.run(|| {
+            if predicting == 0 {
+                if let Some((gradient, sink)) = training {
+                    sink.ready(0..gradient.len(), gradient);
+                }
+                return Ok(0.0);
+            }
+            decoder.forward()?;
+            let loss = decoder.loss(training.is_some());
+            if let Some((gradient, sink)) = training {
+                decoder.backward(gradient, &mut |range, gradient| sink.ready(range, gradient))?;
+            }
+            Ok::<_, Error>(loss)
+        })?;
+        Ok(LossSum { loss, tokens: predicting as u64 })
+    }
+
+    pub(crate) fn check_parameters(&self, parameters: Option<&[f32]>) -> Result<()> {
+        parameters.map_or(Ok(()), |parameters| self.check_flat(parameters.len()))
+    }
+
+    fn check_flat(&self, found: usize) -> Result<()> {
+        let expected = self.layout.len();
+        if found == expected { Ok(()) } else { Err(StepError::FlatLength { found, expected }.into()) }
+    }
+
+    fn check_rows(&self, rows: &[Row]) -> Result<()> {
+        let plan = &self.plan;
+        let tokens: usize = rows.iter().map(|row| row.token_ids.len()).sum();
+        if rows.len() > plan.micro_batch_rows || tokens > plan.micro_batch_tokens {
+            return Err(StepError::MicroBatchTooLarge {
+                rows: rows.len(),
+                tokens,
+                row_room: plan.micro_batch_rows,
+                token_room: plan.micro_batch_tokens,
+            }
+            .into());
+        }
+        for row in rows {
+            if row.token_ids.len() > self.sizes.max_length {
+                return Err(
+                    StepError::MalformedRow { row: row.id, reason: "it is longer than max_length" }.into()
+                );
+            }
+            self.check_tokens(row.id, &row.token_ids)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn check_tokens(&self, row: u64, tokens: &[u32]) -> Result<()> {
+        let vocabulary = self.config.vocabulary_size;
+        match tokens.iter().find(|&&token| token as usize >= vocabulary) {
+            None => Ok(()),
+            Some(&token) => Err(StepError::TokenOutOfRange { row, token, vocabulary }.into()),
+        }
+    }
+}

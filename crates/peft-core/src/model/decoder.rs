@@ -1,0 +1,274 @@
+//! The loop over layers, forward and backward.
+//!
+//! It asks the base for one layer at a time (and says which comes next), so that a base may lie elsewhere, and
+//! says of each layer's part of the flat gradient when it is final, so that its reduction may begin.
+
+use std::ops::Range;
+
+use crate::{
+    adapter::{
+        ParameterLayout,
+        lora::{Dropout, Lora},
+    },
+    backend::{AttentionShape, Backend, View, ViewMut},
+    error::Result,
+    loss::head::Head,
+    model::{BaseSource, LayerWeights, LinearWeights, ModelConfig, Projection},
+    nn::{attention::Attention, embedding, linear::Linear, mlp::Mlp, rms_norm::RmsNorm, rope::RopeTable},
+    plan::Arena,
+    random::DropoutKey,
+};
+
+/// The trained tensors as one pass sees them.
+pub struct Branches<'a, B: Backend> {
+    /// The flat parameters; none runs the bare base.
+    pub parameters: Option<&'a B::Buffer>,
+    /// Where each tensor lies.
+    pub layout: &'a ParameterLayout,
+    /// Dropout of this pass.
+    pub dropout: Option<PassDropout>,
+}
+
+/// Dropout of one pass over the model.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PassDropout {
+    /// Share of numbers set to 0.
+    pub p: f32,
+    /// The job's seed.
+    pub seed: u64,
+    /// The optimizer step.
+    pub step: u64,
+}
+
+impl<'a, B: Backend> Branches<'a, B> {
+    fn lora(&self, layer: usize, projection: Projection) -> Option<Lora<'a, B>> {
+        let pair = self.layout.pair(layer, projection)?;
+        let dropout = self.dropout.map(|pass| {
+            let module = (layer * Projection::ALL.len() + projection.index()) as u32;
+            Dropout { p: pass.p, key: DropoutKey { seed: pass.seed, step: pass.step, module } }
+        });
+        Some(Lora::new(self.parameters?, pair, dropout))
+    }
+}
+
+/// A decoder at work on one micro-batch.
+pub struct Decoder<'a, B: Backend, S: BaseSource + ?Sized> {
+    /// Where operations run.
+    pub backend: &'a B,
+    /// What the model is made of.
+    pub config: &'a ModelConfig,
+    /// Frozen weights.
+    pub base: &'a mut S,
+    /// What is trained.
+    pub branches: Branches<'a, B>,
+    /// Angles.
+    pub rope: &'a RopeTable<B>,
+    /// Memory.
+    pub arena: &'a mut Arena<B>,
+    /// Tokens of the micro-batch that is loaded.
+    pub tokens: usize,
+    /// Rows of it that predict a trained token.
+    pub predicting: usize,
+}
+
+/// Called when a range of the flat gradient is final.
+pub type Ready<'a, B> = dyn FnMut(Range<usize>, &<B as Backend>::Buffer) + Send + 'a;
+
+impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
+    /// From token ids to the last hidden state, keeping what the backward pass needs.
+    ///
+    /// # Errors
+    /// When a layer's weights cannot be had.
+    pub fn forward(&mut self) -> Result<()> {
+        self.forward_with(|_, attention, step| {
+            let Attend { backend, batch, tokens, work, attended } = step;
+            attention.attend(backend, batch, tokens, work, attended);
+        })
+    }
+
+    /// [`Decoder::forward`] with attention handed to `attend(layer, block, …)`.
+    ///
+    /// # Errors
+    /// When a layer's weights cannot be had.
+    pub fn forward_with(
+        &mut self,
+        mut attend: impl FnMut(usize, &Attention<'_, B>, Attend<'_, B>),
+    ) -> Result<()> {
+        let (backend, tokens) = (self.backend, self.tokens);
+        let config = self.config;
+        let arena = &mut *self.arena;
+        let hidden = config.hidden_size;
+        let first = ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden);
+        embedding::forward(backend, &arena.batch, &self.base.embedding(), first);
+        for layer in 0..config.layers {
+            if layer + 1 < config.layers {
+                self.base.prefetch(layer + 1);
+            }
+            let weights = self.base.layer(layer)?;
+            let site = Site { backend, config, layer, branches: &self.branches, rope: self.rope };
+            let (attention, mlp) = site.blocks(&weights, &mut arena.weights);
+            let (inputs, next) = arena.inputs.split_at_mut(layer + 1);
+            let x = View::<B>::new(&inputs[layer], tokens, hidden);
+            let index = if arena.work.len() == 1 { 0 } else { layer };
+            let (work, scratch) = (&mut arena.work[index], &mut arena.scratch);
+            let attended = &mut arena.attended[layer];
+            attention.project(backend, &arena.batch, x, work, scratch);
+            attend(layer, &attention, Attend { backend, batch: &arena.batch, tokens, work, attended });
+            attention.output(backend, &arena.batch, x, attended, work, scratch);
+            mlp.expand(backend, &arena.batch, tokens, work, scratch);
+            let next = ViewMut::<B>::new(&mut next[0], tokens, hidden);
+            mlp.contract(backend, &arena.batch, work, scratch, next);
+        }
+        Ok(())
+    }
+
+    /// Summed loss; with `gradient`, that of the last hidden state is left in the arena.
+    pub fn loss(&mut self, gradient: bool) -> f64 {
+        let (backend, tokens) = (self.backend, self.tokens);
+        let (hidden, layers) = (self.config.hidden_size, self.config.layers);
+        let head = head(backend, &*self.base);
+        let arena = &mut *self.arena;
+        let last = View::<B>::new(&arena.inputs[layers], tokens, hidden);
+        let gradient = gradient.then(|| ViewMut::<B>::new(&mut arena.scratch.gradient, tokens, hidden));
+        head.loss(backend, &arena.batch, self.predicting, last, &mut arena.head, gradient)
+    }
+
+    /// Logits of the last `rows` rows of the micro-batch, written to `out`.
+    pub fn logits(&mut self, rows: usize, out: &mut [f32]) {
+        let (backend, tokens) = (self.backend, self.tokens);
+        let (hidden, layers) = (self.config.hidden_size, self.config.layers);
+        let head = head(backend, &*self.base);
+        let arena = &mut *self.arena;
+        let last = View::<B>::new(&arena.inputs[layers], tokens, hidden).row_range(tokens - rows, rows);
+        head.logits(backend, last, &mut arena.head, out);
+    }
+
+    /// From the last hidden state's gradient down to the lowest trained layer; adds to `flat`.
+    ///
+    /// # Errors
+    /// When a layer's weights cannot be had.
+    pub fn backward(&mut self, flat: &mut B::Buffer, ready: &mut Ready<'_, B>) -> Result<()> {
+        let (backend, tokens) = (self.backend, self.tokens);
+        let config = self.config;
+        let hidden = config.hidden_size;
+        let arena = &mut *self.arena;
+        let layout = self.branches.layout;
+        let Some(lowest) = layout.entries().iter().map(|entry| entry.layer).min() else { return Ok(()) };
+        let again = arena.work.len() == 1 && config.layers > 1;
+        for layer in (lowest..config.layers).rev() {
+            if layer > lowest {
+                self.base.prefetch(layer - 1);
+            }
+            let weights = self.base.layer(layer)?;
+            let site = Site { backend, config, layer, branches: &self.branches, rope: self.rope };
+            let (attention, mlp) = site.blocks(&weights, &mut arena.weights);
+            let x = View::<B>::new(&arena.inputs[layer], tokens, hidden);
+            let (work, scratch) = (&mut arena.work[if again { 0 } else { layer }], &mut arena.scratch);
+            let attended = &arena.attended[layer];
+            // The last layer's work is still there from the forward pass.
+            let again = again && layer + 1 < config.layers;
+            if again {
+                attention.project(backend, &arena.batch, x, work, scratch);
+                attention.output(backend, &arena.batch, x, attended, work, scratch);
+                mlp.expand(backend, &arena.batch, tokens, work, scratch);
+            }
+            let below = layer > lowest;
+            let into_attention = below || attention.is_adapted();
+            mlp.backward(backend, &arena.batch, tokens, work, scratch, flat, again, into_attention);
+            if into_attention {
+                attention.backward(backend, &arena.batch, x, attended, work, scratch, flat, below);
+            }
+            let range = layout.layer_range(layer);
+            if !range.is_empty() {
+                ready(range, flat);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What attention reads and writes in one layer.
+pub struct Attend<'a, B: Backend> {
+    /// Where operations run.
+    pub backend: &'a B,
+    /// The micro-batch.
+    pub batch: &'a B::Batch,
+    /// Its tokens.
+    pub tokens: usize,
+    /// q, k, v.
+    pub work: &'a crate::plan::Work<B>,
+    /// Where the result goes.
+    pub attended: &'a mut crate::plan::Attended<B>,
+}
+
+fn head<'a, B: Backend, S: BaseSource + ?Sized>(backend: &'a B, base: &'a S) -> Head<'a, B> {
+    let epsilon = base.config().norm_epsilon as f32;
+    let norm = RmsNorm { weight: backend.frozen_vector(base.final_norm()), epsilon };
+    Head { norm, table: base.head() }
+}
+
+/// A place in the model.
+struct Site<'a, 'b, B: Backend> {
+    backend: &'a B,
+    config: &'b ModelConfig,
+    layer: usize,
+    branches: &'b Branches<'a, B>,
+    rope: &'a RopeTable<B>,
+}
+
+impl<'a, B: Backend> Site<'a, '_, B> {
+    fn blocks<'c>(
+        &self,
+        weights: &LayerWeights<'c>,
+        scratch: &'c mut [B::Owned; 7],
+    ) -> (Attention<'c, B>, Mlp<'c, B>)
+    where
+        'a: 'c,
+    {
+        let epsilon = self.config.norm_epsilon as f32;
+        let norm = |weight: &'c [f32]| RmsNorm { weight: self.backend.frozen_vector(weight), epsilon };
+        let [q, k, v, o, gate, up, down] = scratch;
+        let attention = Attention {
+            norm: norm(weights.input_norm),
+            q: self.linear(Projection::Q, &weights.q, q),
+            k: self.linear(Projection::K, &weights.k, k),
+            v: self.linear(Projection::V, &weights.v, v),
+            o: self.linear(Projection::O, &weights.o, o),
+            shape: attention_shape(self.config),
+            rope: self.rope,
+        };
+        let mlp = Mlp {
+            norm: norm(weights.post_attention_norm),
+            gate: self.linear(Projection::Gate, &weights.gate, gate),
+            up: self.linear(Projection::Up, &weights.up, up),
+            down: self.linear(Projection::Down, &weights.down, down),
+        };
+        (attention, mlp)
+    }
+
+    fn linear<'c>(
+        &self,
+        projection: Projection,
+        weights: &LinearWeights<'c>,
+        scratch: &'c mut B::Owned,
+    ) -> Linear<'c, B>
+    where
+        'a: 'c,
+    {
+        Linear {
+            weight: self.backend.frozen(&weights.weight, scratch),
+            bias: weights.bias.map(|bias| self.backend.frozen_vector(bias)),
+            lora: self.branches.lora(self.layer, projection),
+        }
+    }
+}
+
+/// The shape of attention in a model.
+pub fn attention_shape(config: &ModelConfig) -> AttentionShape {
+    AttentionShape {
+        heads: config.attention_heads,
+        kv_heads: config.key_value_heads,
+        head_dim: config.head_dim,
+        scale: 1.0 / (config.head_dim as f32).sqrt(),
+    }
+}

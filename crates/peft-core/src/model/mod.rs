@@ -1,0 +1,15 @@
+//! The frozen base: what a decoder is made of, where its weights come from.
+//!
+//! [`config`] reads `config.json` into a description of a decoder, [`weights`] reads safetensors, [`base`] is what
+//! the layer loop asks for weights, [`resident`] keeps a whole base in memory.
+
+pub mod base;
+pub mod config;
+pub mod decoder;
+pub mod export;
+pub mod resident;
+pub mod weights;
+
+pub use base::{BaseSource, DenseView, EmbeddingView, LayerWeights, LinearWeights, Matrix};
+pub use config::{Activation, ModelConfig, Projection, Rope, RopeScaling};
+pub use resident::{LoadProgress, MemoryUse, ResidentBase};

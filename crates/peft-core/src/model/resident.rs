@@ -1,0 +1,358 @@
+//! A whole base in memory.
+
+use std::{collections::BTreeMap, path::Path};
+
+use half::bf16;
+use safetensors::tensor::Dtype;
+
+use crate::{
+    error::{Error, Origin, Result},
+    model::{
+        base::{BaseSource, DenseView, EmbeddingView, LayerWeights, LinearWeights, Matrix},
+        config::{ModelConfig, Projection},
+        weights::{ModelFiles, Tensor},
+    },
+    quant::{
+        Nf4Options, double, nf4,
+        packed::{PackedLayer, PackedShape, ScalesMut},
+    },
+};
+
+mod plan;
+
+use plan::{BasePlan, LayerPlan, WeightPlan};
+
+/// How far loading has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadProgress {
+    /// Bytes read.
+    pub done_bytes: u64,
+    /// Bytes to be read.
+    pub total_bytes: u64,
+}
+
+/// What a base takes in memory, by part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MemoryUse {
+    /// Linear layers: codes and scales, or f32.
+    pub linear_bytes: usize,
+    /// The token embedding, bf16 or f32.
+    pub embedding_bytes: usize,
+    /// The output head; 0 where it is the embedding.
+    pub head_bytes: usize,
+    /// Norms and biases, f32.
+    pub other_bytes: usize,
+}
+
+impl MemoryUse {
+    /// What [`ResidentBase::load`] would take, from the headers alone.
+    ///
+    /// # Errors
+    /// As [`ResidentBase::load`], but for damaged numbers.
+    pub fn plan(folder: &Path, nf4: Option<Nf4Options>) -> Result<Self> {
+        let config = ModelConfig::load(folder)?;
+        let files = ModelFiles::open(folder)?;
+        Ok(BasePlan::new(&files, &config, nf4)?.memory(&config))
+    }
+
+    /// All parts.
+    pub fn total_bytes(&self) -> usize {
+        self.linear_bytes + self.embedding_bytes + self.head_bytes + self.other_bytes
+    }
+}
+
+/// An embedding or head, kept as stored.
+#[derive(Debug)]
+enum Table {
+    F32(Vec<f32>),
+    Bf16(Vec<bf16>),
+}
+
+impl Table {
+    fn view(&self, columns: usize) -> EmbeddingView<'_> {
+        match self {
+            Self::F32(data) => EmbeddingView::from_f32(data, columns),
+            Self::Bf16(data) => EmbeddingView::from_bf16(data, columns),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::F32(data) => size_of_val(data.as_slice()),
+            Self::Bf16(data) => size_of_val(data.as_slice()),
+        }
+    }
+}
+
+/// A projection's weight.
+#[derive(Debug)]
+enum Weight {
+    Dense(Vec<f32>),
+    /// Index in the layer's packed buffer.
+    Packed(usize),
+}
+
+#[derive(Debug)]
+struct ResidentLayer {
+    input_norm: Vec<f32>,
+    post_attention_norm: Vec<f32>,
+    /// By [`Projection::index`].
+    weights: Vec<Weight>,
+    /// By [`Projection::index`].
+    biases: Vec<Option<Vec<f32>>>,
+    packed: PackedLayer,
+}
+
+/// A whole base in memory: linear layers in NF4 or f32, everything else as stored.
+#[derive(Debug)]
+pub struct ResidentBase {
+    config: ModelConfig,
+    layers: Vec<ResidentLayer>,
+    embedding: Table,
+    final_norm: Vec<f32>,
+    head: Option<Table>,
+    content_hash: blake3::Hash,
+    unused: Vec<String>,
+}
+
+impl ResidentBase {
+    /// Loads a folder in Hugging Face layout.
+    ///
+    /// With `nf4` the linear layers of the decoder are quantised as they are read; what bitsandbytes quantised
+    /// before is kept bit for bit, whatever `nf4` says of blocks and scales. Without it they are widened to f32.
+    /// All headers are checked before the first number is read; `progress` is called every few megabytes.
+    ///
+    /// # Errors
+    /// The folder is not a model of a known family, or does not hold together.
+    pub fn load(
+        folder: &Path,
+        nf4: Option<Nf4Options>,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self> {
+        let config = ModelConfig::load(folder)?;
+        let files = ModelFiles::open(folder)?;
+        let plan = BasePlan::new(&files, &config, nf4)?;
+        let total_bytes = plan.tensors().iter().map(|tensor| tensor.bytes() as u64).sum();
+        let mut reader = Reader { hashers: BTreeMap::new(), done_bytes: 0, total_bytes, progress };
+        let embedding = reader.table(&plan.embedding)?;
+        let layers = plan.layers.iter().map(|layer| reader.layer(layer)).collect::<Result<_>>()?;
+        let final_norm = reader.numbers(&plan.final_norm)?;
+        let head = plan.head.as_ref().map(|head| reader.table(head)).transpose()?;
+        let content_hash = reader.content_hash(&config);
+        let unused = plan.unused(&files);
+        Ok(Self { config, layers, embedding, final_norm, head, content_hash, unused })
+    }
+
+    /// Hash of what was loaded: every tensor's name, dtype, shape and bytes as stored, in the order of names, and the
+    /// settings that change numbers. Sharding, and tensors that nothing reads, do not change it.
+    pub fn content_hash(&self) -> blake3::Hash {
+        self.content_hash
+    }
+
+    /// Tensors of the folder that nothing reads, sorted.
+    pub fn unused_tensors(&self) -> &[String] {
+        &self.unused
+    }
+
+    /// The packed buffer of a layer's quantised matrices.
+    pub fn packed(&self, layer: usize) -> &PackedLayer {
+        &self.layers[layer].packed
+    }
+
+    /// The weights of `layer`; unlike [`BaseSource::layer`] for many readers at once.
+    ///
+    /// # Panics
+    /// If there is no such layer: a defect of the caller.
+    pub fn weights(&self, layer: usize) -> LayerWeights<'_> {
+        let resident = &self.layers[layer];
+        let linear = |projection: Projection| {
+            let weight = match &resident.weights[projection.index()] {
+                Weight::Dense(data) => {
+                    let [rows, columns] = self.config.shape(projection);
+                    Matrix::Dense(DenseView::new(data, rows, columns))
+                }
+                Weight::Packed(index) => Matrix::Nf4(resident.packed.view(*index)),
+            };
+            LinearWeights { weight, bias: resident.biases[projection.index()].as_deref() }
+        };
+        LayerWeights {
+            input_norm: &resident.input_norm,
+            post_attention_norm: &resident.post_attention_norm,
+            q: linear(Projection::Q),
+            k: linear(Projection::K),
+            v: linear(Projection::V),
+            o: linear(Projection::O),
+            gate: linear(Projection::Gate),
+            up: linear(Projection::Up),
+            down: linear(Projection::Down),
+        }
+    }
+
+    /// What it takes in memory.
+    pub fn memory(&self) -> MemoryUse {
+        let mut memory = MemoryUse {
+            linear_bytes: 0,
+            embedding_bytes: self.embedding.bytes(),
+            head_bytes: self.head.as_ref().map_or(0, Table::bytes),
+            other_bytes: size_of_val(self.final_norm.as_slice()),
+        };
+        for layer in &self.layers {
+            memory.linear_bytes += layer.packed.memory_bytes();
+            for weight in &layer.weights {
+                if let Weight::Dense(data) = weight {
+                    memory.linear_bytes += size_of_val(data.as_slice());
+                }
+            }
+            let biases: usize = layer.biases.iter().flatten().map(|bias| size_of_val(bias.as_slice())).sum();
+            memory.other_bytes += biases
+                + size_of_val(layer.input_norm.as_slice())
+                + size_of_val(layer.post_attention_norm.as_slice());
+        }
+        memory
+    }
+}
+
+impl BaseSource for ResidentBase {
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn prefetch(&mut self, _layer: usize) {}
+
+    fn layer(&mut self, layer: usize) -> Result<LayerWeights<'_>> {
+        Ok(self.weights(layer))
+    }
+
+    fn embedding(&self) -> EmbeddingView<'_> {
+        self.embedding.view(self.config.hidden_size)
+    }
+
+    fn final_norm(&self) -> &[f32] {
+        &self.final_norm
+    }
+
+    fn head(&self) -> EmbeddingView<'_> {
+        self.head.as_ref().unwrap_or(&self.embedding).view(self.config.hidden_size)
+    }
+}
+
+/// Reads tensors once, hashing and counting what passes.
+struct Reader<'a> {
+    hashers: BTreeMap<String, blake3::Hasher>,
+    done_bytes: u64,
+    total_bytes: u64,
+    progress: &'a mut dyn FnMut(LoadProgress),
+}
+
+impl Reader<'_> {
+    fn see(&mut self, tensor: &Tensor<'_>, bytes: &[u8]) {
+        match self.hashers.get_mut(tensor.name()) {
+            Some(hasher) => hasher,
+            None => {
+                let mut hasher = blake3::Hasher::new();
+                hasher.update(
+                    format!("{} {:?} {:?}\n", tensor.name(), tensor.dtype(), tensor.shape()).as_bytes(),
+                );
+                self.hashers.entry(tensor.name().to_owned()).or_insert(hasher)
+            }
+        }
+        .update(bytes);
+        self.done_bytes += bytes.len() as u64;
+        (self.progress)(LoadProgress { done_bytes: self.done_bytes, total_bytes: self.total_bytes });
+    }
+
+    /// A hash of the tensors' hashes in the order of their names, so that reading may go in any order.
+    fn content_hash(&self, config: &ModelConfig) -> blake3::Hash {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(config.essentials().as_bytes());
+        for tensor in self.hashers.values() {
+            hasher.update(tensor.finalize().as_bytes());
+        }
+        hasher.finalize()
+    }
+
+    fn numbers(&mut self, tensor: &Tensor<'_>) -> Result<Vec<f32>> {
+        let mut numbers = vec![0.0; tensor.elements()];
+        tensor.read_f32(&mut numbers, &mut |bytes| self.see(tensor, bytes))?;
+        Ok(numbers)
+    }
+
+    fn table(&mut self, tensor: &Tensor<'_>) -> Result<Table> {
+        if tensor.dtype() != Dtype::BF16 {
+            return Ok(Table::F32(self.numbers(tensor)?));
+        }
+        let mut numbers = vec![bf16::ZERO; tensor.elements()];
+        tensor.read_bf16(&mut numbers, &mut |bytes| self.see(tensor, bytes))?;
+        Ok(Table::Bf16(numbers))
+    }
+
+    fn layer(&mut self, plan: &LayerPlan<'_>) -> Result<ResidentLayer> {
+        let input_norm = self.numbers(&plan.input_norm)?;
+        let post_attention_norm = self.numbers(&plan.post_attention_norm)?;
+        let shapes: Vec<PackedShape> = plan.weights.iter().filter_map(WeightPlan::packed).collect();
+        let mut packed = PackedLayer::new(&shapes);
+        let mut next = 0;
+        let mut weights = Vec::with_capacity(plan.weights.len());
+        for weight in &plan.weights {
+            let index = next;
+            next += usize::from(weight.packed().is_some());
+            weights.push(match weight {
+                WeightPlan::Dense(tensor) => Weight::Dense(self.numbers(tensor)?),
+                WeightPlan::Quantise(tensor, shape) => {
+                    self.quantise(tensor, *shape, &mut packed, index)?;
+                    Weight::Packed(index)
+                }
+                WeightPlan::Stored(stored) => {
+                    stored.read_into(&mut packed, index, &mut |tensor, bytes| self.see(tensor, bytes))?;
+                    Weight::Packed(index)
+                }
+                WeightPlan::Widen(stored) => {
+                    let mut alone = PackedLayer::new(&[stored.shape()]);
+                    stored.read_into(&mut alone, 0, &mut |tensor, bytes| self.see(tensor, bytes))?;
+                    let view = alone.view(0);
+                    let mut numbers = vec![0.0; view.rows() * view.columns()];
+                    view.write_f32(0, &mut numbers);
+                    Weight::Dense(numbers)
+                }
+            });
+        }
+        let biases = plan.biases.iter().map(|bias| bias.as_ref().map(|bias| self.numbers(bias)).transpose());
+        let biases = biases.collect::<Result<_>>()?;
+        Ok(ResidentLayer { input_norm, post_attention_norm, weights, biases, packed })
+    }
+
+    /// Quantises a tensor piece by piece into matrix `index` of `packed`.
+    fn quantise(
+        &mut self,
+        tensor: &Tensor<'_>,
+        shape: PackedShape,
+        packed: &mut PackedLayer,
+        index: usize,
+    ) -> Result<()> {
+        let block_size = shape.options.block_size;
+        let mut scales = vec![0.0; nf4::blocks(tensor.elements(), block_size)];
+        let mut finite = true;
+        let mut done = 0;
+        let codes = packed.parts_mut(index).codes;
+        tensor.pieces_f32(&mut |bytes| self.see(tensor, bytes), |piece| {
+            let codes = &mut codes[done / 2..][..nf4::code_bytes(piece.len())];
+            let scales = &mut scales[done / block_size..][..nf4::blocks(piece.len(), block_size)];
+            finite &= nf4::quantise(piece, block_size, codes, scales);
+            done += piece.len();
+        })?;
+        if !finite {
+            let (file, tensor) = (tensor.file().to_owned(), tensor.name().to_owned());
+            return Err(Error::NonFinite { origin: Origin::Base, file, tensor });
+        }
+        match packed.parts_mut(index).scales {
+            ScalesMut::Plain(out) => out.copy_from_slice(&scales),
+            ScalesMut::Double { codes, nested } => {
+                let quantised = double::quantise(&scales);
+                codes.copy_from_slice(&quantised.codes);
+                nested.copy_from_slice(&quantised.nested);
+                packed.set_double(index, quantised.offset, &double::DYNAMIC_MAP);
+            }
+        }
+        Ok(())
+    }
+}

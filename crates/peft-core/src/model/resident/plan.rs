@@ -1,0 +1,176 @@
+//! Which tensors a base is loaded from, all checked before the first is read.
+
+use std::collections::BTreeSet;
+
+use safetensors::tensor::Dtype;
+
+use crate::{
+    error::{Error, Result},
+    model::{
+        config::{ModelConfig, Projection},
+        resident::MemoryUse,
+        weights::{ModelFiles, Tensor},
+    },
+    quant::{
+        Nf4Options,
+        bitsandbytes::{self, StoredWeight},
+        nf4,
+        packed::{PackedLayer, PackedShape},
+    },
+};
+
+/// Where a projection's weight comes from and how it is kept.
+pub(super) enum WeightPlan<'a> {
+    /// Read as f32 and kept so.
+    Dense(Tensor<'a>),
+    /// Read as f32 and quantised.
+    Quantise(Tensor<'a>, PackedShape),
+    /// Pre-quantised, kept as it is.
+    Stored(StoredWeight<'a>),
+    /// Pre-quantised, widened to f32.
+    Widen(StoredWeight<'a>),
+}
+
+impl WeightPlan<'_> {
+    /// What it takes in the layer's packed buffer.
+    pub(super) fn packed(&self) -> Option<PackedShape> {
+        match self {
+            Self::Dense(_) | Self::Widen(_) => None,
+            Self::Quantise(_, shape) => Some(*shape),
+            Self::Stored(stored) => Some(stored.shape()),
+        }
+    }
+}
+
+/// One decoder layer.
+pub(super) struct LayerPlan<'a> {
+    pub(super) input_norm: Tensor<'a>,
+    pub(super) post_attention_norm: Tensor<'a>,
+    /// By [`Projection::index`].
+    pub(super) weights: Vec<WeightPlan<'a>>,
+    /// By [`Projection::index`].
+    pub(super) biases: Vec<Option<Tensor<'a>>>,
+}
+
+/// A whole base.
+pub(super) struct BasePlan<'a> {
+    pub(super) layers: Vec<LayerPlan<'a>>,
+    pub(super) embedding: Tensor<'a>,
+    pub(super) final_norm: Tensor<'a>,
+    pub(super) head: Option<Tensor<'a>>,
+}
+
+impl<'a> BasePlan<'a> {
+    /// Finds all tensors that `config` calls for and checks shapes and dtypes.
+    pub(super) fn new(files: &'a ModelFiles, config: &ModelConfig, nf4: Option<Nf4Options>) -> Result<Self> {
+        if let Some(options) = nf4
+            && !nf4::is_block_size(options.block_size)
+        {
+            return Err(Error::BlockSize { block_size: options.block_size });
+        }
+        let float = |name: &str, shape: &[usize]| {
+            let tensor = files.tensor(name)?;
+            tensor.expect_shape(shape)?;
+            tensor.expect_float()?;
+            Ok(tensor)
+        };
+        let norm = |name: &str| float(name, &[config.hidden_size]);
+        let table = |name: &str| float(name, &[config.vocabulary_size, config.hidden_size]);
+        let layers = (0..config.layers)
+            .map(|layer| {
+                let weights = Projection::ALL.iter().map(|projection| {
+                    let name = format!("{}.weight", projection.module(layer));
+                    let shape = config.shape(*projection);
+                    if bitsandbytes::is_stored(files, &name) {
+                        let stored = StoredWeight::open(files, &name, shape)?;
+                        return Ok(if nf4.is_some() {
+                            WeightPlan::Stored(stored)
+                        } else {
+                            WeightPlan::Widen(stored)
+                        });
+                    }
+                    let tensor = float(&name, &shape)?;
+                    Ok(match nf4 {
+                        // What a pre-quantised folder left dense was left so on purpose.
+                        Some(options) if !config.stored_nf4 => WeightPlan::Quantise(
+                            tensor,
+                            PackedShape { rows: shape[0], columns: shape[1], options },
+                        ),
+                        _ => WeightPlan::Dense(tensor),
+                    })
+                });
+                let biases = Projection::ALL.iter().map(|projection| {
+                    let name = format!("{}.bias", projection.module(layer));
+                    let wanted = config.has_bias(*projection);
+                    wanted.then(|| float(&name, &[config.shape(*projection)[0]])).transpose()
+                });
+                Ok(LayerPlan {
+                    input_norm: norm(&format!("model.layers.{layer}.input_layernorm.weight"))?,
+                    post_attention_norm: norm(&format!(
+                        "model.layers.{layer}.post_attention_layernorm.weight"
+                    ))?,
+                    weights: weights.collect::<Result<_>>()?,
+                    biases: biases.collect::<Result<_>>()?,
+                })
+            })
+            .collect::<Result<_>>()?;
+        let head = (!config.tied_embeddings).then(|| table("lm_head.weight")).transpose()?;
+        Ok(Self {
+            layers,
+            embedding: table("model.embed_tokens.weight")?,
+            final_norm: norm("model.norm.weight")?,
+            head,
+        })
+    }
+
+    /// All tensors that will be read.
+    pub(super) fn tensors(&self) -> Vec<Tensor<'a>> {
+        let mut tensors = vec![self.embedding, self.final_norm];
+        tensors.extend(self.head);
+        for layer in &self.layers {
+            tensors.extend([layer.input_norm, layer.post_attention_norm]);
+            tensors.extend(layer.biases.iter().flatten());
+            for weight in &layer.weights {
+                match weight {
+                    WeightPlan::Dense(tensor) | WeightPlan::Quantise(tensor, _) => tensors.push(*tensor),
+                    WeightPlan::Stored(stored) | WeightPlan::Widen(stored) => {
+                        tensors.extend(stored.tensors())
+                    }
+                }
+            }
+        }
+        tensors
+    }
+
+    /// Tensors of the folder that nothing reads, sorted.
+    pub(super) fn unused(&self, files: &ModelFiles) -> Vec<String> {
+        let tensors = self.tensors();
+        let used: BTreeSet<&str> = tensors.iter().map(Tensor::name).collect();
+        files.names().filter(|name| !used.contains(name)).map(str::to_owned).collect()
+    }
+
+    /// What the base will take in memory.
+    pub(super) fn memory(&self, config: &ModelConfig) -> MemoryUse {
+        let table =
+            |tensor: &Tensor<'_>| tensor.elements() * if tensor.dtype() == Dtype::BF16 { 2 } else { 4 };
+        let mut memory = MemoryUse {
+            linear_bytes: 0,
+            embedding_bytes: table(&self.embedding),
+            head_bytes: self.head.as_ref().map_or(0, table),
+            other_bytes: 4 * self.final_norm.elements(),
+        };
+        for layer in &self.layers {
+            let packed: Vec<_> = layer.weights.iter().filter_map(WeightPlan::packed).collect();
+            memory.linear_bytes += PackedLayer::bytes_for(&packed);
+            for (projection, weight) in Projection::ALL.iter().zip(&layer.weights) {
+                if weight.packed().is_none() {
+                    let [out, input] = config.shape(*projection);
+                    memory.linear_bytes += 4 * out * input;
+                }
+            }
+            let biases: usize = layer.biases.iter().flatten().map(Tensor::elements).sum();
+            memory.other_bytes += 4 * (2 * config.hidden_size + biases);
+        }
+        memory
+    }
+}

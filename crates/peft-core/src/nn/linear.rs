@@ -1,0 +1,70 @@
+//! A frozen linear layer, with a LoRA branch where it is adapted.
+//!
+//! `y = x Wᵀ + b + branch`. Backward `dx = dy W + branch`; W is frozen and the product for its gradient is never made.
+//! The backward pass needs x where there is a branch, and the branch's projection.
+
+use crate::{
+    adapter::lora::{Lora, LoraScratch},
+    backend::{Backend, View, ViewMut},
+};
+
+/// Weights of a linear layer, ready for use.
+pub struct Linear<'a, B: Backend> {
+    /// W, `[out, in]`.
+    pub weight: View<'a, B>,
+    /// b, `[1, out]`.
+    pub bias: Option<View<'a, B>>,
+    /// The trained branch.
+    pub lora: Option<Lora<'a, B>>,
+}
+
+impl<B: Backend> Linear<'_, B> {
+    /// `y = x Wᵀ + b + branch`, or `y += …` with `accumulate`. `x` `[T, in]`, `y` `[T, out]`.
+    /// `projected` `[T, r]` keeps what the branch's backward pass needs; `wide` is scratch `[T, in]`.
+    #[expect(clippy::too_many_arguments, reason = "inputs, outputs and scratch of a layer without memory")]
+    pub fn forward(
+        &self,
+        backend: &B,
+        batch: &B::Batch,
+        x: View<'_, B>,
+        accumulate: bool,
+        mut y: ViewMut<'_, B>,
+        projected: &mut B::Buffer,
+        wide: &mut B::Buffer,
+    ) {
+        let beta = if accumulate { 1.0 } else { 0.0 };
+        backend.gemm(1.0, x, false, self.weight, true, beta, y.reborrow());
+        if let Some(bias) = self.bias {
+            backend.add_bias(bias, y.reborrow());
+        }
+        if let Some(lora) = &self.lora {
+            lora.project(backend, batch, x, wide, ViewMut::<B>::new(&mut *projected, x.rows, lora.rank()));
+            lora.expand(backend, View::<B>::new(projected, x.rows, lora.rank()), y);
+        }
+    }
+
+    /// Adds the branch's gradients to `flat`, and writes `dx`, or adds to it with `accumulate`; without `dx` no
+    /// gradient of the input is made.
+    #[expect(clippy::too_many_arguments, reason = "inputs, outputs and scratch of a layer without memory")]
+    pub fn backward(
+        &self,
+        backend: &B,
+        batch: &B::Batch,
+        x: View<'_, B>,
+        projected: &B::Buffer,
+        dy: View<'_, B>,
+        accumulate: bool,
+        mut dx: Option<ViewMut<'_, B>>,
+        flat: &mut B::Buffer,
+        scratch: LoraScratch<'_, B>,
+    ) {
+        if let Some(dx) = &mut dx {
+            let beta = if accumulate { 1.0 } else { 0.0 };
+            backend.gemm(1.0, dy, false, self.weight, false, beta, dx.reborrow());
+        }
+        if let Some(lora) = &self.lora {
+            let projected = View::<B>::new(projected, x.rows, lora.rank());
+            lora.backward(backend, batch, x, projected, dy, dx, flat, scratch);
+        }
+    }
+}

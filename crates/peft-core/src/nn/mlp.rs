@@ -1,0 +1,150 @@
+//! The feed-forward half of a decoder layer: `next = middle + down(silu(gate n) * (up n))`, `n = norm(middle)`
+//! (SwiGLU: Shazeer, arXiv 2002.05202).
+//!
+//! The backward pass needs middle, the norm's factors, and the outputs of gate and up, which [`Mlp::expand`] can compute
+//! again; the product with `down` never has to be repeated. It overwrites gate and up by their gradients.
+
+use super::{linear::Linear, rms_norm::RmsNorm};
+use crate::{
+    adapter::lora::LoraScratch,
+    backend::{Backend, View, ViewMut},
+    plan::{Scratch, Work},
+};
+
+/// Weights of a feed-forward block.
+pub struct Mlp<'a, B: Backend> {
+    /// The norm ahead.
+    pub norm: RmsNorm<'a, B>,
+    /// Gate.
+    pub gate: Linear<'a, B>,
+    /// Up.
+    pub up: Linear<'a, B>,
+    /// Down.
+    pub down: Linear<'a, B>,
+}
+
+impl<B: Backend> Mlp<'_, B> {
+    fn features(&self) -> usize {
+        self.down.weight.columns
+    }
+
+    fn inputs_adapted(&self) -> bool {
+        self.gate.lora.is_some() || self.up.lora.is_some()
+    }
+
+    /// Norm, gate, up.
+    pub fn expand(
+        &self,
+        backend: &B,
+        batch: &B::Batch,
+        tokens: usize,
+        work: &mut Work<B>,
+        scratch: &mut Scratch<B>,
+    ) {
+        let (hidden, features) = (self.down.weight.rows, self.features());
+        self.normalise(backend, tokens, work, scratch);
+        let normed = View::<B>::new(&scratch.normed, tokens, hidden);
+        let [_, _, _, _, gate_projected, up_projected, _] = &mut work.projected;
+        let wide = &mut scratch.lora_wide;
+        let gate = ViewMut::<B>::new(&mut work.gate, tokens, features);
+        self.gate.forward(backend, batch, normed, false, gate, gate_projected, wide);
+        let up = ViewMut::<B>::new(&mut work.up, tokens, features);
+        self.up.forward(backend, batch, normed, false, up, up_projected, wide);
+    }
+
+    /// `next = middle + down(silu(gate) * up)`; `next` `[T, hidden]`.
+    pub fn contract(
+        &self,
+        backend: &B,
+        batch: &B::Batch,
+        work: &mut Work<B>,
+        scratch: &mut Scratch<B>,
+        mut next: ViewMut<'_, B>,
+    ) {
+        let (tokens, hidden) = (next.rows, next.columns);
+        self.activate(backend, tokens, work, scratch);
+        let activated = View::<B>::new(&scratch.wide_a, tokens, self.features());
+        backend.copy(View::<B>::new(&work.middle, tokens, hidden), next.reborrow());
+        let [.., down_projected] = &mut work.projected;
+        self.down.forward(backend, batch, activated, true, next, down_projected, &mut scratch.lora_wide);
+    }
+
+    /// Turns `scratch.gradient` from that of `next` into that of `middle`, and adds the branches' gradients to `flat`.
+    /// `again` says that the forward pass kept no projection of `down`. Without `input_gradient` nothing
+    /// below this block is trained: the gradient of middle is not made.
+    #[expect(clippy::too_many_arguments, reason = "what the forward pass kept, and where gradients go")]
+    pub fn backward(
+        &self,
+        backend: &B,
+        batch: &B::Batch,
+        tokens: usize,
+        work: &mut Work<B>,
+        scratch: &mut Scratch<B>,
+        flat: &mut B::Buffer,
+        again: bool,
+        input_gradient: bool,
+    ) {
+        let (hidden, features) = (self.down.weight.rows, self.features());
+        let expand_gradient = input_gradient || self.inputs_adapted();
+        if let Some(lora) = &self.down.lora {
+            self.activate(backend, tokens, work, scratch);
+            if again {
+                let activated = View::<B>::new(&scratch.wide_a, tokens, features);
+                let [.., projected] = &mut work.projected;
+                let projected = ViewMut::<B>::new(projected, tokens, lora.rank());
+                lora.project(backend, batch, activated, &mut scratch.lora_wide, projected);
+            }
+        }
+        let [.., down_projected] = &work.projected;
+        let activated = View::<B>::new(&scratch.wide_a, tokens, features);
+        let dnext = View::<B>::new(&scratch.gradient, tokens, hidden);
+        let dactivated = expand_gradient.then(|| ViewMut::<B>::new(&mut scratch.wide_b, tokens, features));
+        let lora = LoraScratch::<B> { wide: &mut scratch.lora_wide, narrow: &mut scratch.lora_narrow };
+        self.down.backward(backend, batch, activated, down_projected, dnext, false, dactivated, flat, lora);
+        if !expand_gradient {
+            return;
+        }
+
+        backend.swiglu_backward(
+            View::<B>::new(&scratch.wide_b, tokens, features),
+            ViewMut::<B>::new(&mut work.gate, tokens, features),
+            ViewMut::<B>::new(&mut work.up, tokens, features),
+        );
+        if self.inputs_adapted() {
+            self.normalise(backend, tokens, work, scratch);
+        }
+        let normed = View::<B>::new(&scratch.normed, tokens, hidden);
+        let [_, _, _, _, gate_projected, up_projected, _] = &work.projected;
+        let parts = [
+            (&self.up, up_projected, View::<B>::new(&work.up, tokens, features)),
+            (&self.gate, gate_projected, View::<B>::new(&work.gate, tokens, features)),
+        ];
+        for (index, (linear, projected, dy)) in parts.into_iter().enumerate() {
+            let dnormed = input_gradient.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));
+            let lora = LoraScratch::<B> { wide: &mut scratch.lora_wide, narrow: &mut scratch.lora_narrow };
+            linear.backward(backend, batch, normed, projected, dy, index > 0, dnormed, flat, lora);
+        }
+        if input_gradient {
+            let dnormed = View::<B>::new(&scratch.dnormed, tokens, hidden);
+            let middle = View::<B>::new(&work.middle, tokens, hidden);
+            let reciprocal = View::<B>::new(&work.mlp_norm, tokens, 1);
+            let gradient = ViewMut::<B>::new(&mut scratch.gradient, tokens, hidden);
+            self.norm.backward(backend, dnormed, middle, reciprocal, gradient);
+        }
+    }
+
+    fn normalise(&self, backend: &B, tokens: usize, work: &mut Work<B>, scratch: &mut Scratch<B>) {
+        let hidden = self.down.weight.rows;
+        let middle = View::<B>::new(&work.middle, tokens, hidden);
+        let normed = ViewMut::<B>::new(&mut scratch.normed, tokens, hidden);
+        self.norm.forward(backend, middle, normed, ViewMut::<B>::new(&mut work.mlp_norm, tokens, 1));
+    }
+
+    /// `wide_a = silu(gate) * up`.
+    fn activate(&self, backend: &B, tokens: usize, work: &Work<B>, scratch: &mut Scratch<B>) {
+        let features = self.features();
+        let gate = View::<B>::new(&work.gate, tokens, features);
+        let up = View::<B>::new(&work.up, tokens, features);
+        backend.swiglu(gate, up, ViewMut::<B>::new(&mut scratch.wide_a, tokens, features));
+    }
+}

@@ -1,0 +1,137 @@
+//! The number of f32 in every buffer of a step.
+
+use super::{PlanRequest, Recompute};
+use crate::{
+    adapter::ParameterLayout,
+    model::{ModelConfig, Projection},
+};
+
+/// Numbers that a chunk of logits may hold.
+const LOGITS: usize = 1 << 24;
+/// Rows of logits made at once, at most: more gains nothing, the product is large enough.
+const HEAD_ROWS: usize = 512;
+/// Numbers of the head that are widened at once, at most.
+const HEAD_BLOCK: usize = 1 << 24;
+
+/// The number of f32 in every buffer of a step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sizes {
+    /// Tokens of a micro-batch.
+    pub tokens: usize,
+    /// Layers.
+    pub layers: usize,
+    /// Flat parameters.
+    pub parameters: usize,
+    /// Longest row, tokens.
+    pub max_length: usize,
+    /// Features of the residual stream.
+    pub hidden: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Features of all query heads.
+    pub queries: usize,
+    /// Features of all key heads.
+    pub keys: usize,
+    /// Features inside the feed-forward half.
+    pub intermediate: usize,
+    /// Vocabulary.
+    pub vocabulary: usize,
+    /// Rank of each adapted projection, in the order of [`Projection::ALL`]; 0 where none is adapted in any layer.
+    pub ranks: [usize; 7],
+    /// Numbers of each matrix written out, in the order of [`Projection::ALL`]; 0 where it is read in place.
+    pub weights: [usize; 7],
+    /// Rows of logits made at once.
+    pub head_rows: usize,
+    /// Rows of the head widened at once; 0 where it is read in place.
+    pub head_block: usize,
+    /// Columns of the widest matrix that dropout is applied to; 0 where it is off.
+    pub dropout_columns: usize,
+    /// Numbers in the threads' own scratch.
+    pub lanes: usize,
+    /// Numbers in the table of angles.
+    pub rope: usize,
+}
+
+impl Sizes {
+    /// Counts the buffers of a step of `tokens` tokens in rows of at most `max_length`.
+    pub fn new(
+        config: &ModelConfig,
+        layout: &ParameterLayout,
+        tokens: usize,
+        max_length: usize,
+        request: &PlanRequest,
+    ) -> Self {
+        let mut ranks = [0; 7];
+        for entry in layout.entries().iter().filter(|entry| entry.kind == crate::adapter::Kind::A) {
+            let rank = &mut ranks[entry.projection.index()];
+            *rank = entry.shape[0].max(*rank);
+        }
+        let size = |projection: Projection| {
+            let [rows, columns] = config.shape(projection);
+            rows * columns
+        };
+        let weights = if request.dequantised { Projection::ALL.map(size) } else { [0; 7] };
+        let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
+        let queries = config.attention_heads * config.head_dim;
+        let widest = hidden.max(intermediate).max(queries);
+        let head_rows = (LOGITS / config.vocabulary_size).clamp(1, HEAD_ROWS).min(tokens.max(1));
+        let head_block = (HEAD_BLOCK / hidden).clamp(1, config.vocabulary_size);
+        // Two tiles of attention, or a row that dropout is applied to.
+        let lane = (2 * 64 * max_length).max(if request.dropout { widest } else { 0 });
+        Self {
+            tokens,
+            layers: config.layers,
+            parameters: layout.len(),
+            max_length,
+            hidden,
+            heads: config.attention_heads,
+            queries,
+            keys: config.key_value_heads * config.head_dim,
+            intermediate,
+            vocabulary: config.vocabulary_size,
+            ranks,
+            weights,
+            head_rows,
+            head_block: if request.head_widened { head_block } else { 0 },
+            dropout_columns: if request.dropout { widest } else { 0 },
+            lanes: request.threads.max(1) * lane,
+            rope: max_length * config.head_dim,
+        }
+    }
+
+    /// Features of the two widest scratch buffers.
+    pub(super) fn wide(&self) -> usize {
+        self.intermediate.max(self.queries)
+    }
+
+    /// The largest rank.
+    pub(super) fn rank(&self) -> usize {
+        self.ranks.iter().copied().max().unwrap_or(0)
+    }
+
+    /// Kept for each layer whatever the plan: its input, attention's output and logarithms.
+    fn kept_always(&self) -> usize {
+        self.hidden + self.queries + self.heads
+    }
+
+    /// Kept for each layer, or once for the layer at work: q, k, v, middle, gate, up, norms, projections.
+    fn work(&self) -> usize {
+        let projections: usize = self.ranks.iter().sum();
+        self.queries + 2 * self.keys + self.hidden + 2 * self.intermediate + 2 + projections
+    }
+
+    /// Numbers that the forward pass keeps.
+    pub fn activations(&self, recompute: Recompute) -> usize {
+        let works = if recompute == Recompute::Layers { 1 } else { self.layers };
+        let last_hidden = self.hidden;
+        self.tokens * (self.layers * self.kept_always() + last_hidden + works * self.work())
+    }
+
+    /// Numbers that operations work in.
+    pub fn scratch(&self) -> usize {
+        let per_token =
+            3 * self.hidden + 2 * self.wide() + 2 * self.keys + self.dropout_columns + self.rank();
+        let head = self.head_rows * (self.vocabulary + 4 * self.hidden + 2) + self.head_block * self.hidden;
+        self.tokens * per_token + head + self.weights.iter().sum::<usize>() + self.lanes + self.rope
+    }
+}

@@ -1,0 +1,249 @@
+//! Every gradient of a whole decoder beside candle's autograd: random weights, random non-zero A and B, biases, grouped
+//! heads, packed rows of unequal trained tokens, dropout on with the same masks.
+//!
+//! The oracle uses differentiable operations only (`RmsNorm::forward_diff`, `ops::softmax`, `rope_slow`): several of
+//! candle's stock operations cut gradients without a word.
+
+mod memory;
+
+use candle_core::{D, DType, Device, Tensor, Var};
+use candle_nn::{Module, ops, rotary_emb::rope_slow};
+use memory::{MemoryBase, Random, Setup, all_targets, assert_close, floats};
+use shanty_peft_core::{
+    NoSink, StepKey,
+    adapter::{Kind, ParameterLayout, layout::Target},
+    batch::{Row, Segment},
+    model::{ModelConfig, Projection},
+    plan::Recompute,
+    random::{DropoutKey, dropout_scales},
+};
+
+/// f32 products of a few hundred terms in another order: 2e-5 of the largest leaves a factor of ten to what is seen.
+const TOLERANCE: f64 = 2e-5;
+
+fn config(bias: bool) -> ModelConfig {
+    let text = format!(
+        r#"{{"model_type": "llama", "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80,
+            "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
+            "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "hidden_act": "silu", "rope_theta": 10000.0,
+            "tie_word_embeddings": false, "attention_bias": {bias}, "mlp_bias": {bias}}}"#
+    );
+    ModelConfig::from_json(text.as_bytes(), "config.json".as_ref()).unwrap()
+}
+
+fn rows(random: &mut Random) -> Vec<Row> {
+    let mut row = |id: u64, lengths: &[u32], trained: Vec<std::ops::Range<u32>>| Row {
+        id,
+        token_ids: (0..lengths.iter().sum()).map(|_| random.below(97)).collect(),
+        segments: lengths
+            .iter()
+            .enumerate()
+            .map(|(index, &length)| Segment { sample_id: 10 * id + index as u64, length })
+            .collect(),
+        trained,
+    };
+    // One longer than a tile of attention, one packed, one with a single trained token.
+    vec![row(1, &[150], vec![1..150]), row(2, &[9, 1, 20], vec![3..9, 15..28]), row(3, &[5], vec![4..5])]
+}
+
+/// The decoder in candle; dropout by the engine's own masks, drawn for each token of its sample.
+struct Oracle<'a> {
+    base: &'a MemoryBase,
+    parameters: &'a [(Target, Var, Var)],
+    scale: f64,
+    dropout: f32,
+    key: StepKey,
+}
+
+impl Oracle<'_> {
+    fn tensor(&self, name: &str, shape: &[usize]) -> Tensor {
+        Tensor::from_slice(self.base.get(name), shape, &Device::Cpu).unwrap()
+    }
+
+    fn linear(&self, layer: usize, projection: Projection, segment: &Segment, x: &Tensor) -> Tensor {
+        let shape = self.base.config.shape(projection);
+        let name = projection.module(layer);
+        let weight = self.tensor(&format!("{name}.weight"), &shape);
+        let mut y = x.matmul(&weight.t().unwrap()).unwrap();
+        if self.base.config.has_bias(projection) {
+            y = y.broadcast_add(&self.tensor(&format!("{name}.bias"), &shape[..1])).unwrap();
+        }
+        let target = Target { layer, projection };
+        let Some((_, a, b)) = self.parameters.iter().find(|(found, ..)| *found == target) else { return y };
+        let module = (layer * 7 + projection.index()) as u32;
+        let key = DropoutKey { seed: self.key.seed, step: self.key.step, module };
+        let mut mask = vec![0.0; segment.length as usize * shape[1]];
+        for (token, mask) in mask.chunks_exact_mut(shape[1]).enumerate() {
+            dropout_scales(key, segment.sample_id, token as u32, self.dropout, mask);
+        }
+        let mask = Tensor::from_vec(mask, (segment.length as usize, shape[1]), &Device::Cpu).unwrap();
+        let branch = (x * mask).unwrap().matmul(&a.t().unwrap()).unwrap().matmul(&b.t().unwrap()).unwrap();
+        (y + (branch * self.scale).unwrap()).unwrap()
+    }
+
+    fn norm(&self, name: &str, x: &Tensor) -> Tensor {
+        let weight = self.tensor(name, &[self.base.config.hidden_size]);
+        candle_nn::RmsNorm::new(weight, self.base.config.norm_epsilon).forward_diff(x).unwrap()
+    }
+
+    /// `[tokens, vocabulary]` of one segment.
+    fn logits(&self, segment: &Segment, ids: &[u32]) -> Tensor {
+        let config = &self.base.config;
+        let (tokens, dim) = (ids.len(), config.head_dim);
+        let table = self.tensor("model.embed_tokens.weight", &[config.vocabulary_size, config.hidden_size]);
+        let ids = Tensor::from_slice(ids, tokens, &Device::Cpu).unwrap();
+        let mut x = candle_nn::Embedding::new(table, config.hidden_size).forward(&ids).unwrap();
+        let frequencies = config.rope.inverse_frequencies(dim);
+        let angles: Vec<f32> =
+            (0..tokens).flat_map(|t| frequencies.iter().map(move |f| t as f32 * f)).collect();
+        let angles = Tensor::from_vec(angles, (tokens, dim / 2), &Device::Cpu).unwrap();
+        let (cosines, sines) = (angles.cos().unwrap(), angles.sin().unwrap());
+        let unseen: Vec<f32> = (0..tokens)
+            .flat_map(|q| (0..tokens).map(move |k| if k > q { f32::NEG_INFINITY } else { 0.0 }))
+            .collect();
+        let unseen = Tensor::from_vec(unseen, (tokens, tokens), &Device::Cpu).unwrap();
+        let group = config.attention_heads / config.key_value_heads;
+        let heads = |x: Tensor, heads: usize| {
+            x.reshape((1, tokens, heads, dim)).unwrap().transpose(1, 2).unwrap().contiguous().unwrap()
+        };
+        for layer in 0..config.layers {
+            let linear = |projection, x: &Tensor| self.linear(layer, projection, segment, x);
+            let normed = self.norm(&format!("model.layers.{layer}.input_layernorm.weight"), &x);
+            let rotate = |x: Tensor| rope_slow(&x, &cosines, &sines).unwrap();
+            let q = rotate(heads(linear(Projection::Q, &normed), config.attention_heads));
+            let k = rotate(heads(linear(Projection::K, &normed), config.key_value_heads));
+            let v = heads(linear(Projection::V, &normed), config.key_value_heads);
+            let repeat = |x: Tensor| {
+                let shape = (1, config.key_value_heads, group, tokens, dim);
+                x.unsqueeze(2)
+                    .unwrap()
+                    .broadcast_as(shape)
+                    .unwrap()
+                    .contiguous()
+                    .unwrap()
+                    .reshape((1, config.attention_heads, tokens, dim))
+                    .unwrap()
+            };
+            let (k, v) = (repeat(k), repeat(v));
+            let scores =
+                (q.matmul(&k.t().unwrap().contiguous().unwrap()).unwrap() / (dim as f64).sqrt()).unwrap();
+            let weights = ops::softmax(&scores.broadcast_add(&unseen).unwrap(), D::Minus1).unwrap();
+            let out = weights.matmul(&v).unwrap().transpose(1, 2).unwrap().reshape((tokens, ())).unwrap();
+            x = (x + linear(Projection::O, &out)).unwrap();
+            let normed = self.norm(&format!("model.layers.{layer}.post_attention_layernorm.weight"), &x);
+            let gate = ops::silu(&linear(Projection::Gate, &normed)).unwrap();
+            let activated = (gate * linear(Projection::Up, &normed)).unwrap();
+            x = (x + linear(Projection::Down, &activated)).unwrap();
+        }
+        let head = self.tensor("lm_head.weight", &[config.vocabulary_size, config.hidden_size]);
+        self.norm("model.norm.weight", &x).matmul(&head.t().unwrap()).unwrap()
+    }
+
+    fn loss(&self, rows: &[Row]) -> Tensor {
+        let mut sum = Tensor::zeros((), DType::F32, &Device::Cpu).unwrap();
+        for row in rows {
+            let mut start = 0;
+            for segment in &row.segments {
+                let end = start + segment.length;
+                let ids = &row.token_ids[start as usize..end as usize];
+                let trained: Vec<u32> = row
+                    .trained
+                    .iter()
+                    .flat_map(|range| range.clone())
+                    .filter(|t| (start..end).contains(t))
+                    .collect();
+                if !trained.is_empty() {
+                    let logits = self.logits(segment, ids);
+                    let predicting: Vec<u32> = trained.iter().map(|t| t - start - 1).collect();
+                    let targets: Vec<u32> = trained.iter().map(|t| row.token_ids[*t as usize]).collect();
+                    let count = predicting.len();
+                    let index = Tensor::from_vec(predicting, count, &Device::Cpu).unwrap();
+                    let targets = Tensor::from_vec(targets, count, &Device::Cpu).unwrap();
+                    let logits = logits.index_select(&index, 0).unwrap();
+                    let mean = candle_nn::loss::cross_entropy(&logits, &targets).unwrap();
+                    sum = (sum + (mean * count as f64).unwrap()).unwrap();
+                }
+                start = end;
+            }
+        }
+        sum
+    }
+}
+
+fn check(bias: bool, targets: &[Target], dropout: f32, recompute: Recompute) {
+    let mut random = Random::new(7 + u64::from(bias));
+    let config = config(bias);
+    let (r, scale) = (5, 0.7);
+    let layout = ParameterLayout::lora(&config, targets, r, scale);
+    let mut parameters = vec![0.0; layout.len()];
+    for entry in layout.entries() {
+        parameters[entry.range.clone()].copy_from_slice(&random.numbers(entry.range.len(), 0.4));
+    }
+    let rows = rows(&mut random);
+    let key = StepKey { seed: 99, step: 3 };
+
+    let variable = |entry: &shanty_peft_core::adapter::ParameterEntry| {
+        let [rows, columns] = entry.shape;
+        let numbers = &parameters[entry.range.clone()];
+        Var::from_tensor(&Tensor::from_slice(numbers, (rows, columns), &Device::Cpu).unwrap()).unwrap()
+    };
+    let variables: Vec<(Target, Var, Var)> = targets
+        .iter()
+        .map(|target| {
+            let (a, b) = layout.pair(target.layer, target.projection).unwrap();
+            (*target, variable(a), variable(b))
+        })
+        .collect();
+    let base = MemoryBase::random(config.clone(), 5);
+    let oracle = Oracle { base: &base, parameters: &variables, scale: f64::from(scale), dropout, key };
+    let expected_loss = oracle.loss(&rows);
+    let gradients = expected_loss.backward().unwrap();
+
+    let setup = Setup { dropout, recompute, rows: 3, max_length: 160, ..Setup::new(layout.clone()) };
+    let mut engine = setup.engine(MemoryBase::random(config, 5));
+    // A gradient that is there already must be added to, not overwritten.
+    let mut gradient = vec![1.0; layout.len()];
+    let sum = engine.forward_backward(&parameters, &rows, key, &mut gradient, &mut NoSink).unwrap();
+    assert_eq!(sum.tokens, 149 + 19 + 1);
+    let expected_loss = floats(&expected_loss);
+    assert_close("loss", &[sum.loss as f32], &expected_loss, 1e-5);
+    for (target, a, b) in &variables {
+        let (a_entry, b_entry) = layout.pair(target.layer, target.projection).unwrap();
+        for (entry, variable) in [(a_entry, a), (b_entry, b)] {
+            let wanted = floats(gradients.get(variable).expect("the oracle reaches every variable"));
+            assert!(
+                wanted.iter().any(|g| g.abs() > 1e-4),
+                "{}: a gradient of zeros proves nothing",
+                entry.peft_name
+            );
+            let got: Vec<f32> = gradient[entry.range.clone()].iter().map(|g| g - 1.0).collect();
+            assert_close(&entry.peft_name, &got, &wanted, TOLERANCE);
+        }
+    }
+    assert_eq!(layout.entries().iter().filter(|entry| entry.kind == Kind::A).count(), variables.len());
+}
+
+#[test]
+fn every_gradient_with_dropout_and_biases() {
+    check(true, &all_targets(&config(true)), 0.3, Recompute::Never);
+}
+
+#[test]
+fn every_gradient_computed_again() {
+    check(true, &all_targets(&config(true)), 0.3, Recompute::Layers);
+}
+
+#[test]
+fn every_gradient_without_dropout() {
+    check(false, &all_targets(&config(false)), 0.0, Recompute::Never);
+}
+
+#[test]
+fn each_projection_alone_in_the_upper_layers() {
+    for projection in Projection::ALL {
+        for recompute in [Recompute::Never, Recompute::Layers] {
+            let targets = [Target { layer: 1, projection }, Target { layer: 2, projection }];
+            check(false, &targets, 0.2, recompute);
+        }
+    }
+}
