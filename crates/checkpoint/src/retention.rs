@@ -1,6 +1,6 @@
 //! Which checkpoints are kept: a pure function of the list, and its application.
 
-use std::io::ErrorKind;
+use std::{cmp::Reverse, io::ErrorKind};
 
 use futures::TryStreamExt;
 use object_store::{ObjectStore, ObjectStoreExt, path::Path};
@@ -47,7 +47,7 @@ pub struct Removed {
 /// damaged.
 pub fn retain(list: &[Candidate], keep: usize, pinned: &[Key]) -> Vec<Key> {
     let mut newest_first = list.to_vec();
-    newest_first.sort_unstable_by(|a, b| b.key.cmp(&a.key));
+    newest_first.sort_unstable_by_key(|entry| Reverse(entry.key));
     let Some(newest_good) = newest_first.iter().find(|entry| entry.health == Health::Good) else {
         return Vec::new();
     };

@@ -1,6 +1,7 @@
 //! Where checkpoints lie, and what is there.
 
 use std::{
+    cmp::Reverse,
     path::{Path as FilePath, PathBuf},
     sync::{Arc, OnceLock},
 };
@@ -115,7 +116,7 @@ impl Store {
         let listed = objects.list_with_delimiter(Some(&folder)).await.map_err(failed("list", FOLDER))?;
         let mut keys: Vec<Key> =
             listed.common_prefixes.iter().filter_map(|prefix| prefix.as_ref().parse().ok()).collect();
-        keys.sort_unstable_by(|a, b| b.cmp(a));
+        keys.sort_unstable_by_key(|key| Reverse(*key));
         Ok(keys)
     }
 

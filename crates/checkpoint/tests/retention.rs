@@ -1,5 +1,7 @@
 //! Retention: what the rule promises for any list, and its application.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
+
 mod common;
 
 use std::fs;

@@ -1,5 +1,7 @@
 //! Writing: round trips, writers that die, writers that race.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
+
 mod common;
 
 use std::{

@@ -1,5 +1,7 @@
 //! What every implementation does when something goes wrong: it says so, everywhere, at once.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
+
 mod common;
 
 use std::{

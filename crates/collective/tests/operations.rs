@@ -1,5 +1,7 @@
 //! What every implementation computes, bit for bit.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
+
 mod common;
 
 use common::{MAKERS, Maker, bits, numbers, on_all};

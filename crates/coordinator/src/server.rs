@@ -177,10 +177,10 @@ async fn open_data(machine: &Machine, leases: &Leases) -> Vec<(JobId, shanty_dia
     let mut broken = Vec::new();
     for job in machine.unfinished() {
         let (Some(spec), Some(hash)) = (machine.spec(&job), machine.data_hash(&job)) else { continue };
+        leases.allow(&job, machine.leasable(&job));
         if let Err(error) = leases.open(&job, &spec, Some(hash)).await {
             broken.push((job, shanty_diagnostic::Diagnose::diagnostic(&error)));
         }
-        leases.allow(&job, machine.leasable(&job));
     }
     broken
 }

@@ -1,1 +1,29 @@
 //! The worker: its session with the coordinator, the supervisor of device processes, and the step loop.
+//!
+//! A host runs one process a device. The parent ([`supervisor`]) only spawns and kills. In each child
+//! ([`run_worker`]) an async session talks to the coordinator while one thread trains:
+//!
+//! ```text
+//! coordinator ── stream ── session ── commands ──> trainer ── collective ── the other workers
+//!                             ^  └─── Control ───────┘ │
+//!                             └────── reports ─────────┘
+//! ```
+//!
+//! docs/concepts/step-protocol.md says what a step is and how none is lost; the trainer is the worker's half of it.
+
+mod adapter_folder;
+mod control;
+mod device;
+pub mod engine;
+mod error;
+pub mod failpoint;
+pub mod logs;
+mod plan;
+pub mod row_log;
+mod rows;
+mod session;
+pub mod supervisor;
+mod trainer;
+
+pub use device::{WorkerOptions, new_worker_id, run_worker};
+pub use error::Error;

@@ -145,6 +145,8 @@ impl Ring {
                     hop: place.hop - hops.start,
                     hops: hops.end - hops.start,
                 });
+                // What has come in already could still complete the call.
+                self.abort.check()?;
             }
         }
         let payload = pass.incoming(place);

@@ -7,7 +7,7 @@ use shanty_proto::{Step, WorkerId};
 
 use super::{
     Machine,
-    crew::Credit,
+    crew::{Credit, Member},
     effect::Message,
     event::{KeptSum, Moment, Within},
     job::{Break, Forming, Holder, Job, Leaving, Origin, Phase},
@@ -95,6 +95,19 @@ impl Machine {
         self.finish_leaving(now, job);
     }
 
+    /// Asks a member to leave, if the generation is being left.
+    pub(super) fn ask_to_leave(&mut self, job: &Job, worker: &WorkerId) {
+        if let Phase::Leaving(leaving) = &job.phase {
+            let leave = Message::Leave {
+                job: job.id.clone(),
+                attempt: job.attempt,
+                generation: job.generation_number(),
+                reason: leaving.cause.clone(),
+            };
+            self.send(worker, leave);
+        }
+    }
+
     pub(super) fn left(
         &mut self,
         now: Moment,
@@ -106,14 +119,16 @@ impl Machine {
         let _ = self.with_job(&within.job, |machine, job| {
             let Some(rank) = Self::rank_within(job, worker, within) else { return };
             machine.raise(job, applied);
+            let begun_from = job.generation.as_ref().map_or(Step(0), |generation| generation.start.applied);
             let member = job.crew.of_mut(worker).expect("it has a rank");
             member.credit = Credit::Out;
             member.step = member.step.max(applied);
             member.left = Some((applied, kept.clone()));
+            let holds_state = holds_state(member, begun_from);
             match &mut job.phase {
                 Phase::Running => machine.start_leaving(now, job, format!("{worker} left by itself"), None),
                 Phase::Leaving(_) => machine.finish_leaving(now, job),
-                Phase::Forming(forming) => {
+                Phase::Forming(forming) if holds_state => {
                     // Somebody thought lost came back before the next generation was made.
                     let holder = Holder { rank, applied, kept };
                     match &mut forming.origin {
@@ -135,8 +150,9 @@ impl Machine {
             let reason = format!("{}; {} to leave generation {generation}", leaving.cause, waits_for.join(", "));
             return self.set_reason(job, reason);
         }
+        let begun_from = job.generation.as_ref().map_or(Step(0), |generation| generation.start.applied);
         let mut holders = BTreeMap::new();
-        for member in &job.crew.members {
+        for member in job.crew.members.iter().filter(|member| holds_state(member, begun_from)) {
             let (Some((applied, kept)), None) = (&member.left, &member.lost) else { continue };
             let rank = job.crew.rank_of(&member.worker).expect("it is a member");
             holders.insert(member.worker.clone(), Holder { rank, applied: *applied, kept: kept.clone() });
@@ -152,7 +168,8 @@ impl Machine {
     fn all_lost(&mut self, now: Moment, job: &mut Job) {
         job.total_losses += 1;
         let cause = job.broken.as_ref().map(|broken| broken.cause.clone()).unwrap_or_default();
-        self.note(now, job, "all_lost", format!("all members of generation {} are lost", job.generation_number()));
+        let text = format!("nobody of generation {} is left who has its state", job.generation_number());
+        self.note(now, job, "all_lost", text);
         if job.total_losses >= self.options.total_losses {
             let (times, step) = (job.total_losses, job.furthest);
             let message = format!("all workers were lost {times} times without getting beyond step {step}; the last: {cause}");
@@ -193,4 +210,10 @@ impl Machine {
             }
         }
     }
+}
+
+/// Whether a member that left holds a state of this lineage. One that left before it was given the generation's has
+/// what it came with: nothing, or what it left the generation before with.
+fn holds_state(member: &Member, begun_from: Step) -> bool {
+    member.left.as_ref().is_some_and(|(applied, _)| *applied >= begun_from || member.had == Some(*applied))
 }

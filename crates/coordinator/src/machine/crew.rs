@@ -22,6 +22,8 @@ pub(crate) struct Member {
     pub attached: bool,
     /// Until when it may have to come back, after a restart of the coordinator.
     pub back_by: Option<Duration>,
+    /// The updates that its state had when the generation began; nothing for one that had none, or if a restart forgot it.
+    pub had: Option<Step>,
     /// What it said when it left.
     pub left: Option<(Step, Option<KeptSum>)>,
     pub credit: Credit,
@@ -52,6 +54,7 @@ impl Member {
             lost: None,
             attached: false,
             back_by: None,
+            had: None,
             left: None,
             credit: Credit::Never,
             phase: MemberPhase::Forming,
@@ -68,10 +71,6 @@ impl Crew {
     pub fn rank_of(&self, worker: &WorkerId) -> Option<Rank> {
         let at = self.members.iter().position(|member| member.worker == *worker)?;
         Some(Rank(u32::try_from(at).expect("there are fewer members than 2^32")))
-    }
-
-    pub fn get(&self, rank: Rank) -> Option<&Member> {
-        self.members.get(rank.0 as usize)
     }
 
     pub fn of(&self, worker: &WorkerId) -> Option<&Member> {

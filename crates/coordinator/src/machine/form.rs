@@ -224,7 +224,7 @@ impl Machine {
             start,
         };
         let applied = generation.start.applied;
-        job.crew = Crew { members: members.iter().map(|worker| self.new_member(worker, applied, holders)).collect() };
+        job.crew = Crew { members: members.iter().map(|worker| self.new_member(worker, holders)).collect() };
         job.generation = Some(Arc::new(generation));
         job.phase = Phase::Running;
         job.formed = true;
@@ -242,10 +242,11 @@ impl Machine {
         }
     }
 
-    fn new_member(&self, worker: &WorkerId, applied: Step, holders: &BTreeMap<WorkerId, Holder>) -> Member {
+    fn new_member(&self, worker: &WorkerId, holders: &BTreeMap<WorkerId, Holder>) -> Member {
         let mut member = Member::new(worker.clone());
         member.attached = true;
-        member.step = holders.get(worker).map_or(applied, |holder| holder.applied);
+        member.had = holders.get(worker).map(|holder| holder.applied);
+        member.step = member.had.unwrap_or_default();
         if let Some(session) = self.sessions.get(worker) {
             member.host = session.info.host.clone();
             member.pid = session.info.pid;

@@ -94,8 +94,8 @@ impl Machine {
             Event::Submit { request, request_id, spec, spec_json } => {
                 self.submit(now, request, request_id, spec, spec_json);
             }
-            Event::Cancel { request, job } => self.cancel(now, request, job),
-            Event::Resume { request, job } => self.resume(now, request, job),
+            Event::Cancel { request, job } => self.cancel(now, request, &job),
+            Event::Resume { request, job } => self.resume(now, request, &job),
             Event::PrepareProgress { job, attempt, text } => self.prepare_progress(&job, attempt, &text),
             Event::PrepareEnded { job, attempt, outcome } => self.prepare_ended(now, &job, attempt, outcome),
             Event::DataLost { job, error } => self.data_lost(now, &job, error),

@@ -101,6 +101,13 @@ pub struct StartPoint {
     pub checkpoint: Option<Step>,
 }
 
+impl StartPoint {
+    /// Whether the generation counts on a state that this rank brings.
+    pub fn counts_on(&self, rank: Rank) -> bool {
+        matches!(&self.source, Source::Members { receivers, .. } if !receivers.contains(&rank))
+    }
+}
+
 /// Where a generation's first state is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -57,8 +57,10 @@ enum Reattached {
     Yes,
     /// It holds; the generation is being left.
     Leave { job: JobId, attempt: Attempt, generation: Generation, reason: String },
-    /// The worker is a member of the next generation already and has not heard of it.
+    /// The worker is a member of the newest generation and has not heard of it.
     Form { job: JobId },
+    /// The worker is a member of the newest generation, which counts on a state that it has dropped.
+    WithoutState { job: JobId },
 }
 
 impl Machine {
@@ -94,7 +96,8 @@ impl Machine {
         };
         self.sessions.insert(worker.clone(), session);
         let outcome = self.reattach(now, &worker, attachment.as_ref());
-        let attached = attachment.is_some() && !matches!(outcome, Reattached::No);
+        let refused = matches!(outcome, Reattached::No | Reattached::WithoutState { .. });
+        let attached = attachment.is_some() && !refused;
         self.send(&worker, Message::Welcome { attached });
         match outcome {
             Reattached::No | Reattached::Yes => {}
@@ -102,7 +105,14 @@ impl Machine {
                 self.send(&worker, Message::Leave { job, attempt, generation, reason });
             }
             Reattached::Form { job } => {
-                let _ = self.with_job(&job, |machine, job| machine.announce_to(job, &worker));
+                let _ = self.with_job(&job, |machine, job| {
+                    machine.announce_to(job, &worker);
+                    machine.ask_to_leave(job, &worker);
+                });
+            }
+            Reattached::WithoutState { job } => {
+                let reason = "it came back without its state";
+                let _ = self.with_job(&job, |machine, job| machine.member_gone(now, job, &worker, reason, None));
             }
         }
     }
@@ -119,7 +129,7 @@ impl Machine {
                 return Reattached::No;
             }
             let outcome = machine.reattach_to(now, worker, attachment, job);
-            if !matches!(outcome, Reattached::No) {
+            if !matches!(outcome, Reattached::No | Reattached::WithoutState { .. }) {
                 let session = machine.sessions.get_mut(worker).expect("it was just inserted");
                 session.assigned = Some((job.id.clone(), job.attempt));
                 session.ready_since = Some(now.monotonic);
@@ -142,16 +152,19 @@ impl Machine {
         let rank = job.crew.rank_of(worker);
         let Some(member) = job.crew.of_mut(worker) else { return Reattached::No };
         let Some(attachment) = attachment.filter(|attachment| attachment.generation == newest) else {
-            // It was announced just before this coordinator's predecessor died, and not heard by this member. A
-            // member that was there and comes without it has dropped it.
-            let unheard = matches!(job.phase, Phase::Running) && !member.attached && member.lost.is_none();
             let older = attachment.is_none_or(|attachment| attachment.generation < newest);
-            if !(unheard && older) {
+            let missed = matches!(job.phase, Phase::Running | Phase::Leaving(_)) && !member.attached;
+            if !older || !missed || member.lost.is_some() {
                 return Reattached::No;
             }
             member.attached = true;
             member.back_by = None;
             (member.host, member.pid, member.device) = (info.host, info.pid, info.device);
+            let needs_state = rank.is_some_and(|rank| job.generation.as_ref().is_some_and(|g| g.start.counts_on(rank)));
+            if attachment.is_none() && needs_state {
+                return Reattached::WithoutState { job: job.id.clone() };
+            }
+            // The generation was announced just before this coordinator's predecessor died, and not heard.
             return Reattached::Form { job: job.id.clone() };
         };
         if rank != Some(attachment.rank) {

@@ -131,7 +131,7 @@ impl Workers {
         }
     }
 
-    async fn log(&self, worker: &WorkerId, logs: v1::LogLines) -> Result<()> {
+    async fn log(&self, worker: &WorkerId, logs: LogLines) -> Result<()> {
         let (job, lines) = wire::log_lines(logs, worker)?;
         self.hub.log(&job, &lines);
         self.store.log(job, lines).await

@@ -163,6 +163,8 @@ impl Worker {
                     self.drop_membership();
                 } else if let Some(left) = self.member.as_ref().and_then(|member| member.said_left.clone()) {
                     self.say(late, left);
+                } else if let (Some(Doing::Broken), Some(within)) = (self.doing(), self.within()) {
+                    self.say(late, Said::Broken { within, error: "the ring broke".to_owned() });
                 }
             }
             Message::BeatAck { sequence, credit } => {

@@ -111,6 +111,7 @@ pub struct World {
     pub replays: u64,
     watermark: u64,
     machine_was_restarted: bool,
+    trace: bool,
     /// Members that hold the whole sum of a step, so that no break can take it from them.
     summed: BTreeSet<(u64, u64, u64)>,
     /// Rows of a step's sum, by generation and step.
@@ -119,6 +120,10 @@ pub struct World {
 
 #[path = "play.rs"]
 mod play;
+
+fn is_noise(event: &Event) -> bool {
+    matches!(event, Event::Tick | Event::Said { message: Said::Beat { .. }, .. })
+}
 
 pub fn spec_json(min: u32, max: u32, steps: u64, batch: usize) -> String {
     serde_json::json!({
@@ -165,6 +170,7 @@ impl World {
             replays: 0,
             watermark: 0,
             machine_was_restarted: false,
+            trace: std::env::var_os("SHANTY_SIMULATION_TRACE").is_some(),
             summed: BTreeSet::new(),
             sums: BTreeMap::new(),
             machine: Machine::new(options(), [0; 32]),
@@ -190,6 +196,9 @@ impl World {
 
     pub fn tell(&mut self, event: Event) {
         let now = self.moment();
+        if self.trace && !is_noise(&event) {
+            eprintln!("{:>6} <- {event:?}", self.now);
+        }
         let effects = self.machine.apply(now, event);
         // Persist, then anything else; a record may be lost until something after it is persisted.
         let mut others = Vec::new();
@@ -213,6 +222,9 @@ impl World {
             Effect::Persist(_) => unreachable!("taken out before"),
             Effect::Record(change) => self.disk.pending.push_back(change),
             Effect::Send { worker, session, message } => {
+                if self.trace && !matches!(message, Message::BeatAck { .. }) {
+                    eprintln!("{:>6} -> {worker} {message:?}", self.now);
+                }
                 if let Message::Form { generation, .. } = &message {
                     self.check_form(generation);
                 }

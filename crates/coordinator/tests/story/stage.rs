@@ -70,7 +70,7 @@ impl Stage {
     /// A job of `steps` steps whose data is prepared.
     pub fn with_job(min: u32, max: u32, steps: u64) -> Self {
         let mut stage = Self::empty();
-        stage.submit("request", &spec("pirate", min, max, steps));
+        stage.submit("request", &spec("pirate", min, max, steps)).unwrap();
         stage.prepared("pirate");
         stage
     }

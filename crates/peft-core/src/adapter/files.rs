@@ -132,17 +132,29 @@ fn expect_length(parameters: &[f32], layout: &ParameterLayout) -> Result<()> {
 /// # Errors
 /// The disk is full, the folder cannot be written, or `parameters` is not of `layout`.
 pub fn write(folder: &Path, config: &LoraConfig, layout: &ParameterLayout, parameters: &[f32]) -> Result<()> {
+    let files = contents(config, layout, parameters)?;
+    fs::create_dir_all(folder).map_err(|source| unwritable(folder, source))?;
+    files.iter().try_for_each(|(name, content)| write_whole(&folder.join(name), content))
+}
+
+/// The files of such a folder, name and content, in the order in which they are to be written.
+///
+/// # Errors
+/// An impossible setting, or `parameters` is not of `layout`.
+pub fn contents(
+    config: &LoraConfig,
+    layout: &ParameterLayout,
+    parameters: &[f32],
+) -> Result<Vec<(String, Vec<u8>)>> {
     config.check()?;
     expect_length(parameters, layout)?;
-    fs::create_dir_all(folder).map_err(|source| unwritable(folder, source))?;
-    let path = folder.join(TENSORS_FILE);
-    let tensors =
-        serialise(layout, parameters).map_err(|error| unwritable(&path, io::Error::other(error)))?;
-    write_whole(&path, &tensors)?;
+    let tensors = serialise(layout, parameters)
+        .map_err(|error| unwritable(Path::new(TENSORS_FILE), io::Error::other(error)))?;
     let mut modules: Vec<String> = layout.entries().iter().map(|entry| entry.module.clone()).collect();
     modules.sort();
     modules.dedup();
-    write_whole(&folder.join(CONFIG_FILE), config.to_json(&modules).as_bytes())
+    let settings = config.to_json(&modules).into_bytes();
+    Ok(vec![(TENSORS_FILE.to_owned(), tensors), (CONFIG_FILE.to_owned(), settings)])
 }
 
 fn serialise(layout: &ParameterLayout, parameters: &[f32]) -> Result<Vec<u8>, safetensors::SafeTensorError> {

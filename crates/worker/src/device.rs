@@ -1,0 +1,203 @@
+//! One device's process: the session and the trainer's thread.
+
+use std::{
+    fmt,
+    sync::{Arc, mpsc::channel},
+    time::Duration,
+};
+
+use shanty_collective::tcp::Listener;
+use shanty_proto::v1::{Hello, LogLine, worker_service_client::WorkerServiceClient};
+use tokio::sync::{
+    mpsc::{Receiver, unbounded_channel},
+    oneshot,
+};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Endpoint;
+use tracing::info;
+
+use crate::{
+    Error,
+    control::Control,
+    engine::EngineLoader,
+    failpoint::Failpoints,
+    rows::RowClient,
+    session::Session,
+    trainer::{Command, Surroundings, Trainer},
+};
+
+/// How long an attempt to connect may take.
+const CONNECT_WITHIN: Duration = Duration::from_secs(2);
+/// A connection that is silent is asked after this time whether it lives.
+const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(2);
+/// And is given up after this time without an answer.
+const KEEP_ALIVE_WITHIN: Duration = Duration::from_secs(5);
+/// How long the trainer may take to end: a micro-batch, and a checkpoint that is being written.
+const END_WITHIN: Duration = Duration::from_secs(20);
+/// The largest message that is taken from the coordinator.
+const LARGEST_MESSAGE_BYTES: usize = 64 << 20;
+
+/// How one device's process works.
+#[derive(Debug, Clone)]
+pub struct WorkerOptions {
+    /// URL of the coordinator.
+    pub coordinator: String,
+    /// Names this process, see [`new_worker_id`].
+    pub worker_id: String,
+    /// The device as it is shown: `cpu`, `cuda:0`, …
+    pub device: String,
+    /// Threads to compute with.
+    pub threads: usize,
+    /// Address to accept other workers' connections on; each process takes a free port of it.
+    pub bind: String,
+    /// Host or address that other workers connect to, where it is not `bind`.
+    pub advertise: Option<String>,
+    /// Armed failpoints.
+    pub failpoints: Failpoints,
+}
+
+impl WorkerOptions {
+    /// A worker on this machine's CPU with all its cores, a new id, and the failpoints of the environment.
+    ///
+    /// # Errors
+    /// [`Error::Failpoint`] if `SHANTY_FAILPOINT` cannot be understood.
+    pub fn new(coordinator: impl Into<String>) -> Result<Self, Error> {
+        Ok(Self {
+            coordinator: coordinator.into(),
+            worker_id: new_worker_id(),
+            device: "cpu".to_owned(),
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            bind: "127.0.0.1".to_owned(),
+            advertise: None,
+            failpoints: Failpoints::from_environment()?,
+        })
+    }
+}
+
+/// An id for a worker's process, drawn anew at each call; ids sort by time.
+pub fn new_worker_id() -> String {
+    format!("w-{}", uuid::Uuid::now_v7().simple())
+}
+
+/// Works for the coordinator until `shutdown`. `logs` is the other end of [`logs::forward`](crate::logs::forward).
+///
+/// # Errors
+/// [`Error::Address`], [`Error::Listen`] and [`Error::Process`] before anything began; [`Error::Refused`] if the
+/// coordinator does not want this worker.
+pub async fn run_worker(
+    options: WorkerOptions,
+    loader: Box<dyn EngineLoader>,
+    logs: Receiver<LogLine>,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
+    let connection = Endpoint::from_shared(options.coordinator.clone())
+        .map_err(|_| Error::Address { address: options.coordinator.clone() })?
+        .connect_timeout(CONNECT_WITHIN)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEP_ALIVE_EVERY)
+        .keep_alive_timeout(KEEP_ALIVE_WITHIN)
+        .keep_alive_while_idle(true)
+        .connect_lazy();
+    let client = WorkerServiceClient::new(connection).max_decoding_message_size(LARGEST_MESSAGE_BYTES);
+    let bind = Address { host: &options.bind, port: 0 }.to_string();
+    let listener = Listener::bind(&bind).map_err(|error| Error::part(&error))?;
+    let hello = hello(&options, &listener);
+    info!(worker_id = %options.worker_id, collective = %hello.collective_address, "worker started");
+
+    let control = Arc::new(Control::default());
+    let (commands, commanded) = channel();
+    let (reports, reported) = unbounded_channel();
+    let around = Surroundings {
+        worker_id: options.worker_id.clone(),
+        threads: options.threads,
+        control: Arc::clone(&control),
+        reports,
+        rows: RowClient::new(client.clone(), tokio::runtime::Handle::current()),
+        listener,
+        failpoints: options.failpoints,
+    };
+    let (ended, mut end) = oneshot::channel();
+    let trainer = Trainer::new(around, loader, commanded);
+    std::thread::Builder::new()
+        .name("trainer".to_owned())
+        .spawn(move || {
+            // Nobody waits any more if the session ended first.
+            let _ = ended.send(trainer.run());
+        })
+        .map_err(|source| Error::Process { what: "the training thread".to_owned(), source })?;
+
+    let session = Session {
+        client,
+        address: options.coordinator,
+        hello,
+        control: Arc::clone(&control),
+        commands: commands.clone(),
+        reports: reported,
+        logs,
+    };
+    let result = tokio::select! {
+        biased;
+        () = control.dead.cancelled() => return Err(Error::Killed),
+        result = &mut end => return result.unwrap_or(Err(Error::TrainerGone)),
+        result = Box::pin(session.run(shutdown)) => result,
+    };
+    control.drop_membership("the worker ends");
+    // A trainer that has ended needs no command.
+    let _ = commands.send(Command::Close);
+    let _ = tokio::time::timeout(END_WITHIN, end).await;
+    result
+}
+
+fn hello(options: &WorkerOptions, listener: &Listener) -> Hello {
+    let bound = listener.local_addr();
+    let collective_address = match &options.advertise {
+        Some(host) => Address { host, port: bound.port() }.to_string(),
+        None => bound.to_string(),
+    };
+    let memory = rustix::system::sysinfo();
+    Hello {
+        worker_id: options.worker_id.clone(),
+        host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        pid: std::process::id(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        device: options.device.clone(),
+        threads: u32::try_from(options.threads).unwrap_or(u32::MAX),
+        memory_bytes: memory.totalram.saturating_mul(memory.mem_unit.into()),
+        collective_address,
+        attachment: None,
+    }
+}
+
+/// `host:port`, with brackets around an IPv6 address.
+struct Address<'a> {
+    host: &'a str,
+    port: u16,
+}
+
+impl fmt::Display for Address<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host.contains(':') && !self.host.starts_with('[') {
+            true => write!(f, "[{}]:{}", self.host, self.port),
+            false => write!(f, "{}:{}", self.host, self.port),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn advertised_hosts_become_addresses() {
+        let show = |host| Address { host, port: 70 }.to_string();
+        assert_eq!(show("node-3"), "node-3:70");
+        assert_eq!(show("fe80::1"), "[fe80::1]:70");
+    }
+
+    #[test]
+    fn worker_ids_differ_and_are_short_words() {
+        let (one, other) = (new_worker_id(), new_worker_id());
+        assert_ne!(one, other);
+        assert!(one.starts_with("w-") && one.len() == 34, "{one}");
+    }
+}

@@ -1,0 +1,103 @@
+//! What the step loop needs of a numeric engine. peft-core has the real one; tests have a small one.
+
+mod peft;
+
+use shanty_config::job::JobSpec;
+
+use crate::Error;
+
+pub use shanty_peft_core::batch::{Row, Segment};
+
+pub use peft::PeftEngines;
+
+/// Summed loss of some rows.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Sum {
+    /// Summed loss over the trained tokens, nats.
+    pub loss: f64,
+    /// Trained tokens.
+    pub tokens: u64,
+}
+
+/// What is said about a loaded engine.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Facts {
+    /// Hash of the base as loaded and quantised.
+    pub base_hash: String,
+    /// Length of the flat parameter vector; there may be gaps between tensors.
+    pub flat_length: usize,
+    /// Parameters of the adapter.
+    pub trainable_parameters: u64,
+    /// Parameters of base and adapter together.
+    pub total_parameters: u64,
+    /// Modules that got an adapter.
+    pub matched_modules: Vec<String>,
+}
+
+/// Forward and backward over a frozen base with a trained adapter. The adapter's parameters are one flat vector
+/// that the caller owns.
+pub trait StepEngine: Send {
+    /// What was loaded.
+    fn facts(&self) -> &Facts;
+
+    /// The adapter's parameters before the first step: a pure function of job and seed.
+    ///
+    /// # Errors
+    /// As the engine says.
+    fn initial_parameters(&self, seed: u64) -> Result<Vec<f32>, Error>;
+
+    /// The most rows of one micro-batch.
+    fn micro_batch_rows(&self) -> usize;
+
+    /// Adds the unscaled gradient of the summed loss of one micro-batch to `gradient`. `during` is called at least
+    /// once while part of the gradient is computed and part is not.
+    ///
+    /// # Shapes
+    /// `parameters`, `gradient`: `[flat_length]`; at most [`Self::micro_batch_rows`] rows.
+    ///
+    /// # Errors
+    /// As the engine says; `gradient` is then unspecified.
+    fn forward_backward(
+        &mut self,
+        parameters: &[f32],
+        rows: &[Row],
+        seed: u64,
+        step: u64,
+        gradient: &mut [f32],
+        during: &mut (dyn FnMut() + Send),
+    ) -> Result<Sum, Error>;
+
+    /// The summed loss of some rows, without dropout.
+    ///
+    /// # Errors
+    /// As the engine says.
+    fn evaluate(&mut self, parameters: &[f32], rows: &[Row]) -> Result<Sum, Error>;
+
+    /// The files of a finished adapter's folder, as PEFT lays them out: name and content.
+    ///
+    /// # Errors
+    /// As the engine says.
+    fn adapter_files(&self, parameters: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error>;
+}
+
+/// What an engine is to be loaded for.
+#[derive(Debug)]
+pub struct LoadRequest<'a> {
+    /// The job.
+    pub spec: &'a JobSpec,
+    /// Threads that it may use.
+    pub threads: usize,
+}
+
+/// Loads engines.
+pub trait EngineLoader: Send {
+    /// Loads base and adapter; `progress` gets the share that is done, 0 to 1.
+    ///
+    /// # Errors
+    /// As the engine says.
+    fn load(
+        &self,
+        request: LoadRequest<'_>,
+        progress: &mut dyn FnMut(f64),
+    ) -> Result<Box<dyn StepEngine>, Error>;
+}

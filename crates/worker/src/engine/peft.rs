@@ -1,0 +1,149 @@
+//! The real engine, of peft-core.
+
+use std::ops::Range;
+
+use shanty_config::job::{self, Device, JobSpec};
+use shanty_peft_core::{
+    Engine, EngineOptions, GradientSink, StepKey,
+    adapter::{LoraConfig, TargetModules, files},
+    plan::Recompute,
+    quant::Nf4Options,
+};
+
+use crate::Error;
+
+use super::{EngineLoader, Facts, LoadRequest, Row, StepEngine, Sum};
+
+/// Loads peft-core's engine.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PeftEngines {
+    /// Where to compute, by the worker's own settings; the job's count where these leave it open.
+    pub device: Device,
+    /// Bytes that a step may take; half of what is free when none. Workers that share a host should share it.
+    pub memory_limit_bytes: Option<u64>,
+}
+
+impl EngineLoader for PeftEngines {
+    fn load(
+        &self,
+        request: LoadRequest<'_>,
+        progress: &mut dyn FnMut(f64),
+    ) -> Result<Box<dyn StepEngine>, Error> {
+        let spec = request.spec;
+        let device = if self.device == Device::Auto { spec.cluster.device } else { self.device };
+        if device == Device::Cuda {
+            return Err(Error::NoCudaEngine { device: "cuda".to_owned() });
+        }
+        let lora = lora(spec);
+        let options = EngineOptions {
+            quantization: quantization(spec),
+            lora: Some(lora.clone()),
+            threads: request.threads,
+            recompute: match spec.train.recompute {
+                job::Recompute::Auto => Recompute::Auto,
+                job::Recompute::Never => Recompute::Never,
+                job::Recompute::Layers => Recompute::Layers,
+            },
+            micro_batch_rows: spec.train.micro_batch_size,
+            memory_limit: self.memory_limit_bytes,
+            ..EngineOptions::new(&spec.base.model, spec.data.max_length)
+        };
+        let quantised = format!("{:?}", options.quantization);
+        let engine = Engine::load(options, &mut |loaded| {
+            progress(loaded.done_bytes as f64 / loaded.total_bytes.max(1) as f64);
+        })
+        .map_err(|error| Error::part(&error))?;
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(engine.base_hash().map_or(&[][..], |hash| hash.as_bytes()).to_vec().as_slice());
+        hasher.update(quantised.as_bytes());
+        let trainable = engine.layout().parameters() as u64;
+        let facts = Facts {
+            base_hash: hasher.finalize().to_hex().to_string(),
+            flat_length: engine.layout().len(),
+            trainable_parameters: trainable,
+            total_parameters: engine.config().parameters() as u64 + trainable,
+            matched_modules: engine.matched().modules(),
+        };
+        Ok(Box::new(PeftEngine { engine, lora, facts }))
+    }
+}
+
+fn quantization(spec: &JobSpec) -> Option<Nf4Options> {
+    match spec.base.quantization {
+        job::Quantization::Nf4 => {
+            Some(Nf4Options { double: spec.base.double_quantization, ..Nf4Options::default() })
+        }
+        job::Quantization::None => None,
+    }
+}
+
+fn lora(spec: &JobSpec) -> LoraConfig {
+    let adapter = &spec.adapter;
+    LoraConfig {
+        base_model_name_or_path: Some(spec.base.model.display().to_string()),
+        r: adapter.r,
+        lora_alpha: adapter.lora_alpha,
+        lora_dropout: adapter.lora_dropout,
+        use_rslora: adapter.use_rslora,
+        target_modules: match &adapter.target_modules {
+            job::TargetModules::Pattern(pattern) => TargetModules::Pattern(pattern.clone()),
+            job::TargetModules::Names(names) => TargetModules::Names(names.clone()),
+        },
+    }
+}
+
+/// A loaded engine with what its files need.
+struct PeftEngine {
+    engine: Engine,
+    lora: LoraConfig,
+    facts: Facts,
+}
+
+/// Tells that a part of the gradient is ready.
+struct During<'a>(&'a mut (dyn FnMut() + Send));
+
+impl GradientSink for During<'_> {
+    fn ready(&mut self, _: Range<usize>, _: &[f32]) {
+        (self.0)();
+    }
+}
+
+impl StepEngine for PeftEngine {
+    fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    fn initial_parameters(&self, seed: u64) -> Result<Vec<f32>, Error> {
+        Ok(self.engine.initial_parameters(seed))
+    }
+
+    fn micro_batch_rows(&self) -> usize {
+        self.engine.micro_batch_rows()
+    }
+
+    fn forward_backward(
+        &mut self,
+        parameters: &[f32],
+        rows: &[Row],
+        seed: u64,
+        step: u64,
+        gradient: &mut [f32],
+        during: &mut (dyn FnMut() + Send),
+    ) -> Result<Sum, Error> {
+        let key = StepKey { seed, step };
+        let sum = self
+            .engine
+            .forward_backward(parameters, rows, key, gradient, &mut During(during))
+            .map_err(|error| Error::part(&error))?;
+        Ok(Sum { loss: sum.loss, tokens: sum.tokens })
+    }
+
+    fn evaluate(&mut self, parameters: &[f32], rows: &[Row]) -> Result<Sum, Error> {
+        let sum = self.engine.evaluate(parameters, rows).map_err(|error| Error::part(&error))?;
+        Ok(Sum { loss: sum.loss, tokens: sum.tokens })
+    }
+
+    fn adapter_files(&self, parameters: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {
+        files::contents(&self.lora, self.engine.layout(), parameters).map_err(|error| Error::part(&error))
+    }
+}

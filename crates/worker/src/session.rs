@@ -1,0 +1,321 @@
+//! The session with the coordinator: one stream, beats, credit, and what trainer and coordinator tell each other.
+//!
+//! The session never waits for the trainer. `Leave` interrupts it at once; everything else goes through channels.
+//! When the stream breaks the trainer goes on with the credit and the rows it holds, and the session connects again
+//! and re-attaches.
+
+mod outbox;
+
+use std::{
+    sync::{Arc, mpsc::Sender},
+    time::{Duration, Instant},
+};
+
+use shanty_proto::v1::{
+    Attachment, Beat, CoordinatorMessage, Goodbye, Hello, Left, LogLine, LogLines, Welcome, WorkerMessage,
+    coordinator_message::Message as FromCoordinator, worker_message::Message,
+    worker_service_client::WorkerServiceClient,
+};
+use tokio::{
+    sync::mpsc::{self, Receiver, UnboundedReceiver, UnboundedSender},
+    time::{Interval, MissedTickBehavior, interval, sleep, timeout},
+};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status, Streaming, transport::Channel};
+use tracing::{debug, info, warn};
+
+use crate::{Error, control::Control, trainer::Command};
+
+use outbox::Outbox;
+
+/// First pause between two attempts to connect; doubled up to [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// Longest such pause: a restarted coordinator has its crew back within five seconds.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// How long the coordinator may take to say `Welcome`.
+const WELCOME_WITHIN: Duration = Duration::from_secs(5);
+/// A report of a step this close to the end of the credit is followed by a beat at once.
+const LOW_CREDIT_STEPS: u64 = 3;
+
+/// What a session is made of.
+pub(crate) struct Session {
+    pub(crate) client: WorkerServiceClient<Channel>,
+    pub(crate) address: String,
+    /// As it is said first; the attachment is filled in.
+    pub(crate) hello: Hello,
+    pub(crate) control: Arc<Control>,
+    pub(crate) commands: Sender<Command>,
+    pub(crate) reports: UnboundedReceiver<Message>,
+    pub(crate) logs: Receiver<LogLine>,
+}
+
+/// How a connection ended.
+enum End {
+    /// It broke, or could not be made.
+    Lost(String),
+    /// The process is to end.
+    Shutdown,
+}
+
+/// What is known across connections.
+struct Memory {
+    outbox: Outbox,
+    /// The job and attempt that the coordinator assigned over this connection or an attached one before.
+    assigned: Option<(String, u32)>,
+    /// The answer to the last `Leave`, as long as the worker belongs to that generation.
+    left: Option<Left>,
+    credit: Duration,
+}
+
+impl Session {
+    /// Keeps a session up until `shutdown`.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if the coordinator does not want this worker.
+    pub(crate) async fn run(mut self, shutdown: CancellationToken) -> Result<(), Error> {
+        let mut memory =
+            Memory { outbox: Outbox::default(), assigned: None, left: None, credit: Duration::from_secs(1) };
+        let mut pause = FIRST_PAUSE;
+        let mut told = String::new();
+        loop {
+            let began = Instant::now();
+            match self.connect(&mut memory, &shutdown).await? {
+                End::Shutdown => return Ok(()),
+                End::Lost(reason) => {
+                    if reason != told {
+                        warn!(coordinator = %self.address, %reason, "no connection to the coordinator");
+                        told = reason;
+                    }
+                }
+            }
+            if began.elapsed() > LONGEST_PAUSE {
+                pause = FIRST_PAUSE;
+            }
+            tokio::select! {
+                () = sleep(pause) => {}
+                () = shutdown.cancelled() => return Ok(()),
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// One connection, from `Hello` to its end.
+    async fn connect(&mut self, memory: &mut Memory, shutdown: &CancellationToken) -> Result<End, Error> {
+        let attachment = self.control.attachment();
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let mut wire = Wire { sender };
+        wire.send(Message::Hello(Hello { attachment: attachment.clone(), ..self.hello.clone() }));
+        if let Some(left) = &memory.left
+            && attachment.is_some()
+        {
+            wire.send(Message::Left(left.clone()));
+        }
+
+        let opening = self.open(UnboundedReceiverStream::new(receiver));
+        let opened = tokio::select! {
+            opened = timeout(WELCOME_WITHIN, opening) => opened,
+            () = shutdown.cancelled() => return Ok(End::Shutdown),
+        };
+        let (welcome, inbound) = match opened {
+            Ok(Ok(opened)) => opened,
+            Ok(Err(status)) => return self.lost(&status),
+            Err(_) => return Ok(End::Lost("it did not say welcome in time".to_owned())),
+        };
+        info!(coordinator = %self.address, attached = welcome.attached, "connected to the coordinator");
+        memory.credit = Duration::from_millis(welcome.credit_ms.into());
+        self.settle(memory, &mut wire, attachment, welcome.attached);
+        let beats = Duration::from_millis(u64::from(welcome.beat_interval_ms.max(1)));
+        self.serve(memory, wire, inbound, beats, shutdown).await
+    }
+
+    async fn open(
+        &self,
+        outbound: UnboundedReceiverStream<WorkerMessage>,
+    ) -> Result<(Welcome, Streaming<CoordinatorMessage>), Status> {
+        let mut inbound = self.client.clone().session(outbound).await?.into_inner();
+        match inbound.message().await?.and_then(|first| first.message) {
+            Some(FromCoordinator::Welcome(welcome)) => Ok((welcome, inbound)),
+            Some(_) => Err(Status::failed_precondition("its first message was no welcome")),
+            None => Err(Status::unavailable("it closed the stream")),
+        }
+    }
+
+    /// After `Welcome`: either goes on as the member that it was, or forgets what was said as that member.
+    fn settle(&self, memory: &mut Memory, wire: &mut Wire, claimed: Option<Attachment>, attached: bool) {
+        let unacknowledged = memory.outbox.reconnect();
+        if attached && claimed.is_some() {
+            for message in unacknowledged {
+                // `Left` went out right behind `Hello`.
+                if !matches!(message, Message::Left(_)) {
+                    memory.outbox.sent(message.clone());
+                    wire.send(message);
+                }
+            }
+            return;
+        }
+        memory.assigned = None;
+        memory.left = None;
+        if claimed.is_some() {
+            warn!("the coordinator went on without this worker");
+            self.control.drop_membership("the coordinator went on without this worker");
+            self.command(Command::Dropped);
+        }
+    }
+
+    async fn serve(
+        &mut self,
+        memory: &mut Memory,
+        mut wire: Wire,
+        mut inbound: Streaming<CoordinatorMessage>,
+        beats: Duration,
+        shutdown: &CancellationToken,
+    ) -> Result<End, Error> {
+        let mut tick: Interval = interval(beats);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let control = Arc::clone(&self.control);
+        loop {
+            tokio::select! {
+                message = inbound.message() => match message {
+                    Ok(Some(CoordinatorMessage { message: Some(message) })) => {
+                        self.receive(memory, &mut wire, message);
+                    }
+                    Ok(Some(CoordinatorMessage { message: None })) => debug!("the coordinator sent an unknown message"),
+                    Ok(None) => return Ok(End::Lost("it closed the stream".to_owned())),
+                    Err(status) => return self.lost(&status),
+                },
+                Some(report) = self.reports.recv() => self.report(memory, &mut wire, report),
+                _ = tick.tick() => self.beat(memory, &mut wire),
+                () = control.beat_wanted.notified() => self.beat(memory, &mut wire),
+                Some(line) = self.logs.recv() => self.forward_logs(memory, &mut wire, line),
+                () = shutdown.cancelled() => {
+                    wire.send(Message::Goodbye(Goodbye { reason: "the worker was asked to end".to_owned() }));
+                    drop(wire);
+                    // The stream ends once the coordinator has read the goodbye; not for long if it is stuck.
+                    let _ = timeout(Duration::from_secs(1), async {
+                        while let Ok(Some(_)) = inbound.message().await {}
+                    }).await;
+                    return Ok(End::Shutdown);
+                }
+            }
+            if wire.sender.is_closed() {
+                return Ok(End::Lost("the stream broke".to_owned()));
+            }
+        }
+    }
+
+    /// A status that ended the stream: fatal if a repeat cannot help.
+    fn lost(&self, status: &Status) -> Result<End, Error> {
+        match status.code() {
+            Code::InvalidArgument
+            | Code::FailedPrecondition
+            | Code::Unauthenticated
+            | Code::PermissionDenied
+            | Code::Unimplemented => {
+                Err(Error::Refused { address: self.address.clone(), reason: status.message().to_owned() })
+            }
+            _ => Ok(End::Lost(shanty_proto::from_status(status).message)),
+        }
+    }
+
+    fn receive(&self, memory: &mut Memory, wire: &mut Wire, message: FromCoordinator) {
+        match message {
+            FromCoordinator::Welcome(_) => debug!("a second welcome"),
+            FromCoordinator::BeatAck(ack) => {
+                let sent = memory.outbox.acknowledged(ack.sequence);
+                if let (Some(sent), Some(credit)) = (sent, ack.credit) {
+                    self.control.grant(credit.generation, credit.up_to_step, sent, memory.credit);
+                }
+            }
+            FromCoordinator::Assign(assign) => {
+                memory.assigned = Some((assign.job_id.clone(), assign.attempt));
+                self.command(Command::Assign(assign));
+            }
+            FromCoordinator::Form(form) => {
+                memory.left = None;
+                memory.assigned = Some((form.job_id.clone(), form.attempt));
+                self.control.enter(Attachment {
+                    job_id: form.job_id.clone(),
+                    attempt: form.attempt,
+                    generation: form.generation,
+                    rank: form.rank,
+                    applied_step: 0,
+                });
+                self.command(Command::Form(form));
+                // The first credit is the answer to this beat.
+                self.beat(memory, wire);
+            }
+            FromCoordinator::Leave(leave) => {
+                info!(generation = leave.generation, reason = %leave.reason, "leaving the generation");
+                self.control.interrupt(leave.generation, &leave.reason);
+                self.command(Command::Leave(leave));
+            }
+            FromCoordinator::Release(release) => {
+                info!(job = %release.job_id, succeeded = release.succeeded, reason = %release.reason, "released");
+                memory.left = None;
+                memory.assigned = None;
+                self.control.drop_membership(&release.reason);
+                self.command(Command::Release(release));
+            }
+        }
+    }
+
+    /// A closed channel means that the trainer has ended, which ends the session elsewhere.
+    fn command(&self, command: Command) {
+        let _ = self.commands.send(command);
+    }
+
+    fn report(&self, memory: &mut Memory, wire: &mut Wire, report: Message) {
+        let about_assignment = match &report {
+            Message::BaseReady(ready) => Some((&ready.job_id, ready.attempt)),
+            Message::Failure(failure) => Some((&failure.job_id, failure.attempt)),
+            _ => None,
+        };
+        if let Some((job_id, attempt)) = about_assignment
+            && memory.assigned.as_ref().is_none_or(|(job, number)| job != job_id || *number != attempt)
+        {
+            debug!("an answer to an assignment of an earlier connection is not sent");
+            return;
+        }
+        if let Message::Left(left) = &report {
+            memory.left = Some(left.clone());
+        }
+        memory.outbox.sent(report.clone());
+        let short_of_credit = match &report {
+            Message::Step(step) => self.control.credited_step(step.generation) < step.step + LOW_CREDIT_STEPS,
+            _ => false,
+        };
+        wire.send(report);
+        if short_of_credit {
+            self.beat(memory, wire);
+        }
+    }
+
+    fn beat(&self, memory: &mut Memory, wire: &mut Wire) {
+        if let Some(sequence) = memory.outbox.beat(Instant::now()) {
+            let (phase, attachment) = (self.control.phase(), self.control.attachment());
+            wire.send(Message::Beat(Beat { sequence, phase: phase.into(), attachment }));
+        }
+    }
+
+    fn forward_logs(&mut self, memory: &Memory, wire: &mut Wire, first: LogLine) {
+        let mut lines = vec![first];
+        while let Ok(line) = self.logs.try_recv() {
+            lines.push(line);
+        }
+        if let Some((job_id, _)) = &memory.assigned {
+            wire.send(Message::Logs(LogLines { job_id: job_id.clone(), lines }));
+        }
+    }
+}
+
+/// The sending half of a connection. A send after the connection broke goes nowhere; the loop notices.
+struct Wire {
+    sender: UnboundedSender<WorkerMessage>,
+}
+
+impl Wire {
+    fn send(&mut self, message: Message) {
+        let _ = self.sender.send(WorkerMessage { message: Some(message) });
+    }
+}

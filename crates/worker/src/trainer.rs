@@ -1,0 +1,330 @@
+//! The thread that trains: idle, then loaded, then a member of one generation after another.
+//!
+//! Between generations it follows commands in order. Within one it looks at none: the session interrupts it through
+//! [`Control`], and the command that says why lies next in the channel.
+
+mod boundary;
+mod check;
+mod checkpoint;
+mod formation;
+mod job;
+mod pipeline;
+mod start;
+mod state;
+mod step;
+mod sum;
+
+use std::{
+    sync::{Arc, mpsc::Receiver},
+    time::{Duration, Instant},
+};
+
+use shanty_collective::{Collective, tcp};
+use shanty_proto::v1::{
+    Assign, BaseReady, Broken, Form, KeptSum, Leave, Left, MemberPhase, Release, WorkerFailure,
+    worker_message::Message,
+};
+use tokio::sync::mpsc::UnboundedSender;
+use tracing::{error, info, warn};
+
+use crate::{
+    Error,
+    control::{Control, Interrupted},
+    engine::{EngineLoader, LoadRequest},
+    failpoint::Failpoints,
+    plan::JobPlan,
+    row_log::RowLog,
+    rows::RowClient,
+};
+
+use formation::Formation;
+use job::Job;
+use step::Generation;
+
+/// How long a failed collective waits for the coordinator to say why, before the worker says that it broke: the
+/// coordinator notices a lost member as well, and its reason is better than "connection reset".
+const PATIENCE: Duration = Duration::from_millis(150);
+
+/// What the coordinator wants, in the order in which it said so.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Load base and adapter.
+    Assign(Assign),
+    /// Take part in a generation.
+    Form(Form),
+    /// Take no further part in it.
+    Leave(Leave),
+    /// The job is over.
+    Release(Release),
+    /// The coordinator went on without this worker.
+    Dropped,
+    /// The process ends.
+    Close,
+}
+
+/// Why a generation's work stops.
+#[derive(Debug)]
+pub(crate) enum Stop {
+    /// The generation was left; the next command says why.
+    Interrupted,
+    /// A collective failed by itself.
+    Broken(String),
+    /// The worker cannot go on with the job.
+    Failed(Error),
+    /// A failpoint's simulated death.
+    Killed,
+}
+
+impl From<Interrupted> for Stop {
+    fn from(_: Interrupted) -> Self {
+        Self::Interrupted
+    }
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Killed => Self::Killed,
+            error => Self::Failed(error),
+        }
+    }
+}
+
+/// What the trainer uses of its surroundings.
+pub(crate) struct Surroundings {
+    pub(crate) worker_id: String,
+    pub(crate) threads: usize,
+    pub(crate) control: Arc<Control>,
+    pub(crate) reports: UnboundedSender<Message>,
+    pub(crate) rows: RowClient,
+    pub(crate) listener: tcp::Listener,
+    pub(crate) failpoints: Failpoints,
+}
+
+impl Surroundings {
+    /// Tells the coordinator. A closed channel means that the session is over, and with it this process.
+    pub(crate) fn report(&self, message: Message) {
+        let _ = self.reports.send(message);
+    }
+}
+
+/// The generation that the trainer belongs to.
+struct Member {
+    job_id: String,
+    attempt: u32,
+    generation: u64,
+    /// Kept open after the last step until the generation is over.
+    _collective: Option<Box<dyn Collective>>,
+}
+
+/// The trainer.
+pub(crate) struct Trainer {
+    around: Surroundings,
+    loader: Box<dyn EngineLoader>,
+    commands: Receiver<Command>,
+    job: Option<Job>,
+    member: Option<Member>,
+}
+
+impl Trainer {
+    pub(crate) fn new(
+        around: Surroundings,
+        loader: Box<dyn EngineLoader>,
+        commands: Receiver<Command>,
+    ) -> Self {
+        Self { around, loader, commands, job: None, member: None }
+    }
+
+    /// Follows commands until `Close` or the end of the session.
+    ///
+    /// # Errors
+    /// [`Error::Killed`] if a failpoint simulated this worker's death.
+    pub(crate) fn run(mut self) -> Result<(), Error> {
+        self.around.control.set_phase(MemberPhase::Idle);
+        while let Ok(command) = self.commands.recv() {
+            match command {
+                Command::Assign(assign) => self.assign(assign),
+                Command::Form(form) => self.form(form)?,
+                Command::Leave(leave) => self.leave(&leave),
+                Command::Release(release) => self.release(&release),
+                Command::Dropped => {
+                    self.member = None;
+                    let phase = if self.job.is_some() { MemberPhase::Ready } else { MemberPhase::Idle };
+                    self.around.control.set_phase(phase);
+                }
+                Command::Close => break,
+            }
+        }
+        if let Some(job) = &mut self.job {
+            job.checkpoints.wait();
+        }
+        Ok(())
+    }
+
+    fn assign(&mut self, assign: Assign) {
+        let (job_id, attempt) = (assign.job_id.clone(), assign.attempt);
+        self.member = None;
+        let began = Instant::now();
+        match self.load(assign) {
+            Ok(()) => {
+                let Some(job) = &self.job else { return };
+                let facts = job.engine.facts();
+                self.around.control.set_phase(MemberPhase::Ready);
+                self.around.report(Message::BaseReady(BaseReady {
+                    job_id,
+                    attempt,
+                    base_hash: facts.base_hash.clone(),
+                    trainable_parameters: facts.trainable_parameters,
+                    total_parameters: facts.total_parameters,
+                    matched_modules: facts.matched_modules.clone(),
+                    seconds: began.elapsed().as_secs_f64(),
+                }));
+            }
+            Err(error) => {
+                self.job = None;
+                self.around.control.set_phase(MemberPhase::Idle);
+                self.fail(&job_id, attempt, &error);
+            }
+        }
+    }
+
+    /// Loads what the assignment needs. What is loaded already serves again.
+    fn load(&mut self, assign: Assign) -> Result<(), Error> {
+        let plan = JobPlan::new(assign)?;
+        if let Some(job) = &mut self.job
+            && job.plan.needs_same_engine(&plan)
+        {
+            if job.plan.attempt != plan.attempt {
+                job.forget_state();
+                self.around.control.set_applied(0);
+            }
+            job.plan = plan;
+            return Ok(());
+        }
+        self.drop_job();
+        self.around.control.set_phase(MemberPhase::Loading);
+        info!(job = %plan.job_id, base = %plan.spec.base.model.display(), "loading the base");
+        let row_log = RowLog::open(&plan.store, &self.around.worker_id)?;
+        let request = LoadRequest { spec: &plan.spec, threads: self.around.threads };
+        let mut told = 0;
+        let engine = self.loader.load(request, &mut |share| {
+            let quarters = (share * 4.0) as u32;
+            if quarters > told {
+                told = quarters;
+                info!(percent = quarters * 25, "loading the base");
+            }
+        })?;
+        self.job = Some(Job::new(plan, engine, row_log));
+        Ok(())
+    }
+
+    fn form(&mut self, form: Form) -> Result<(), Error> {
+        let (job_id, attempt, generation) = (form.job_id.clone(), form.attempt, form.generation);
+        self.member = None;
+        let taken_part = self.take_part(form);
+        let stop = match taken_part {
+            Ok(collective) => {
+                self.around.control.set_phase(MemberPhase::Waiting);
+                self.member = Some(Member { job_id, attempt, generation, _collective: Some(collective) });
+                return Ok(());
+            }
+            Err(stop) => stop,
+        };
+        self.around.control.set_phase(MemberPhase::Waiting);
+        self.member = Some(Member { job_id: job_id.clone(), attempt, generation, _collective: None });
+        match stop {
+            Stop::Interrupted => {}
+            Stop::Broken(reason) => self.tell_broken(job_id, attempt, generation, reason),
+            Stop::Failed(error) => {
+                if let Some(job) = &mut self.job {
+                    job.sum.clear();
+                }
+                // The coordinator goes on without this worker; it may be assigned anew.
+                self.member = None;
+                self.around.control.drop_membership("this worker failed");
+                self.fail(&job_id, attempt, &error);
+            }
+            Stop::Killed => {
+                self.around.control.die();
+                return Err(Error::Killed);
+            }
+        }
+        Ok(())
+    }
+
+    fn take_part(&mut self, form: Form) -> Result<Box<dyn Collective>, Stop> {
+        let Some(job) = &mut self.job else {
+            let reason = "no base is loaded".to_owned();
+            return Err(Error::Protocol { message: "Form", reason }.into());
+        };
+        let formation = Formation::new(form, &job.plan)?;
+        info!(
+            generation = formation.generation,
+            rank = formation.rank,
+            world_size = formation.world_size(),
+            step = formation.start.applied_step,
+            "forming a generation"
+        );
+        Generation::join(&self.around, job, formation)?.run()
+    }
+
+    fn tell_broken(&self, job_id: String, attempt: u32, generation: u64, reason: String) {
+        if self.around.control.wait_for_interruption(generation, PATIENCE).is_err() {
+            return;
+        }
+        warn!(generation, %reason, "the generation broke");
+        let step = self.applied() + 1;
+        self.around.report(Message::Broken(Broken { job_id, attempt, generation, step, error: reason }));
+    }
+
+    fn leave(&mut self, leave: &Leave) {
+        let Some(member) = &mut self.member else { return };
+        if member.generation != leave.generation {
+            return;
+        }
+        member._collective = None;
+        let Some(job) = &self.job else { return };
+        let (applied_step, state_hash) = match &job.state {
+            Some(state) => (state.applied(), state.hash()),
+            None => (0, String::new()),
+        };
+        let kept = job.sum.kept().map(|(step, rows)| KeptSum { step, row_ids: rows.to_vec() });
+        let kept_rows = kept.as_ref().map_or(0, |kept| kept.row_ids.len());
+        info!(generation = leave.generation, applied_step, kept_rows, "left the generation");
+        self.around.report(Message::Left(Left {
+            job_id: member.job_id.clone(),
+            attempt: member.attempt,
+            generation: member.generation,
+            applied_step,
+            state_hash,
+            kept,
+        }));
+    }
+
+    fn release(&mut self, release: &Release) {
+        if self.job.as_ref().is_some_and(|job| job.plan.job_id != release.job_id) {
+            return;
+        }
+        self.member = None;
+        self.drop_job();
+        self.around.control.set_phase(MemberPhase::Idle);
+    }
+
+    /// Lets go of base, state and sum. A checkpoint that is being written is finished first.
+    fn drop_job(&mut self) {
+        if let Some(mut job) = self.job.take() {
+            job.checkpoints.wait();
+        }
+        self.around.control.set_applied(0);
+    }
+
+    fn fail(&self, job_id: &str, attempt: u32, error: &Error) {
+        error!(job = job_id, code = %error.detail().code, %error, "cannot go on with the job");
+        let error = Some(error.detail());
+        self.around.report(Message::Failure(WorkerFailure { job_id: job_id.to_owned(), attempt, error }));
+    }
+
+    fn applied(&self) -> u64 {
+        self.job.as_ref().and_then(|job| job.state.as_ref()).map_or(0, state::State::applied)
+    }
+}

@@ -1,0 +1,154 @@
+//! A generation as it was announced, checked.
+
+use shanty_collective::tcp::{JoinOptions, Token};
+use shanty_proto::v1::{Form, RankRows, StartPoint, start_point::Source};
+
+use crate::{Error, plan::JobPlan};
+
+use std::time::Duration;
+
+/// How long the members may take to find each other. A member that is lost meanwhile ends the wait earlier.
+const JOIN_WITHIN: Duration = Duration::from_secs(60);
+
+/// A generation as it was announced: every field is there and fits the others.
+#[derive(Debug, Clone)]
+pub(crate) struct Formation {
+    pub(crate) generation: u64,
+    pub(crate) rank: u32,
+    /// Where each member listens, by rank.
+    pub(crate) members: Vec<String>,
+    pub(crate) token: [u8; 32],
+    pub(crate) start: Start,
+}
+
+/// Where a generation starts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Start {
+    /// Updates applied in the state that it starts from.
+    pub(crate) applied_step: u64,
+    pub(crate) from: Origin,
+    /// This rank's rows of the first step, where they are not its regular slice: (kept, to compute).
+    pub(crate) first_rows: Option<(Vec<u64>, Vec<u64>)>,
+    pub(crate) evaluated_step: Option<u64>,
+    pub(crate) checkpoint_step: Option<u64>,
+}
+
+/// Where adapter and optimizer come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// Every rank makes the same from the seed.
+    Seed,
+    /// Rank 0 reads a checkpoint and gives it to the others.
+    Checkpoint(String),
+    /// Members hold it; the donor gives it to the receivers.
+    Members { donor: u32, receivers: Vec<u32> },
+}
+
+impl Formation {
+    /// Checks an announcement.
+    pub(crate) fn new(form: Form, plan: &JobPlan) -> Result<Self, Error> {
+        let wrong = |reason: String| Error::Protocol { message: "Form", reason };
+        if (&form.job_id, form.attempt) != (&plan.job_id, plan.attempt) {
+            return Err(wrong(format!("it is of attempt {} of job {}", form.attempt, form.job_id)));
+        }
+        let token =
+            form.token.as_slice().try_into().map_err(|_| wrong("its token has not 32 bytes".to_owned()))?;
+        let mut members = form.members;
+        members.sort_by_key(|member| member.rank);
+        if members.iter().enumerate().any(|(rank, member)| member.rank as usize != rank) {
+            return Err(wrong("its ranks are not 0, 1, …".to_owned()));
+        }
+        if form.rank as usize >= members.len() {
+            return Err(wrong(format!("rank {} is not among its {} members", form.rank, members.len())));
+        }
+        let start = form.start.ok_or_else(|| wrong("it has no start".to_owned()))?;
+        let start = Start::new(start, form.rank, members.len()).map_err(wrong)?;
+        if start.applied_step > plan.steps() {
+            return Err(wrong(format!("it starts after step {} of {}", start.applied_step, plan.steps())));
+        }
+        let members = members.into_iter().map(|member| member.collective_address).collect();
+        Ok(Self { generation: form.generation, rank: form.rank, members, token, start })
+    }
+
+    pub(crate) fn world_size(&self) -> u32 {
+        u32::try_from(self.members.len()).unwrap_or(u32::MAX)
+    }
+
+    pub(crate) fn join_options(&self, job: &str) -> JoinOptions {
+        JoinOptions {
+            job: job.to_owned(),
+            generation: self.generation,
+            rank: self.rank,
+            members: self.members.clone(),
+            token: Token(self.token),
+            deadline: JOIN_WITHIN,
+        }
+    }
+}
+
+impl Start {
+    fn new(start: StartPoint, rank: u32, members: usize) -> Result<Self, String> {
+        let from = match start.source {
+            Some(Source::Fresh(_)) if start.applied_step == 0 => Origin::Seed,
+            Some(Source::Fresh(_)) => return Err("a fresh start has applied steps".to_owned()),
+            Some(Source::Checkpoint(checkpoint)) => Origin::Checkpoint(checkpoint.path),
+            Some(Source::Members(from)) => {
+                let known = |rank: &u32| (*rank as usize) < members;
+                if !known(&from.donor)
+                    || !from.receivers.iter().all(known)
+                    || from.receivers.contains(&from.donor)
+                {
+                    return Err(format!(
+                        "rank {} cannot give state to ranks {:?}",
+                        from.donor, from.receivers
+                    ));
+                }
+                Origin::Members { donor: from.donor, receivers: from.receivers }
+            }
+            None => return Err("it does not say where state comes from".to_owned()),
+        };
+        let mine = |rows: &RankRows| rows.rank == rank;
+        let first_rows = match start.rows.iter().find(|rows| mine(rows)) {
+            Some(rows) => Some((rows.kept.clone(), rows.compute.clone())),
+            // Others have entries: this rank has nothing kept and nothing to compute.
+            None if !start.rows.is_empty() => Some((Vec::new(), Vec::new())),
+            None => None,
+        };
+        Ok(Self {
+            applied_step: start.applied_step,
+            from,
+            first_rows,
+            evaluated_step: start.evaluated_step,
+            checkpoint_step: start.checkpoint_step,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shanty_proto::v1::{Fresh, FromMembers};
+
+    use super::*;
+
+    fn point() -> StartPoint {
+        let members = FromMembers { donor: 0, receivers: vec![2] };
+        StartPoint { applied_step: 4, source: Some(Source::Members(members)), ..StartPoint::default() }
+    }
+
+    #[test]
+    fn a_rank_without_an_entry_has_its_slice_only_while_nobody_has_one() {
+        assert_eq!(Start::new(point(), 1, 3).unwrap().first_rows, None);
+        let entry = RankRows { rank: 0, kept: vec![1], compute: vec![2] };
+        let broken = StartPoint { rows: vec![entry], ..point() };
+        assert_eq!(Start::new(broken.clone(), 0, 3).unwrap().first_rows, Some((vec![1], vec![2])));
+        assert_eq!(Start::new(broken, 1, 3).unwrap().first_rows, Some((vec![], vec![])));
+    }
+
+    #[test]
+    fn starts_that_contradict_themselves_are_refused() {
+        let fresh = StartPoint { source: Some(Source::Fresh(Fresh {})), ..point() };
+        assert!(Start::new(fresh, 0, 3).unwrap_err().contains("fresh start"));
+        assert!(Start::new(StartPoint { source: None, ..point() }, 0, 3).is_err());
+        assert!(Start::new(point(), 0, 2).unwrap_err().contains("cannot give state"));
+    }
+}

@@ -1,0 +1,240 @@
+//! How a generation's members come to hold the same state: from the seed, from a checkpoint, or from each other.
+
+use bytemuck::{Pod, Zeroable};
+use shanty_checkpoint::{Blocking, Expectations, Key, Optimizer};
+use shanty_collective::Collective;
+use tracing::info;
+
+use crate::{Error, control::Interrupted, failpoint::Point};
+
+use super::{
+    Stop, Surroundings,
+    formation::{Formation, Origin, Start},
+    job::Job,
+    state::State,
+};
+
+/// Parameters that travel in one broadcast. Between two, a member that is to leave does.
+const CHUNK: usize = 1 << 20;
+
+/// What each member says to all others before state moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+struct Introduction {
+    /// Hash of base and adapter definition, which must be the same everywhere.
+    engine_hash: [u8; 32],
+    parameters: u64,
+    /// The most rows of a micro-batch that this member can take.
+    micro_batch_rows: u64,
+    /// The plan of the state that this member holds; 0 for none.
+    planned_rows: u64,
+}
+
+/// What goes ahead of the state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+struct Header {
+    applied: u64,
+    hash: [u8; 32],
+}
+
+/// Makes the state before the first step, where a generation starts from it and this worker has none. Done before
+/// anybody is waited for: whoever leaves this generation then holds the state that it answers with.
+pub(super) fn prepare(job: &mut Job, start: &Start) -> Result<(), Error> {
+    job.furthest_start = job.furthest_start.max(start.applied_step);
+    // A worker that never got the state of a later step must not pass for one that stands before the first.
+    let begins = start.applied_step == 0 && job.furthest_start == 0;
+    if start.from == Origin::Seed || (begins && job.state.is_none()) {
+        job.start_afresh()?;
+    }
+    Ok(())
+}
+
+/// Brings this member's state to the start of the generation.
+pub(super) fn reach_start(
+    around: &Surroundings,
+    job: &mut Job,
+    formation: &Formation,
+    collective: &mut dyn Collective,
+) -> Result<(), Stop> {
+    let source = match &formation.start.from {
+        Origin::Seed => 0,
+        Origin::Checkpoint(path) => {
+            if formation.rank == 0 {
+                let (state, micro_batch_rows) = load(job, path)?;
+                job.state = Some(state);
+                job.micro_batch_rows = micro_batch_rows;
+            }
+            job.sum.clear();
+            0
+        }
+        Origin::Members { donor, .. } => *donor,
+    };
+    agree(around, job, formation, collective, source)?;
+    match &formation.start.from {
+        Origin::Seed => {}
+        Origin::Checkpoint(_) => {
+            let receives = |rank| rank != 0;
+            transfer(around, job, formation, collective, 0, receives)?;
+        }
+        Origin::Members { receivers, .. } if receivers.is_empty() => {}
+        Origin::Members { donor, receivers } => {
+            transfer(around, job, formation, collective, *donor, |rank| receivers.contains(&rank))?;
+        }
+    }
+    let applied = job.state.as_ref().map(State::applied);
+    if applied != Some(formation.start.applied_step) {
+        let reason = format!(
+            "it starts after step {}, this worker's state {}",
+            formation.start.applied_step,
+            applied.map_or("is missing".to_owned(), |applied| format!("is of step {applied}"))
+        );
+        return Err(Error::Protocol { message: "Form", reason }.into());
+    }
+    around.control.set_applied(formation.start.applied_step);
+    Ok(())
+}
+
+/// Reads a checkpoint: the state and its micro-batch plan.
+fn load(job: &Job, path: &str) -> Result<(State, u64), Error> {
+    let key: Key = path.parse().map_err(|()| Error::Protocol {
+        message: "Form",
+        reason: format!("`{path}` is not the name of a checkpoint"),
+    })?;
+    let part = |error: shanty_checkpoint::Error| Error::part(&error);
+    let store = Blocking::open(&job.plan.store.display().to_string()).map_err(part)?;
+    let manifest = store.manifest(key).map_err(part)?;
+    manifest
+        .check(&Expectations {
+            base_hash: Some(job.engine.facts().base_hash.clone()),
+            data_hash: Some(job.plan.data.hash.clone()),
+            adapter_hash: Some(job.adapter_hash.to_string()),
+            seed: Some(job.plan.spec.train.seed),
+            global_batch_size: Some(job.plan.spec.train.global_batch_size as u64),
+            tokenizer_hash: None,
+        })
+        .map_err(part)?;
+    let snapshot = store.load(&manifest).map_err(part)?;
+    info!(%path, step = snapshot.key.step, "read the checkpoint");
+    let rows = u64::from(snapshot.state.micro_batch_rows);
+    if snapshot.optimizer.parameters.len() != job.flat_length() {
+        let reason = format!("checkpoint `{path}` has {} parameters", snapshot.optimizer.parameters.len());
+        return Err(Error::Protocol { message: "Form", reason });
+    }
+    Ok((job.update.restore(snapshot.key.step, snapshot.optimizer)?, rows))
+}
+
+/// All members say what they are; they must be the same, and take the same micro-batches.
+fn agree(
+    around: &Surroundings,
+    job: &mut Job,
+    formation: &Formation,
+    collective: &mut dyn Collective,
+    source: u32,
+) -> Result<(), Stop> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(job.engine.facts().base_hash.as_bytes());
+    hasher.update(job.adapter_hash.as_bytes());
+    let own = Introduction {
+        engine_hash: *hasher.finalize().as_bytes(),
+        parameters: job.flat_length() as u64,
+        micro_batch_rows: job.engine.micro_batch_rows().max(1) as u64,
+        planned_rows: if job.state.is_some() { job.micro_batch_rows } else { 0 },
+    };
+    let mut all = vec![own; formation.members.len()];
+    collective
+        .all_gather(bytemuck::bytes_of(&own), bytemuck::cast_slice_mut(&mut all))
+        .map_err(|error| broken(around, formation, &error))?;
+    if let Some(rank) =
+        all.iter().position(|one| (one.engine_hash, one.parameters) != (own.engine_hash, own.parameters))
+    {
+        let donor = u32::try_from(rank).unwrap_or(u32::MAX);
+        let step = formation.start.applied_step;
+        return Err(
+            Error::StateDiffers { step, donor, what: "the base or adapter that this worker loaded" }.into()
+        );
+    }
+    let most = all.iter().map(|one| one.micro_batch_rows).min().unwrap_or(1);
+    let planned = all.get(source as usize).map_or(0, |one| one.planned_rows);
+    if planned > most {
+        tracing::warn!(
+            planned,
+            most,
+            "micro-batches are smaller than before: bits will differ from an uninterrupted run"
+        );
+    }
+    job.micro_batch_rows = if planned == 0 { most } else { planned.min(most) };
+    Ok(())
+}
+
+/// Moves the state from `donor` to those who receive it; the others compare it with theirs.
+fn transfer(
+    around: &Surroundings,
+    job: &mut Job,
+    formation: &Formation,
+    collective: &mut dyn Collective,
+    donor: u32,
+    receives: impl Fn(u32) -> bool,
+) -> Result<(), Stop> {
+    let rank = formation.rank;
+    let step = formation.start.applied_step;
+    let gives = rank == donor;
+    if job.state.is_none() && !receives(rank) {
+        let reason = format!("rank {rank} is to hold the state of step {step}, but holds none");
+        return Err(Error::Protocol { message: "Form", reason }.into());
+    }
+    let mut header = Header { applied: 0, hash: [0; 32] };
+    if let Some(state) = job.state.as_ref().filter(|_| gives) {
+        header = Header { applied: state.applied(), hash: *state.digest().as_bytes() };
+    }
+    collective
+        .broadcast(donor, bytemuck::bytes_of_mut(&mut header))
+        .map_err(|error| broken(around, formation, &error))?;
+
+    // What arrives is kept apart until it is whole: a member that loses its donor here still holds what it had.
+    let mut arriving = receives(rank).then(|| [(); 3].map(|()| vec![0.0f32; job.flat_length()]));
+    let mut chunk = vec![0.0f32; CHUNK.min(job.flat_length())];
+    for part in 0..3 {
+        for start in (0..job.flat_length()).step_by(CHUNK) {
+            around.control.check(formation.generation)?;
+            let range = start..(start + CHUNK).min(job.flat_length());
+            let chunk = &mut chunk[..range.len()];
+            if let Some(state) = job.state.as_ref().filter(|_| gives) {
+                chunk.copy_from_slice(&state.parts()[part][range.clone()]);
+            }
+            collective
+                .broadcast(donor, bytemuck::cast_slice_mut(chunk))
+                .map_err(|error| broken(around, formation, &error))?;
+            around.failpoints.reach(Point::DuringStateTransfer, formation.place(step))?;
+            match (&mut arriving, &job.state) {
+                (Some(parts), _) => parts[part][range].copy_from_slice(chunk),
+                (None, Some(state)) if same_bits(&state.parts()[part][range], chunk) => {}
+                (None, _) => {
+                    return Err(Error::StateDiffers { step, donor, what: "what this worker holds" }.into());
+                }
+            }
+        }
+    }
+    if let Some([parameters, exp_avg, exp_avg_sq]) = arriving {
+        let state = job.update.restore(header.applied, Optimizer { parameters, exp_avg, exp_avg_sq })?;
+        if *state.digest().as_bytes() != header.hash {
+            return Err(Error::StateDiffers { step, donor, what: "its hash" }.into());
+        }
+        info!(donor, step = state.applied(), "received adapter and optimizer");
+        job.state = Some(state);
+        job.sum.clear();
+    }
+    Ok(())
+}
+
+fn same_bits(left: &[f32], right: &[f32]) -> bool {
+    bytemuck::cast_slice::<f32, u8>(left) == bytemuck::cast_slice::<f32, u8>(right)
+}
+
+/// A collective failed: because the generation was left, or by itself.
+pub(super) fn broken(around: &Surroundings, formation: &Formation, error: &shanty_collective::Error) -> Stop {
+    match around.control.check(formation.generation) {
+        Err(Interrupted) => Stop::Interrupted,
+        Ok(()) => Stop::Broken(error.to_string()),
+    }
+}

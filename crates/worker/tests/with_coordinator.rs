@@ -1,0 +1,250 @@
+//! Workers with the real coordinator, over the wire and with its state on disk.
+
+mod common;
+
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::atomic::Ordering,
+    time::Duration,
+};
+
+use common::{Crew, deadly, engine::ModelEngines, prove_exactly_once_in};
+use shanty_coordinator::{Coordinator, Options, prepare::PrepareLine};
+use shanty_data::{Format, PrepareOptions, Summary, order::Order};
+use shanty_proto::v1::{
+    GetStatusRequest, JobState, JobStatus, ListStepsRequest, SubmitJobRequest,
+    job_service_client::JobServiceClient, status_service_client::StatusServiceClient,
+};
+use shanty_worker::{
+    engine::{EngineLoader, PeftEngines},
+    failpoint::Failpoints,
+};
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+const SEED: u64 = 3;
+const BATCH: usize = 6;
+
+fn examples() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples").canonicalize().unwrap()
+}
+
+/// A job, its prepared data, and a coordinator that serves it.
+struct Stage {
+    folder: TempDir,
+    summary: Summary,
+    steps: u64,
+    address: SocketAddr,
+    stop: CancellationToken,
+    serving: JoinHandle<()>,
+    job: String,
+}
+
+impl Stage {
+    async fn set(workers: u32, steps: u64) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (train, eval) = (folder.path().join("train.jsonl"), folder.path().join("eval.jsonl"));
+        let line = |number: usize| {
+            let words = ["to", "see", "sad", "sights", "moves", "more", "than", "hear", "them", "told"];
+            let text: Vec<&str> = (0..6 + number % 9).map(|word| words[(word * (number + 1)) % 10]).collect();
+            serde_json::json!({"text": text.join(" ")}).to_string()
+        };
+        std::fs::write(&train, (0..26).map(line).collect::<Vec<_>>().join("\n")).unwrap();
+        std::fs::write(&eval, (50..57).map(line).collect::<Vec<_>>().join("\n")).unwrap();
+        let store = folder.path().join("run");
+        let options = PrepareOptions {
+            model_dir: examples().join("tiny-llama-14m"),
+            train: train.display().to_string(),
+            eval: Some(eval.display().to_string()),
+            format: Format::Auto,
+            max_length: 32,
+            packing: false,
+            template_time: None,
+            out: store.join("prepared"),
+            threads: 1,
+        };
+        let summary = shanty_data::prepare(&options, &mut |_| {}).unwrap();
+        let done = serde_json::to_string(&PrepareLine::Done { summary: summary.clone() }).unwrap();
+        std::fs::write(folder.path().join("done.json"), done + "\n").unwrap();
+        let (address, stop, serving) = serve(folder.path(), SocketAddr::from(([127, 0, 0, 1], 0))).await;
+
+        let spec = serde_json::json!({
+            "name": "stage", "base": {"model": examples().join("tiny-llama-14m")},
+            "adapter": {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
+            "data": {"train": options.train, "eval": options.eval, "max_length": 32, "packing": false},
+            "train": {
+                "steps": steps, "global_batch_size": BATCH, "seed": SEED, "learning_rate": 0.01, "eval_every_steps": 4,
+            },
+            "checkpoint": {"store": store, "every_steps": 5, "keep": 2},
+            "cluster": {"workers": {"min": workers.min(2), "max": workers}, "device": "cpu"},
+        });
+        let spec: shanty_config::JobSpec = serde_json::from_value(spec).unwrap();
+        let request =
+            SubmitJobRequest { request_id: "request-1".to_owned(), spec_json: shanty_config::to_json(&spec) };
+        let mut jobs = JobServiceClient::connect(format!("http://{address}")).await.unwrap();
+        let job = jobs.submit_job(request).await.unwrap().into_inner().job_id;
+        Self { folder, summary, steps, address, stop, serving, job }
+    }
+
+    fn store(&self) -> PathBuf {
+        self.folder.path().join("run")
+    }
+
+    fn hire(
+        &self,
+        workers: usize,
+        engines: &(impl EngineLoader + Clone + 'static),
+        failpoints: &Failpoints,
+    ) -> Crew {
+        let mut crew = Crew::default();
+        for number in 0..workers {
+            let url = format!("http://{}", self.address);
+            crew.hire_at(&url, number, Box::new(engines.clone()), failpoints.clone());
+        }
+        crew
+    }
+
+    async fn status(&self) -> Option<JobStatus> {
+        let mut client = StatusServiceClient::connect(format!("http://{}", self.address)).await.ok()?;
+        client.get_status(GetStatusRequest { job_id: self.job.clone() }).await.ok()?.into_inner().status
+    }
+
+    /// Waits until the job satisfies a condition.
+    async fn until(&self, what: &str, condition: impl Fn(&JobStatus) -> bool) -> JobStatus {
+        let mut last = None;
+        for _ in 0..2400 {
+            if let Some(status) = self.status().await {
+                if condition(&status) {
+                    return status;
+                }
+                last = Some(status);
+            }
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
+        panic!("never: {what}; at last: {last:#?}");
+    }
+
+    async fn until_it_ends(&self) -> JobStatus {
+        let ended = |status: &JobStatus| {
+            [JobState::Succeeded, JobState::Failed, JobState::Cancelled].contains(&status.state())
+        };
+        self.until("the job ends", ended).await
+    }
+
+    /// Stops the coordinator and starts another on its state and its port.
+    async fn restart(&mut self, pause: Duration) {
+        self.stop.cancel();
+        (&mut self.serving).await.unwrap();
+        tokio::time::sleep(pause).await;
+        (self.address, self.stop, self.serving) = serve(self.folder.path(), self.address).await;
+    }
+
+    async fn recorded_steps(&self) -> Vec<u64> {
+        let mut client = StatusServiceClient::connect(format!("http://{}", self.address)).await.unwrap();
+        let request = ListStepsRequest { job_id: self.job.clone(), from_step: 0, limit: 0 };
+        let steps = client.list_steps(request).await.unwrap().into_inner().steps;
+        steps.iter().map(|record| record.step).collect()
+    }
+
+    fn prove_exactly_once(&self) {
+        let order = Order::new(SEED, self.summary.train.rows, BATCH as u64).unwrap();
+        prove_exactly_once_in(&self.store(), self.steps, &order);
+    }
+}
+
+async fn serve(folder: &Path, listen: SocketAddr) -> (SocketAddr, CancellationToken, JoinHandle<()>) {
+    let script = format!("cat > /dev/null; cat \"{}\"", folder.join("done.json").display());
+    let prepare = ["/bin/sh".into(), "-c".into(), script.into()].to_vec();
+    let mut options = Options::new(folder.join("state"), folder.join("runs"), prepare);
+    options.listen = listen;
+    options.protocol.beat_interval = Duration::from_millis(50);
+    options.protocol.gather = Duration::from_millis(1500);
+    let stop = CancellationToken::new();
+    let mut bound = Coordinator::bind(options.clone()).await;
+    for _ in 0..100 {
+        if bound.is_ok() {
+            break;
+        }
+        // The port of the predecessor, or its lock, may be held for a moment.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        bound = Coordinator::bind(options.clone()).await;
+    }
+    let coordinator = bound.unwrap();
+    let address = coordinator.handle().address;
+    let stopped = stop.clone();
+    let serving = tokio::spawn(async move { coordinator.serve(stopped).await.unwrap() });
+    (address, stop, serving)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_worker_costs_no_step_and_no_row() {
+    let stage = Stage::set(3, 14).await;
+    let engines = ModelEngines { pause: Duration::from_millis(5), ..ModelEngines::default() };
+    let crew = stage.hire(3, &engines, &deadly("mid_backward@step=6,rank=1,generation=1"));
+    let status = stage.until_it_ends().await;
+    crew.dismiss().await;
+    assert_eq!(status.state(), JobState::Succeeded, "{status:#?}");
+    assert!(status.events.iter().any(|event| event.kind == "member_lost"), "{:#?}", status.events);
+    assert_eq!(status.ledger.unwrap().duplicates, 0);
+    assert_eq!(stage.recorded_steps().await, (1..=14).collect::<Vec<_>>());
+    assert_eq!(status.evaluations.iter().map(|one| one.step).collect::<Vec<_>>(), [0, 4, 8, 12, 14]);
+    stage.prove_exactly_once();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_comes_late_joins_and_one_that_is_dismissed_is_missed_by_nobody() {
+    let stage = Stage::set(3, 120).await;
+    let engines = ModelEngines { pause: Duration::from_millis(10), ..ModelEngines::default() };
+    let mut crew = stage.hire(2, &engines, &Failpoints::none());
+    stage.until("it runs", |status| status.step >= 3).await;
+    let leaver = crew.hire_late(&format!("http://{}", stage.address), 2, Box::new(engines.clone()));
+    stage
+        .until("three members", |status| {
+            status.members.iter().filter(|one| one.reason.is_empty()).count() == 3
+        })
+        .await;
+    let joined = stage.status().await.unwrap().step;
+    stage.until("three of them made a step", |status| status.step > joined + 1).await;
+    leaver.cancel();
+    let status = stage.until_it_ends().await;
+    crew.dismiss().await;
+    assert_eq!(status.state(), JobState::Succeeded, "{status:#?}");
+    stage.prove_exactly_once();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_outlive_a_restart_of_the_coordinator() {
+    let mut stage = Stage::set(3, 60).await;
+    let engines = ModelEngines { pause: Duration::from_millis(15), ..ModelEngines::default() };
+    let crew = stage.hire(3, &engines, &Failpoints::none());
+    stage.until("it runs", |status| status.step >= 10).await;
+    stage.restart(Duration::from_millis(200)).await;
+    let status = stage.until_it_ends().await;
+    crew.dismiss().await;
+    assert_eq!(status.state(), JobState::Succeeded, "{status:#?}");
+    assert_eq!(status.generation, 1, "the generation of before went on");
+    assert_eq!(engines.loads.load(Ordering::SeqCst), 3, "no base was loaded twice");
+    assert_eq!(stage.recorded_steps().await, (1..=60).collect::<Vec<_>>());
+    stage.prove_exactly_once();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_real_engine_trains_a_real_base_on_two_workers() {
+    let stage = Stage::set(2, 6).await;
+    let crew = stage.hire(2, &PeftEngines::default(), &Failpoints::none());
+    let status = stage.until_it_ends().await;
+    crew.dismiss().await;
+    assert_eq!(status.state(), JobState::Succeeded, "{status:#?}");
+    stage.prove_exactly_once();
+    let (first, last) = (&status.evaluations[0], status.evaluations.last().unwrap());
+    assert_eq!((first.step, last.step), (0, 6));
+    assert!(last.loss < first.loss, "{} {}", first.loss, last.loss);
+    let files: BTreeSet<String> = std::fs::read_dir(stage.store().join("adapter"))
+        .unwrap()
+        .map(|file| file.unwrap().file_name().to_string_lossy().into_owned())
+        .collect();
+    assert_eq!(files.into_iter().collect::<Vec<_>>(), ["adapter_config.json", "adapter_model.safetensors"]);
+}
