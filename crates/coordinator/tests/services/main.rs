@@ -1,5 +1,7 @@
 //! The services over a real port: users, watchers and workers.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by a panic")]
+
 mod crew;
 
 use crew::*;
@@ -63,7 +65,7 @@ async fn a_job_from_submission_to_adapter_with_a_lost_worker_in_between() {
     let foreign = a.lease(&form_a, Split::Train, 1, rows_of(2)).await.unwrap_err();
     assert_eq!(from_status(&foreign).code, "SH0775");
 
-    a.report(&form_a, 1, announcement.clone()).await;
+    a.report(&form_a, 1, announcement).await;
     b.report(&form_b, 1, announcement).await;
     server.until(&job, |status| status.step == 1).await;
 
@@ -244,7 +246,7 @@ async fn a_slow_watcher_misses_steps_but_never_the_end() {
         // An epoch is 3 steps; its announcements differ by epoch, as rows are shuffled.
         let lease = a.lease(&form, Split::Train, step, vec![]).await.unwrap();
         announcements.insert(step, lease.announcement.unwrap());
-        a.report(&form, step, announcements[&step].clone()).await;
+        a.report(&form, step, announcements[&step]).await;
     }
     server.until(&job, |status| status.step == 3000).await;
     server.jobs().await.cancel_job(CancelJobRequest { job_id: job.clone() }).await.unwrap();
