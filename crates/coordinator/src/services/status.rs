@@ -64,12 +64,18 @@ impl StatusService for Statuses {
     type WatchJobStream = Answers<WatchJobResponse>;
     type TailLogsStream = Answers<TailLogsResponse>;
 
-    async fn get_status(&self, request: Request<GetStatusRequest>) -> Result<Response<GetStatusResponse>, Status> {
+    async fn get_status(
+        &self,
+        request: Request<GetStatusRequest>,
+    ) -> Result<Response<GetStatusResponse>, Status> {
         let view = self.view(&request.get_ref().job_id).await.map_err(refuse)?;
         Ok(Response::new(GetStatusResponse { status: Some(wire::status_out(&view)) }))
     }
 
-    async fn watch_job(&self, request: Request<WatchJobRequest>) -> Result<Response<Self::WatchJobStream>, Status> {
+    async fn watch_job(
+        &self,
+        request: Request<WatchJobRequest>,
+    ) -> Result<Response<Self::WatchJobStream>, Status> {
         let (_, watch) = self.begin_watch(&request.get_ref().job_id).map_err(refuse)?;
         let (sender, receiver) = mpsc::channel(WATCHER_QUEUE);
         let shutdown = self.shutdown.clone();
@@ -84,7 +90,10 @@ impl StatusService for Statuses {
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
-    async fn list_steps(&self, request: Request<ListStepsRequest>) -> Result<Response<ListStepsResponse>, Status> {
+    async fn list_steps(
+        &self,
+        request: Request<ListStepsRequest>,
+    ) -> Result<Response<ListStepsResponse>, Status> {
         let request = request.into_inner();
         let view = self.view(&request.job_id).await.map_err(refuse)?;
         let limit = if request.limit == 0 { STEPS } else { request.limit.min(MOST_STEPS) };
@@ -92,13 +101,19 @@ impl StatusService for Statuses {
         Ok(Response::new(ListStepsResponse { steps: steps.iter().map(wire::step_out).collect() }))
     }
 
-    async fn list_events(&self, request: Request<ListEventsRequest>) -> Result<Response<ListEventsResponse>, Status> {
+    async fn list_events(
+        &self,
+        request: Request<ListEventsRequest>,
+    ) -> Result<Response<ListEventsResponse>, Status> {
         let view = self.view(&request.get_ref().job_id).await.map_err(refuse)?;
         let events = self.store.events(view.id, EVENTS).await.map_err(refuse)?;
         Ok(Response::new(ListEventsResponse { events: events.iter().map(wire::event_out).collect() }))
     }
 
-    async fn tail_logs(&self, request: Request<TailLogsRequest>) -> Result<Response<Self::TailLogsStream>, Status> {
+    async fn tail_logs(
+        &self,
+        request: Request<TailLogsRequest>,
+    ) -> Result<Response<Self::TailLogsStream>, Status> {
         let TailLogsRequest { job_id, worker_id, follow } = request.into_inner();
         // Begun before the past is read, so that no line falls between the two; one may come twice.
         let (job, watch) = self.begin_watch(&job_id).map_err(refuse)?;
@@ -213,5 +228,69 @@ async fn tail(mut watch: Watch, worker: &str, sender: &mpsc::Sender<Result<TailL
         if !lines.is_empty() && sender.send(Ok(TailLogsResponse { lines })).await.is_err() {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shanty_proto::{Attempt, Generation, Step};
+
+    use super::*;
+    use crate::machine::{Event as MachineEvent, Machine, Moment, Options, record::StepRecord};
+
+    fn view() -> JobView {
+        let json = r#"{"name": "pirate", "base": {"model": "/b"}, "adapter": {}, "data": {"train": "/d"}}"#;
+        let mut machine = Machine::new(Options::default(), [0; 32]);
+        let submit = MachineEvent::Submit {
+            request: 1,
+            request_id: "r".to_owned(),
+            spec: Arc::new(serde_json::from_str(json).expect("a job file")),
+            spec_json: Arc::from(json),
+        };
+        machine.apply(Moment::default(), submit);
+        machine.views(Moment::default()).remove(0)
+    }
+
+    fn step(number: u64) -> Point {
+        Point::Step(StepRecord {
+            step: Step(number),
+            attempt: Attempt(1),
+            generation: Generation(1),
+            loss: 1.0,
+            learning_rate: 1.0,
+            gradient_norm: 1.0,
+            tokens: 1,
+            tokens_per_second: 1.0,
+            workers: 1,
+            unix_ms: 1,
+        })
+    }
+
+    #[tokio::test]
+    async fn a_slow_watcher_misses_points_but_never_the_end() {
+        let hub = Hub::default();
+        let running = view();
+        hub.set_status(running.clone());
+        let (sender, mut receiver) = mpsc::channel(1);
+        let watch = hub.watch(&running.id).expect("the job is there");
+        let following = tokio::spawn(async move { follow(watch, &sender).await });
+        for number in 1..=5000 {
+            hub.publish(&running.id, step(number));
+            // The watcher's task runs, and waits for somebody to read.
+            tokio::task::yield_now().await;
+        }
+        hub.set_status(JobView { state: JobState::Succeeded, step: Step(5000), ..running });
+        let (mut steps, mut statuses) = (Vec::new(), Vec::new());
+        while let Some(response) = receiver.recv().await {
+            match response.expect("no error").update.expect("an update") {
+                Update::Step(step) => steps.push(step.step),
+                Update::Status(status) => statuses.push((status.state(), status.step)),
+                other => panic!("{other:?}"),
+            }
+        }
+        following.await.expect("it ends by itself");
+        assert!(steps.len() < 600, "{} steps waited for the watcher", steps.len());
+        assert!(steps.is_sorted() && steps.last() == Some(&5000), "the newest are among them");
+        assert_eq!(statuses.last(), Some(&(shanty_proto::v1::JobState::Succeeded, 5000)));
     }
 }

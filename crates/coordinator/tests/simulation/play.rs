@@ -32,7 +32,9 @@ impl World {
             .workers
             .iter()
             .filter(|worker| worker.alive)
-            .map(|worker| format!("{}:{:?}:{:?}@{}", worker.id, worker.session, worker.doing(), worker.state.applied()))
+            .map(|worker| {
+                format!("{}:{:?}:{:?}@{}", worker.id, worker.session, worker.doing(), worker.state.applied())
+            })
             .collect();
         format!("{:?} {} step {} of {}; {}", view.state, view.reason, view.step, view.steps, doing.join(" "))
     }
@@ -77,7 +79,8 @@ impl World {
         while self.workers[at].outbox.front().is_some_and(|(due, _)| *due <= now) {
             let worker = &mut self.workers[at];
             let (_, message) = worker.outbox.pop_front().expect("there is one");
-            let (id, session) = (worker.id.clone(), worker.session.expect("it says something only on a stream"));
+            let (id, session) =
+                (worker.id.clone(), worker.session.expect("it says something only on a stream"));
             self.tell(Event::Said { worker: id, session, message });
         }
         if now < self.workers[at].paused_until {
@@ -258,10 +261,12 @@ impl World {
         let reducing: Vec<usize> =
             places.iter().copied().filter(|at| self.workers[*at].is_in(number, &[Doing::Reducing])).collect();
         let Some(first) = reducing.first() else { return };
-        let step = reducing.iter().map(|at| self.workers[*at].state.applied() + 1).min().expect("there is one");
+        let step =
+            reducing.iter().map(|at| self.workers[*at].state.applied() + 1).min().expect("there is one");
         let is_first = |worker: &Worker| worker.state.applied() + 1 == step;
         let _ = first;
-        let has_sum = |world: &Self, at: usize| world.summed.contains(&(number, step, at_id(&world.workers[at])));
+        let has_sum =
+            |world: &Self, at: usize| world.summed.contains(&(number, step, at_id(&world.workers[at])));
         let begun = places.iter().any(|at| has_sum(self, *at));
         let entered = |worker: &Worker| worker.is_in(number, &[Doing::Reducing]) && is_first(worker);
         if all_here && !begun && places.iter().all(|at| entered(&self.workers[*at])) {
@@ -281,7 +286,10 @@ impl World {
                     let everybody = all_here
                         && places.iter().all(|other| {
                             let worker = &self.workers[*other];
-                            worker.is_in(number, &[Doing::Reducing, Doing::Waiting, Doing::Computing, Doing::Finishing])
+                            worker.is_in(
+                                number,
+                                &[Doing::Reducing, Doing::Waiting, Doing::Computing, Doing::Finishing],
+                            )
                         });
                     if has_sum(self, *at) || everybody {
                         self.apply(*at, number, step);
@@ -295,9 +303,8 @@ impl World {
     /// The sum is whole: the step is applied, and nobody is asked.
     fn apply(&mut self, at: usize, number: u64, step: u64) {
         let late = self.now + self.delay();
-        let rows = self.sums[&(number, step)].clone();
+        let mut trained = self.sums[&(number, step)].clone();
         let mut expected = self.order.step_rows(step);
-        let mut trained = rows.clone();
         trained.sort_unstable();
         expected.sort_unstable();
         assert_eq!(trained, expected, "rows of step {step} in generation {number}");
@@ -306,7 +313,10 @@ impl World {
             // may finish the step that the next generation starts from.
             let next = &self.announced[&(number + 1)].start;
             let goes_on = matches!(next.source, Source::Members { .. });
-            assert!(!goes_on || step <= next.applied.0, "generation {number} applied {step} after it was left");
+            assert!(
+                !goes_on || step <= next.applied.0,
+                "generation {number} applied {step} after it was left"
+            );
         }
         let worker = &mut self.workers[at];
         worker.state.steps.push(trained);
@@ -338,13 +348,19 @@ impl World {
             // Reports may come twice.
             self.workers[at].say(late, Said::Step(report));
         }
-        let due = step % 3 == 0 || step == self.steps;
+        let due = step.is_multiple_of(3) || step == self.steps;
         if rank == Rank(0) && due && self.workers[at].has_credit(self.now, step) {
             self.write_checkpoint(at, within, step, late);
         }
     }
 
-    fn write_checkpoint(&mut self, at: usize, within: shanty_coordinator::machine::Within, step: u64, late: u64) {
+    fn write_checkpoint(
+        &mut self,
+        at: usize,
+        within: shanty_coordinator::machine::Within,
+        step: u64,
+        late: u64,
+    ) {
         let record = CheckpointRecord {
             attempt: within.attempt,
             step: Step(step),
@@ -389,7 +405,11 @@ impl World {
             if pause {
                 self.workers[at].paused_until = self.now + self.chance.below(900);
             }
-            if broken && matches!(self.workers[at].doing(), Some(Doing::Computing | Doing::Reducing | Doing::Connecting))
+            if broken
+                && matches!(
+                    self.workers[at].doing(),
+                    Some(Doing::Computing | Doing::Reducing | Doing::Connecting)
+                )
             {
                 self.break_at(at);
             }
