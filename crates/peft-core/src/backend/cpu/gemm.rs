@@ -3,18 +3,26 @@
 //! This is the one part of the CPU backend with raw pointers: the product's interface takes them, and attention's
 //! tasks write columns of shared rows, which slices cannot express. Bounds are checked before.
 
-use std::{cell::Cell, marker::PhantomData};
+use std::{
+    cell::Cell,
+    marker::PhantomData,
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+};
 
 use gemm::Parallelism;
 
+/// Products in progress that use several threads.
+static SHARED_PRODUCTS: AtomicUsize = AtomicUsize::new(0);
+
 thread_local! {
-    static IN_PRODUCT: Cell<bool> = const { Cell::new(false) };
+    /// Whether this thread is inside a product of its own.
+    static OWN_PRODUCT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether the calling thread is inside a matrix product: the `gemm` crate takes memory for packing there, and a test
-/// that counts allocations must tell it apart.
+/// Whether the calling thread is inside a matrix product, or one is going on that uses several threads: the `gemm`
+/// crate takes memory for packing there, and a test that counts allocations must tell it apart.
 pub fn in_product() -> bool {
-    IN_PRODUCT.try_with(Cell::get).unwrap_or(false)
+    OWN_PRODUCT.try_with(Cell::get).unwrap_or(false) || SHARED_PRODUCTS.load(Relaxed) > 0
 }
 
 /// A strided matrix that is read.
@@ -79,7 +87,6 @@ impl<'a> Shared<'a> {
     ///
     /// # Safety
     /// While the slice lives, nobody else touches these numbers.
-    #[expect(clippy::mut_from_ref, reason = "the caller promises that stretches are disjoint")]
     pub unsafe fn stretch(&self, start: usize, length: usize) -> &'a mut [f32] {
         assert!(
             start + length <= self.length,
@@ -135,7 +142,10 @@ pub(super) unsafe fn multiply_shared(
     let last = target.offset + (m - 1) * target.stride + n - 1;
     assert!(last < out.length, "a product ends at {last}, its memory at {}", out.length);
     let parallelism = if threads == 0 { Parallelism::None } else { Parallelism::Rayon(threads) };
-    IN_PRODUCT.set(true);
+    OWN_PRODUCT.set(true);
+    if threads > 0 {
+        SHARED_PRODUCTS.fetch_add(1, Relaxed);
+    }
     // SAFETY: both operands and the target lie in their memory, as was checked; the target's rows do not overlap and are
     // nobody else's, as the caller promises; operands are shared borrows and so cannot alias it.
     unsafe {
@@ -161,5 +171,8 @@ pub(super) unsafe fn multiply_shared(
             parallelism,
         );
     }
-    IN_PRODUCT.set(false);
+    OWN_PRODUCT.set(false);
+    if threads > 0 {
+        SHARED_PRODUCTS.fetch_sub(1, Relaxed);
+    }
 }
