@@ -36,9 +36,16 @@ type Look = Box<dyn FnOnce(&Machine, Moment) + Send>;
 enum Input {
     Event(Event),
     /// A session begins; the event is its Hello.
-    Session { number: u64, outgoing: Outgoing, hello: Event },
+    Session {
+        number: u64,
+        outgoing: Outgoing,
+        hello: Event,
+    },
     /// A user's request, made into an event by the number of the request.
-    Ask { make: Box<dyn FnOnce(u64) -> Event + Send>, answer: oneshot::Sender<Result<Reply>> },
+    Ask {
+        make: Box<dyn FnOnce(u64) -> Event + Send>,
+        answer: oneshot::Sender<Result<Reply>>,
+    },
     Look(Look),
 }
 
@@ -259,7 +266,8 @@ impl Task {
         }
         let options = self.works.machine.options();
         let milliseconds = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
-        let message = wire::message_out(message, milliseconds(options.beat_interval), milliseconds(options.credit));
+        let message =
+            wire::message_out(message, milliseconds(options.beat_interval), milliseconds(options.credit));
         if let Err(error) = outgoing.try_send(Ok(message)) {
             let reason = match error {
                 mpsc::error::TrySendError::Full(_) => "it does not read what it is told",

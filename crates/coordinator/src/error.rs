@@ -144,24 +144,27 @@ impl Diagnose for Error {
             Self::Listen { .. } => say("SH0772", Kind::User).hint("port 0 takes any that is free"),
             Self::Serve(_) => say("SH0776", Kind::Transient),
             Self::StateFolder { folder, .. } => say("SH0773", Kind::User).in_file(folder),
-            Self::Store { .. } => {
-                say("SH0773", Kind::Internal).hint("is the disk full or read-only? the folder's state is as it was")
-            }
+            Self::Store { .. } => say("SH0773", Kind::Internal)
+                .hint("is the disk full or read-only? the folder's state is as it was"),
             Self::Record { .. } => say("SH0773", Kind::Internal),
             Self::StoreVersion { .. } => {
                 say("SH0773", Kind::User).hint("use the version that wrote it, or another state folder")
             }
-            Self::WrongState { action: "resume", .. } => {
-                say("SH0774", Kind::User).hint("a job that ended well has nothing to resume, one that runs need not be")
-            }
+            Self::WrongState { action: "resume", .. } => say("SH0774", Kind::User)
+                .hint("a job that ended well has nothing to resume, one that runs need not be"),
             Self::WrongState { .. } => say("SH0774", Kind::User),
-            Self::OtherSpec { .. } => say("SH0774", Kind::User).hint("a new submission takes a new request id"),
-            Self::StoreTaken { job } => say("SH0774", Kind::User)
-                .hint(format!("`shanty resume {job}` goes on with it; a new job takes another `checkpoint.store`")),
+            Self::OtherSpec { .. } => {
+                say("SH0774", Kind::User).hint("a new submission takes a new request id")
+            }
+            Self::StoreTaken { job } => say("SH0774", Kind::User).hint(format!(
+                "`shanty resume {job}` goes on with it; a new job takes another `checkpoint.store`"
+            )),
             Self::BadMessage { .. } => say("SH0775", Kind::User),
             Self::StaleLease { .. } => say("SH0775", Kind::Transient),
             Self::Stopping => say("SH0776", Kind::Transient),
-            Self::Prepare { .. } => say("SH0778", Kind::Internal).hint("see the coordinator's log; was it out of memory?"),
+            Self::Prepare { .. } => {
+                say("SH0778", Kind::Internal).hint("see the coordinator's log; was it out of memory?")
+            }
             Self::Data(error) => error.diagnostic(),
             Self::Checkpoint(error) => error.diagnostic(),
         }

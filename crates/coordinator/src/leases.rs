@@ -80,7 +80,8 @@ impl Leases {
         .await?;
         let facts = prepare::facts(open.prepared.summary());
         if let Some(expected) = hash.filter(|expected| *expected != facts.hash) {
-            let what = format!("the prepared data of job {job} has hash {}, expected was {expected}", facts.hash);
+            let what =
+                format!("the prepared data of job {job} has hash {}, expected was {expected}", facts.hash);
             return Err(Error::Prepare { what });
         }
         self.open.lock().unwrap_or_else(PoisonError::into_inner).insert(job.clone(), Arc::new(open));
@@ -105,7 +106,9 @@ impl Leases {
     pub async fn lease(&self, request: LeaseRequest) -> Result<(Announcement, Vec<Row>)> {
         let allowed = self.allowed.lock().unwrap_or_else(PoisonError::into_inner).get(&request.job).copied();
         let steps = match allowed {
-            Some((attempt, generation, steps)) if (attempt, generation) == (request.attempt, request.generation) => {
+            Some((attempt, generation, steps))
+                if (attempt, generation) == (request.attempt, request.generation) =>
+            {
                 steps
             }
             Some((attempt, generation, _)) => {
@@ -135,7 +138,10 @@ impl Leases {
             };
             let rows_of_step: HashSet<u64> = open.rows_of(request.split, request.step).into_iter().collect();
             if let Some(foreign) = request.row_ids.iter().find(|id| !rows_of_step.contains(id)) {
-                return Err(Error::bad(format!("row {foreign} is not of {} step {}", request.split, request.step)));
+                return Err(Error::bad(format!(
+                    "row {foreign} is not of {} step {}",
+                    request.split, request.step
+                )));
             }
             let rows: Result<Vec<Row>, _> =
                 request.row_ids.iter().map(|id| open.prepared.row(request.split, *id)).collect();

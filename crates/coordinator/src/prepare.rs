@@ -94,7 +94,11 @@ pub enum PrepareLine {
 impl PrepareLine {
     /// The line for an error.
     pub fn failed(error: Diagnostic) -> Self {
-        Self::Failed { retryable: error.kind == Kind::Transient, internal: error.kind == Kind::Internal, error }
+        Self::Failed {
+            retryable: error.kind == Kind::Transient,
+            internal: error.kind == Kind::Internal,
+            error,
+        }
     }
 }
 
@@ -143,7 +147,9 @@ async fn converse(
     drop(input);
     let mut lines = BufReader::new(child.stdout.take().expect("it is piped")).lines();
     let mut last = None;
-    while let Some(line) = lines.next_line().await.map_err(|error| failed("its output cannot be read", error))? {
+    while let Some(line) =
+        lines.next_line().await.map_err(|error| failed("its output cannot be read", error))?
+    {
         let parsed: PrepareLine = serde_json::from_str(&line)
             .map_err(|error| Error::Prepare { what: format!("it wrote `{line}`: {error}") })?;
         match parsed {

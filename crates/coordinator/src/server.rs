@@ -11,8 +11,8 @@ use std::{
 use shanty_proto::{
     JobId,
     v1::{
-        FILE_DESCRIPTOR_SET, job_service_server::JobServiceServer, status_service_server::StatusServiceServer,
-        worker_service_server::WorkerServiceServer,
+        FILE_DESCRIPTOR_SET, job_service_server::JobServiceServer,
+        status_service_server::StatusServiceServer, worker_service_server::WorkerServiceServer,
     },
 };
 use tokio::net::TcpListener;
@@ -105,7 +105,8 @@ impl Coordinator {
         let folder = options.state_folder.clone();
         let opened = tokio::task::spawn_blocking(move || Store::open(&folder)).await;
         let (store, stored, closing) = opened.map_err(|_| Error::Stopping)??;
-        let listener = TcpListener::bind(address).await.map_err(|source| Error::Listen { address, source })?;
+        let listener =
+            TcpListener::bind(address).await.map_err(|source| Error::Listen { address, source })?;
         let address = listener.local_addr().map_err(|source| Error::Listen { address, source })?;
         Ok(Self { options, listener, handle: Handle { address }, store, closing, stored })
     }
@@ -119,7 +120,11 @@ impl Coordinator {
     ///
     /// # Errors
     /// Those of [`Coordinator::bind`] and [`Coordinator::serve`].
-    pub async fn run(options: Options, shutdown: CancellationToken, ready: impl FnOnce(Handle)) -> Result<()> {
+    pub async fn run(
+        options: Options,
+        shutdown: CancellationToken,
+        ready: impl FnOnce(Handle),
+    ) -> Result<()> {
         let coordinator = Self::bind(options).await?;
         ready(coordinator.handle());
         coordinator.serve(shutdown).await

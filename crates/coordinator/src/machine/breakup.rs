@@ -68,18 +68,29 @@ impl Machine {
     }
 
     /// Asks every member that can to leave the generation.
-    pub(super) fn start_leaving(&mut self, now: Moment, job: &mut Job, cause: String, detection_ms: Option<f64>) {
+    pub(super) fn start_leaving(
+        &mut self,
+        now: Moment,
+        job: &mut Job,
+        cause: String,
+        detection_ms: Option<f64>,
+    ) {
         if !job.advanced {
             job.fruitless += 1;
             if job.fruitless >= self.options.fruitless_generations {
                 let count = job.fruitless;
-                let message = format!("{count} generations in a row ended before their first step; the last: {cause}");
+                let message =
+                    format!("{count} generations in a row ended before their first step; the last: {cause}");
                 let hint = "look at the workers' logs; `shanty resume` goes on from the last checkpoint";
                 let error = Diagnostic::new(HOPELESS, message).kind(Kind::Internal).hint(hint);
                 return self.fail(now, job, error);
             }
         }
-        job.broken.get_or_insert_with(|| Break { noticed: now.monotonic, detection_ms, cause: cause.clone() });
+        job.broken.get_or_insert_with(|| Break {
+            noticed: now.monotonic,
+            detection_ms,
+            cause: cause.clone(),
+        });
         let generation = job.generation_number();
         for member in job.crew.staying().filter(|member| member.attached) {
             let leave = Message::Leave {
@@ -147,7 +158,8 @@ impl Machine {
         let waits_for: Vec<&str> = job.crew.staying().map(|member| member.worker.as_str()).collect();
         if !waits_for.is_empty() {
             let generation = job.generation_number();
-            let reason = format!("{}; {} to leave generation {generation}", leaving.cause, waits_for.join(", "));
+            let reason =
+                format!("{}; {} to leave generation {generation}", leaving.cause, waits_for.join(", "));
             return self.set_reason(job, reason);
         }
         let begun_from = job.generation.as_ref().map_or(Step(0), |generation| generation.start.applied);
@@ -172,8 +184,11 @@ impl Machine {
         self.note(now, job, "all_lost", text);
         if job.total_losses >= self.options.total_losses {
             let (times, step) = (job.total_losses, job.furthest);
-            let message = format!("all workers were lost {times} times without getting beyond step {step}; the last: {cause}");
-            let hint = "look at the workers' logs for what ends them (memory, a kernel fault); then `shanty resume`";
+            let message = format!(
+                "all workers were lost {times} times without getting beyond step {step}; the last: {cause}"
+            );
+            let hint =
+                "look at the workers' logs for what ends them (memory, a kernel fault); then `shanty resume`";
             let error = Diagnostic::new(HOPELESS, message).kind(Kind::Internal).hint(hint);
             return self.fail(now, job, error);
         }
@@ -191,10 +206,16 @@ impl Machine {
         let mut overdue = Vec::new();
         for member in job.crew.staying() {
             if member.back_by.is_some_and(|by| now.monotonic >= by) {
-                overdue.push((member.worker.clone(), "did not come back after a restart of the coordinator".to_owned()));
+                overdue.push((
+                    member.worker.clone(),
+                    "did not come back after a restart of the coordinator".to_owned(),
+                ));
             } else if member.attached && leave_by.is_some_and(|by| now.monotonic >= by) {
                 let seconds = self.options.leave_within.as_secs_f64();
-                overdue.push((member.worker.clone(), format!("did not leave its generation within {seconds:.0} s")));
+                overdue.push((
+                    member.worker.clone(),
+                    format!("did not leave its generation within {seconds:.0} s"),
+                ));
             }
         }
         for (worker, reason) in overdue {
@@ -202,7 +223,11 @@ impl Machine {
                 let session_number = session.number;
                 let silent = now.monotonic.saturating_sub(session.last_heard);
                 self.sessions.remove(&worker);
-                let close = super::Effect::Close { worker: worker.clone(), session: session_number, reason: reason.clone() };
+                let close = super::Effect::Close {
+                    worker: worker.clone(),
+                    session: session_number,
+                    reason: reason.clone(),
+                };
                 self.effects.push(close);
                 self.member_gone(now, job, &worker, &reason, Some(silent));
             } else {

@@ -16,7 +16,8 @@ pub fn deal(rows: &[u64], kept: &[Vec<u64>]) -> Vec<RankRows> {
     let mut ranks: Vec<RankRows> = Vec::with_capacity(kept.len());
     for sum in kept {
         let distinct: BTreeSet<u64> = sum.iter().copied().collect();
-        let usable = distinct.len() == sum.len() && distinct.is_subset(&of_step) && distinct.is_disjoint(&taken);
+        let usable =
+            distinct.len() == sum.len() && distinct.is_subset(&of_step) && distinct.is_disjoint(&taken);
         if usable {
             taken.extend(distinct);
         }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use shanty_proto::{Attempt, Generation, JobId, Rank, Step, WorkerId};
 
 use super::record::{
-    CheckpointRecord, DataFacts, EvaluationRecord, EventRecord, GenerationRecord, JobRecord, JobState, StepRecord,
+    CheckpointRecord, DataFacts, EvaluationRecord, EventRecord, GenerationRecord, JobRecord, JobState,
+    StepRecord,
 };
 
 /// Something to be done. All [`Effect::Persist`] of one list are durable before anything else of it happens.

@@ -110,13 +110,15 @@ impl Machine {
         if !gathered {
             self.set_enough_since(job, Some(since));
             let seconds = self.options.gather.as_secs_f64();
-            let reason = format!("{count} of at most {max} workers are ready; waits up to {seconds:.1} s for more");
+            let reason =
+                format!("{count} of at most {max} workers are ready; waits up to {seconds:.1} s for more");
             return self.set_reason(job, reason);
         }
         let mut by_rank: Vec<(Rank, WorkerId)> =
             holders.iter().map(|(worker, holder)| (holder.rank, worker.clone())).collect();
         by_rank.sort();
-        let members: Vec<WorkerId> = by_rank.into_iter().map(|(_, worker)| worker).chain(joiners).take(max).collect();
+        let members: Vec<WorkerId> =
+            by_rank.into_iter().map(|(_, worker)| worker).chain(joiners).take(max).collect();
         self.form(now, job, &members, &holders);
     }
 
@@ -195,7 +197,13 @@ impl Machine {
         reason
     }
 
-    fn form(&mut self, now: Moment, job: &mut Job, members: &[WorkerId], holders: &BTreeMap<WorkerId, Holder>) {
+    fn form(
+        &mut self,
+        now: Moment,
+        job: &mut Job,
+        members: &[WorkerId],
+        holders: &BTreeMap<WorkerId, Holder>,
+    ) {
         let Phase::Forming(forming) = &job.phase else { return };
         let origin = forming.origin.clone();
         let start = match origin {
@@ -212,7 +220,8 @@ impl Machine {
             }
         };
         let number = job.generation_number().next();
-        let address = |worker: &WorkerId| self.sessions.get(worker).map(|session| session.info.address.clone());
+        let address =
+            |worker: &WorkerId| self.sessions.get(worker).map(|session| session.info.address.clone());
         let record = |worker: &WorkerId| MemberRecord {
             worker: worker.clone(),
             address: address(worker).unwrap_or_default(),
@@ -258,8 +267,12 @@ impl Machine {
     /// Tells a member of the newest generation that it begins.
     pub(super) fn announce_to(&mut self, job: &Job, worker: &WorkerId) {
         let (Some(generation), Some(rank)) = (&job.generation, job.crew.rank_of(worker)) else { return };
-        let form =
-            Message::Form { job: job.id.clone(), attempt: job.attempt, rank, generation: Arc::clone(generation) };
+        let form = Message::Form {
+            job: job.id.clone(),
+            attempt: job.attempt,
+            rank,
+            generation: Arc::clone(generation),
+        };
         self.send(worker, form);
     }
 
@@ -282,7 +295,8 @@ impl Machine {
         let step = applied.next();
         self.raise(job, applied);
         job.recorded.retain(|recorded| *recorded <= applied);
-        let up_to_date = |worker: &WorkerId| holders.get(worker).is_some_and(|holder| holder.applied == applied);
+        let up_to_date =
+            |worker: &WorkerId| holders.get(worker).is_some_and(|holder| holder.applied == applied);
         let kept_by = |worker: &WorkerId| {
             let kept = holders.get(worker).filter(|holder| holder.applied == applied)?.kept.as_ref()?;
             (kept.step == step).then(|| kept.rows.clone())

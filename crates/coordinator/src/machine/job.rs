@@ -15,8 +15,8 @@ use super::{
     event::{KeptSum, Moment},
     ledger::{Ledger, rows_between, rows_through},
     record::{
-        CheckpointRecord, DataFacts, EvaluationRecord, EventRecord, FailureRecord, GenerationRecord, JobRecord,
-        JobState, StepRecord,
+        CheckpointRecord, DataFacts, EvaluationRecord, EventRecord, FailureRecord, GenerationRecord,
+        JobRecord, JobState, StepRecord,
     },
 };
 
@@ -146,7 +146,13 @@ pub(crate) struct Job {
 }
 
 impl Job {
-    pub fn new(id: JobId, sequence: u64, request_id: String, spec: Arc<JobSpec>, spec_json: Arc<str>) -> Self {
+    pub fn new(
+        id: JobId,
+        sequence: u64,
+        request_id: String,
+        spec: Arc<JobSpec>,
+        spec_json: Arc<str>,
+    ) -> Self {
         Self {
             id,
             sequence,
@@ -223,7 +229,8 @@ impl Job {
 
     /// Takes over what the prepared data is.
     pub fn set_facts(&mut self, facts: DataFacts) -> Result<(), shanty_data::Error> {
-        let order = Order::new(self.spec.train.seed, facts.train_rows, self.spec.train.global_batch_size as u64)?;
+        let order =
+            Order::new(self.spec.train.seed, facts.train_rows, self.spec.train.global_batch_size as u64)?;
         self.order = Some(order);
         self.facts = Some(facts);
         Ok(())

@@ -31,13 +31,14 @@ use shanty_diagnostic::Diagnostic;
 use shanty_proto::{Attempt, JobId, Step, WorkerId};
 
 pub use self::{
-    restore::StoredJob,
     deal::deal,
     effect::{Change, Effect, Message, Point, Refusal, Reply},
     event::{
-        Announcement, Attachment, Event, KeptSum, MemberPhase, Moment, Said, StepReport, Timings, Within, WorkerInfo,
+        Announcement, Attachment, Event, KeptSum, MemberPhase, Moment, Said, StepReport, Timings, Within,
+        WorkerInfo,
     },
     options::Options,
+    restore::StoredJob,
     view::{JobView, MemberView},
 };
 use self::{
@@ -122,7 +123,8 @@ impl Machine {
     fn advance(&mut self, now: Moment) {
         self.lose_silent(now);
         self.start_next(now);
-        let ids: Vec<JobId> = self.jobs.iter().filter(|(_, job)| job.wants_workers()).map(|(id, _)| id.clone()).collect();
+        let ids: Vec<JobId> =
+            self.jobs.iter().filter(|(_, job)| job.wants_workers()).map(|(id, _)| id.clone()).collect();
         for id in ids {
             self.with_job(&id, |machine, job| {
                 machine.lose_overdue(now, job);
@@ -227,7 +229,8 @@ impl Machine {
     }
 
     fn assigned_to(&self, job: &JobId, attempt: Attempt) -> Vec<(WorkerId, u64)> {
-        let is_assigned = |session: &Session| session.assigned.as_ref().is_some_and(|(to, of)| to == job && *of == attempt);
+        let is_assigned =
+            |session: &Session| session.assigned.as_ref().is_some_and(|(to, of)| to == job && *of == attempt);
         let sessions = self.sessions.iter().filter(|(_, session)| is_assigned(session));
         sessions.map(|(worker, session)| (worker.clone(), session.number)).collect()
     }
@@ -247,7 +250,8 @@ impl Machine {
     /// The attempt and generation that rows are leased to.
     pub fn leasable(&self, job: &JobId) -> Option<(Attempt, shanty_proto::Generation, Step)> {
         let job = self.jobs.get(job)?;
-        matches!(job.phase, Phase::Running | Phase::Leaving(_)).then(|| (job.attempt, job.generation_number(), job.steps()))
+        matches!(job.phase, Phase::Running | Phase::Leaving(_))
+            .then(|| (job.attempt, job.generation_number(), job.steps()))
     }
 }
 

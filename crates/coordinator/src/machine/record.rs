@@ -145,7 +145,8 @@ pub struct FailureRecord {
 
 impl From<Diagnostic> for FailureRecord {
     fn from(error: Diagnostic) -> Self {
-        Self { internal: error.kind == Kind::Internal, error }
+        // The kind is not stored with the error: kept apart, and the same before and after a restart.
+        Self { internal: error.kind == Kind::Internal, error: error.kind(Kind::User) }
     }
 }
 

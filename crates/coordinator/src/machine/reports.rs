@@ -34,7 +34,8 @@ impl Machine {
             }
             let expected = job.base_hash.get_or_insert_with(|| base_hash.to_owned()).clone();
             if expected != base_hash {
-                let reason = format!("{worker} loaded another base ({base_hash}) than the others ({expected})");
+                let reason =
+                    format!("{worker} loaded another base ({base_hash}) than the others ({expected})");
                 session.assigned = None;
                 session.failures = Some((job.id.clone(), attempt, u32::MAX));
                 machine.note(now, job, "worker_refused", reason.clone());
@@ -43,7 +44,9 @@ impl Machine {
                 return;
             }
             session.ready_since = Some(now.monotonic);
-            let text = format!("{worker} loaded its base in {seconds:.1} s; {trainable_parameters} parameters train");
+            let text = format!(
+                "{worker} loaded its base in {seconds:.1} s; {trainable_parameters} parameters train"
+            );
             job.event(now, "worker_ready", text).worker = Some(worker.clone());
             machine.publish_event(job);
         });
@@ -209,7 +212,14 @@ impl Machine {
         });
     }
 
-    pub(super) fn finished(&mut self, now: Moment, worker: &WorkerId, within: &Within, step: Step, adapter: String) {
+    pub(super) fn finished(
+        &mut self,
+        now: Moment,
+        worker: &WorkerId,
+        within: &Within,
+        step: Step,
+        adapter: String,
+    ) {
         let _ = self.with_job(&within.job, |machine, job| {
             let is_first = Self::rank_within(job, worker, within) == Some(Rank(0));
             if !is_first || step != job.steps() {
@@ -229,7 +239,13 @@ fn mismatch(worker: &WorkerId, report: &StepReport) -> Diagnostic {
     let message = format!(
         "step {} was reduced by {worker} to {} tokens of {} rows (row hash {:016x}), leased were {} tokens of {} \
          rows (row hash {:016x})",
-        report.step, reduced.tokens, reduced.rows, reduced.row_hash, leased.tokens, leased.rows, leased.row_hash
+        report.step,
+        reduced.tokens,
+        reduced.rows,
+        reduced.row_hash,
+        leased.tokens,
+        leased.rows,
+        leased.row_hash
     );
     Diagnostic::new("SH0601", message).kind(Kind::Internal)
 }

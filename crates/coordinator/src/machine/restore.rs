@@ -10,7 +10,9 @@ use super::{
     crew::{Credit, Crew, Member},
     event::Moment,
     job::{Forming, Job, Origin, Phase},
-    record::{CheckpointRecord, EvaluationRecord, EventRecord, GenerationRecord, JobRecord, JobState, StepRecord},
+    record::{
+        CheckpointRecord, EvaluationRecord, EventRecord, GenerationRecord, JobRecord, JobState, StepRecord,
+    },
 };
 
 /// What the store knows of a job.
@@ -71,7 +73,8 @@ impl Machine {
             job.crew = self.crew_of(now, &generation);
             job.generation = Some(Arc::new(generation));
         }
-        let facts = record.facts.map(|facts| job.set_facts(facts).map_err(|error| error.diagnostic())).transpose();
+        let facts =
+            record.facts.map(|facts| job.set_facts(facts).map_err(|error| error.diagnostic())).transpose();
         let impossible = match (facts, unreadable) {
             (Err(error), _) => Some(error),
             (_, Some(reason)) => {

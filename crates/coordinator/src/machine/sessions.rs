@@ -112,7 +112,8 @@ impl Machine {
             }
             Reattached::WithoutState { job } => {
                 let reason = "it came back without its state";
-                let _ = self.with_job(&job, |machine, job| machine.member_gone(now, job, &worker, reason, None));
+                let _ =
+                    self.with_job(&job, |machine, job| machine.member_gone(now, job, &worker, reason, None));
             }
         }
     }
@@ -160,7 +161,8 @@ impl Machine {
             member.attached = true;
             member.back_by = None;
             (member.host, member.pid, member.device) = (info.host, info.pid, info.device);
-            let needs_state = rank.is_some_and(|rank| job.generation.as_ref().is_some_and(|g| g.start.counts_on(rank)));
+            let needs_state =
+                rank.is_some_and(|rank| job.generation.as_ref().is_some_and(|g| g.start.counts_on(rank)));
             if attachment.is_none() && needs_state {
                 return Reattached::WithoutState { job: job.id.clone() };
             }
@@ -252,10 +254,14 @@ impl Machine {
         attachment: &Attachment,
         job: &mut Job,
     ) -> Option<(Generation, Step)> {
-        if job.attempt != attachment.attempt || job.generation_number() != attachment.generation || job.is_ended() {
+        if job.attempt != attachment.attempt
+            || job.generation_number() != attachment.generation
+            || job.is_ended()
+        {
             return None;
         }
-        let up_to = Step((job.watermark.0.max(attachment.applied.0) + self.options.steps_ahead).min(job.steps().0));
+        let up_to =
+            Step((job.watermark.0.max(attachment.applied.0) + self.options.steps_ahead).min(job.steps().0));
         let running = matches!(job.phase, Phase::Running);
         let member = job.crew.of_mut(worker)?;
         if !member.attached || member.lost.is_some() {
@@ -303,8 +309,12 @@ impl Machine {
     pub(super) fn lose_silent(&mut self, now: Moment) {
         let limit = self.options.lost_after;
         let is_silent = |session: &Session| now.monotonic.saturating_sub(session.last_heard) > limit;
-        let silent: Vec<WorkerId> =
-            self.sessions.iter().filter(|(_, session)| is_silent(session)).map(|(worker, _)| worker.clone()).collect();
+        let silent: Vec<WorkerId> = self
+            .sessions
+            .iter()
+            .filter(|(_, session)| is_silent(session))
+            .map(|(worker, _)| worker.clone())
+            .collect();
         for worker in silent {
             let reason = format!("no beat for {:.1} s", limit.as_secs_f64());
             self.drop_session(now, &worker, reason);

@@ -39,7 +39,9 @@ impl Machine {
             };
             return self.reply(request, outcome);
         }
-        let same_store = |job: &&Job| spec.checkpoint.store.is_some() && job.spec.checkpoint.store == spec.checkpoint.store;
+        let same_store = |job: &&Job| {
+            spec.checkpoint.store.is_some() && job.spec.checkpoint.store == spec.checkpoint.store
+        };
         if let Some(job) = self.jobs.values().find(same_store) {
             let refusal = Refusal::StoreTaken(job.id.clone());
             return self.reply(request, Err(refusal));
@@ -93,11 +95,8 @@ impl Machine {
 
     pub(super) fn resume(&mut self, now: Moment, request: u64, id: &JobId) {
         let outcome = self.with_job(id, |machine, job| {
-            let refuse = |job: &Job| Refusal::WrongState {
-                job: job.id.clone(),
-                action: "resume",
-                state: job.state(),
-            };
+            let refuse =
+                |job: &Job| Refusal::WrongState { job: job.id.clone(), action: "resume", state: job.state() };
             let nobody_is_back = job.crew.members.iter().all(|member| !member.attached);
             match job.phase {
                 Phase::Ended(JobState::Succeeded) => return Err(refuse(job)),

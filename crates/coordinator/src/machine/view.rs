@@ -135,7 +135,8 @@ impl Machine {
             });
         }
         for (worker, session) in &self.sessions {
-            if !session.is_assigned_to(job) || job.crew.of(worker).is_some_and(|member| member.lost.is_none()) {
+            if !session.is_assigned_to(job) || job.crew.of(worker).is_some_and(|member| member.lost.is_none())
+            {
                 continue;
             }
             views.retain(|view| view.worker != *worker);

@@ -23,16 +23,20 @@ pub(crate) struct Jobs {
 
 impl Jobs {
     fn spec(&self, json: &str) -> Result<(JobSpec, Arc<str>)> {
-        let mut spec: JobSpec =
-            serde_json::from_str(json).map_err(|error| Error::bad(format!("the job file is not understood: {error}")))?;
+        let mut spec: JobSpec = serde_json::from_str(json)
+            .map_err(|error| Error::bad(format!("the job file is not understood: {error}")))?;
         let store = spec.checkpoint.store.get_or_insert_with(|| self.runs.join(&spec.name));
         if !store.is_absolute() {
-            let what = format!("the job's store `{}` is not absolute: whose folder would it be below?", store.display());
+            let what = format!(
+                "the job's store `{}` is not absolute: whose folder would it be below?",
+                store.display()
+            );
             return Err(Error::bad(what));
         }
         let workers = spec.cluster.workers;
         if workers.min == 0 || workers.max < workers.min {
-            let what = format!("workers from {} to {}: at least 1, and no fewer at most", workers.min, workers.max);
+            let what =
+                format!("workers from {} to {}: at least 1, and no fewer at most", workers.min, workers.max);
             return Err(Error::bad(what));
         }
         if spec.train.global_batch_size == 0 || spec.train.steps == Some(0) || spec.train.epochs == 0 {
@@ -87,7 +91,10 @@ impl Jobs {
 
 #[tonic::async_trait]
 impl JobService for Jobs {
-    async fn submit_job(&self, request: Request<SubmitJobRequest>) -> Result<Response<SubmitJobResponse>, Status> {
+    async fn submit_job(
+        &self,
+        request: Request<SubmitJobRequest>,
+    ) -> Result<Response<SubmitJobResponse>, Status> {
         self.submit(request.into_inner()).await.map(Response::new).map_err(refuse)
     }
 
@@ -95,11 +102,17 @@ impl JobService for Jobs {
         self.list().await.map(Response::new).map_err(refuse)
     }
 
-    async fn cancel_job(&self, request: Request<CancelJobRequest>) -> Result<Response<CancelJobResponse>, Status> {
+    async fn cancel_job(
+        &self,
+        request: Request<CancelJobRequest>,
+    ) -> Result<Response<CancelJobResponse>, Status> {
         self.cancel(request.into_inner()).await.map(Response::new).map_err(refuse)
     }
 
-    async fn resume_job(&self, request: Request<ResumeJobRequest>) -> Result<Response<ResumeJobResponse>, Status> {
+    async fn resume_job(
+        &self,
+        request: Request<ResumeJobRequest>,
+    ) -> Result<Response<ResumeJobResponse>, Status> {
         self.resume(request.into_inner()).await.map(Response::new).map_err(refuse)
     }
 

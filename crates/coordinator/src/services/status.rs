@@ -64,12 +64,18 @@ impl StatusService for Statuses {
     type WatchJobStream = Answers<WatchJobResponse>;
     type TailLogsStream = Answers<TailLogsResponse>;
 
-    async fn get_status(&self, request: Request<GetStatusRequest>) -> Result<Response<GetStatusResponse>, Status> {
+    async fn get_status(
+        &self,
+        request: Request<GetStatusRequest>,
+    ) -> Result<Response<GetStatusResponse>, Status> {
         let view = self.view(&request.get_ref().job_id).await.map_err(refuse)?;
         Ok(Response::new(GetStatusResponse { status: Some(wire::status_out(&view)) }))
     }
 
-    async fn watch_job(&self, request: Request<WatchJobRequest>) -> Result<Response<Self::WatchJobStream>, Status> {
+    async fn watch_job(
+        &self,
+        request: Request<WatchJobRequest>,
+    ) -> Result<Response<Self::WatchJobStream>, Status> {
         let (_, watch) = self.begin_watch(&request.get_ref().job_id).map_err(refuse)?;
         let (sender, receiver) = mpsc::channel(WATCHER_QUEUE);
         let shutdown = self.shutdown.clone();
@@ -84,7 +90,10 @@ impl StatusService for Statuses {
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
-    async fn list_steps(&self, request: Request<ListStepsRequest>) -> Result<Response<ListStepsResponse>, Status> {
+    async fn list_steps(
+        &self,
+        request: Request<ListStepsRequest>,
+    ) -> Result<Response<ListStepsResponse>, Status> {
         let request = request.into_inner();
         let view = self.view(&request.job_id).await.map_err(refuse)?;
         let limit = if request.limit == 0 { STEPS } else { request.limit.min(MOST_STEPS) };
@@ -92,13 +101,19 @@ impl StatusService for Statuses {
         Ok(Response::new(ListStepsResponse { steps: steps.iter().map(wire::step_out).collect() }))
     }
 
-    async fn list_events(&self, request: Request<ListEventsRequest>) -> Result<Response<ListEventsResponse>, Status> {
+    async fn list_events(
+        &self,
+        request: Request<ListEventsRequest>,
+    ) -> Result<Response<ListEventsResponse>, Status> {
         let view = self.view(&request.get_ref().job_id).await.map_err(refuse)?;
         let events = self.store.events(view.id, EVENTS).await.map_err(refuse)?;
         Ok(Response::new(ListEventsResponse { events: events.iter().map(wire::event_out).collect() }))
     }
 
-    async fn tail_logs(&self, request: Request<TailLogsRequest>) -> Result<Response<Self::TailLogsStream>, Status> {
+    async fn tail_logs(
+        &self,
+        request: Request<TailLogsRequest>,
+    ) -> Result<Response<Self::TailLogsStream>, Status> {
         let TailLogsRequest { job_id, worker_id, follow } = request.into_inner();
         // Begun before the past is read, so that no line falls between the two; one may come twice.
         let (job, watch) = self.begin_watch(&job_id).map_err(refuse)?;

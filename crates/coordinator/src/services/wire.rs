@@ -8,12 +8,12 @@ use shanty_proto::{
 use crate::{
     error::{Error, Result},
     machine::{
-        Announcement, Attachment, JobView, KeptSum, MemberPhase, MemberView, Message, Said, StepReport, Timings, Within,
-        WorkerInfo,
+        Announcement, Attachment, JobView, KeptSum, MemberPhase, MemberView, Message, Said, StepReport,
+        Timings, Within, WorkerInfo,
         ledger::Ledger,
         record::{
-            CheckpointRecord, EvaluationRecord, EventRecord, GenerationRecord, JobState, RankRows, Source, StartPoint,
-            StepRecord,
+            CheckpointRecord, EvaluationRecord, EventRecord, GenerationRecord, JobState, RankRows, Source,
+            StartPoint, StepRecord,
         },
     },
     store::LogLine,
@@ -186,12 +186,9 @@ pub(crate) fn message_out(message: Message, beat_ms: u32, credit_ms: u32) -> v1:
             }),
         }),
         Message::Form { job, attempt, rank, generation } => Out::Form(form(job, attempt, rank, &generation)),
-        Message::Leave { job, attempt, generation, reason } => Out::Leave(v1::Leave {
-            job_id: job.into(),
-            attempt: attempt.0,
-            generation: generation.0,
-            reason,
-        }),
+        Message::Leave { job, attempt, generation, reason } => {
+            Out::Leave(v1::Leave { job_id: job.into(), attempt: attempt.0, generation: generation.0, reason })
+        }
         Message::Release { job, attempt, succeeded, reason } => {
             Out::Release(v1::Release { job_id: job.into(), attempt: attempt.0, succeeded, reason })
         }
@@ -242,10 +239,8 @@ fn start(from: &StartPoint) -> v1::StartPoint {
 }
 
 pub(crate) fn row_out(row: shanty_data::Row) -> v1::Row {
-    let segment = |segment: shanty_data::Segment| v1::Segment {
-        sample_id: segment.sample_id,
-        length: segment.length,
-    };
+    let segment =
+        |segment: shanty_data::Segment| v1::Segment { sample_id: segment.sample_id, length: segment.length };
     v1::Row {
         id: row.id,
         token_ids: row.token_ids,

@@ -52,7 +52,10 @@ type Outgoing = Pin<Box<dyn Stream<Item = Result<CoordinatorMessage, Status>> + 
 impl WorkerService for Workers {
     type SessionStream = Outgoing;
 
-    async fn session(&self, request: Request<Streaming<WorkerMessage>>) -> Result<Response<Outgoing>, Status> {
+    async fn session(
+        &self,
+        request: Request<Streaming<WorkerMessage>>,
+    ) -> Result<Response<Outgoing>, Status> {
         let mut incoming = request.into_inner();
         let (outgoing, receiver) = mpsc::channel(WORKER_QUEUE);
         let this = self.clone();
@@ -66,7 +69,10 @@ impl WorkerService for Workers {
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
-    async fn lease_rows(&self, request: Request<LeaseRowsRequest>) -> Result<Response<LeaseRowsResponse>, Status> {
+    async fn lease_rows(
+        &self,
+        request: Request<LeaseRowsRequest>,
+    ) -> Result<Response<LeaseRowsResponse>, Status> {
         self.lease(request.into_inner()).await.map(Response::new).map_err(refuse)
     }
 }
@@ -106,7 +112,12 @@ impl Workers {
         ended.map(drop)
     }
 
-    async fn read(&self, incoming: &mut Streaming<WorkerMessage>, worker: &WorkerId, session: u64) -> Result<String> {
+    async fn read(
+        &self,
+        incoming: &mut Streaming<WorkerMessage>,
+        worker: &WorkerId,
+        session: u64,
+    ) -> Result<String> {
         loop {
             let message = match incoming.message().await {
                 Ok(Some(message)) => message,

@@ -200,7 +200,11 @@ fn connect(folder: &Path) -> Result<Connection> {
     Ok(connection)
 }
 
-fn serve(mut connection: Connection, mut queue: mpsc::Receiver<Request>, fail: &watch::Sender<Option<String>>) {
+fn serve(
+    mut connection: Connection,
+    mut queue: mpsc::Receiver<Request>,
+    fail: &watch::Sender<Option<String>>,
+) {
     let mut batch = Vec::with_capacity(BATCH);
     while queue.blocking_recv_many(&mut batch, BATCH) > 0 {
         match commit(&mut connection, &batch) {

@@ -44,7 +44,12 @@ pub(super) fn jobs(connection: &Connection) -> Result<Vec<StoredJob>> {
         .map_err(failed)?;
     let rows = statement
         .query_map([], |row| {
-            Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?, row.get::<_, i64>(2)?, row.get::<_, String>(3)?))
+            Ok((
+                row.get::<_, String>(0)?,
+                row.get::<_, String>(1)?,
+                row.get::<_, i64>(2)?,
+                row.get::<_, String>(3)?,
+            ))
         })
         .map_err(failed)?;
     let mut jobs = Vec::new();

@@ -126,7 +126,13 @@ pub(super) fn logs(connection: &Connection, job: &str, lines: &[LogLine]) -> rus
 }
 
 /// Drops the oldest rows of a job, in lots, so that not every insertion has to.
-fn keep_newest(connection: &Connection, table: &str, job: &str, added: usize, most: i64) -> rusqlite::Result<()> {
+fn keep_newest(
+    connection: &Connection,
+    table: &str,
+    job: &str,
+    added: usize,
+    most: i64,
+) -> rusqlite::Result<()> {
     if connection.last_insert_rowid() % 256 >= added as i64 {
         return Ok(());
     }

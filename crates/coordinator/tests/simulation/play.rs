@@ -32,7 +32,9 @@ impl World {
             .workers
             .iter()
             .filter(|worker| worker.alive)
-            .map(|worker| format!("{}:{:?}:{:?}@{}", worker.id, worker.session, worker.doing(), worker.state.applied()))
+            .map(|worker| {
+                format!("{}:{:?}:{:?}@{}", worker.id, worker.session, worker.doing(), worker.state.applied())
+            })
             .collect();
         format!("{:?} {} step {} of {}; {}", view.state, view.reason, view.step, view.steps, doing.join(" "))
     }
@@ -77,7 +79,8 @@ impl World {
         while self.workers[at].outbox.front().is_some_and(|(due, _)| *due <= now) {
             let worker = &mut self.workers[at];
             let (_, message) = worker.outbox.pop_front().expect("there is one");
-            let (id, session) = (worker.id.clone(), worker.session.expect("it says something only on a stream"));
+            let (id, session) =
+                (worker.id.clone(), worker.session.expect("it says something only on a stream"));
             self.tell(Event::Said { worker: id, session, message });
         }
         if now < self.workers[at].paused_until {
@@ -258,10 +261,12 @@ impl World {
         let reducing: Vec<usize> =
             places.iter().copied().filter(|at| self.workers[*at].is_in(number, &[Doing::Reducing])).collect();
         let Some(first) = reducing.first() else { return };
-        let step = reducing.iter().map(|at| self.workers[*at].state.applied() + 1).min().expect("there is one");
+        let step =
+            reducing.iter().map(|at| self.workers[*at].state.applied() + 1).min().expect("there is one");
         let is_first = |worker: &Worker| worker.state.applied() + 1 == step;
         let _ = first;
-        let has_sum = |world: &Self, at: usize| world.summed.contains(&(number, step, at_id(&world.workers[at])));
+        let has_sum =
+            |world: &Self, at: usize| world.summed.contains(&(number, step, at_id(&world.workers[at])));
         let begun = places.iter().any(|at| has_sum(self, *at));
         let entered = |worker: &Worker| worker.is_in(number, &[Doing::Reducing]) && is_first(worker);
         if all_here && !begun && places.iter().all(|at| entered(&self.workers[*at])) {
@@ -281,7 +286,10 @@ impl World {
                     let everybody = all_here
                         && places.iter().all(|other| {
                             let worker = &self.workers[*other];
-                            worker.is_in(number, &[Doing::Reducing, Doing::Waiting, Doing::Computing, Doing::Finishing])
+                            worker.is_in(
+                                number,
+                                &[Doing::Reducing, Doing::Waiting, Doing::Computing, Doing::Finishing],
+                            )
                         });
                     if has_sum(self, *at) || everybody {
                         self.apply(*at, number, step);
@@ -306,7 +314,10 @@ impl World {
             // may finish the step that the next generation starts from.
             let next = &self.announced[&(number + 1)].start;
             let goes_on = matches!(next.source, Source::Members { .. });
-            assert!(!goes_on || step <= next.applied.0, "generation {number} applied {step} after it was left");
+            assert!(
+                !goes_on || step <= next.applied.0,
+                "generation {number} applied {step} after it was left"
+            );
         }
         let worker = &mut self.workers[at];
         worker.state.steps.push(trained);
@@ -344,7 +355,13 @@ impl World {
         }
     }
 
-    fn write_checkpoint(&mut self, at: usize, within: shanty_coordinator::machine::Within, step: u64, late: u64) {
+    fn write_checkpoint(
+        &mut self,
+        at: usize,
+        within: shanty_coordinator::machine::Within,
+        step: u64,
+        late: u64,
+    ) {
         let record = CheckpointRecord {
             attempt: within.attempt,
             step: Step(step),
@@ -389,7 +406,11 @@ impl World {
             if pause {
                 self.workers[at].paused_until = self.now + self.chance.below(900);
             }
-            if broken && matches!(self.workers[at].doing(), Some(Doing::Computing | Doing::Reducing | Doing::Connecting))
+            if broken
+                && matches!(
+                    self.workers[at].doing(),
+                    Some(Doing::Computing | Doing::Reducing | Doing::Connecting)
+                )
             {
                 self.break_at(at);
             }

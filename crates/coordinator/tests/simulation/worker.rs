@@ -101,7 +101,12 @@ impl Worker {
     }
 
     pub fn info(&self) -> WorkerInfo {
-        WorkerInfo { host: "sim".to_owned(), pid: 1, address: format!("{}:1", self.id), ..WorkerInfo::default() }
+        WorkerInfo {
+            host: "sim".to_owned(),
+            pid: 1,
+            address: format!("{}:1", self.id),
+            ..WorkerInfo::default()
+        }
     }
 
     pub fn attachment(&self) -> Option<Attachment> {
@@ -219,7 +224,12 @@ impl Worker {
             _ => true,
         };
         if !is_receiver {
-            assert_eq!(self.state.applied(), start.applied.0, "{} is no receiver and has another state", self.id);
+            assert_eq!(
+                self.state.applied(),
+                start.applied.0,
+                "{} is no receiver and has another state",
+                self.id
+            );
         }
         if keeps {
             assert!(!is_receiver, "a receiver keeps nothing");

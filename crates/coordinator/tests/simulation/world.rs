@@ -7,7 +7,8 @@ use std::{
 };
 
 use shanty_coordinator::machine::{
-    Announcement, Change, Effect, Event, Machine, Message, Moment, Options, Point, Said, StepReport, StoredJob, Timings,
+    Announcement, Change, Effect, Event, Machine, Message, Moment, Options, Point, Said, StepReport,
+    StoredJob, Timings,
     record::{CheckpointRecord, DataFacts, GenerationRecord, JobRecord, JobState, Source, StepRecord},
 };
 use shanty_data::order::{self, Order};
@@ -259,15 +260,18 @@ impl World {
             Effect::FindCheckpoint { job, attempt } => {
                 self.total_losses += 1;
                 let found = self.checkpoints.iter().filter(|(_, _, good)| *good).map(|(record, _, _)| record);
-                let newest = found.max_by_key(|record| (record.step, record.attempt, record.generation)).cloned();
-                let event =
-                    Event::CheckpointFound { job, attempt, outcome: Ok(newest), damaged: Vec::new() };
+                let newest =
+                    found.max_by_key(|record| (record.step, record.attempt, record.generation)).cloned();
+                let event = Event::CheckpointFound { job, attempt, outcome: Ok(newest), damaged: Vec::new() };
                 self.answers.push((self.now + 10 + self.chance.below(30), event));
             }
             Effect::Publish(_, Point::Step(record)) => {
                 assert_eq!(record.generation.0, self.newest, "a step of an older generation was committed");
             }
-            Effect::Publish(..) | Effect::StopPrepare { .. } | Effect::Reply { .. } | Effect::StatusChanged(_) => {}
+            Effect::Publish(..)
+            | Effect::StopPrepare { .. }
+            | Effect::Reply { .. }
+            | Effect::StatusChanged(_) => {}
         }
     }
 
@@ -286,7 +290,8 @@ impl World {
         assert_eq!(durable, Some(Generation(number)), "announced before it was durable");
         if !generation.start.rows.is_empty() {
             let rows = &generation.start.rows;
-            let mut dealt: Vec<u64> = rows.iter().flat_map(|r| r.kept.iter().chain(&r.compute)).copied().collect();
+            let mut dealt: Vec<u64> =
+                rows.iter().flat_map(|r| r.kept.iter().chain(&r.compute)).copied().collect();
             let mut expected = self.order.step_rows(generation.start.applied.0 + 1);
             dealt.sort_unstable();
             expected.sort_unstable();

@@ -1,4 +1,7 @@
-use shanty_coordinator::machine::{Announcement, Effect, Message, record::{JobState, Source}};
+use shanty_coordinator::machine::{
+    Announcement, Effect, Message,
+    record::{JobState, Source},
+};
 use shanty_diagnostic::{Diagnostic, Kind};
 use shanty_proto::{Rank, Step};
 
@@ -81,7 +84,11 @@ fn quorum_of_none_waits_for_credits_then_uses_checkpoint() {
     stage.now += 100;
     stage.down("a");
     stage.down("b");
-    assert!(stage.view().reason.contains("waits until the credits given to it have run out"), "{}", stage.view().reason);
+    assert!(
+        stage.view().reason.contains("waits until the credits given to it have run out"),
+        "{}",
+        stage.view().reason
+    );
     stage.hello("c", None);
     stage.ready("c");
     stage.now += 100;
@@ -140,7 +147,13 @@ fn reports_twice_or_by_others_are_one_step() {
     let mut stage = Stage::running(1, 2, 10, &["a", "b"]);
     stage.report("a", 1, 0, 1);
     let committed = |stage: &Stage| {
-        stage.effects.iter().filter(|effect| matches!(effect, Effect::Publish(_, shanty_coordinator::machine::Point::Step(_)))).count()
+        stage
+            .effects
+            .iter()
+            .filter(|effect| {
+                matches!(effect, Effect::Publish(_, shanty_coordinator::machine::Point::Step(_)))
+            })
+            .count()
     };
     assert_eq!(committed(&stage), 1);
     stage.report("a", 1, 0, 1);
@@ -154,7 +167,8 @@ fn reports_twice_or_by_others_are_one_step() {
 fn broken_collective_asks_everybody_to_leave_also_who_said_so() {
     let mut stage = Stage::running(2, 2, 10, &["a", "b"]);
     let within = stage.within(1);
-    stage.say("a", shanty_coordinator::machine::Said::Broken { within, error: "connection reset".to_owned() });
+    stage
+        .say("a", shanty_coordinator::machine::Said::Broken { within, error: "connection reset".to_owned() });
     assert!(stage.was_told_to_leave("a") && stage.was_told_to_leave("b"));
     assert!(stage.view().reason.contains("connection reset"));
     let rows = order().step_rows(1);
@@ -189,7 +203,10 @@ fn silent_worker_is_lost_and_its_stream_ended() {
         stage.now += 250;
         stage.beat("a", 1, 0, 0);
         stage.tell(shanty_coordinator::machine::Event::Tick);
-        ended = stage.effects.iter().any(|effect| matches!(effect, Effect::Close { worker: w, .. } if *w == worker("b")));
+        ended = stage
+            .effects
+            .iter()
+            .any(|effect| matches!(effect, Effect::Close { worker: w, .. } if *w == worker("b")));
     }
     assert!(ended);
     assert!(stage.was_told_to_leave("a"));

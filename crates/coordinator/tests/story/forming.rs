@@ -1,4 +1,7 @@
-use shanty_coordinator::machine::{Effect, Message, record::{JobState, Source}};
+use shanty_coordinator::machine::{
+    Effect, Message,
+    record::{JobState, Source},
+};
 use shanty_diagnostic::{Diagnostic, Kind};
 
 use crate::stage::*;
@@ -18,7 +21,11 @@ fn forms_at_once_when_all_that_it_may_use_are_ready() {
     assert_eq!(generation.start.source, Source::Fresh);
     assert!(generation.start.rows.is_empty());
     assert_ne!(generation.token, [0; 32]);
-    assert_eq!(stage.saved().unwrap().generation.as_ref(), Some(&*generation), "durable with the announcement");
+    assert_eq!(
+        stage.saved().unwrap().generation.as_ref(),
+        Some(&*generation),
+        "durable with the announcement"
+    );
     let first_send = stage.effects.iter().position(|effect| matches!(effect, Effect::Send { .. })).unwrap();
     let persisted = stage.effects.iter().position(|effect| matches!(effect, Effect::Persist(_))).unwrap();
     assert!(persisted < first_send);
@@ -48,7 +55,10 @@ fn waiting_says_who_is_missing() {
     stage.hello("a", None);
     stage.hello("b", None);
     stage.ready("a");
-    assert_eq!(stage.view().reason, "1 of at least 3 workers are ready; loading the base: b; 1 more must connect");
+    assert_eq!(
+        stage.view().reason,
+        "1 of at least 3 workers are ready; loading the base: b; 1 more must connect"
+    );
     let error = Diagnostic::new("SH0801", "no memory").kind(Kind::Transient);
     stage.fails("b", error);
     assert_eq!(stage.view().reason, "1 of at least 3 workers are ready; failed: b; 1 more must connect");
@@ -68,7 +78,9 @@ fn a_worker_with_another_base_takes_no_part() {
         trainable_parameters: 5,
     };
     stage.say("b", message);
-    assert!(matches!(&stage.told("b")[..], [Message::Release { succeeded: false, reason, .. }] if reason.contains("another base")));
+    assert!(
+        matches!(&stage.told("b")[..], [Message::Release { succeeded: false, reason, .. }] if reason.contains("another base"))
+    );
     stage.pass(4000, &["a", "b"]);
     assert_eq!(stage.view().members.len(), 1);
 }

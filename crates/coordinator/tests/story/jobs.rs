@@ -37,7 +37,9 @@ fn one_job_at_a_time_has_the_workers() {
     assert!(matches!(stage.told("a")[..], [Message::Release { succeeded: true, .. }]));
     assert_eq!(stage.view().state, JobState::Succeeded);
     assert_eq!(stage.view().adapter, "/runs/pirate/adapter");
-    assert!(stage.effects.iter().any(|effect| matches!(effect, Effect::Prepare { job, .. } if *job == second)));
+    assert!(
+        stage.effects.iter().any(|effect| matches!(effect, Effect::Prepare { job, .. } if *job == second))
+    );
     stage.prepared("second");
     assert!(matches!(&stage.told("a")[..], [Message::Assign { job, .. }] if *job == second));
     assert_eq!(reason(&stage, "third"), "waits for job second to end");
@@ -47,7 +49,8 @@ fn one_job_at_a_time_has_the_workers() {
 fn finished_counts_only_after_all_steps_and_from_rank_0() {
     let mut stage = Stage::running(1, 2, 3, &["a", "b"]);
     let within = stage.within(1);
-    let finished = |step| Said::Finished { within: within.clone(), step: Step(step), adapter: "x".to_owned() };
+    let finished =
+        |step| Said::Finished { within: within.clone(), step: Step(step), adapter: "x".to_owned() };
     stage.say("a", finished(2));
     stage.say("b", finished(3));
     assert_eq!(stage.view().state, JobState::Running);
@@ -59,7 +62,8 @@ fn finished_counts_only_after_all_steps_and_from_rank_0() {
 fn failed_preparation_fails_the_job_with_its_place() {
     let mut stage = Stage::empty();
     stage.submit("r1", &spec("pirate", 1, 1, 5)).unwrap();
-    let (attempt, error) = (Attempt(1), Diagnostic::new("SH0203", "no JSON").in_file("/train.jsonl").at_line(3));
+    let (attempt, error) =
+        (Attempt(1), Diagnostic::new("SH0203", "no JSON").in_file("/train.jsonl").at_line(3));
     stage.tell(Event::PrepareProgress { job: job(), attempt, text: "tokenises (40 %)".to_owned() });
     assert_eq!(stage.view().reason, "prepares its data: tokenises (40 %)");
     stage.tell(Event::PrepareEnded { job: job(), attempt, outcome: Err(error.clone()) });
@@ -96,7 +100,10 @@ fn resume_of_a_cancelled_job_goes_on_once_one_worker_is_known_to_be_out() {
     let mut stage = Stage::running(1, 2, 10, &["a", "b"]);
     stage.report("a", 1, 0, 1);
     stage.tell(Event::Resume { request: 1, job: job() });
-    assert!(matches!(stage.reply(), Err(Refusal::WrongState { action: "resume", state: JobState::Running, .. })));
+    assert!(matches!(
+        stage.reply(),
+        Err(Refusal::WrongState { action: "resume", state: JobState::Running, .. })
+    ));
     stage.tell(Event::Cancel { request: 2, job: job() });
     // Its next beat names no generation any more: it has heard that it is released.
     stage.pass(250, &["a"]);

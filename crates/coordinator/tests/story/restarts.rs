@@ -1,4 +1,7 @@
-use shanty_coordinator::machine::{Message, record::{JobRecord, JobState, Source}};
+use shanty_coordinator::machine::{
+    Message,
+    record::{JobRecord, JobState, Source},
+};
 use shanty_proto::Step;
 
 use crate::stage::*;
@@ -126,7 +129,10 @@ fn resume_of_an_interrupted_job_is_a_new_attempt_after_the_fence() {
     let mut stage = stage.restarted(record);
     let began = stage.now;
     stage.tell(shanty_coordinator::machine::Event::Resume { request: 1, job: job() });
-    assert_eq!(stage.reply().unwrap(), shanty_coordinator::machine::Reply::Resumed(shanty_proto::Attempt(2), Step(0)));
+    assert_eq!(
+        stage.reply().unwrap(),
+        shanty_coordinator::machine::Reply::Resumed(shanty_proto::Attempt(2), Step(0))
+    );
     stage.attempt = 2;
     stage.prepared("pirate");
     stage.hello("c", None);

@@ -3,8 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use shanty_coordinator::machine::{
-    Announcement, Attachment, Change, Effect, Event, JobView, KeptSum, Machine, MemberPhase, Message, Moment, Options,
-    Point, Refusal, Reply, Said, StepReport, StoredJob, Timings, Within, WorkerInfo,
+    Announcement, Attachment, Change, Effect, Event, JobView, KeptSum, Machine, MemberPhase, Message, Moment,
+    Options, Point, Refusal, Reply, Said, StepReport, StoredJob, Timings, Within, WorkerInfo,
     record::{CheckpointRecord, DataFacts, GenerationRecord, JobRecord, JobState},
 };
 use shanty_data::order::{self, Order};
@@ -153,7 +153,8 @@ impl Stage {
     pub fn hello(&mut self, name: &str, attachment: Option<Attachment>) {
         self.next_session += 1;
         self.sessions.insert(name.to_owned(), self.next_session);
-        let info = WorkerInfo { host: "host".to_owned(), address: format!("{name}:1"), ..WorkerInfo::default() };
+        let info =
+            WorkerInfo { host: "host".to_owned(), address: format!("{name}:1"), ..WorkerInfo::default() };
         let session = self.next_session;
         self.tell(Event::Hello { worker: worker(name), session, info, attachment });
     }

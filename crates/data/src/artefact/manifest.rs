@@ -9,7 +9,7 @@ use crate::{Format, Split, Summary};
 /// Name of the manifest.
 pub(crate) const MANIFEST: &str = "manifest.json";
 /// Name of the file that holds the manifest's hash.
-pub(super) const SEAL: &str = "manifest.b3";
+pub(crate) const SEAL: &str = "manifest.b3";
 /// What the manifest's `kind` says.
 pub(super) const KIND: &str = "shanty prepared data";
 /// Changes when the layout of the files, or what rows are built from the same input, changes.
