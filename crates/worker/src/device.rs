@@ -52,6 +52,8 @@ pub struct WorkerOptions {
     pub bind: String,
     /// Host or address that other workers connect to, where it is not `bind`.
     pub advertise: Option<String>,
+    /// Bytes that a step may take; half of what is free when none. Workers that share a host should share it.
+    pub memory_limit_bytes: Option<u64>,
     /// Armed failpoints.
     pub failpoints: Failpoints,
 }
@@ -69,6 +71,7 @@ impl WorkerOptions {
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             bind: "127.0.0.1".to_owned(),
             advertise: None,
+            memory_limit_bytes: None,
             failpoints: Failpoints::from_environment()?,
         })
     }
@@ -110,6 +113,8 @@ pub async fn run_worker(
     let around = Surroundings {
         worker_id: options.worker_id.clone(),
         threads: options.threads,
+        device: options.device,
+        memory_limit_bytes: options.memory_limit_bytes,
         control: Arc::clone(&control),
         reports,
         rows: RowClient::new(client.clone(), tokio::runtime::Handle::current()),

@@ -87,6 +87,10 @@ pub struct LoadRequest<'a> {
     pub spec: &'a JobSpec,
     /// Threads that it may use.
     pub threads: usize,
+    /// The worker's device: `cpu`, `cuda:0`, …
+    pub device: &'a str,
+    /// Bytes that a step may take; half of what is free when none.
+    pub memory_limit_bytes: Option<u64>,
 }
 
 /// Loads engines.

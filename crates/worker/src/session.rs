@@ -12,7 +12,7 @@ use std::{
 };
 
 use shanty_proto::v1::{
-    Attachment, Beat, CoordinatorMessage, Goodbye, Hello, Left, LogLine, LogLines, Welcome, WorkerMessage,
+    Attachment, Beat, CoordinatorMessage, Goodbye, Hello, LogLine, LogLines, Welcome, WorkerMessage,
     coordinator_message::Message as FromCoordinator, worker_message::Message,
     worker_service_client::WorkerServiceClient,
 };
@@ -63,8 +63,9 @@ struct Memory {
     outbox: Outbox,
     /// The job and attempt that the coordinator assigned over this connection or an attached one before.
     assigned: Option<(String, u32)>,
-    /// The answer to the last `Leave`, as long as the worker belongs to that generation.
-    left: Option<Left>,
+    /// The last `Left` or `Broken`, as long as the worker belongs to that generation: said again to a coordinator that
+    /// restarted meanwhile, which took the generation for alive.
+    parted: Option<Message>,
     credit: Duration,
 }
 
@@ -74,8 +75,12 @@ impl Session {
     /// # Errors
     /// [`Error::Refused`] if the coordinator does not want this worker.
     pub(crate) async fn run(mut self, shutdown: CancellationToken) -> Result<(), Error> {
-        let mut memory =
-            Memory { outbox: Outbox::default(), assigned: None, left: None, credit: Duration::from_secs(1) };
+        let mut memory = Memory {
+            outbox: Outbox::default(),
+            assigned: None,
+            parted: None,
+            credit: Duration::from_secs(1),
+        };
         let mut pause = FIRST_PAUSE;
         let mut told = String::new();
         loop {
@@ -106,11 +111,6 @@ impl Session {
         let (sender, receiver) = mpsc::unbounded_channel();
         let mut wire = Wire { sender };
         wire.send(Message::Hello(Hello { attachment: attachment.clone(), ..self.hello.clone() }));
-        if let Some(left) = &memory.left
-            && attachment.is_some()
-        {
-            wire.send(Message::Left(left.clone()));
-        }
 
         let opening = self.open(UnboundedReceiverStream::new(receiver));
         let opened = tokio::select! {
@@ -145,17 +145,16 @@ impl Session {
     fn settle(&self, memory: &mut Memory, wire: &mut Wire, claimed: Option<Attachment>, attached: bool) {
         let unacknowledged = memory.outbox.reconnect();
         if attached && claimed.is_some() {
-            for message in unacknowledged {
-                // `Left` went out right behind `Hello`.
-                if !matches!(message, Message::Left(_)) {
-                    memory.outbox.sent(message.clone());
-                    wire.send(message);
-                }
+            let parting = |message: &Message| matches!(message, Message::Left(_) | Message::Broken(_));
+            let others = unacknowledged.into_iter().filter(|message| !parting(message));
+            for message in others.chain(memory.parted.clone()) {
+                memory.outbox.sent(message.clone());
+                wire.send(message);
             }
             return;
         }
         memory.assigned = None;
-        memory.left = None;
+        memory.parted = None;
         if claimed.is_some() {
             warn!("the coordinator went on without this worker");
             self.control.drop_membership("the coordinator went on without this worker");
@@ -232,7 +231,7 @@ impl Session {
                 self.command(Command::Assign(assign));
             }
             FromCoordinator::Form(form) => {
-                memory.left = None;
+                memory.parted = None;
                 memory.assigned = Some((form.job_id.clone(), form.attempt));
                 self.control.enter(Attachment {
                     job_id: form.job_id.clone(),
@@ -252,7 +251,7 @@ impl Session {
             }
             FromCoordinator::Release(release) => {
                 info!(job = %release.job_id, succeeded = release.succeeded, reason = %release.reason, "released");
-                memory.left = None;
+                memory.parted = None;
                 memory.assigned = None;
                 self.control.drop_membership(&release.reason);
                 self.command(Command::Release(release));
@@ -277,8 +276,8 @@ impl Session {
             debug!("an answer to an assignment of an earlier connection is not sent");
             return;
         }
-        if let Message::Left(left) = &report {
-            memory.left = Some(left.clone());
+        if matches!(report, Message::Left(_) | Message::Broken(_)) {
+            memory.parted = Some(report.clone());
         }
         memory.outbox.sent(report.clone());
         let short_of_credit = match &report {

@@ -94,6 +94,8 @@ impl From<Error> for Stop {
 pub(crate) struct Surroundings {
     pub(crate) worker_id: String,
     pub(crate) threads: usize,
+    pub(crate) device: String,
+    pub(crate) memory_limit_bytes: Option<u64>,
     pub(crate) control: Arc<Control>,
     pub(crate) reports: UnboundedSender<Message>,
     pub(crate) rows: RowClient,
@@ -205,7 +207,12 @@ impl Trainer {
         self.around.control.set_phase(MemberPhase::Loading);
         info!(job = %plan.job_id, base = %plan.spec.base.model.display(), "loading the base");
         let row_log = RowLog::open(&plan.store, &self.around.worker_id)?;
-        let request = LoadRequest { spec: &plan.spec, threads: self.around.threads };
+        let request = LoadRequest {
+            spec: &plan.spec,
+            threads: self.around.threads,
+            device: &self.around.device,
+            memory_limit_bytes: self.around.memory_limit_bytes,
+        };
         let mut told = 0;
         let engine = self.loader.load(request, &mut |share| {
             let quarters = (share * 4.0) as u32;

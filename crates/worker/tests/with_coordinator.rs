@@ -234,7 +234,7 @@ async fn workers_outlive_a_restart_of_the_coordinator() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_real_engine_trains_a_real_base_on_two_workers() {
     let stage = Stage::set(2, 6).await;
-    let crew = stage.hire(2, &PeftEngines::default(), &Failpoints::none());
+    let crew = stage.hire(2, &PeftEngines, &Failpoints::none());
     let status = stage.until_it_ends().await;
     crew.dismiss().await;
     assert_eq!(status.state(), JobState::Succeeded, "{status:#?}");

@@ -16,12 +16,7 @@ use super::{EngineLoader, Facts, LoadRequest, Row, StepEngine, Sum};
 
 /// Loads peft-core's engine.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct PeftEngines {
-    /// Where to compute, by the worker's own settings; the job's count where these leave it open.
-    pub device: Device,
-    /// Bytes that a step may take; half of what is free when none. Workers that share a host should share it.
-    pub memory_limit_bytes: Option<u64>,
-}
+pub struct PeftEngines;
 
 impl EngineLoader for PeftEngines {
     fn load(
@@ -30,8 +25,7 @@ impl EngineLoader for PeftEngines {
         progress: &mut dyn FnMut(f64),
     ) -> Result<Box<dyn StepEngine>, Error> {
         let spec = request.spec;
-        let device = if self.device == Device::Auto { spec.cluster.device } else { self.device };
-        if device == Device::Cuda {
+        if request.device.starts_with("cuda") || spec.cluster.device == Device::Cuda {
             return Err(Error::NoCudaEngine { device: "cuda".to_owned() });
         }
         let lora = lora(spec);
@@ -45,7 +39,7 @@ impl EngineLoader for PeftEngines {
                 job::Recompute::Layers => Recompute::Layers,
             },
             micro_batch_rows: spec.train.micro_batch_size,
-            memory_limit: self.memory_limit_bytes,
+            memory_limit: request.memory_limit_bytes,
             ..EngineOptions::new(&spec.base.model, spec.data.max_length)
         };
         let quantised = format!("{:?}", options.quantization);

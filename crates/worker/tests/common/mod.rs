@@ -58,6 +58,7 @@ impl Crew {
             threads: 1,
             bind: "127.0.0.1".to_owned(),
             advertise: None,
+            memory_limit_bytes: None,
             failpoints,
         };
         let (_, logs) = shanty_worker::logs::forward(&worker_id);
