@@ -1,2 +1,38 @@
-//! The `shanty` program.
-fn main() {}
+//! The `shanty` program: one binary that launches, watches and uses fine-tuning jobs.
+//!
+//! [`args`] says what can be asked, [`commands`] answers, one file a command; [`ui`] knows how things look.
+
+use std::process::ExitCode;
+
+mod args;
+mod client;
+mod commands;
+mod error;
+mod failure;
+mod format;
+mod job_file;
+mod model;
+mod preflight;
+mod prepared;
+mod progress;
+mod run;
+mod sample;
+mod ui;
+mod watch;
+
+fn main() -> ExitCode {
+    ui::install_panic_hook();
+    match args::parse() {
+        args::Parsed::Command(cli) => {
+            let ui = ui::Ui::new(cli.output, cli.color);
+            match commands::dispatch(cli.command, &ui) {
+                Ok(exit) => exit.into(),
+                Err(failure) => {
+                    ui.report(&failure);
+                    failure.exit().into()
+                }
+            }
+        }
+        args::Parsed::Answered(code) => code,
+    }
+}

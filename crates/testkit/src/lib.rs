@@ -1,1 +1,15 @@
-//! What tests share: a local cluster of real processes, fixtures, and readers of their logs.
+//! What tests share: real processes of the built program, fixtures, and readers of what runs leave behind.
+//!
+//! Nothing here sleeps for a fixed time: [`wait::until`] waits for conditions, and says what it waited for.
+
+pub mod adapter;
+pub mod cluster;
+pub mod fixtures;
+pub mod job;
+pub mod process;
+pub mod rows;
+pub mod wait;
+
+pub use cluster::LocalCluster;
+pub use job::TinyJob;
+pub use process::{Finished, Running, Shanty};

@@ -1,0 +1,178 @@
+//! Talks to a coordinator, wherever it is.
+
+use std::{
+    future::Future,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use shanty_proto::v1::{
+    self, job_service_client::JobServiceClient, status_service_client::StatusServiceClient,
+};
+use tonic::transport::{Channel, Endpoint};
+
+use crate::{error::Error, failure::CommandResult};
+
+/// How long a coordinator may take to answer the door.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Below a run folder: where the coordinator of `shanty run` says that it listens.
+pub(crate) const ADDRESS_FILE: &str = "coordinator/address";
+
+/// Which coordinator is meant.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub(crate) struct Target {
+    /// The coordinator, as http://host:port; the local run's when absent
+    #[arg(long, env = "SHANTY_COORDINATOR", value_name = "URL")]
+    pub(crate) coordinator: Option<String>,
+
+    /// The run folder whose coordinator is meant; all below ./runs are tried when absent
+    #[arg(long, value_name = "DIR", conflicts_with = "coordinator")]
+    pub(crate) store: Option<PathBuf>,
+}
+
+/// A connection to a coordinator.
+#[derive(Debug, Clone)]
+pub(crate) struct Client {
+    channel: Channel,
+    address: String,
+}
+
+impl Client {
+    /// Connects, or says why not.
+    pub(crate) async fn connect(address: &str) -> CommandResult<Self> {
+        let unreachable = |reason: String| Error::Unreachable { address: address.to_owned(), reason };
+        let endpoint = Endpoint::from_shared(address.to_owned())
+            .ok()
+            .filter(|endpoint| endpoint.uri().host().is_some() && endpoint.uri().scheme().is_some())
+            .ok_or_else(|| Error::Address { address: address.to_owned() })?
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_nodelay(true);
+        let channel = endpoint.connect().await.map_err(|error| unreachable(innermost(&error)))?;
+        Ok(Self { channel, address: address.to_owned() })
+    }
+
+    /// The address that was connected to.
+    pub(crate) fn address(&self) -> &str {
+        &self.address
+    }
+
+    pub(crate) fn jobs(&self) -> JobServiceClient<Channel> {
+        JobServiceClient::new(self.channel.clone())
+    }
+
+    pub(crate) fn status(&self) -> StatusServiceClient<Channel> {
+        StatusServiceClient::new(self.channel.clone()).max_decoding_message_size(64 << 20)
+    }
+
+    /// Where a job stands.
+    pub(crate) async fn job_status(&self, job_id: &str) -> CommandResult<v1::JobStatus> {
+        let request = v1::GetStatusRequest { job_id: job_id.to_owned() };
+        let response = self.status().get_status(request).await.map_err(wire)?.into_inner();
+        Ok(response.status.ok_or_else(|| Error::Answer { reason: "a status without status".to_owned() })?)
+    }
+
+    /// All jobs that the coordinator knows.
+    pub(crate) async fn list(&self) -> CommandResult<Vec<v1::JobSummary>> {
+        Ok(self.jobs().list_jobs(v1::ListJobsRequest {}).await.map_err(wire)?.into_inner().jobs)
+    }
+}
+
+impl Target {
+    /// Whether the user named a place to look in.
+    pub(crate) fn is_named(&self) -> bool {
+        self.coordinator.is_some() || self.store.is_some()
+    }
+
+    /// Connects to the coordinator that is meant; without a word from the user, to the one local run.
+    pub(crate) async fn connect(&self) -> CommandResult<Client> {
+        if let Some(url) = &self.coordinator {
+            return Client::connect(url).await;
+        }
+        let mut last = None;
+        for store in self.stores() {
+            let Some(address) = read_address(&store) else { continue };
+            match Client::connect(&address).await {
+                Ok(client) => return Ok(client),
+                Err(failure) => last = Some(failure),
+            }
+        }
+        Err(last.unwrap_or_else(|| Error::NoCoordinator.into()))
+    }
+
+    /// Connects to the coordinator that knows `job`: an id, or the name of the job.
+    pub(crate) async fn connect_for(&self, job: &str) -> CommandResult<(Client, String)> {
+        if let Some(url) = &self.coordinator {
+            let client = Client::connect(url).await?;
+            let id = resolve(&client, job).await?.unwrap_or_else(|| job.to_owned());
+            return Ok((client, id));
+        }
+        let mut last = None;
+        for store in self.stores() {
+            let Some(address) = read_address(&store) else { continue };
+            let client = match Client::connect(&address).await {
+                Ok(client) => client,
+                Err(failure) => {
+                    last = Some(failure);
+                    continue;
+                }
+            };
+            if let Some(id) = resolve(&client, job).await? {
+                return Ok((client, id));
+            }
+        }
+        Err(last.unwrap_or_else(|| Error::NoCoordinator.into()))
+    }
+
+    /// The run folders that may be meant.
+    pub(crate) fn stores(&self) -> Vec<PathBuf> {
+        if let Some(store) = &self.store {
+            return vec![store.clone()];
+        }
+        let mut stores: Vec<PathBuf> = std::fs::read_dir("runs")
+            .map(|entries| entries.filter_map(|entry| Some(entry.ok()?.path())).collect())
+            .unwrap_or_default();
+        stores.retain(|store| store.join("coordinator").is_dir());
+        stores.sort();
+        stores
+    }
+}
+
+/// The id that `job` stands for: itself, or that of the newest job whose name it is.
+async fn resolve(client: &Client, job: &str) -> CommandResult<Option<String>> {
+    let mut jobs = client.list().await?;
+    jobs.sort_by_key(|summary| std::cmp::Reverse(summary.submitted_unix_ms));
+    let exact = jobs.iter().find(|summary| summary.job_id == job);
+    let named = || jobs.iter().find(|summary| summary.job_id.starts_with(&format!("{job}-")));
+    Ok(exact.or_else(named).map(|summary| summary.job_id.clone()))
+}
+
+/// The address that a run's coordinator left in its folder.
+pub(crate) fn read_address(store: &Path) -> Option<String> {
+    let text = std::fs::read_to_string(store.join(ADDRESS_FILE)).ok()?;
+    let address = text.trim();
+    (!address.is_empty()).then(|| address.to_owned())
+}
+
+/// An error that came over the wire, with the code and hint that it was sent with.
+pub(crate) fn wire(status: tonic::Status) -> crate::failure::Failure {
+    crate::failure::Failure::from(shanty_proto::from_status(&status))
+}
+
+/// The innermost cause: "connection refused" says more than "transport error".
+fn innermost(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}
+
+/// Runs a command's asynchronous part on this thread.
+pub(crate) fn block_on<T>(work: impl Future<Output = CommandResult<T>>) -> CommandResult<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| Error::Start { what: "the runtime", source })?;
+    runtime.block_on(work)
+}

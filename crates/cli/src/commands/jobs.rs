@@ -1,0 +1,81 @@
+//! `shanty jobs`: what a coordinator has to do, is doing, and has done.
+
+use serde::Serialize;
+use shanty_proto::v1::{JobState, JobSummary};
+
+use crate::{
+    client::{Target, block_on},
+    failure::{CommandResult, Exit},
+    format, progress,
+    ui::Ui,
+};
+
+/// List jobs, newest first
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  shanty jobs
+  shanty jobs --coordinator http://head:7411 --output json")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    target: Target,
+}
+
+#[derive(Serialize)]
+struct Line {
+    job: String,
+    state: &'static str,
+    reason: String,
+    step: u64,
+    steps: u64,
+    loss: Option<f64>,
+    members: u32,
+    submitted_unix_ms: u64,
+}
+
+impl From<JobSummary> for Line {
+    fn from(summary: JobSummary) -> Self {
+        Self {
+            state: progress::state_name(JobState::try_from(summary.state).unwrap_or_default()),
+            job: summary.job_id,
+            reason: summary.reason,
+            step: summary.step,
+            steps: summary.steps,
+            loss: summary.loss,
+            members: summary.members,
+            submitted_unix_ms: summary.submitted_unix_ms,
+        }
+    }
+}
+
+pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
+    block_on(async {
+        let mut jobs = args.target.connect().await?.list().await?;
+        jobs.sort_by_key(|job| std::cmp::Reverse(job.submitted_unix_ms));
+        let lines: Vec<Line> = jobs.into_iter().map(Line::from).collect();
+        if ui.is_json() {
+            lines.iter().try_for_each(|line| ui.json(line))?;
+        } else if lines.is_empty() {
+            ui.note("no jobs yet");
+        } else {
+            ui.line(render(&lines))?;
+        }
+        Ok(Exit::Done)
+    })
+}
+
+fn render(lines: &[Line]) -> String {
+    let rows: Vec<Vec<String>> = lines
+        .iter()
+        .map(|line| {
+            vec![
+                line.job.clone(),
+                line.state.to_owned(),
+                format!("{}/{}", line.step, line.steps),
+                line.loss.map_or("-".to_owned(), |loss| format!("{loss:.4}")),
+                line.members.to_string(),
+                line.reason.clone(),
+            ]
+        })
+        .collect();
+    format::table(&["JOB", "STATE", "STEP", "LOSS", "MEMBERS", "REASON"], &rows)
+}

@@ -1,0 +1,183 @@
+//! `shanty plan`: what a job would train and cost, before it costs anything.
+
+use serde::Serialize;
+use shanty_config::JobSpec;
+use shanty_data::{Summary, order::Order};
+
+use crate::{
+    failure::{CommandResult, Exit},
+    format,
+    job_file::JobFile,
+    preflight::{Memory, Preflight},
+    prepared,
+    run::LocalOptions,
+    ui::{Paint, Ui, paint},
+};
+
+/// Show what a job would train and cost: modules, parameters, memory, data, steps
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  shanty plan job.toml
+  shanty plan job.toml --set adapter.r=64 --output json
+
+Reads the data once, as the run will. Writes nothing that stays.")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    file: JobFile,
+    #[command(flatten)]
+    local: LocalOptions,
+}
+
+/// What scripts see; the keys are a promise (DESIGN §5).
+#[derive(Debug, Serialize)]
+struct Plan {
+    trainable_parameters: u64,
+    total_parameters: u64,
+    matched_modules: Vec<String>,
+    memory: Memory,
+    tokens_per_epoch: u64,
+    trained_tokens_per_epoch: u64,
+    padding_fraction: f64,
+    steps: u64,
+    epochs: f64,
+    rows: u64,
+    eval_rows: u64,
+    workers: u32,
+    micro_batch_rows: usize,
+    recompute: bool,
+    data_form: String,
+    warnings: Vec<String>,
+}
+
+pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
+    let job = args.file.load(&args.local.overrides(), ui)?;
+    let spec = &job.value;
+    let workers = spec.cluster.workers.max;
+    let preflight = Preflight::of(&job, args.local.threads_each(workers))?;
+    let (_scratch, data) = prepared::of_job(spec, &mut |_| {})?;
+    let plan = plan(spec, preflight, data.summary())?;
+    ui.data(&plan, |plan| render(plan, spec, ui.color_on_stdout()))?;
+    for warning in &plan.warnings {
+        ui.warn(warning);
+    }
+    Ok(Exit::Done)
+}
+
+fn plan(spec: &JobSpec, preflight: Preflight, data: &Summary) -> CommandResult<Plan> {
+    let order = Order::new(spec.train.seed, data.train.rows, spec.train.global_batch_size as u64)?;
+    let steps = spec.train.steps.unwrap_or_else(|| u64::from(spec.train.epochs) * order.steps_per_epoch());
+    let mut warnings = data.warnings.clone();
+    warnings.extend(
+        preflight.unused_targets.iter().map(|name| format!("`{name}` in adapter.target_modules matches no module")),
+    );
+    warnings.extend(doubts(spec, data, steps, &order));
+    Ok(Plan {
+        trainable_parameters: preflight.trainable_parameters,
+        total_parameters: preflight.total_parameters,
+        matched_modules: preflight.matched_modules,
+        memory: preflight.memory,
+        tokens_per_epoch: data.train.tokens,
+        trained_tokens_per_epoch: data.train.trained_tokens,
+        padding_fraction: data.train.padding_fraction,
+        steps,
+        epochs: steps as f64 / order.steps_per_epoch() as f64,
+        rows: data.train.rows,
+        eval_rows: data.eval.as_ref().map_or(0, |eval| eval.rows),
+        workers: spec.cluster.workers.max,
+        micro_batch_rows: preflight.micro_batch_rows,
+        recompute: preflight.recompute,
+        data_form: data.form.clone(),
+        warnings,
+    })
+}
+
+/// What is allowed and trains badly, as far as only data and model together tell.
+fn doubts(spec: &JobSpec, data: &Summary, steps: u64, order: &Order) -> Vec<String> {
+    let mut doubts = Vec::new();
+    let (batch, workers) = (spec.train.global_batch_size as u64, u64::from(spec.cluster.workers.max));
+    if batch < workers {
+        doubts.push(format!("{workers} workers share steps of {batch} rows: {} of them idle", workers - batch));
+    }
+    if data.train.rows < batch {
+        doubts.push(format!(
+            "the data makes {} rows and a step wants {batch}: every step trains all of it",
+            data.train.rows
+        ));
+    }
+    if steps <= spec.train.warmup_steps {
+        doubts.push(format!("all {steps} steps are warm-up: the learning rate never reaches its peak"));
+    }
+    let epochs = steps as f64 / order.steps_per_epoch() as f64;
+    if epochs > 10.0 {
+        doubts.push(format!("the data is passed over {epochs:.0} times: it will be learnt by heart"));
+    }
+    if data.train.padding_fraction > 0.5 {
+        doubts.push(format!(
+            "{:.0} % of the rows' room holds no token: a smaller data.max_length, or packing, wastes less",
+            100.0 * data.train.padding_fraction
+        ));
+    }
+    let cut = data.train.truncated_trained_tokens;
+    if cut * 20 > data.train.trained_tokens {
+        doubts.push(format!(
+            "{} trained tokens are cut off at data.max_length = {}",
+            format::count(cut),
+            spec.data.max_length
+        ));
+    }
+    if data.eval.is_none() {
+        doubts.push("without data.eval nobody will know whether it learnt anything".to_owned());
+    }
+    doubts
+}
+
+fn render(plan: &Plan, spec: &JobSpec, color: bool) -> String {
+    let head = |text: &str| paint(color, Paint::Bold, &format!("{text:<12}"));
+    let memory = &plan.memory;
+    let mut lines = vec![
+        format!(
+            "{}{} trainable of {} parameters ({})",
+            head("parameters"),
+            format::count(plan.trainable_parameters),
+            format::count(plan.total_parameters),
+            format::percent(plan.trainable_parameters, plan.total_parameters)
+        ),
+        format!("{}{} modules", head("matched"), plan.matched_modules.len()),
+    ];
+    lines.extend(plan.matched_modules.iter().map(|module| format!("{:12}{module}", "")));
+    lines.push(format!(
+        "{}{} a worker: base {}, adapter {}, optimizer {}, activations {}, scratch {}",
+        head("memory"),
+        format::bytes(memory.total()),
+        format::bytes(memory.base),
+        format::bytes(memory.adapter),
+        format::bytes(memory.optimizer),
+        format::bytes(memory.activations),
+        format::bytes(memory.scratch),
+    ));
+    let kept = if plan.recompute { "layers are computed again in the backward pass" } else { "activations are kept" };
+    lines.push(format!("{:12}micro-batches of {} rows; {kept}", "", plan.micro_batch_rows));
+    lines.push(format!(
+        "{}{} rows of up to {} tokens ({} form), {} held out",
+        head("data"),
+        format::count(plan.rows),
+        spec.data.max_length,
+        plan.data_form,
+        format::count(plan.eval_rows),
+    ));
+    lines.push(format!(
+        "{:12}{} tokens an epoch, {} of them trained; {:.1} % of the room is padding",
+        "",
+        format::count(plan.tokens_per_epoch),
+        format::count(plan.trained_tokens_per_epoch),
+        100.0 * plan.padding_fraction,
+    ));
+    lines.push(format!(
+        "{}{} of {} rows each: {:.2} epochs",
+        head("steps"),
+        format::count(plan.steps),
+        spec.train.global_batch_size,
+        plan.epochs
+    ));
+    lines.join("\n")
+}

@@ -1,0 +1,174 @@
+//! `shanty status`: where a job stands, why, and who works on it.
+
+use serde_json::{Value, json};
+use shanty_proto::v1::{JobStatus, Ledger, Member};
+
+use crate::{
+    client::{Target, block_on},
+    failure::{CommandResult, Exit},
+    format,
+    run::ending::end_of_job,
+    progress::{self, Reporter, is_over, phase_name, state_name},
+    ui::{Paint, Ui, paint},
+    watch::Watcher,
+};
+
+/// Show where a job stands, why, and who works on it
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  shanty status shakespeare
+  shanty status shakespeare --watch
+  shanty status shakespeare --output json")]
+pub(crate) struct Args {
+    /// The job's id or name
+    job: String,
+    /// Follow it until it is over
+    #[arg(long)]
+    watch: bool,
+    #[command(flatten)]
+    target: Target,
+}
+
+pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
+    block_on(async {
+        let (client, job_id) = args.target.connect_for(&args.job).await?;
+        let status = client.job_status(&job_id).await?;
+        if !args.watch || is_over(status.state()) {
+            ui.data(&object(&status), |_| render(&status, ui.color_on_stdout()))?;
+            return Ok(Exit::Done);
+        }
+        let mut watcher = Watcher::new(&client, &job_id);
+        let mut reporter = Reporter::new(ui);
+        let over = tokio::select! {
+            over = watcher.follow(&mut reporter) => over?,
+            _ = tokio::signal::ctrl_c() => return Ok(Exit::Interrupted),
+        };
+        reporter.finish()?;
+        ui.data(&progress::finished(&over, elapsed_seconds(&over)), |_| render(&over, ui.color_on_stdout()))?;
+        end_of_job(&over)
+    })
+}
+
+fn elapsed_seconds(status: &JobStatus) -> f64 {
+    status.ended_unix_ms.saturating_sub(status.started_unix_ms) as f64 / 1000.0
+}
+
+/// What scripts see; the keys are a promise (DESIGN §5).
+pub(crate) fn object(status: &JobStatus) -> Value {
+    let ledger = status.ledger.unwrap_or_default();
+    json!({
+        "job": status.job_id,
+        "state": state_name(status.state()),
+        "reason": status.reason,
+        "error_code": (!status.error_code.is_empty()).then_some(&status.error_code),
+        "attempt": status.attempt,
+        "generation": status.generation,
+        "step": status.step,
+        "steps": status.steps,
+        "epoch": status.epoch,
+        "loss": status.loss,
+        "learning_rate": status.learning_rate,
+        "grad_norm": status.gradient_norm,
+        "tokens_per_second": status.tokens_per_second,
+        "eta_seconds": status.eta_seconds,
+        "members": status.members.iter().map(member_object).collect::<Vec<_>>(),
+        "ledger": ledger_object(&ledger),
+        "checkpoints": status.checkpoints.iter().map(|checkpoint| json!({
+            "attempt": checkpoint.attempt, "step": checkpoint.step, "generation": checkpoint.generation,
+            "path": checkpoint.path, "bytes": checkpoint.size_bytes,
+        })).collect::<Vec<_>>(),
+        "evaluations": status.evaluations.iter().map(|evaluation| json!({
+            "step": evaluation.step, "loss": evaluation.loss, "tokens": evaluation.tokens,
+        })).collect::<Vec<_>>(),
+        "events": status.events.iter().map(|event| json!({
+            "unix_ms": event.unix_ms, "kind": event.kind, "text": event.text, "worker": event.worker_id,
+            "step": event.step, "detection_ms": event.detection_ms, "stall_ms": event.stall_ms,
+        })).collect::<Vec<_>>(),
+        "adapter": (!status.adapter.is_empty()).then_some(&status.adapter),
+    })
+}
+
+fn member_object(member: &Member) -> Value {
+    json!({
+        "worker": member.worker_id, "host": member.host, "pid": member.pid, "device": member.device,
+        "rank": member.rank, "phase": phase_name(member.phase()), "step": member.step,
+        "beat_age_seconds": member.beat_age_seconds,
+        "reason": (!member.reason.is_empty()).then_some(&member.reason),
+    })
+}
+
+fn ledger_object(ledger: &Ledger) -> Value {
+    json!({
+        "leased": ledger.leased, "committed": ledger.committed, "requeued": ledger.requeued,
+        "skipped": ledger.skipped, "recomputed": ledger.recomputed, "remaining": ledger.remaining,
+        "duplicates": ledger.duplicates,
+    })
+}
+
+/// What people see.
+pub(crate) fn render(status: &JobStatus, color: bool) -> String {
+    let mut lines = vec![format!(
+        "{}  {}{}",
+        paint(color, Paint::Bold, &status.job_id),
+        state_name(status.state()),
+        if status.reason.is_empty() { String::new() } else { format!(": {}", status.reason) }
+    )];
+    let mut numbers = vec![
+        format!("step {}/{}", status.step, status.steps),
+        format!("epoch {:.2}", status.epoch),
+        format!("attempt {}", status.attempt),
+        format!("generation {}", status.generation),
+    ];
+    numbers.extend(status.loss.map(|loss| format!("loss {loss:.4}")));
+    numbers.extend(status.learning_rate.map(|rate| format!("learning rate {rate:.2e}")));
+    if !is_over(status.state()) {
+        numbers.push(format!("{:.0} tokens/s", status.tokens_per_second));
+        numbers.extend(status.eta_seconds.map(|eta| format!("ETA {}", format::seconds(eta))));
+    }
+    lines.push(numbers.join("  "));
+    if let Some(ledger) = &status.ledger {
+        lines.push(format!(
+            "rows  {} committed, {} leased, {} remaining, {} requeued, {} recomputed, {} duplicates",
+            ledger.committed, ledger.leased, ledger.remaining, ledger.requeued, ledger.recomputed, ledger.duplicates
+        ));
+    }
+    for evaluation in &status.evaluations {
+        lines.push(format!("eval  step {}: held-out loss {:.4}", evaluation.step, evaluation.loss));
+    }
+    if let Some(newest) = status.checkpoints.iter().max_by_key(|one| (one.step, one.attempt)) {
+        lines.push(format!("{} checkpoints, the newest of step {}", status.checkpoints.len(), newest.step));
+    }
+    if !status.adapter.is_empty() {
+        lines.push(format!("adapter  {}", status.adapter));
+    }
+    if !status.members.is_empty() {
+        lines.push(String::new());
+        lines.push(members(&status.members));
+    }
+    if !status.events.is_empty() {
+        lines.push(String::new());
+        lines.extend(status.events.iter().map(|event| {
+            let kind = paint(color, Paint::Cyan, &event.kind);
+            format!("step {:>5}  {kind}  {}", event.step, event.text)
+        }));
+    }
+    lines.join("\n")
+}
+
+fn members(members: &[Member]) -> String {
+    let rows: Vec<Vec<String>> = members
+        .iter()
+        .map(|member| {
+            vec![
+                member.rank.map_or("-".to_owned(), |rank| rank.to_string()),
+                member.worker_id.clone(),
+                format!("{}:{}", member.host, member.pid),
+                member.device.clone(),
+                phase_name(member.phase()).to_owned(),
+                member.step.to_string(),
+                member.reason.clone(),
+            ]
+        })
+        .collect();
+    format::table(&["RANK", "WORKER", "PROCESS", "DEVICE", "PHASE", "STEP", "REASON"], &rows)
+}

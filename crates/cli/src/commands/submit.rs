@@ -1,0 +1,42 @@
+//! `shanty submit`: hands a job to a coordinator.
+
+use serde_json::json;
+use shanty_proto::v1::SubmitJobRequest;
+use uuid::Uuid;
+
+use crate::{
+    client::{Target, block_on, wire},
+    failure::{CommandResult, Exit},
+    job_file::JobFile,
+    ui::Ui,
+};
+
+/// Check a job file and queue the job at a coordinator
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  shanty submit job.toml --coordinator http://head:7461
+  shanty submit job.toml --set train.learning_rate=1e-4 --output json")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    job: JobFile,
+    /// Names this submission: a repeat with the same id gives the same job
+    #[arg(long, value_name = "ID")]
+    request_id: Option<String>,
+    #[command(flatten)]
+    target: Target,
+}
+
+pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
+    let job = args.job.load(&[], ui)?;
+    let request = SubmitJobRequest {
+        request_id: args.request_id.unwrap_or_else(|| Uuid::new_v4().to_string()),
+        spec_json: shanty_config::to_json(&job.value),
+    };
+    block_on(async {
+        let client = args.target.connect().await?;
+        let job_id = client.jobs().submit_job(request).await.map_err(wire)?.into_inner().job_id;
+        ui.data(&json!({ "job": job_id, "coordinator": client.address() }), |_| job_id.clone())?;
+        ui.note(format!("follow it with: shanty status {job_id} --watch --coordinator {}", client.address()));
+        Ok(Exit::Done)
+    })
+}

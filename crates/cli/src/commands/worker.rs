@@ -1,0 +1,100 @@
+//! `shanty worker`: joins a crew with the devices of this machine.
+
+use std::{ffi::OsString, path::PathBuf};
+
+use serde_json::json;
+use shanty_config::job::Device;
+use shanty_worker::supervisor::{DeviceCommand, Supervisor, SupervisorOptions, ended_well, shutdown_on_signals};
+
+use crate::{
+    error::Error,
+    failure::{CommandResult, Exit},
+    job_file::all,
+    ui::Ui,
+};
+
+/// Join a coordinator's crew with this machine
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  shanty worker --coordinator http://head:7461
+  shanty worker --coordinator http://head:7461 --bind 10.0.0.12 --threads 8
+
+It works until it is interrupted. A job that it was part of goes on without it.")]
+pub(crate) struct Args {
+    /// The coordinator, as http://host:port
+    #[arg(long, env = "SHANTY_COORDINATOR", value_name = "URL")]
+    coordinator: Option<String>,
+    /// The worker's file
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where to compute: auto, cpu or cuda
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
+    /// Threads to compute with; all cores when absent
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    threads: Option<u16>,
+    /// Address on which other workers reach this one
+    #[arg(long, value_name = "HOST")]
+    bind: Option<String>,
+    /// Host or address that other workers are told, where it is not `--bind`
+    #[arg(long, value_name = "HOST")]
+    advertise: Option<String>,
+}
+
+pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
+    let flags = [
+        ("coordinator", args.coordinator),
+        ("device", args.device),
+        ("threads", args.threads.map(|threads| threads.to_string())),
+        ("bind", args.bind),
+    ];
+    let overrides: Vec<(String, String)> =
+        flags.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect();
+    let file = shanty_config::load_worker(args.config.as_deref(), &overrides).map_err(|errors| all(&errors))?;
+    let worker = &file.value;
+    let threads = worker.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let program = std::env::current_exe().map_err(|source| Error::Start { what: "a worker", source })?;
+    let mut arguments: Vec<OsString> = ["worker-device", "--log-to-stderr"].map(OsString::from).to_vec();
+    let mut add = |flag: &str, value: OsString| arguments.extend([OsString::from(flag), value]);
+    add("--coordinator", worker.coordinator.clone().into());
+    add("--device", device_name(worker.device).into());
+    add("--threads", threads.to_string().into());
+    add("--bind", worker.bind.clone().into());
+    if let Some(advertise) = args.advertise {
+        add("--advertise", advertise.into());
+    }
+
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| Error::Start { what: "the runtime", source })?;
+    runtime.block_on(async {
+        let shutdown = shutdown_on_signals()?;
+        let command = DeviceCommand { program, arguments, environment: Vec::new() };
+        let supervisor = Supervisor::spawn(SupervisorOptions::new(vec![command]))?;
+        if ui.is_json() {
+            ui.json(&json!({ "event": "started", "coordinator": worker.coordinator, "pids": supervisor.pids() }))?;
+        }
+        let exits = supervisor.run(shutdown.clone()).await;
+        if shutdown.is_cancelled() {
+            return Ok(Exit::Interrupted);
+        }
+        // The child said on stderr what went wrong; its exit code is the answer.
+        let usage = exits.iter().any(|exit| exit.status.code() == Some(2));
+        Ok(if ended_well(&exits) {
+            Exit::Done
+        } else if usage {
+            Exit::Usage
+        } else {
+            Exit::Failed
+        })
+    })
+}
+
+/// The device's name on a command line. A GPU is taken where the engine can use one.
+pub(crate) fn device_name(device: Device) -> &'static str {
+    match device {
+        Device::Auto | Device::Cpu => "cpu",
+        Device::Cuda => "cuda",
+    }
+}

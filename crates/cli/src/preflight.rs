@@ -1,0 +1,123 @@
+//! What a job would train and take, from headers alone: no weight is read.
+
+use serde::Serialize;
+use shanty_config::{JobSpec, Loaded, job};
+use shanty_diagnostic::Diagnose;
+use shanty_peft_core::{
+    Engine, EngineOptions,
+    adapter::{LoraConfig, TargetModules},
+    plan::Recompute,
+    quant::Nf4Options,
+};
+
+use crate::{failure::CommandResult, job_file::at_key};
+
+/// What a job would train and take.
+#[derive(Debug, Clone)]
+pub(crate) struct Preflight {
+    pub(crate) matched_modules: Vec<String>,
+    pub(crate) trainable_parameters: u64,
+    /// Base and adapter together.
+    pub(crate) total_parameters: u64,
+    pub(crate) memory: Memory,
+    pub(crate) micro_batch_rows: usize,
+    pub(crate) recompute: bool,
+    /// Names in `target_modules` that matched nothing while others did.
+    pub(crate) unused_targets: Vec<String>,
+}
+
+/// Memory of one worker by part, bytes.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(crate) struct Memory {
+    pub(crate) base: u64,
+    pub(crate) adapter: u64,
+    pub(crate) optimizer: u64,
+    pub(crate) activations: u64,
+    pub(crate) scratch: u64,
+}
+
+impl Memory {
+    pub(crate) fn total(&self) -> u64 {
+        self.base + self.adapter + self.optimizer + self.activations + self.scratch
+    }
+}
+
+impl Preflight {
+    /// Checks base and targets, and counts. What is wrong is shown at the key of the job file that names it.
+    pub(crate) fn of(job: &Loaded<JobSpec>, threads: usize) -> CommandResult<Self> {
+        let spec = &job.value;
+        let estimate = Engine::estimate(&engine_options(spec, threads)).map_err(|error| {
+            let diagnostic = error.diagnostic();
+            let key = if diagnostic.code.starts_with("SH04") { "adapter.target_modules" } else { "base.model" };
+            at_key(job, key, diagnostic)
+        })?;
+        let (plan, trainable) = (estimate.plan, estimate.layout.parameters() as u64);
+        Ok(Self {
+            matched_modules: estimate.matched.modules(),
+            trainable_parameters: trainable,
+            total_parameters: estimate.config.parameters() as u64 + trainable,
+            memory: Memory {
+                base: plan.base_bytes,
+                adapter: plan.adapter_bytes,
+                optimizer: plan.optimizer_bytes,
+                activations: plan.activation_bytes,
+                scratch: plan.scratch_bytes,
+            },
+            micro_batch_rows: plan.micro_batch_rows,
+            recompute: plan.recompute == Recompute::Layers,
+            unused_targets: estimate.matched.unused,
+        })
+    }
+
+    /// `q_proj, k_proj, …`: the last parts of the matched names, each once.
+    pub(crate) fn modules_by_kind(&self) -> String {
+        let mut kinds: Vec<&str> = Vec::new();
+        for module in &self.matched_modules {
+            let kind = module.rsplit('.').next().unwrap_or(module);
+            if !kinds.contains(&kind) {
+                kinds.push(kind);
+            }
+        }
+        kinds.join(", ")
+    }
+}
+
+/// The engine that a worker of this job loads.
+fn engine_options(spec: &JobSpec, threads: usize) -> EngineOptions {
+    EngineOptions {
+        quantization: nf4_of(spec),
+        lora: Some(lora_of(spec)),
+        threads,
+        recompute: match spec.train.recompute {
+            job::Recompute::Auto => Recompute::Auto,
+            job::Recompute::Never => Recompute::Never,
+            job::Recompute::Layers => Recompute::Layers,
+        },
+        micro_batch_rows: spec.train.micro_batch_size,
+        ..EngineOptions::new(&spec.base.model, spec.data.max_length)
+    }
+}
+
+/// How the job keeps its base.
+pub(crate) fn nf4_of(spec: &JobSpec) -> Option<Nf4Options> {
+    match spec.base.quantization {
+        job::Quantization::Nf4 => Some(Nf4Options { double: spec.base.double_quantization, ..Nf4Options::default() }),
+        job::Quantization::None => None,
+    }
+}
+
+/// The job's adapter in the words of the numeric crate.
+fn lora_of(spec: &JobSpec) -> LoraConfig {
+    let adapter = &spec.adapter;
+    LoraConfig {
+        base_model_name_or_path: Some(spec.base.model.display().to_string()),
+        r: adapter.r,
+        lora_alpha: adapter.lora_alpha,
+        lora_dropout: adapter.lora_dropout,
+        use_rslora: adapter.use_rslora,
+        target_modules: match &adapter.target_modules {
+            job::TargetModules::Pattern(pattern) => TargetModules::Pattern(pattern.clone()),
+            job::TargetModules::Names(names) => TargetModules::Names(names.clone()),
+        },
+    }
+}

@@ -1,0 +1,57 @@
+//! The coordinator inside this process.
+
+use std::{ffi::OsString, net::SocketAddr, path::Path, time::Duration};
+
+use shanty_coordinator::{Coordinator, Options};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::{error::Error, failure::CommandResult};
+
+/// How long a run waits for all of its workers before it begins with those that are there. They were all started
+/// together; waiting for the slowest keeps the world size, and with it every bit, the same from run to run.
+const GATHER: Duration = Duration::from_secs(60);
+/// How long the server may take to close its streams.
+const CLOSE_WITHIN: Duration = Duration::from_secs(5);
+
+/// A coordinator on a loopback port.
+pub(crate) struct Host {
+    address: String,
+    stop: CancellationToken,
+    task: JoinHandle<Result<(), shanty_coordinator::Error>>,
+}
+
+impl Host {
+    /// Starts a coordinator that keeps its state in `state`, on any free port.
+    pub(crate) async fn start(state: &Path) -> CommandResult<Self> {
+        let runs = std::env::current_dir().unwrap_or_default().join("runs");
+        let mut options = Options::new(state.to_owned(), runs, prepare_command()?);
+        options.listen = SocketAddr::from(([127, 0, 0, 1], 0));
+        options.protocol.gather = GATHER;
+        let coordinator = Coordinator::bind(options).await?;
+        let address = coordinator.handle().url();
+        let stop = CancellationToken::new();
+        let task = tokio::spawn(Box::pin(coordinator.serve(stop.clone())));
+        Ok(Self { address, stop, task })
+    }
+
+    /// Where it listens.
+    pub(crate) fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Stops it; its state is on disk.
+    pub(crate) async fn stop(mut self) {
+        self.stop.cancel();
+        if tokio::time::timeout(CLOSE_WITHIN, &mut self.task).await.is_err() {
+            self.task.abort();
+        }
+    }
+}
+
+/// The command that prepares data: this program.
+pub(crate) fn prepare_command() -> CommandResult<Vec<OsString>> {
+    let program = std::env::current_exe()
+        .map_err(|source| Error::Start { what: "the process that prepares data", source })?;
+    Ok(vec![program.into(), "prepare-data".into()])
+}
