@@ -130,7 +130,7 @@ async fn lease_part(
             }
             Err(status) => {
                 warn!(step = part.step, code = ?status.code(), reason = status.message(), "rows were refused");
-                return Err(Error::Part(shanty_proto::from_status(&status)));
+                return Err(Error::Part(Box::new(shanty_proto::from_status(&status))));
             }
         }
         sleep(pause).await;

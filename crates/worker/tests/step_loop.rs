@@ -1,5 +1,7 @@
 //! The step loop with real sessions and TCP collectives, a model engine, and a coordinator that follows a script.
 
+#![expect(clippy::unwrap_used, reason = "what fails here fails its test")]
+
 mod common;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};

@@ -423,12 +423,10 @@ impl Coordinator {
                 }
                 self.record.broken.push(broken);
             }
-            FromWorker::Left(left) => {
-                if left.generation == current && self.waiting_for.remove(&worker) {
-                    self.record.lefts.push(left.clone());
-                    self.lefts.insert(worker, left);
-                    self.form_next();
-                }
+            FromWorker::Left(left) if left.generation == current && self.waiting_for.remove(&worker) => {
+                self.record.lefts.push(left.clone());
+                self.lefts.insert(worker, left);
+                self.form_next();
             }
             FromWorker::Failure(failure) => {
                 self.record.failures.extend(failure.error);
