@@ -154,7 +154,7 @@ async fn converse(
             .map_err(|error| Error::Prepare { what: format!("it wrote `{line}`: {error}") })?;
         match parsed {
             PrepareLine::Progress { stage, bytes_done, bytes_total, samples } => {
-                let percent = if bytes_total > 0 { bytes_done.saturating_mul(100) / bytes_total } else { 0 };
+                let percent = bytes_done.saturating_mul(100).checked_div(bytes_total).unwrap_or(0);
                 progress(format!("{stage} ({percent} %, {samples} samples)"));
             }
             PrepareLine::Done { summary } => last = Some(Ok(facts(&summary))),

@@ -1,5 +1,7 @@
 //! What outlives the coordinator.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by a panic")]
+
 use std::path::Path;
 
 use shanty_coordinator::{

@@ -4,6 +4,8 @@
 //! a hashed folder in bounded memory. [`Prepared`] reads rows from it by number. [`order`] says which
 //! rows a step trains. [`Tokenizer`] is also what generation uses.
 
+#![expect(clippy::single_range_in_vec_init, reason = "a list of trained ranges often holds one range")]
+
 mod artefact;
 mod error;
 mod form;

@@ -202,7 +202,8 @@ mod tests {
     #[test]
     fn order_is_what_it_always_was() {
         let hashes = [0, 1, 2, 1000].map(row_hash);
-        let expected = [0xe220_a839_7b1d_cdaf, 0x910a_2dec_8902_5cc1, 0x9758_35de_1c97_56ce, 0x3c1e_ba8b_4dcc_c148];
+        let expected =
+            [0xe220_a839_7b1d_cdaf, 0x910a_2dec_8902_5cc1, 0x9758_35de_1c97_56ce, 0x3c1e_ba8b_4dcc_c148];
         assert_eq!(hashes, expected);
         assert_eq!(epoch_order(17, 0, 16), [2, 9, 10, 3, 6, 12, 15, 8, 4, 11, 13, 14, 0, 1, 7, 5]);
         assert_eq!(epoch_order(17, 1, 16), [3, 5, 9, 15, 2, 0, 8, 12, 4, 6, 13, 1, 10, 11, 7, 14]);

@@ -51,7 +51,7 @@ pub struct SplitSummary {
     pub tokens: u64,
     /// Tokens that are targets.
     pub trained_tokens: u64,
-    /// Share of `rows × max_length` that holds no token.
+    /// Share of `rows × max_length` that holds no token, to six decimals (so that it is the same after a way through JSON).
     pub padding_fraction: f64,
     /// Records that were longer than `max_length` and lost their end.
     pub truncated: u64,
@@ -72,7 +72,8 @@ pub struct SplitSummary {
 
 impl SplitSummary {
     pub(crate) fn set_padding(&mut self, max_length: u32) {
-        self.padding_fraction = pack::padding_fraction(self.rows, self.tokens, max_length);
+        let exact = pack::padding_fraction(self.rows, self.tokens, max_length);
+        self.padding_fraction = (exact * 1e6).round() / 1e6;
     }
 }
 

@@ -5,8 +5,10 @@
 //!
 //! # Counters
 //! A dropout mask uses the key [`DropoutKey::philox_key`] = first two words of Philox((step low, step high, module,
-//! domain), seed), and the counter (feature / 4, token in sample, sample low, sample high); word i of the
-//! block belongs to feature 4·(feature / 4) + i. A CUDA kernel that follows these lines draws the same mask.
+//! domain), seed), and the counter (block, token in sample, sample low, sample high). Eight blocks serve 64 features, so
+//! that vector lanes are neighbours: feature f takes block 8 · (f / 64) + f % 8, word (f % 64) / 16, and of that word
+//! the low half where f % 16 < 8, else the high one. It is dropped where this 16-bit number is below p · 65536, rounded. A
+//! CUDA kernel that follows these lines draws the same mask.
 
 use rayon::prelude::*;
 
@@ -17,6 +19,8 @@ const ROUNDS: usize = 10;
 const DROPOUT_DOMAIN: u32 = 0x6472_6f70;
 /// Blocks computed side by side; wide enough for the compiler to use vector registers.
 const LANES: usize = 8;
+/// Features that `LANES` blocks serve: four words a block, two features a word.
+const GROUP: usize = 8 * LANES;
 
 /// Philox4x32-10: 128 random bits for a 128-bit counter and a 64-bit key.
 pub fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
@@ -35,6 +39,7 @@ pub fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 }
 
 /// [`philox4x32`] of `LANES` counters that differ in their first word: `base`, `base + 1`, …
+#[inline(always)]
 fn philox_lanes(base: u32, rest: [u32; 3], mut key: [u32; 2]) -> [[u32; LANES]; 4] {
     let mut counter = [[0; LANES], [rest[0]; LANES], [rest[1]; LANES], [rest[2]; LANES]];
     for (lane, word) in counter[0].iter_mut().enumerate() {
@@ -79,13 +84,16 @@ impl DropoutKey {
 /// Writes what each feature of one token is multiplied by: 0 with probability `p`, else 1 / (1 - p).
 ///
 /// A pure function of its arguments: the same token of the same sample gets the same mask on any rank, in any
-/// micro-batch and any place of a packed row. `out[i]` belongs to feature i. With `p` = 0 all are 1; with
-/// `p` ≥ 1 all are 0.
+/// micro-batch and any place of a packed row. `out[i]` belongs to feature i. `p` counts in steps of 1/65536; with
+/// `p` = 0 all are 1, with `p` ≥ 1 all are 0.
 pub fn dropout_scales(key: DropoutKey, sample_id: u64, token_in_sample: u32, p: f32, out: &mut [f32]) {
     dropout_scales_with(key.philox_key(), sample_id, token_in_sample, p, out);
 }
 
 /// [`dropout_scales`] with the key of [`DropoutKey::philox_key`] already drawn: for loops over many tokens.
+///
+/// Always inlined, so that a caller which is compiled for wider vectors gets them here too.
+#[inline(always)]
 pub fn dropout_scales_with(key: [u32; 2], sample_id: u64, token_in_sample: u32, p: f32, out: &mut [f32]) {
     if p <= 0.0 {
         return out.fill(1.0);
@@ -93,22 +101,36 @@ pub fn dropout_scales_with(key: [u32; 2], sample_id: u64, token_in_sample: u32, 
     if p >= 1.0 {
         return out.fill(0.0);
     }
-    // Exact in f64; at most 2^32 - 1 since p < 1 in f32 leaves 2^-24.
-    let threshold = (f64::from(p) * 4_294_967_296.0).round() as u32;
+    let threshold = (p * 65_536.0).round() as u32;
     let scale = 1.0 / (1.0 - p);
     let rest = [token_in_sample, sample_id as u32, (sample_id >> 32) as u32];
-    for (group, chunk) in out.chunks_mut(4 * LANES).enumerate() {
-        let words = philox_lanes((group * LANES) as u32, rest, key);
-        if let Ok(chunk) = <&mut [f32; 4 * LANES]>::try_from(&mut *chunk) {
-            for lane in 0..LANES {
-                for word in 0..4 {
-                    chunk[4 * lane + word] = if words[word][lane] < threshold { 0.0 } else { scale };
-                }
-            }
-            continue;
-        }
-        for (feature, value) in chunk.iter_mut().enumerate() {
-            *value = if words[feature % 4][feature / 4] < threshold { 0.0 } else { scale };
+    let (groups, tail) = out.as_chunks_mut::<GROUP>();
+    for (group, out) in groups.iter_mut().enumerate() {
+        dropout_group(group, rest, key, threshold, scale, out);
+    }
+    if !tail.is_empty() {
+        let mut whole = [0.0; GROUP];
+        dropout_group(groups.len(), rest, key, threshold, scale, &mut whole);
+        tail.copy_from_slice(&whole[..tail.len()]);
+    }
+}
+
+/// The features of `LANES` blocks.
+#[inline(always)]
+fn dropout_group(
+    group: usize,
+    rest: [u32; 3],
+    key: [u32; 2],
+    threshold: u32,
+    scale: f32,
+    out: &mut [f32; GROUP],
+) {
+    let words = philox_lanes((group * LANES) as u32, rest, key);
+    for (index, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+        let (word, shift) = (&words[index / 2], 16 * (index % 2));
+        for (out, word) in out.iter_mut().zip(word) {
+            let half = word >> shift & 0xffff;
+            *out = if half < threshold { 0.0 } else { scale };
         }
     }
 }
@@ -174,11 +196,14 @@ mod tests {
     /// The layout that the module documentation promises to other backends.
     #[test]
     fn dropout_follows_the_documented_counters() {
-        let mut mask = vec![9.0; 71];
+        let mut mask = vec![9.0; 203];
         dropout_scales(KEY, 0x1_0000_0002, 40, 0.25, &mut mask);
         for (feature, value) in mask.iter().enumerate() {
-            let words = philox4x32([feature as u32 / 4, 40, 2, 1], KEY.philox_key());
-            let expected = if words[feature % 4] < (1 << 30) { 0.0 } else { 1.0 / 0.75 };
+            let block = 8 * (feature / 64) + feature % 8;
+            let words = philox4x32([block as u32, 40, 2, 1], KEY.philox_key());
+            let word = words[feature % 64 / 16];
+            let half = if feature % 16 < 8 { word & 0xffff } else { word >> 16 };
+            let expected = if half < 16_384 { 0.0 } else { 1.0 / 0.75 };
             assert_eq!(*value, expected, "feature {feature}");
         }
     }
@@ -187,7 +212,7 @@ mod tests {
     fn a_prefix_of_features_does_not_depend_on_their_number() {
         let mut long = vec![0.0; 384];
         dropout_scales(KEY, 11, 2, 0.1, &mut long);
-        for length in [1, 3, 31, 32, 33, 100] {
+        for length in [1, 3, 8, 63, 64, 65, 100, 192] {
             let mut short = vec![0.0; length];
             dropout_scales(KEY, 11, 2, 0.1, &mut short);
             assert_eq!(short, long[..length]);

@@ -3,6 +3,8 @@
 //! The `gemm` crate takes memory for packing inside each product and gives it back; such allocations are told
 //! apart by [`shanty_peft_core::backend::cpu::in_product`].
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot set its scene should fail")]
+
 mod memory;
 
 use std::{

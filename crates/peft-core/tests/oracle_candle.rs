@@ -4,6 +4,8 @@
 //! The oracle uses differentiable operations only (`RmsNorm::forward_diff`, `ops::softmax`, `rope_slow`): several of
 //! candle's stock operations cut gradients without a word.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot set its scene should fail")]
+
 mod memory;
 
 use candle_core::{D, DType, Device, Tensor, Var};
@@ -43,7 +45,8 @@ fn rows(random: &mut Random) -> Vec<Row> {
         trained,
     };
     // One longer than a tile of attention, one packed, one with a single trained token.
-    vec![row(1, &[150], vec![1..150]), row(2, &[9, 1, 20], vec![3..9, 15..28]), row(3, &[5], vec![4..5])]
+    let one = |range| std::iter::once(range).collect();
+    vec![row(1, &[150], one(1..150)), row(2, &[9, 1, 20], vec![3..9, 15..28]), row(3, &[5], one(4..5))]
 }
 
 /// The decoder in candle; dropout by the engine's own masks, drawn for each token of its sample.

@@ -1,5 +1,7 @@
 //! Logits, losses and every gradient of LoRA adapters beside those of Hugging Face PEFT.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot set its scene should fail")]
+
 mod memory;
 
 use memory::{MemoryBase, Setup, assert_close, case, floats, padded_rows, reference, tensors, tolerance};

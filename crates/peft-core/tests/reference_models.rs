@@ -1,5 +1,7 @@
 //! Logits and losses of the base models beside those of Hugging Face transformers.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot set its scene should fail")]
+
 mod memory;
 
 use memory::{

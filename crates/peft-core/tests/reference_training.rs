@@ -1,5 +1,7 @@
 //! Twenty steps of LoRA training on an NF4 base beside those of transformers + PEFT + bitsandbytes + torch's AdamW.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot set its scene should fail")]
+
 mod memory;
 
 use std::collections::HashMap;

@@ -132,7 +132,7 @@ fn cut(text: &str) -> String {
     if text.len() <= LONGEST_TEXT {
         return text.to_owned();
     }
-    let end = text.floor_char_boundary(LONGEST_TEXT);
+    let end = (0..=LONGEST_TEXT).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
     format!("{} … ({} bytes in all)", &text[..end], text.len())
 }
 

@@ -231,7 +231,6 @@ pub struct KeptSum {
 
 /// What a worker says on its stream.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(clippy::large_enum_variant, reason = "one at a time; reports are what most of them are")]
 pub enum Said {
     /// A sign of life.
     Beat {

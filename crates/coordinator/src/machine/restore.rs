@@ -73,10 +73,9 @@ impl Machine {
             job.crew = self.crew_of(now, &generation);
             job.generation = Some(Arc::new(generation));
         }
-        let facts =
-            record.facts.map(|facts| job.set_facts(facts).map_err(|error| error.diagnostic())).transpose();
+        let facts = record.facts.map_or(Ok(()), |facts| job.set_facts(facts));
         let impossible = match (facts, unreadable) {
-            (Err(error), _) => Some(error),
+            (Err(error), _) => Some(error.diagnostic()),
             (_, Some(reason)) => {
                 let message = format!("the stored job file of {id} cannot be read: {reason}");
                 Some(Diagnostic::new("SH0773", message).kind(Kind::Internal))

@@ -230,3 +230,67 @@ async fn tail(mut watch: Watch, worker: &str, sender: &mpsc::Sender<Result<TailL
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use shanty_proto::{Attempt, Generation, Step};
+
+    use super::*;
+    use crate::machine::{Event as MachineEvent, Machine, Moment, Options, record::StepRecord};
+
+    fn view() -> JobView {
+        let json = r#"{"name": "pirate", "base": {"model": "/b"}, "adapter": {}, "data": {"train": "/d"}}"#;
+        let mut machine = Machine::new(Options::default(), [0; 32]);
+        let submit = MachineEvent::Submit {
+            request: 1,
+            request_id: "r".to_owned(),
+            spec: Arc::new(serde_json::from_str(json).expect("a job file")),
+            spec_json: Arc::from(json),
+        };
+        machine.apply(Moment::default(), submit);
+        machine.views(Moment::default()).remove(0)
+    }
+
+    fn step(number: u64) -> Point {
+        Point::Step(StepRecord {
+            step: Step(number),
+            attempt: Attempt(1),
+            generation: Generation(1),
+            loss: 1.0,
+            learning_rate: 1.0,
+            gradient_norm: 1.0,
+            tokens: 1,
+            tokens_per_second: 1.0,
+            workers: 1,
+            unix_ms: 1,
+        })
+    }
+
+    #[tokio::test]
+    async fn a_slow_watcher_misses_points_but_never_the_end() {
+        let hub = Hub::default();
+        let running = view();
+        hub.set_status(running.clone());
+        let (sender, mut receiver) = mpsc::channel(1);
+        let watch = hub.watch(&running.id).expect("the job is there");
+        let following = tokio::spawn(async move { follow(watch, &sender).await });
+        for number in 1..=5000 {
+            hub.publish(&running.id, step(number));
+            // The watcher's task runs, and waits for somebody to read.
+            tokio::task::yield_now().await;
+        }
+        hub.set_status(JobView { state: JobState::Succeeded, step: Step(5000), ..running });
+        let (mut steps, mut statuses) = (Vec::new(), Vec::new());
+        while let Some(response) = receiver.recv().await {
+            match response.expect("no error").update.expect("an update") {
+                Update::Step(step) => steps.push(step.step),
+                Update::Status(status) => statuses.push((status.state(), status.step)),
+                other => panic!("{other:?}"),
+            }
+        }
+        following.await.expect("it ends by itself");
+        assert!(steps.len() < 600, "{} steps waited for the watcher", steps.len());
+        assert!(steps.is_sorted() && steps.last() == Some(&5000), "the newest are among them");
+        assert_eq!(statuses.last(), Some(&(shanty_proto::v1::JobState::Succeeded, 5000)));
+    }
+}

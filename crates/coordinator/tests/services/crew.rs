@@ -132,7 +132,6 @@ fn model() -> PathBuf {
 
 /// A worker's end of a session.
 pub struct Sailor {
-    pub name: String,
     pub client: WorkerServiceClient<Channel>,
     say: mpsc::Sender<WorkerMessage>,
     hear: Streaming<CoordinatorMessage>,
@@ -144,7 +143,7 @@ impl Sailor {
         let mut client = WorkerServiceClient::new(server.channel().await);
         let (say, messages) = mpsc::channel(64);
         let hear = client.session(ReceiverStream::new(messages)).await.unwrap().into_inner();
-        let mut sailor = Self { name: name.to_owned(), client, say, hear, beats: 0 };
+        let mut sailor = Self { client, say, hear, beats: 0 };
         let hello = Hello {
             worker_id: name.to_owned(),
             host: "test".to_owned(),

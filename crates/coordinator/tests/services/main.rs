@@ -1,5 +1,7 @@
 //! The services over a real port: users, watchers and workers.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by a panic")]
+
 mod crew;
 
 use crew::*;
@@ -63,7 +65,7 @@ async fn a_job_from_submission_to_adapter_with_a_lost_worker_in_between() {
     let foreign = a.lease(&form_a, Split::Train, 1, rows_of(2)).await.unwrap_err();
     assert_eq!(from_status(&foreign).code, "SH0775");
 
-    a.report(&form_a, 1, announcement.clone()).await;
+    a.report(&form_a, 1, announcement).await;
     b.report(&form_b, 1, announcement).await;
     server.until(&job, |status| status.step == 1).await;
 
@@ -223,10 +225,10 @@ async fn a_session_begins_with_hello_and_makes_sense() {
 }
 
 #[tokio::test]
-async fn a_slow_watcher_misses_steps_but_never_the_end() {
+async fn a_watcher_that_reads_late_gets_the_end() {
     let folder = tempfile::tempdir().unwrap();
     let server = Server::start(folder.path()).await;
-    let spec = server.prepare(10).replace("\"steps\":6", "\"steps\":3000");
+    let spec = server.prepare(10).replace("\"steps\":6", "\"steps\":300");
     let job = server.submit(&spec).await;
     let (mut a, _) = Sailor::board(&server, "a", None).await;
     a.load().await;
@@ -240,13 +242,13 @@ async fn a_slow_watcher_misses_steps_but_never_the_end() {
         .into_inner();
     assert!(matches!(watch.message().await.unwrap().unwrap().update, Some(Update::Status(_))));
     let mut announcements = std::collections::HashMap::new();
-    for step in 1..=3000 {
+    for step in 1..=300 {
         // An epoch is 3 steps; its announcements differ by epoch, as rows are shuffled.
         let lease = a.lease(&form, Split::Train, step, vec![]).await.unwrap();
         announcements.insert(step, lease.announcement.unwrap());
-        a.report(&form, step, announcements[&step].clone()).await;
+        a.report(&form, step, announcements[&step]).await;
     }
-    server.until(&job, |status| status.step == 3000).await;
+    server.until(&job, |status| status.step == 300).await;
     server.jobs().await.cancel_job(CancelJobRequest { job_id: job.clone() }).await.unwrap();
     let (mut steps, mut last) = (0, None);
     while let Some(response) = watch.message().await.unwrap() {
@@ -256,10 +258,10 @@ async fn a_slow_watcher_misses_steps_but_never_the_end() {
             _ => {}
         }
     }
-    // 64 KiB of flow control hold some 900 steps, the points' channel 512 more.
-    assert!((512..2500).contains(&steps), "{steps}");
+    // They all fit into the connection's buffers; how points are dropped is tested beside `follow`.
+    assert_eq!(steps, 300);
     let last = last.unwrap();
-    assert_eq!((last.state(), last.step), (JobState::Cancelled, 3000));
+    assert_eq!((last.state(), last.step), (JobState::Cancelled, 300));
     server.stop().await;
 }
 

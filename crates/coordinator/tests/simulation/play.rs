@@ -303,9 +303,8 @@ impl World {
     /// The sum is whole: the step is applied, and nobody is asked.
     fn apply(&mut self, at: usize, number: u64, step: u64) {
         let late = self.now + self.delay();
-        let rows = self.sums[&(number, step)].clone();
+        let mut trained = self.sums[&(number, step)].clone();
         let mut expected = self.order.step_rows(step);
-        let mut trained = rows.clone();
         trained.sort_unstable();
         expected.sort_unstable();
         assert_eq!(trained, expected, "rows of step {step} in generation {number}");
@@ -349,7 +348,7 @@ impl World {
             // Reports may come twice.
             self.workers[at].say(late, Said::Step(report));
         }
-        let due = step % 3 == 0 || step == self.steps;
+        let due = step.is_multiple_of(3) || step == self.steps;
         if rank == Rank(0) && due && self.workers[at].has_credit(self.now, step) {
             self.write_checkpoint(at, within, step, late);
         }

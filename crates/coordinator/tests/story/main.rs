@@ -1,5 +1,7 @@
 //! What the machine does, told as short stories. Virtual time, no sleeps.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by a panic")]
+
 mod breaks;
 mod forming;
 mod jobs;

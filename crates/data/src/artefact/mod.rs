@@ -22,6 +22,7 @@ pub(crate) use self::{
     write::{Folder, SplitWriter},
 };
 
+use self::manifest::SEAL;
 use crate::Split;
 
 /// Bytes of an entry of `SPLIT.index`.

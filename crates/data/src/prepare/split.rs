@@ -54,6 +54,9 @@ impl<'a> SplitBuilder<'a> {
         let no_file = || Error::NoInput { pattern: split.to_string(), reason: "no file".to_owned() };
         let (place, columns) = source::first_columns(paths.first().ok_or_else(no_file)?)?;
         let form = Form::detect(options.format, &columns, place)?;
+        if form == Form::Messages {
+            tokenizer.check_template()?;
+        }
         let is_read = |column: &String| form.read_columns().contains(&column.as_str());
         let summary = SplitSummary {
             form: form.name().to_owned(),

@@ -100,7 +100,8 @@ pub(super) fn parse(line: &[u8], place: impl Fn() -> Place) -> Result<Map<String
         }
         Err(source) => {
             // serde_json counts bytes, and its column is that of the last byte that it read.
-            let end = text.floor_char_boundary(source.column().saturating_sub(1).min(text.len()));
+            let last = source.column().saturating_sub(1).min(text.len());
+            let end = (0..=last).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
             let message = source.to_string();
             let reason = message.split(" at line ").next().unwrap_or(&message).to_owned();
             Err(Error::InvalidJson { place: place(), column: text[..end].chars().count() + 1, reason })

@@ -284,6 +284,14 @@ impl Tokenizer {
         &self.hash
     }
 
+    /// Whether there is a chat template that parses.
+    ///
+    /// # Errors
+    /// [`Error::NoChatTemplate`]; [`Error::Template`] if it is broken.
+    pub fn check_template(&self) -> Result<(), Error> {
+        self.template().map(|_| ())
+    }
+
     fn template(&self) -> Result<&ChatTemplate, Error> {
         match &self.template {
             None => Err(Error::NoChatTemplate { model_dir: self.model_dir.clone() }),

@@ -201,9 +201,9 @@ mod tests {
             serde_json::from_str(r#"{"b": [1, 2.5, true, null], "a": "é<\"&'", "e": {}, "f": []}"#).unwrap();
         let value = from_json(&value);
         // json.dumps(value, ensure_ascii=False) of the same object.
-        let compact = tojson(&value, None, Kwargs::default()).unwrap();
+        let compact = tojson(&value, None, Kwargs::from_iter(Vec::<(String, Value)>::new())).unwrap();
         assert_eq!(compact, r#"{"b": [1, 2.5, true, null], "a": "é<\"&'", "e": {}, "f": []}"#);
-        let indented = tojson(&value, Some(2), Kwargs::default()).unwrap();
+        let indented = tojson(&value, Some(2), Kwargs::from_iter(Vec::<(String, Value)>::new())).unwrap();
         assert_eq!(
             indented,
             "{\n  \"b\": [\n    1,\n    2.5,\n    true,\n    null\n  ],\n  \"a\": \"é<\\\"&'\",\n  \"e\": {},\n  \"f\": []\n}"

@@ -90,6 +90,7 @@ fn all_example_data_is_prepared() {
         let prepared = Prepared::open(&bench.options.out).unwrap();
         let (tokens, trained_tokens) = check_split(&prepared, Split::Train);
         let train = &summary.train;
+        println!("{}: {} rows, padding {:.4}", task.file, train.rows, train.padding_fraction);
         assert_eq!((train.form.as_str(), train.records), (task.form, task.records), "{}", task.file);
         assert_eq!(
             (train.samples, tokens, trained_tokens),

@@ -361,3 +361,53 @@ fn llama(fields: &Fields<'_>) -> Result<ModelConfig> {
         pad_token: fields.tokens("pad_token_id")?.first().copied(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LLAMA3: RopeScaling = RopeScaling::Llama3 {
+        factor: 8.0,
+        low_frequency_factor: 1.0,
+        high_frequency_factor: 4.0,
+        original_positions: 8192,
+    };
+
+    #[test]
+    fn rotary_frequencies_are_scaled_as_transformers_scales_them() {
+        let of = |scaling| Rope { theta: 500_000.0, scaling }.inverse_frequencies(128);
+        let (plain, linear, llama3) =
+            (of(RopeScaling::None), of(RopeScaling::Linear { factor: 4.0 }), of(LLAMA3));
+        assert_eq!(plain.len(), 64);
+        assert_eq!(plain[0], 1.0);
+        let (mut kept, mut divided) = (0, 0);
+        for pair in 0..64 {
+            let exact = 500_000_f64.powf(-2.0 * pair as f64 / 128.0);
+            // powf, its argument and the reciprocal round at 6e-8 each; the argument's error grows by ln(theta) = 13.
+            assert!((f64::from(plain[pair]) - exact).abs() < 2e-6 * exact);
+            assert_eq!(linear[pair], plain[pair] / 4.0);
+            kept += usize::from(llama3[pair] == plain[pair]);
+            divided += usize::from(llama3[pair] == plain[pair] / 8.0);
+            assert!(llama3[pair] <= plain[pair] && llama3[pair] >= plain[pair] / 8.0);
+        }
+        // Wavelengths below 2048 are kept: 2 pi theta^(i/64) < 2048 for i ≤ 28; those above 8192 divided: i ≥ 35.
+        assert_eq!((kept, divided), (29, 29));
+        assert!(llama3.is_sorted_by(|earlier, later| earlier > later));
+    }
+
+    #[test]
+    fn parameters_are_counted_once_where_tied() {
+        let config = |tied| {
+            let json = format!(
+                r#"{{"model_type":"llama","vocab_size":10,"hidden_size":4,"intermediate_size":6,"num_hidden_layers":2,
+                    "num_attention_heads":2,"num_key_value_heads":1,"tie_word_embeddings":{tied},"attention_bias":true}}"#
+            );
+            ModelConfig::from_json(json.as_bytes(), Path::new("config.json")).unwrap()
+        };
+        // A layer: q 16+4, k and v 8+2 each, o 16+4, MLP 3·24, norms 8; behind: norm 4, tables 40 each.
+        let layer = 20 + 2 * 10 + 20 + 72 + 8;
+        assert_eq!(config(true).parameters(), 2 * layer + 4 + 40);
+        assert_eq!(config(false).parameters(), 2 * layer + 4 + 80);
+        assert_eq!(config(true).head_dim, 2);
+    }
+}

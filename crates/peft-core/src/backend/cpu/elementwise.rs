@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::{Cpu, CpuBatch, math, row_of};
 use crate::{
     backend::{View, ViewMut},
-    random::{DropoutKey, dropout_scales},
+    random::DropoutKey,
 };
 
 /// Numbers a task handles at least: enough to be worth handing to another thread.
@@ -124,9 +124,9 @@ impl Cpu {
         x: View<'_, Self>,
         out: ViewMut<'_, Self>,
     ) {
-        let packed = &batch.packed;
+        let (packed, key) = (&batch.packed, key.philox_key());
         self.rows(out, |row, out| {
-            dropout_scales(key, packed.sample_ids[row], packed.positions[row], p, out);
+            math::dropout_mask(key, packed.sample_ids[row], packed.positions[row], p, out);
             math::multiply(row_of(x, row), out);
         });
     }
@@ -139,11 +139,11 @@ impl Cpu {
         dout: View<'_, Self>,
         dx: ViewMut<'_, Self>,
     ) {
-        let packed = &batch.packed;
+        let (packed, key) = (&batch.packed, key.philox_key());
         self.rows(dx, |row, dx| {
             batch.with_lane(|lane| {
                 let mask = &mut lane[..dx.len()];
-                dropout_scales(key, packed.sample_ids[row], packed.positions[row], p, mask);
+                math::dropout_mask(key, packed.sample_ids[row], packed.positions[row], p, mask);
                 math::add_product(row_of(dout, row), mask, dx);
             });
         });

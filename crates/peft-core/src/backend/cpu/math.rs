@@ -28,6 +28,13 @@ macro_rules! vectorized {
     };
 }
 
+vectorized! {
+    /// What each feature of one token is multiplied by; see [`crate::random::dropout_scales_with`].
+    fn dropout_mask(key: [u32; 2], sample_id: u64, token_in_sample: u32, p: f32, out: &mut [f32]) {
+        crate::random::dropout_scales_with(key, sample_id, token_in_sample, p, out);
+    }
+}
+
 /// Lanes of a sum.
 const LANES: usize = 16;
 
