@@ -48,8 +48,8 @@ impl EngineLoader for PeftEngines {
         })
         .map_err(|error| Error::part(&error))?;
         let mut hasher = blake3::Hasher::new();
-        if let Some(hash) = engine.base_hash() {
-            hasher.update(hash.as_bytes());
+        if let Some(stored) = engine.base_hash() {
+            hasher.update(stored.as_bytes());
         }
         hasher.update(quantised.as_bytes());
         let trainable = engine.layout().parameters() as u64;
