@@ -147,7 +147,7 @@ pub fn prove_exactly_once_in(store: &Path, steps: u64, order: &Order) {
     }
     assert_eq!(applied_in.keys().copied().collect::<Vec<_>>(), (1..=steps).collect::<Vec<_>>());
     for (step, generation) in applied_in {
-        let mut rows = Vec::new();
+        let mut rows: Vec<u64> = Vec::new();
         let (mut ranks, mut members) = (Vec::new(), 0);
         for entry in &entries {
             if let Entry::Entering { generation: of, step: at, rank, world_size, rows: own, .. } = entry
