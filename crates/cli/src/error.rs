@@ -24,6 +24,9 @@ pub(crate) enum Error {
     #[error("failed to reach the coordinator at {address}: {reason}")]
     Unreachable { address: String, reason: String },
 
+    #[error("nobody works on job `{job}`: its run has ended or was interrupted")]
+    NotRunning { job: String },
+
     #[error("no error has the code `{code}`")]
     UnknownCode { code: String, nearest: Option<String> },
 
@@ -85,6 +88,7 @@ impl Diagnose for Error {
             Self::Unreachable { .. } => new("SH0905")
                 .kind(Kind::Transient)
                 .hint("is it running, and does its address start with http://host:port?"),
+            Self::NotRunning { .. } => new("SH0917").hint("`shanty status` shows how it stands"),
             Self::UnknownCode { nearest: Some(nearest), .. } => {
                 new("SH0906").hint(format!("did you mean {nearest}? `shanty explain` lists all"))
             }

@@ -86,7 +86,7 @@ fn plan(spec: &JobSpec, preflight: Preflight, data: &Summary) -> CommandResult<P
         workers: spec.cluster.workers.max,
         micro_batch_rows: preflight.micro_batch_rows,
         recompute: preflight.recompute,
-        data_form: data.form.clone(),
+        data_form: data.train.form.clone(),
         warnings,
     })
 }

@@ -31,13 +31,18 @@ pub(crate) struct Args {
 
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     block_on(async {
-        let (client, job_id) = args.target.connect_for(&args.job).await?;
-        let status = client.job_status(&job_id).await?;
-        if !args.watch || is_over(status.state()) {
+        let (connection, job_id) = args.target.connect_for(&args.job).await?;
+        let status = connection.client.job_status(&job_id).await?;
+        let is_over = is_over(status.state());
+        if !args.watch || is_over || connection.is_past() {
             ui.data(&object(&status), |_| render(&status, ui.color_on_stdout()))?;
-            return Ok(Exit::Done);
+            if connection.is_past() && !is_over {
+                ui.note("nobody works on it: this is what the interrupted run left; `shanty resume` goes on with it");
+            }
+            // Who watches wants to know how it ended.
+            return if args.watch && is_over { end_of_job(&status) } else { Ok(Exit::Done) };
         }
-        let mut watcher = Watcher::new(&client, &job_id);
+        let mut watcher = Watcher::new(&connection.client, &job_id);
         let mut reporter = Reporter::new(ui);
         let over = tokio::select! {
             over = watcher.follow(&mut reporter) => over?,

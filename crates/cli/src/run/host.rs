@@ -24,8 +24,12 @@ pub(crate) struct Host {
 impl Host {
     /// Starts a coordinator that keeps its state in `state`, on any free port.
     pub(crate) async fn start(state: &Path) -> CommandResult<Self> {
+        Self::start_with(state, prepare_command()?).await
+    }
+
+    async fn start_with(state: &Path, prepare_command: Vec<OsString>) -> CommandResult<Self> {
         let runs = std::env::current_dir().unwrap_or_default().join("runs");
-        let mut options = Options::new(state.to_owned(), runs, prepare_command()?);
+        let mut options = Options::new(state.to_owned(), runs, prepare_command);
         options.listen = SocketAddr::from(([127, 0, 0, 1], 0));
         options.protocol.gather = GATHER;
         let coordinator = Coordinator::bind(options).await?;
@@ -33,6 +37,13 @@ impl Host {
         let stop = CancellationToken::new();
         let task = tokio::spawn(Box::pin(coordinator.serve(stop.clone())));
         Ok(Self { address, stop, task })
+    }
+
+    /// Starts a coordinator on a copy of another's state, only to be asked about it: it starts nothing.
+    pub(crate) async fn start_to_look(state: &Path) -> CommandResult<Self> {
+        // A job that was interrupted while its data was prepared stays there: this child does nothing, and dies
+        // with the coordinator.
+        Self::start_with(state, ["sleep", "3600"].map(OsString::from).to_vec()).await
     }
 
     /// Where it listens.
