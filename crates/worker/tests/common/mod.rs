@@ -3,6 +3,7 @@
 
 pub mod coordinator;
 pub mod engine;
+mod service;
 
 use std::{
     collections::{BTreeMap, HashMap},
