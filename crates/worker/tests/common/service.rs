@@ -59,7 +59,7 @@ impl Job {
                 "global_batch_size": self.batch, "seed": SEED, "eval_every_steps": self.eval_every,
                 "learning_rate": self.learning_rate, "max_grad_norm": 1.0,
             },
-            "checkpoint": {"store": self.store, "every_steps": self.checkpoint_every, "keep": 2},
+            "checkpoint": {"store": self.store, "every_steps": self.checkpoint_every, "keep": 9},
         });
         let spec: shanty_config::JobSpec = serde_json::from_value(spec).unwrap();
         Assign {
