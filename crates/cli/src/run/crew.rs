@@ -14,7 +14,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{error::Error, failure::CommandResult, ui::Ui};
+use crate::{error::Error, failure::CommandResult};
 
 /// How long workers may take to end by themselves: a micro-batch, and a checkpoint that is being written.
 const GRACE: Duration = Duration::from_secs(20);
@@ -152,9 +152,4 @@ fn how(status: ExitStatus) -> String {
         (None, Some(signal)) => format!("was ended by signal {signal}"),
         (None, None) => "ended".to_owned(),
     }
-}
-
-/// Says on the terminal how workers ended that nobody asked to.
-pub(crate) fn tell_end(ui: &Ui, number: u32, how: &str) {
-    ui.warn(format!("worker {number} {how}"));
 }

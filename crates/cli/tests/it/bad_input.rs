@@ -58,9 +58,12 @@ fn job_file() -> Vec<Case> {
             edit(place, "max_length = 32", "max_length = 1");
         }),
         at_line("name with a slash", "SH0104", "name = ", |place| edit(place, "\"tiny\"", "\"../tiny\"")),
-        at_line("fewer workers than the fewest", "SH0104", "workers", |place| {
-            edit(place, "min = 1, max = 8", "min = 3, max = 2");
-        }),
+        Case {
+            line_holds: Some("workers"),
+            ..case("fewer workers than the fewest", &["run", "job.toml"], "SH0104", |place| {
+                edit(place, "min = 1, max = 8", "min = 3, max = 2");
+            })
+        },
         case("no base model named", RUN, "SH0105", |place| edit(place, "model = \"model\"\n", "")),
         case("no TOML", RUN, "SH0106", |place| edit(place, "[train]", "[train")),
         at_line("unknown word", "SH0107", "quantization", |place| edit(place, "\"nf4\"", "\"int3\"")),

@@ -24,7 +24,9 @@ fn workers_go_on_while_the_coordinator_is_killed_and_started_again() {
     let after = cluster
         .wait_for_status(&job, "the crew to be back and at work", |status| {
             status["step"].as_u64() > before["step"].as_u64()
-                && status["members"].as_array().is_some_and(|members| members.len() == 2)
+                && status["members"].as_array().is_some_and(|members| {
+                    members.len() == 2 && members.iter().all(|member| member["pid"].as_u64() > Some(0))
+                })
         })
         .unwrap();
     assert_eq!(after["generation"], before["generation"], "the generation went on: {after}");
