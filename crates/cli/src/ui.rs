@@ -37,7 +37,9 @@ impl Ui {
 
     /// Whether stderr is a terminal that a live region may be drawn on.
     pub(crate) fn is_live(&self) -> bool {
-        !self.is_json() && io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+        !self.is_json()
+            && io::stderr().is_terminal()
+            && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
     }
 
     /// Whether stderr gets colour.
@@ -167,7 +169,8 @@ pub(crate) fn answer_usage(error: &clap::Error, output: OutputFormat) -> ExitCod
 /// Turns a panic into a short apology; the exit code of a panicking main thread becomes 1.
 pub(crate) fn install_panic_hook() {
     std::panic::set_hook(Box::new(|info| {
-        let place = info.location().map(|place| format!("{}:{}", place.file(), place.line())).unwrap_or_default();
+        let place =
+            info.location().map(|place| format!("{}:{}", place.file(), place.line())).unwrap_or_default();
         let cause = info.payload_as_str().unwrap_or("no message");
         write_stderr(&format!(
             "sorry, this is a defect in shanty {}: {cause} ({place})\nplease report it with what you did: {ISSUES}",

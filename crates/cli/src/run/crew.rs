@@ -96,11 +96,11 @@ impl Crew {
 
 fn start(number: u32, program: &Path, logs: &Path, options: &CrewOptions) -> CommandResult<Hand> {
     let errors = logs.join(format!("worker-{number}.stderr"));
-    let file = File::options()
-        .create(true)
-        .append(true)
-        .open(&errors)
-        .map_err(|source| Error::File { action: "write", path: errors, source })?;
+    let file = File::options().create(true).append(true).open(&errors).map_err(|source| Error::File {
+        action: "write",
+        path: errors,
+        source,
+    })?;
     let mut child = Command::new(program)
         .arg("worker-device")
         .args(["--coordinator", &options.coordinator])
@@ -148,7 +148,9 @@ fn how(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
         (Some(0), _) => "ended".to_owned(),
         (Some(code), _) => format!("ended with exit code {code}"),
-        (None, Some(9)) => "was killed (signal 9; by a person, or by the system when memory ran out)".to_owned(),
+        (None, Some(9)) => {
+            "was killed (signal 9; by a person, or by the system when memory ran out)".to_owned()
+        }
         (None, Some(signal)) => format!("was ended by signal {signal}"),
         (None, None) => "ended".to_owned(),
     }

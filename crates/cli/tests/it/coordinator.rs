@@ -14,7 +14,8 @@ fn cluster(place: &Place, workers: usize) -> LocalCluster {
 
 #[test]
 fn workers_go_on_while_the_coordinator_is_killed_and_started_again() {
-    let place = Place::new(TinyJob { steps: 400, every_steps: 100, workers: (2, 2), ..TinyJob::default() }).unwrap();
+    let place =
+        Place::new(TinyJob { steps: 400, every_steps: 100, workers: (2, 2), ..TinyJob::default() }).unwrap();
     let mut cluster = cluster(&place, 2);
     let job = cluster.submit(&place.path("job.toml")).unwrap();
     cluster.wait_for_status(&job, "step 20", |status| status["step"].as_u64() >= Some(20)).unwrap();
@@ -80,7 +81,8 @@ fn the_same_request_gives_the_same_job() {
     let place = Place::new(TinyJob::default()).unwrap();
     let cluster = cluster(&place, 0);
     let submit = || {
-        let answer = cluster.ask(&["submit", "job.toml", "--request-id", "once"]).unwrap().expect_code(0).unwrap();
+        let answer =
+            cluster.ask(&["submit", "job.toml", "--request-id", "once"]).unwrap().expect_code(0).unwrap();
         answer.object().unwrap()["job"].as_str().unwrap().to_owned()
     };
     assert_eq!(submit(), submit());

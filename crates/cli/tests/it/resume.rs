@@ -61,7 +61,10 @@ fn a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used() {
     let resumed = place.shanty.run(RESUME).unwrap().expect_code(0).unwrap();
     let first = resumed.events_of("step")[0]["step"].as_u64().unwrap();
     let newest_step = newest["step"].as_u64().unwrap();
-    assert!(first <= newest_step, "it went on from step {first} although the checkpoint of {newest_step} is damaged");
+    assert!(
+        first <= newest_step,
+        "it went on from step {first} although the checkpoint of {newest_step} is damaged"
+    );
     let status = place.shanty.run(&["status", "tiny", "--output", "json"]).unwrap().object().unwrap();
     let events = status["events"].as_array().unwrap();
     let told = events.iter().find(|event| event["kind"] == "checkpoint_damaged").expect("the damage is told");

@@ -28,13 +28,17 @@ fn killed_at(failpoint: &str) {
     assert!(lost[0]["detection_ms"].is_number(), "{failpoint}: {}", lost[0]);
     assert!(lost[0]["stall_ms"].is_number(), "{failpoint}: {}", lost[0]);
 
-    let steps: Vec<u64> = finished.events_of("step").iter().filter_map(|event| event["step"].as_u64()).collect();
+    let steps: Vec<u64> =
+        finished.events_of("step").iter().filter_map(|event| event["step"].as_u64()).collect();
     assert_eq!(steps, (1..=14).collect::<Vec<_>>(), "{failpoint}: no step is lost, none is made twice");
     assert_eq!(finished.events_of("step").pop().unwrap()["workers"], 2, "{failpoint}: it went on with two");
     place.check_exactly_once().unwrap_or_else(|error| panic!("{failpoint}: {error}"));
 
     let (expected, loss) = (final_loss(&straight).unwrap(), final_loss(&finished).unwrap());
-    assert!((loss - expected).abs() <= LOSS_TOLERANCE, "{failpoint}: final loss {loss}, undisturbed {expected}");
+    assert!(
+        (loss - expected).abs() <= LOSS_TOLERANCE,
+        "{failpoint}: final loss {loss}, undisturbed {expected}"
+    );
 
     let status = place.shanty.run(&["status", "tiny", "--output", "json"]).unwrap().expect_code(0).unwrap();
     let status = status.object().unwrap();
