@@ -166,7 +166,7 @@ pub(crate) fn answer_usage(error: &clap::Error, output: OutputFormat) -> ExitCod
     if answer { Exit::Done.into() } else { Exit::Usage.into() }
 }
 
-/// Turns a panic into a short apology; the exit code of a panicking main thread becomes 1.
+/// Turns a panic into a short apology.
 pub(crate) fn install_panic_hook() {
     std::panic::set_hook(Box::new(|info| {
         let place =
