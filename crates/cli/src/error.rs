@@ -51,9 +51,6 @@ pub(crate) enum Error {
     #[error("failed to start {what}: {source}")]
     Start { what: &'static str, source: io::Error },
 
-    #[error("`{}` holds several jobs: {jobs}", store.display())]
-    WhichJob { store: PathBuf, jobs: String },
-
     #[error("`{address}` is no address of a coordinator")]
     Address { address: String },
 
@@ -117,7 +114,6 @@ impl Diagnose for Error {
                 new("SH0911").hint("`prepare-data` is started by the coordinator, not by people")
             }
             Self::Start { .. } => new("SH0912").kind(Kind::Transient),
-            Self::WhichJob { .. } => new("SH0913").hint("name one"),
             Self::Address { .. } => new("SH0916").hint("for example http://127.0.0.1:7461"),
             Self::Impossible { .. } => new("SH0915"),
             Self::Answer { .. } => new("SH0914").kind(Kind::Internal),

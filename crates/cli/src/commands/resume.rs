@@ -91,6 +91,8 @@ async fn remote(coordinator: &str, job: &str, detach: bool, ui: &Ui) -> CommandR
     };
     reporter.finish()?;
     let seconds = over.ended_unix_ms.saturating_sub(over.started_unix_ms) as f64 / 1000.0;
-    ui.data(&progress::finished(&over, seconds), |_| format!("{job_id}: {}", progress::state_name(over.state())))?;
+    ui.data(&progress::finished(&over, seconds), |_| {
+        format!("{job_id}: {}", progress::state_name(over.state()))
+    })?;
     end_of_job(&over)
 }

@@ -7,8 +7,8 @@ use crate::{
     client::{Target, block_on},
     failure::{CommandResult, Exit},
     format,
-    run::ending::end_of_job,
     progress::{self, Reporter, is_over, phase_name, state_name},
+    run::ending::end_of_job,
     ui::{Paint, Ui, paint},
     watch::Watcher,
 };
@@ -134,7 +134,12 @@ pub(crate) fn render(status: &JobStatus, color: bool) -> String {
     if let Some(ledger) = &status.ledger {
         lines.push(format!(
             "rows  {} committed, {} leased, {} remaining, {} requeued, {} recomputed, {} duplicates",
-            ledger.committed, ledger.leased, ledger.remaining, ledger.requeued, ledger.recomputed, ledger.duplicates
+            ledger.committed,
+            ledger.leased,
+            ledger.remaining,
+            ledger.requeued,
+            ledger.recomputed,
+            ledger.duplicates
         ));
     }
     for evaluation in &status.evaluations {

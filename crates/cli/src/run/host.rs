@@ -11,6 +11,9 @@ use crate::{error::Error, failure::CommandResult};
 /// How long a run waits for all of its workers before it begins with those that are there. They were all started
 /// together; waiting for the slowest keeps the world size, and with it every bit, the same from run to run.
 const GATHER: Duration = Duration::from_secs(60);
+/// How long a worker's leave to go on lasts. A resumed run waits this long for workers of the run before it, which have
+/// all died with it.
+const CREDIT: Duration = Duration::from_secs(5);
 /// How long the server may take to close its streams.
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 
@@ -32,6 +35,7 @@ impl Host {
         let mut options = Options::new(state.to_owned(), runs, prepare_command);
         options.listen = SocketAddr::from(([127, 0, 0, 1], 0));
         options.protocol.gather = GATHER;
+        options.protocol.credit = CREDIT;
         let coordinator = Coordinator::bind(options).await?;
         let address = coordinator.handle().url();
         let stop = CancellationToken::new();
