@@ -278,6 +278,8 @@ pub enum Said {
         within: Within,
         /// Updates applied.
         applied: Step,
+        /// Whether it holds adapter and optimizer. One that never got the generation's state does not.
+        holds_state: bool,
         /// The sum that it keeps.
         kept: Option<KeptSum>,
     },

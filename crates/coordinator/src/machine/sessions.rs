@@ -212,7 +212,10 @@ impl Machine {
             Said::Failure { job, attempt, error } => self.failure(now, worker, &job, attempt, error),
             Said::Step(report) => self.step(now, worker, report),
             Said::Broken { within, error } => self.broken(now, worker, &within, &error),
-            Said::Left { within, applied, kept } => self.left(now, worker, &within, applied, kept),
+            Said::Left { within, applied, holds_state, kept } => {
+                let left = super::crew::LeftWith { applied, holds_state, kept };
+                self.left(now, worker, &within, left);
+            }
             Said::Checkpoint { within, step, path, size_bytes, seconds } => {
                 self.checkpoint(now, worker, &within, step, path, size_bytes, seconds);
             }

@@ -145,6 +145,7 @@ impl Stage {
             eval_rows: 2,
             train_tokens: 1000,
             train_trained_tokens: 140,
+            warnings: Vec::new(),
         };
         let job = JobId::new(name).unwrap();
         self.tell(Event::PrepareEnded { job, attempt: Attempt(self.attempt), outcome: Ok(facts) });
@@ -222,10 +223,16 @@ impl Stage {
         self.say(name, Said::Step(report));
     }
 
+    /// Leaves a generation without ever having held its state.
+    pub fn left_empty_handed(&mut self, name: &str, generation: u64) {
+        let within = self.within(generation);
+        self.say(name, Said::Left { within, applied: Step(0), holds_state: false, kept: None });
+    }
+
     pub fn left(&mut self, name: &str, generation: u64, applied: u64, kept: &[u64]) {
         let kept = (!kept.is_empty()).then(|| KeptSum { step: Step(applied + 1), rows: kept.to_vec() });
         let (within, applied) = (self.within(generation), Step(applied));
-        self.say(name, Said::Left { within, applied, kept });
+        self.say(name, Said::Left { within, applied, holds_state: true, kept });
     }
 
     pub fn down(&mut self, name: &str) {
