@@ -16,6 +16,7 @@ fn main() {
     let options = StepBenchOptions {
         base: text(0, "examples/tiny-llama-14m").into(),
         rows: number(1, "8"),
+        micro_batch_rows: None,
         length: number(2, "256"),
         threads: number(3, "2"),
         quantization: (text(4, "none") == "nf4").then(Nf4Options::default),

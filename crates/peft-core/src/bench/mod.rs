@@ -14,7 +14,7 @@ use crate::{
         cpu::{Cpu, Operation, Spent},
     },
     batch::Row,
-    engine::{Engine, EngineOptions, NoSink, StepKey},
+    engine::{Engine, EngineOptions, LossSum, NoSink, StepKey},
     error::Result,
     model::{MemoryUse, ModelConfig},
     optim::{AdamW, AdamWOptions, clip_factor, global_norm},
@@ -34,8 +34,10 @@ pub struct StepBenchOptions {
     pub r: usize,
     /// Dropout on the branches.
     pub dropout: f32,
-    /// Rows of a step; one micro-batch.
+    /// Rows of a step.
     pub rows: usize,
+    /// Rows of a forward pass; all of them when absent.
+    pub micro_batch_rows: Option<usize>,
     /// Tokens of a row.
     pub length: usize,
     /// Threads; 0 takes all.
@@ -99,7 +101,7 @@ pub fn step(options: &StepBenchOptions) -> Result<StepBench> {
             lora: Some(lora),
             threads: options.threads,
             recompute: options.recompute,
-            micro_batch_rows: Some(options.rows),
+            micro_batch_rows: Some(options.micro_batch_rows.unwrap_or(options.rows).min(options.rows)),
             max_length: options.length,
             memory_limit: None,
         },
@@ -118,7 +120,10 @@ pub fn step(options: &StepBenchOptions) -> Result<StepBench> {
         let begin = Instant::now();
         gradient.fill(0.0);
         let key = StepKey { seed: 1, step: number as u64 + 1 };
-        let sum = engine.forward_backward(&parameters, &rows, key, &mut gradient, &mut NoSink)?;
+        let mut sum = LossSum::default();
+        for rows in rows.chunks(engine.micro_batch_rows()) {
+            sum.add(engine.forward_backward(&parameters, rows, key, &mut gradient, &mut NoSink)?);
+        }
         let scale = 1.0 / sum.tokens as f64;
         let clip = clip_factor(global_norm(&gradient) * scale, 1.0).unwrap_or(1.0);
         optimizer.update(&mut parameters, &gradient, scale * clip, 1e-4)?;
