@@ -14,12 +14,12 @@ use std::sync::{Mutex, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use self::gemm::{Operand, Target};
+use self::gemm::{Factors, Operand, Pieces, Shared, Target};
 pub use self::{
     gemm::in_product,
     profile::{NARROW, Operation, Spent},
 };
-use super::{AttentionShape, Backend, BatchRoom, View, ViewMut};
+use super::{AttentionShape, Backend, BatchRoom, Product, View, ViewMut};
 use crate::{
     batch::PackedBatch,
     engine::StepError,
@@ -63,6 +63,27 @@ impl Cpu {
     /// Runs `work` on a thread of the pool, where parallel operations start without a hand-over.
     pub(crate) fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.pool.install(work)
+    }
+
+    /// `c = beta c + alpha a b + …`, in pieces.
+    fn sum_of_products(&self, sum: &[Factors<'_>], beta: f32, c: ViewMut<'_, Self>) {
+        let (rows, columns) = (c.rows, c.columns);
+        for Factors { a, b, .. } in sum {
+            assert!(a.rows == rows && b.columns == columns, "a product's target has another shape");
+        }
+        let depth = sum.iter().map(|factors| factors.a.columns).sum();
+        let widest = sum.iter().map(|factors| factors.a.columns).max().unwrap_or(0);
+        let narrow = rows.min(columns).min(widest) <= NARROW;
+        let operation = if narrow { Operation::NarrowProduct } else { Operation::Product };
+        let target = Target { offset: c.offset, stride: c.stride };
+        let out = Shared::new(c.data);
+        let pieces = Pieces::of(rows, columns, depth);
+        self.profile.measure(operation, 2 * rows * columns * depth, || {
+            self.tasks(pieces.count(), |index| {
+                // SAFETY: pieces do not overlap, and the target is borrowed mutably.
+                unsafe { gemm::multiply_piece(sum, beta, out, target, pieces.piece(index)) }
+            });
+        });
     }
 
     /// Counts the time of `work`.
@@ -168,15 +189,23 @@ impl Backend for Cpu {
         beta: f32,
         c: ViewMut<'_, Self>,
     ) {
-        let (a, b) = (operand(a, transpose_a), operand(b, transpose_b));
-        assert!(a.rows == c.rows && b.columns == c.columns, "a product's target has another shape");
-        let target = Target { offset: c.offset, stride: c.stride };
-        let narrow = a.rows.min(a.columns).min(b.columns) <= NARROW;
-        let operation = if narrow { Operation::NarrowProduct } else { Operation::Product };
-        let flops = 2 * a.rows * a.columns * b.columns;
-        self.profile.measure(operation, flops, || {
-            self.install(|| gemm::multiply(alpha, a, b, beta, c.data, target, self.threads));
+        let factors = Factors { alpha, a: operand(a, transpose_a), b: operand(b, transpose_b) };
+        self.sum_of_products(&[factors], beta, c);
+    }
+
+    fn gemm_pair(
+        &self,
+        first: Product<'_, Self>,
+        second: Product<'_, Self>,
+        beta: f32,
+        c: ViewMut<'_, Self>,
+    ) {
+        let factors = [first, second].map(|Product { alpha, a, transpose_a, b, transpose_b }| Factors {
+            alpha,
+            a: operand(a, transpose_a),
+            b: operand(b, transpose_b),
         });
+        self.sum_of_products(&factors, beta, c);
     }
 
     fn fill(&self, value: f32, to: ViewMut<'_, Self>) {
