@@ -82,7 +82,7 @@ fn twin(quantised: &ResidentBase, fresh: &MemoryBase) -> MemoryBase {
             let Matrix::Nf4(view) = weights.linear(projection).weight else { panic!("not quantised") };
             let code = |at: usize| {
                 let byte = view.codes()[at / 2];
-                if at % 2 == 0 { byte >> 4 } else { byte & 15 }
+                if at.is_multiple_of(2) { byte >> 4 } else { byte & 15 }
             };
             let number = |at: usize| {
                 let scale = f64::from(view.scales().get(at / view.block_size()));

@@ -11,6 +11,9 @@ use std::{cell::Cell, marker::PhantomData, ops::Range};
 
 use gemm::Parallelism;
 
+use super::{Cpu, NARROW, Operation};
+use crate::backend::ViewMut;
+
 thread_local! {
     /// Whether this thread is inside a product of its own.
     static OWN_PRODUCT: Cell<bool> = const { Cell::new(false) };
@@ -188,6 +191,29 @@ pub(super) unsafe fn multiply_piece(
         let beta = if index == 0 { beta } else { 1.0 };
         // SAFETY: as the caller promises.
         unsafe { multiply_shared(factors.alpha, a, b, beta, out, target) };
+    }
+}
+
+impl Cpu {
+    /// `c = beta c + alpha a b + …`, in pieces.
+    pub(super) fn sum_of_products(&self, sum: &[Factors<'_>], beta: f32, c: ViewMut<'_, Self>) {
+        let (rows, columns) = (c.rows, c.columns);
+        for Factors { a, b, .. } in sum {
+            assert!(a.rows == rows && b.columns == columns, "a product's target has another shape");
+        }
+        let depth = sum.iter().map(|factors| factors.a.columns).sum();
+        let widest = sum.iter().map(|factors| factors.a.columns).max().unwrap_or(0);
+        let narrow = rows.min(columns).min(widest) <= NARROW;
+        let operation = if narrow { Operation::NarrowProduct } else { Operation::Product };
+        let target = Target { offset: c.offset, stride: c.stride };
+        let out = Shared::new(c.data);
+        let pieces = Pieces::of(rows, columns, depth);
+        self.profile.measure(operation, 2 * rows * columns * depth, || {
+            self.tasks(pieces.count(), |index| {
+                // SAFETY: pieces do not overlap, and the target is borrowed mutably.
+                unsafe { multiply_piece(sum, beta, out, target, pieces.piece(index)) }
+            });
+        });
     }
 }
 

@@ -14,7 +14,7 @@ use std::sync::{Mutex, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use self::gemm::{Factors, Operand, Pieces, Shared, Target};
+use self::gemm::{Factors, Operand};
 pub use self::{
     gemm::in_product,
     profile::{NARROW, Operation, Spent},
@@ -63,27 +63,6 @@ impl Cpu {
     /// Runs `work` on a thread of the pool, where parallel operations start without a hand-over.
     pub(crate) fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.pool.install(work)
-    }
-
-    /// `c = beta c + alpha a b + …`, in pieces.
-    fn sum_of_products(&self, sum: &[Factors<'_>], beta: f32, c: ViewMut<'_, Self>) {
-        let (rows, columns) = (c.rows, c.columns);
-        for Factors { a, b, .. } in sum {
-            assert!(a.rows == rows && b.columns == columns, "a product's target has another shape");
-        }
-        let depth = sum.iter().map(|factors| factors.a.columns).sum();
-        let widest = sum.iter().map(|factors| factors.a.columns).max().unwrap_or(0);
-        let narrow = rows.min(columns).min(widest) <= NARROW;
-        let operation = if narrow { Operation::NarrowProduct } else { Operation::Product };
-        let target = Target { offset: c.offset, stride: c.stride };
-        let out = Shared::new(c.data);
-        let pieces = Pieces::of(rows, columns, depth);
-        self.profile.measure(operation, 2 * rows * columns * depth, || {
-            self.tasks(pieces.count(), |index| {
-                // SAFETY: pieces do not overlap, and the target is borrowed mutably.
-                unsafe { gemm::multiply_piece(sum, beta, out, target, pieces.piece(index)) }
-            });
-        });
     }
 
     /// Counts the time of `work`.
