@@ -195,6 +195,13 @@ pub enum MemberPhase {
     Lost,
 }
 
+impl MemberPhase {
+    /// Whether a member in this phase is at work on a step.
+    pub(crate) fn is_of_a_step(self) -> bool {
+        matches!(self, Self::Computing | Self::Reducing)
+    }
+}
+
 /// A step was applied.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StepReport {

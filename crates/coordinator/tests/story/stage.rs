@@ -196,6 +196,12 @@ impl Stage {
         credit.expect("an acknowledgement").map(|(_, up_to)| up_to.0)
     }
 
+    /// A beat of a member before its first step, in some phase.
+    pub fn beat_in(&mut self, name: &str, rank: u32, phase: MemberPhase) {
+        let attachment = Some(self.attachment(1, rank, 0));
+        self.say(name, Said::Beat { sequence: 5, phase, attachment });
+    }
+
     pub fn beat_alone(&mut self, name: &str) {
         let session = self.sessions[name];
         let message = Said::Beat { sequence: 6, phase: MemberPhase::Idle, attachment: None };
