@@ -111,7 +111,15 @@ impl Engine {
     /// # Errors
     /// When its threads cannot be started.
     pub fn with_base(base: SharedBase, parts: EngineParts) -> Result<Self> {
-        let machine = Machine::open(EngineDevice::Cpu, parts.request.threads)?;
+        Self::with_base_on(EngineDevice::Cpu, base, parts)
+    }
+
+    /// As [`Engine::with_base`], on a device. The base must keep its numbers where they are in host memory.
+    ///
+    /// # Errors
+    /// When threads cannot be started, the device cannot be used, or the base does not fit it.
+    pub fn with_base_on(device: EngineDevice, base: SharedBase, parts: EngineParts) -> Result<Self> {
+        let machine = Machine::open(device, parts.request.threads)?;
         Self::on(machine, base, parts)
     }
 

@@ -19,6 +19,7 @@ use std::{
 
 pub use device::{DeviceBuffer, DeviceMemory};
 pub use error::DeviceError;
+use half::bf16;
 pub use libraries::{LIBRARIES_VARIABLE, NVRTC_VARIABLE};
 use serde::{Deserialize, Serialize};
 
@@ -167,6 +168,28 @@ impl Cuda {
     /// The most bytes that were reserved; the driver's own are not counted.
     pub fn peak_bytes(&self) -> u64 {
         self.device.memory().1
+    }
+
+    /// A matrix without gaps on the host, widened to f32 where it is bf16: for checks.
+    ///
+    /// # Errors
+    /// What failed on the card before.
+    pub fn read(&self, view: View<'_, Self>) -> Result<Vec<f32>> {
+        let count = view.rows * view.columns;
+        let numbers = match view.data.numbers {
+            Numbers::F32 => {
+                let mut numbers = vec![f32::NAN; count];
+                self.download(view, &mut numbers);
+                numbers
+            }
+            Numbers::Bf16 => {
+                let mut numbers = vec![bf16::NAN; count];
+                self.device.download(view.data.address + 2 * view.offset as u64, &mut numbers);
+                numbers.into_iter().map(bf16::to_f32).collect()
+            }
+        };
+        self.settle()?;
+        Ok(numbers)
     }
 
     fn missing(&self, what: &str) {
