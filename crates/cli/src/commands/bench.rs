@@ -4,8 +4,9 @@ use std::{path::PathBuf, time::Instant};
 
 use serde_json::json;
 use shanty_peft_core::{
-    Engine, EngineOptions, NoSink, StepKey,
+    Engine, EngineDevice, EngineOptions, NoSink, StepKey,
     adapter::{LoraConfig, TargetModules},
+    backend::cuda::Precision,
     batch::Row,
     model::ModelConfig,
     optim::{AdamW, AdamWOptions, clip_factor, global_norm},
@@ -41,6 +42,9 @@ struct StepArgs {
     /// Where to compute
     #[arg(long, value_enum, default_value_t)]
     device: BenchDevice,
+    /// How a card computes products
+    #[arg(long, value_enum, default_value_t)]
+    precision: BenchPrecision,
     /// The base model's folder
     #[arg(long, value_name = "DIR", default_value = "examples/tiny-llama-14m")]
     model: PathBuf,
@@ -68,11 +72,35 @@ struct StepArgs {
 }
 
 /// Devices that can be measured.
-#[derive(Debug, Clone, Copy, Default, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 enum BenchDevice {
     /// The CPU.
     #[default]
     Cpu,
+    /// An NVIDIA card.
+    Cuda,
+}
+
+/// How a card computes products.
+#[derive(Debug, Clone, Copy, Default, clap::ValueEnum)]
+enum BenchPrecision {
+    /// In f32.
+    F32,
+    /// Operands in TF32, sums in f32.
+    Tf32,
+    /// Operands of large products in bf16, sums in f32.
+    #[default]
+    Bf16,
+}
+
+impl From<BenchPrecision> for Precision {
+    fn from(precision: BenchPrecision) -> Self {
+        match precision {
+            BenchPrecision::F32 => Self::F32,
+            BenchPrecision::Tf32 => Self::Tf32,
+            BenchPrecision::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
@@ -97,9 +125,11 @@ fn step(args: &StepArgs, ui: &Ui) -> CommandResult<Exit> {
     seconds.sort_by(f64::total_cmp);
     let median = seconds[seconds.len() / 2];
     let tokens = u64::from(args.batch) * args.length as u64;
+    // On a card, what the engine reserved there; else what the process held.
+    let peak = bench.engine.card().map(|(_, peak)| peak).or_else(peak_memory_bytes);
     let result = json!({
-        "device": "cpu",
-        "card": null,
+        "device": if args.device == BenchDevice::Cuda { "cuda" } else { "cpu" },
+        "card": bench.engine.card().map(|(name, _)| name),
         "shape": {
             "model": args.model, "batch": args.batch, "length": args.length, "rank": args.rank,
             "layers": config.layers, "hidden": config.hidden_size, "vocabulary": config.vocabulary_size,
@@ -109,7 +139,7 @@ fn step(args: &StepArgs, ui: &Ui) -> CommandResult<Exit> {
         "tokens_per_second": tokens as f64 / median,
         "step_seconds": median,
         "steps": args.steps,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak,
         "base_memory_bytes": bench.engine.plan().base_bytes,
         "trainable_parameters": bench.parameters.len(),
     });
@@ -119,7 +149,7 @@ fn step(args: &StepArgs, ui: &Ui) -> CommandResult<Exit> {
             format::count((tokens as f64 / median).round() as u64),
             1000.0 * median,
             args.steps,
-            format::bytes(peak_memory_bytes().unwrap_or(0)),
+            format::bytes(peak.unwrap_or(0)),
             format::bytes(bench.engine.plan().base_bytes),
         )
     })?;
@@ -147,6 +177,10 @@ impl Bench {
                 use_rslora: false,
                 target_modules: TargetModules::all_linear(),
             }),
+            device: match args.device {
+                BenchDevice::Cpu => EngineDevice::Cpu,
+                BenchDevice::Cuda => EngineDevice::Cuda { index: 0, precision: args.precision.into() },
+            },
             threads: usize::from(args.threads),
             micro_batch_rows: Some(args.micro_batch.unwrap_or(args.batch).min(args.batch) as usize),
             ..EngineOptions::new(&args.model, args.length)

@@ -144,27 +144,16 @@ fn blas_call(operation: &'static str) -> impl Fn(cublas::result::CublasError) ->
 }
 
 impl Device {
+    /// Whether the first card and the libraries can be used; nothing is started on the card.
+    pub(super) fn probe() -> Result<(), DeviceError> {
+        Card::find(0)?;
+        libraries::nvrtc()?;
+        libraries::cublas()
+    }
+
     pub(super) fn open(index: usize, precision: Precision) -> Result<Arc<Self>, DeviceError> {
-        libraries::driver()?;
-        result::init().map_err(|_| DeviceError::NoDriver)?;
-        let count = result::device::get_count().map_err(|_| DeviceError::NoDriver)?.max(0) as usize;
-        if index >= count {
-            return Err(DeviceError::NoSuchDevice { index, count });
-        }
-        let number = result::device::get(index as i32).map_err(call("cuDeviceGet"))?;
-        let name = result::device::get_name(number).map_err(call("cuDeviceGetName"))?;
-        use sys::CUdevice_attribute_enum as Attribute;
-        // SAFETY: the device exists.
-        let attribute = |which| unsafe { result::device::get_attribute(number, which) };
-        let attribute = |which| attribute(which).map_err(call("cuDeviceGetAttribute"));
-        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-        if major < 8 {
-            return Err(DeviceError::TooOld { card: name, major, minor });
-        }
+        let Card { number, name, architecture, shared_bytes } = Card::find(index)?;
         libraries::cublas()?;
-        let architecture = format!("sm_{major}{minor}");
         let code = Unit::general().load(&architecture)?;
         // SAFETY: the device exists; every handle is made here, used by this value alone and destroyed with it.
         unsafe {
@@ -194,7 +183,7 @@ impl Device {
                 functions,
                 attention: Mutex::new(HashMap::new()),
                 precision,
-                shared_bytes: shared.max(0) as usize,
+                shared_bytes,
                 broken: AtomicBool::new(false),
                 failure: Mutex::new(None),
                 allocated: AtomicU64::new(WORKSPACE as u64),
@@ -409,6 +398,40 @@ impl Device {
             }
             .map_err(blas_call("cublasGemmEx"))
         });
+    }
+}
+
+/// What the driver says of a card.
+struct Card {
+    number: sys::CUdevice,
+    name: String,
+    architecture: String,
+    /// Shared memory that a block may take.
+    shared_bytes: usize,
+}
+
+impl Card {
+    fn find(index: usize) -> Result<Self, DeviceError> {
+        use sys::CUdevice_attribute_enum as Attribute;
+        libraries::driver()?;
+        result::init().map_err(|_| DeviceError::NoDriver)?;
+        let count = result::device::get_count().map_err(|_| DeviceError::NoDriver)?.max(0) as usize;
+        if index >= count {
+            return Err(DeviceError::NoSuchDevice { index, count });
+        }
+        let number = result::device::get(index as i32).map_err(call("cuDeviceGet"))?;
+        let name = result::device::get_name(number).map_err(call("cuDeviceGetName"))?;
+        // SAFETY: the device exists.
+        let attribute = |which| unsafe { result::device::get_attribute(number, which) };
+        let attribute = |which| attribute(which).map_err(call("cuDeviceGetAttribute"));
+        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        if major < 8 {
+            return Err(DeviceError::TooOld { card: name, major, minor });
+        }
+        let architecture = format!("sm_{major}{minor}");
+        Ok(Self { number, name, architecture, shared_bytes: shared.max(0) as usize })
     }
 }
 

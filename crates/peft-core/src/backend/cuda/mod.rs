@@ -36,6 +36,11 @@ use crate::{
     random::DropoutKey,
 };
 
+/// Whether this machine has a card that [`Cuda::new`] can use, and the libraries for it: for `auto`, which asks first.
+pub fn is_available() -> bool {
+    Device::probe().is_ok()
+}
+
 /// How products are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -120,9 +125,13 @@ macro_rules! launch {
         launch!($device, $device.function($name), $name, $grid, $block, 0, $($argument),+)
     };
     ($device:expr, $function:expr, $name:literal, $grid:expr, $block:expr, $shared:expr, $($argument:expr),+) => {{
-        let mut arguments: Vec<*mut c_void> = vec![$(ptr::from_ref(&$argument).cast_mut().cast()),+];
-        // SAFETY: the arguments are those of the kernel of this name, in its order, and live until it is queued.
-        unsafe { $device.launch($function, $name, $grid, $block, $shared, &mut arguments) }
+        // SAFETY: the arguments are those of the kernel of this name, in its order. They are temporaries of this one
+        // expression, so they live until the kernel is queued, which copies them.
+        unsafe {
+            $device.launch($function, $name, $grid, $block, $shared, &mut [
+                $(ptr::from_ref(&$argument).cast_mut().cast::<c_void>()),+
+            ])
+        }
     }};
 }
 
