@@ -11,7 +11,7 @@ use shanty_proto::v1::{
 };
 use tonic::transport::{Channel, Endpoint};
 
-use crate::{error::Error, failure::CommandResult};
+use crate::{error::Error, failure::CommandResult, prepared::Scratch, run::host::Host};
 
 /// How long a coordinator may take to answer the door.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -78,20 +78,67 @@ impl Client {
     }
 }
 
-impl Target {
-    /// Whether the user named a place to look in.
-    pub(crate) fn is_named(&self) -> bool {
-        self.coordinator.is_some() || self.store.is_some()
+/// A connection, and where it is to a run that has ended, the coordinator that answers for it.
+pub(crate) struct Connection {
+    pub(crate) client: Client,
+    past: Option<PastRun>,
+}
+
+struct PastRun {
+    _host: Host,
+    _copy: Scratch,
+}
+
+impl From<Client> for Connection {
+    fn from(client: Client) -> Self {
+        Self { client, past: None }
+    }
+}
+
+impl Connection {
+    /// Connects to the coordinator of a run. Where it runs no more, one answers from a copy of what it left: nothing is
+    /// changed, and no worker can find it.
+    async fn to_run(store: &Path) -> CommandResult<Self> {
+        if let Some(address) = read_address(store)
+            && let Ok(client) = Client::connect(&address).await
+        {
+            return Ok(client.into());
+        }
+        let copy = Scratch::new();
+        copy_folder(&store.join("coordinator"), copy.path())?;
+        let host = Host::start_to_look(copy.path()).await?;
+        let client = Client::connect(host.address()).await?;
+        Ok(Self { client, past: Some(PastRun { _host: host, _copy: copy }) })
     }
 
-    /// Connects to the coordinator that is meant; without a word from the user, to the one local run.
+    /// Whether nobody works on its jobs.
+    pub(crate) fn is_past(&self) -> bool {
+        self.past.is_some()
+    }
+}
+
+fn copy_folder(from: &Path, to: &Path) -> CommandResult<()> {
+    let copy = || -> std::io::Result<()> {
+        std::fs::create_dir_all(to)?;
+        for entry in std::fs::read_dir(from)? {
+            let entry = entry?;
+            if entry.file_type()?.is_file() {
+                std::fs::copy(entry.path(), to.join(entry.file_name()))?;
+            }
+        }
+        Ok(())
+    };
+    copy().map_err(|source| Error::File { action: "read", path: from.to_owned(), source }.into())
+}
+
+impl Target {
+    /// Connects to the one coordinator that is meant: the named one, or the first that runs below here.
     pub(crate) async fn connect(&self) -> CommandResult<Client> {
         if let Some(url) = &self.coordinator {
             return Client::connect(url).await;
         }
         let mut last = None;
-        for store in self.stores() {
-            let Some(address) = read_address(&store) else { continue };
+        for address in self.stores().iter().filter_map(|store| read_address(store)) {
             match Client::connect(&address).await {
                 Ok(client) => return Ok(client),
                 Err(failure) => last = Some(failure),
@@ -100,28 +147,29 @@ impl Target {
         Err(last.unwrap_or_else(|| Error::NoCoordinator.into()))
     }
 
-    /// Connects to the coordinator that knows `job`: an id, or the name of the job.
-    pub(crate) async fn connect_for(&self, job: &str) -> CommandResult<(Client, String)> {
+    /// Connects to all coordinators that may be meant. Runs that have ended answer from what they left.
+    pub(crate) async fn connect_all(&self) -> CommandResult<Vec<Connection>> {
         if let Some(url) = &self.coordinator {
-            let client = Client::connect(url).await?;
-            let id = resolve(&client, job).await?.unwrap_or_else(|| job.to_owned());
-            return Ok((client, id));
+            return Ok(vec![Client::connect(url).await?.into()]);
         }
-        let mut last = None;
+        let mut connections = Vec::new();
         for store in self.stores() {
-            let Some(address) = read_address(&store) else { continue };
-            let client = match Client::connect(&address).await {
-                Ok(client) => client,
-                Err(failure) => {
-                    last = Some(failure);
-                    continue;
-                }
-            };
-            if let Some(id) = resolve(&client, job).await? {
-                return Ok((client, id));
+            connections.push(Connection::to_run(&store).await?);
+        }
+        if connections.is_empty() { Err(Error::NoCoordinator.into()) } else { Ok(connections) }
+    }
+
+    /// Connects to the coordinator that knows `job`, an id or the name of a job; gives its id, too.
+    pub(crate) async fn connect_for(&self, job: &str) -> CommandResult<(Connection, String)> {
+        let mut connections = self.connect_all().await?;
+        for index in 0..connections.len() {
+            if let Some(id) = resolve(&connections[index].client, job).await? {
+                return Ok((connections.swap_remove(index), id));
             }
         }
-        Err(last.unwrap_or_else(|| Error::NoCoordinator.into()))
+        // Whoever is asked last says that there is no such job.
+        let last = connections.pop().ok_or(Error::NoCoordinator)?;
+        Ok((last, job.to_owned()))
     }
 
     /// The run folders that may be meant.

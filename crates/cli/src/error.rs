@@ -24,6 +24,9 @@ pub(crate) enum Error {
     #[error("failed to reach the coordinator at {address}: {reason}")]
     Unreachable { address: String, reason: String },
 
+    #[error("nobody works on job `{job}`: its run has ended or was interrupted")]
+    NotRunning { job: String },
+
     #[error("no error has the code `{code}`")]
     UnknownCode { code: String, nearest: Option<String> },
 
@@ -47,9 +50,6 @@ pub(crate) enum Error {
 
     #[error("failed to start {what}: {source}")]
     Start { what: &'static str, source: io::Error },
-
-    #[error("`{}` holds several jobs: {jobs}", store.display())]
-    WhichJob { store: PathBuf, jobs: String },
 
     #[error("`{address}` is no address of a coordinator")]
     Address { address: String },
@@ -85,6 +85,7 @@ impl Diagnose for Error {
             Self::Unreachable { .. } => new("SH0905")
                 .kind(Kind::Transient)
                 .hint("is it running, and does its address start with http://host:port?"),
+            Self::NotRunning { .. } => new("SH0917").hint("`shanty status` shows how it stands"),
             Self::UnknownCode { nearest: Some(nearest), .. } => {
                 new("SH0906").hint(format!("did you mean {nearest}? `shanty explain` lists all"))
             }
@@ -113,7 +114,6 @@ impl Diagnose for Error {
                 new("SH0911").hint("`prepare-data` is started by the coordinator, not by people")
             }
             Self::Start { .. } => new("SH0912").kind(Kind::Transient),
-            Self::WhichJob { .. } => new("SH0913").hint("name one"),
             Self::Address { .. } => new("SH0916").hint("for example http://127.0.0.1:7461"),
             Self::Impossible { .. } => new("SH0915"),
             Self::Answer { .. } => new("SH0914").kind(Kind::Internal),

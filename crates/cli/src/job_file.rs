@@ -74,7 +74,8 @@ pub(crate) fn quote(word: &str) -> String {
         return word.to_owned();
     }
     if word.contains(['\n', '\t']) {
-        let escaped = word.replace('\\', "\\\\").replace('\'', "\\'").replace('\n', "\\n").replace('\t', "\\t");
+        let escaped =
+            word.replace('\\', "\\\\").replace('\'', "\\'").replace('\n', "\\n").replace('\t', "\\t");
         return format!("$'{escaped}'");
     }
     format!("'{}'", word.replace('\'', r"'\''"))

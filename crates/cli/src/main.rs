@@ -22,6 +22,11 @@ mod watch;
 
 fn main() -> ExitCode {
     ui::install_panic_hook();
+    // The hook has said what there is to say; a defect exits as any failure does.
+    std::panic::catch_unwind(command).unwrap_or(failure::Exit::Failed.into())
+}
+
+fn command() -> ExitCode {
     match args::parse() {
         args::Parsed::Command(cli) => {
             let ui = ui::Ui::new(cli.output, cli.color);

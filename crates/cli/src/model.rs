@@ -139,9 +139,9 @@ impl Model {
 }
 
 fn row(row: Row) -> batch::Row {
-    let segments = row.segments.iter().map(|segment| batch::Segment {
-        sample_id: segment.sample_id,
-        length: segment.length,
-    });
+    let segments = row
+        .segments
+        .iter()
+        .map(|segment| batch::Segment { sample_id: segment.sample_id, length: segment.length });
     batch::Row { id: row.id, segments: segments.collect(), token_ids: row.token_ids, trained: row.trained }
 }

@@ -48,7 +48,8 @@ impl Preflight {
         let spec = &job.value;
         let estimate = Engine::estimate(&engine_options(spec, threads)).map_err(|error| {
             let diagnostic = error.diagnostic();
-            let key = if diagnostic.code.starts_with("SH04") { "adapter.target_modules" } else { "base.model" };
+            let key =
+                if diagnostic.code.starts_with("SH04") { "adapter.target_modules" } else { "base.model" };
             at_key(job, key, diagnostic)
         })?;
         let (plan, trainable) = (estimate.plan, estimate.layout.parameters() as u64);
@@ -101,7 +102,9 @@ fn engine_options(spec: &JobSpec, threads: usize) -> EngineOptions {
 /// How the job keeps its base.
 pub(crate) fn nf4_of(spec: &JobSpec) -> Option<Nf4Options> {
     match spec.base.quantization {
-        job::Quantization::Nf4 => Some(Nf4Options { double: spec.base.double_quantization, ..Nf4Options::default() }),
+        job::Quantization::Nf4 => {
+            Some(Nf4Options { double: spec.base.double_quantization, ..Nf4Options::default() })
+        }
         job::Quantization::None => None,
     }
 }

@@ -331,7 +331,14 @@ mod tests {
         assert_eq!(
             keys,
             [
-                "event", "job", "state", "reason", "steps", "eval_loss_before", "eval_loss_after", "adapter",
+                "event",
+                "job",
+                "state",
+                "reason",
+                "steps",
+                "eval_loss_before",
+                "eval_loss_after",
+                "adapter",
                 "seconds"
             ]
         );

@@ -50,7 +50,7 @@ impl Sample {
         }
         let color = ui.color_on_stdout();
         for (who, text) in [("base", &self.base), ("adapter", &self.adapter)] {
-            ui.line(format!("{}", paint(color, Paint::Bold, &format!("--- {who}"))))?;
+            ui.line(paint(color, Paint::Bold, &format!("--- {who}")))?;
             ui.line(format!("{}{text}", paint(color, Paint::Dim, &self.prompt)))?;
         }
         ui.line("---")

@@ -37,7 +37,9 @@ impl Ui {
 
     /// Whether stderr is a terminal that a live region may be drawn on.
     pub(crate) fn is_live(&self) -> bool {
-        !self.is_json() && io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+        !self.is_json()
+            && io::stderr().is_terminal()
+            && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
     }
 
     /// Whether stderr gets colour.
@@ -164,16 +166,23 @@ pub(crate) fn answer_usage(error: &clap::Error, output: OutputFormat) -> ExitCod
     if answer { Exit::Done.into() } else { Exit::Usage.into() }
 }
 
-/// Turns a panic into a short apology; the exit code of a panicking main thread becomes 1.
+/// Turns a panic into a short apology.
 pub(crate) fn install_panic_hook() {
     std::panic::set_hook(Box::new(|info| {
-        let place = info.location().map(|place| format!("{}:{}", place.file(), place.line())).unwrap_or_default();
-        let cause = info.payload_as_str().unwrap_or("no message");
+        let place =
+            info.location().map(|place| format!("{}:{}", place.file(), place.line())).unwrap_or_default();
+        let cause = payload_text(info.payload());
         write_stderr(&format!(
             "sorry, this is a defect in shanty {}: {cause} ({place})\nplease report it with what you did: {ISSUES}",
             env!("CARGO_PKG_VERSION")
         ));
     }));
+}
+
+/// What a panic said: a text, however it was made.
+fn payload_text(payload: &(dyn std::any::Any + Send)) -> &str {
+    let owned = || payload.downcast_ref::<String>().map(String::as_str);
+    payload.downcast_ref::<&str>().copied().or_else(owned).unwrap_or("no message")
 }
 
 fn write_stdout(write: impl FnOnce(&mut io::StdoutLock<'static>) -> io::Result<()>) -> CommandResult<()> {

@@ -70,7 +70,8 @@ impl<'a> Watcher<'a> {
     /// Leaves out what happened before: steps up to `from_step`, and what `status` tells of.
     pub(crate) fn skip(&mut self, from_step: u64, status: &JobStatus) {
         self.shown = (status.attempt, status.generation, from_step);
-        self.evaluations.extend(status.evaluations.iter().filter(|one| one.step <= from_step).map(evaluation_key));
+        self.evaluations
+            .extend(status.evaluations.iter().filter(|one| one.step <= from_step).map(evaluation_key));
         self.checkpoints.extend(status.checkpoints.iter().map(checkpoint_key));
         self.events.extend(status.events.iter().map(event_key));
     }
@@ -161,11 +162,19 @@ impl<'a> Watcher<'a> {
     }
 
     fn show_evaluation(&mut self, evaluation: &Evaluation, reporter: &Reporter) -> CommandResult<()> {
-        if self.evaluations.insert(evaluation_key(evaluation)) { reporter.evaluation(evaluation) } else { Ok(()) }
+        if self.evaluations.insert(evaluation_key(evaluation)) {
+            reporter.evaluation(evaluation)
+        } else {
+            Ok(())
+        }
     }
 
     fn show_checkpoint(&mut self, checkpoint: &Checkpoint, reporter: &Reporter) -> CommandResult<()> {
-        if self.checkpoints.insert(checkpoint_key(checkpoint)) { reporter.checkpoint(checkpoint) } else { Ok(()) }
+        if self.checkpoints.insert(checkpoint_key(checkpoint)) {
+            reporter.checkpoint(checkpoint)
+        } else {
+            Ok(())
+        }
     }
 
     fn show_event(&mut self, event: &Event, reporter: &mut Reporter) -> CommandResult<()> {

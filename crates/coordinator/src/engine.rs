@@ -211,7 +211,10 @@ impl Task {
         if !records.is_empty() {
             self.works.store.record(records).await?;
         }
-        for effect in others {
+        // Whoever is answered may look at once: what the answer tells of must be there to be seen.
+        let (answers, others): (Vec<_>, Vec<_>) =
+            others.into_iter().partition(|effect| matches!(effect, Effect::Reply { .. }));
+        for effect in others.into_iter().chain(answers) {
             self.carry_out_one(effect);
         }
         Ok(())

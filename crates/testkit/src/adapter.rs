@@ -43,7 +43,10 @@ pub fn largest_difference(one: &Path, other: &Path) -> anyhow::Result<f32> {
 pub fn same_bits(one: &Path, other: &Path) -> anyhow::Result<bool> {
     let bits = |folder: &Path| -> anyhow::Result<BTreeMap<String, Vec<u32>>> {
         let tensors = read(folder)?;
-        Ok(tensors.into_iter().map(|(name, values)| (name, values.into_iter().map(f32::to_bits).collect())).collect())
+        Ok(tensors
+            .into_iter()
+            .map(|(name, values)| (name, values.into_iter().map(f32::to_bits).collect()))
+            .collect())
     };
     Ok(bits(one)? == bits(other)?)
 }
@@ -55,10 +58,8 @@ mod tests {
 
     #[test]
     fn reference_adapters_differ_from_each_other_and_not_from_themselves() {
-        let (initial, last) = (
-            reference("training/lora/adapter_initial"),
-            reference("training/lora/adapter_final"),
-        );
+        let (initial, last) =
+            (reference("training/lora/adapter_initial"), reference("training/lora/adapter_final"));
         assert!(same_bits(&initial, &initial).unwrap());
         assert!(!same_bits(&initial, &last).unwrap());
         assert!(largest_difference(&initial, &last).unwrap() > 0.0);

@@ -22,7 +22,13 @@ impl LocalCluster {
     /// Starts a coordinator with its state in `state`, on a free port.
     pub fn start(shanty: Shanty, state: &Path) -> anyhow::Result<Self> {
         let (coordinator, address) = start_coordinator(&shanty, state, "127.0.0.1:0")?;
-        Ok(Self { shanty, state: state.to_owned(), address, coordinator: Some(coordinator), workers: Vec::new() })
+        Ok(Self {
+            shanty,
+            state: state.to_owned(),
+            address,
+            coordinator: Some(coordinator),
+            workers: Vec::new(),
+        })
     }
 
     /// The coordinator, as http://host:port.
@@ -56,7 +62,11 @@ impl LocalCluster {
         self.kill_coordinator()?;
         let listen = self.address.trim_start_matches("http://").to_owned();
         let (coordinator, address) = start_coordinator(&self.shanty, &self.state, &listen)?;
-        anyhow::ensure!(address == self.address, "the coordinator came back at {address}, not {}", self.address);
+        anyhow::ensure!(
+            address == self.address,
+            "the coordinator came back at {address}, not {}",
+            self.address
+        );
         self.coordinator = Some(coordinator);
         Ok(())
     }

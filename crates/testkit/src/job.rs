@@ -60,7 +60,8 @@ impl TinyJob {
     /// The text of the job file; paths are relative to its folder.
     pub fn toml(&self) -> String {
         let mut text = String::new();
-        let micro = self.micro_batch_size.map(|size| format!("micro_batch_size = {size}\n")).unwrap_or_default();
+        let micro =
+            self.micro_batch_size.map(|size| format!("micro_batch_size = {size}\n")).unwrap_or_default();
         // Writing to a string does not fail.
         let _ = write!(
             text,

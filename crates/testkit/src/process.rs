@@ -245,7 +245,11 @@ impl Finished {
     /// # Errors
     /// With all that was said, if it is another.
     pub fn expect_code(self, code: i32) -> anyhow::Result<Self> {
-        if self.code() == Some(code) { Ok(self) } else { bail!("expected exit code {code}: {}", self.describe()) }
+        if self.code() == Some(code) {
+            Ok(self)
+        } else {
+            bail!("expected exit code {code}: {}", self.describe())
+        }
     }
 
     fn describe(&self) -> String {
@@ -309,7 +313,8 @@ mod tests {
         let script = r#"echo '{"event":"step","step":3,"loss":1.5}'; sleep 600 & wait"#;
         let mut running = shell.start(&["-c", script]).unwrap();
         running.wait_for_step(2).unwrap();
-        let child = wait::until("the child", PATIENCE, || Ok(running.descendants().first().copied())).unwrap();
+        let child =
+            wait::until("the child", PATIENCE, || Ok(running.descendants().first().copied())).unwrap();
         assert!(is_alive(child));
         let finished = running.kill_all().unwrap();
         assert_eq!(finished.code(), None);

@@ -36,7 +36,9 @@ pub fn read(store: &Path) -> anyhow::Result<Vec<Note>> {
         let text = fs::read_to_string(&path)?;
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
         for line in whole.lines() {
-            notes.push(serde_json::from_str(line).with_context(|| format!("in `{}`: {line}", path.display()))?);
+            notes.push(
+                serde_json::from_str(line).with_context(|| format!("in `{}`: {line}", path.display()))?,
+            );
         }
     }
     ensure!(!notes.is_empty(), "no row log below `{}`", folder.display());
@@ -62,11 +64,7 @@ pub fn trained(notes: &[Note]) -> BTreeMap<u64, Vec<u64>> {
 }
 
 /// Checks that each of `steps` steps was trained on exactly the rows that belong to it, each once.
-pub fn check_exactly_once(
-    store: &Path,
-    steps: u64,
-    belongs: impl Fn(u64) -> Vec<u64>,
-) -> anyhow::Result<()> {
+pub fn check_exactly_once(store: &Path, steps: u64, belongs: impl Fn(u64) -> Vec<u64>) -> anyhow::Result<()> {
     let trained = trained(&read(store)?);
     for step in 1..=steps {
         let mut expected = belongs(step);

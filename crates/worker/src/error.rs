@@ -123,13 +123,13 @@ pub enum Error {
     Killed,
     /// From the engine, the data, the checkpoints or the collective, which have codes of their own.
     #[error("{0}")]
-    Part(Diagnostic),
+    Part(Box<Diagnostic>),
 }
 
 impl Error {
     /// Takes over an error of another crate with its code.
     pub fn part(error: &dyn Diagnose) -> Self {
-        Self::Part(error.diagnostic())
+        Self::Part(Box::new(error.diagnostic()))
     }
 
     /// The error as it travels to the coordinator.
@@ -141,7 +141,7 @@ impl Error {
 impl Diagnose for Error {
     fn diagnostic(&self) -> Diagnostic {
         let (code, kind, hint) = match self {
-            Self::Part(diagnostic) => return diagnostic.clone(),
+            Self::Part(diagnostic) => return diagnostic.as_ref().clone(),
             Self::WrongSum { .. } => ("SH0601", Kind::Internal, None),
             Self::NotFinite { .. } => (
                 "SH0602",

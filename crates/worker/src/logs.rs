@@ -31,7 +31,8 @@ fn wire_line(worker_id: &str, line: LogLine) -> Option<v1::LogLine> {
     }
     let mut text = line.text;
     if text.len() > LONGEST_LINE_BYTES {
-        text.truncate(text.floor_char_boundary(LONGEST_LINE_BYTES));
+        let end = (0..=LONGEST_LINE_BYTES).rev().find(|end| text.is_char_boundary(*end)).unwrap_or_default();
+        text.truncate(end);
         text.push('…');
     }
     Some(v1::LogLine {

@@ -6,6 +6,7 @@ use std::{
 };
 
 use shanty_data::order::row_hash;
+use shanty_proto::error::UNREACHABLE;
 use shanty_proto::v1::{
     Announcement, LeaseRowsRequest, LeaseRowsResponse, worker_service_client::WorkerServiceClient,
 };
@@ -129,7 +130,7 @@ async fn lease_part(
             }
             Err(status) => {
                 warn!(step = part.step, code = ?status.code(), reason = status.message(), "rows were refused");
-                return Err(Error::Part(shanty_proto::from_status(&status)));
+                return Err(Error::Part(Box::new(shanty_proto::from_status(&status))));
             }
         }
         sleep(pause).await;
@@ -138,18 +139,12 @@ async fn lease_part(
 }
 
 /// Whether the coordinator may answer otherwise later: it is away, has just started, or has not noted a generation.
+/// A status without our error detail comes from the connection, whatever its code, and so passes.
 fn may_pass(status: &Status) -> bool {
-    matches!(
-        status.code(),
-        Code::Unavailable
-            | Code::DeadlineExceeded
-            | Code::Cancelled
-            | Code::Aborted
-            | Code::ResourceExhausted
-            | Code::Unknown
-            | Code::NotFound
-            | Code::FailedPrecondition
-    )
+    let error = shanty_proto::from_status(status);
+    error.code == UNREACHABLE
+        || error.kind.is_retryable()
+        || matches!(status.code(), Code::NotFound | Code::FailedPrecondition)
 }
 
 fn check(step: u64, ids: &[u64], rows: Vec<shanty_proto::v1::Row>) -> Result<Vec<Row>, Error> {
@@ -192,6 +187,7 @@ pub(crate) fn hash_of_rows(ids: impl IntoIterator<Item = u64>) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use shanty_diagnostic::{Diagnostic, Kind};
     use shanty_proto::v1;
 
     use super::*;
@@ -210,6 +206,16 @@ mod tests {
         let rows = check(1, &[9], vec![wire_row(9)]).unwrap();
         assert_eq!(rows[0].trained_tokens(), 2);
         assert_eq!(rows[0].segments, [Segment { sample_id: 1, length: 3 }]);
+    }
+
+    #[test]
+    fn only_the_coordinators_own_refusal_is_taken_at_its_word() {
+        let refusal = |kind| shanty_proto::to_status(&Diagnostic::new("SH0775", "no such row").kind(kind));
+        assert!(!may_pass(&refusal(Kind::User)));
+        assert!(may_pass(&refusal(Kind::Transient)), "a generation that it has not noted yet");
+        // What tonic makes of a connection that broke in the middle of an answer.
+        assert!(may_pass(&Status::internal("h2 protocol error: http2 error")));
+        assert!(may_pass(&Status::unavailable("connection refused")));
     }
 
     #[test]

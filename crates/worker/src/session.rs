@@ -205,16 +205,19 @@ impl Session {
 
     /// A status that ended the stream: fatal if a repeat cannot help.
     fn lost(&self, status: &Status) -> Result<End, Error> {
-        match status.code() {
+        let error = shanty_proto::from_status(status);
+        let refused = matches!(
+            status.code(),
             Code::InvalidArgument
-            | Code::FailedPrecondition
-            | Code::Unauthenticated
-            | Code::PermissionDenied
-            | Code::Unimplemented => {
-                Err(Error::Refused { address: self.address.clone(), reason: status.message().to_owned() })
-            }
-            _ => Ok(End::Lost(shanty_proto::from_status(status).message)),
+                | Code::FailedPrecondition
+                | Code::Unauthenticated
+                | Code::PermissionDenied
+                | Code::Unimplemented
+        );
+        if refused && !error.kind.is_retryable() {
+            return Err(Error::Refused { address: self.address.clone(), reason: error.message });
         }
+        Ok(End::Lost(error.message))
     }
 
     fn receive(&self, memory: &mut Memory, wire: &mut Wire, message: FromCoordinator) {

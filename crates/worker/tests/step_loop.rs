@@ -1,5 +1,7 @@
 //! The step loop with real sessions and TCP collectives, a model engine, and a coordinator that follows a script.
 
+#![expect(clippy::unwrap_used, reason = "what fails here fails its test")]
+
 mod common;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
@@ -79,10 +81,10 @@ async fn micro_batches_of_any_size_give_the_same_step() {
 }
 
 /// Kills a worker of three at one place, and compares with the run that nobody disturbed.
-async fn survives(text: &str) -> common::coordinator::Record {
+async fn survives(text: &str) -> TempDir {
     let (_one, path) = store();
     let undisturbed = run(Job::new(path), 3, ModelEngines::default(), "").await;
-    let (_two, path) = store();
+    let (folder, path) = store();
     let job = Job::new(path);
     let record = run(job.clone(), 3, ModelEngines::default(), text).await;
     assert_eq!(record.generations.len(), 2, "{text}: nobody was killed");
@@ -90,37 +92,38 @@ async fn survives(text: &str) -> common::coordinator::Record {
     assert!(record.finished.is_some(), "{text}: {:?}", record.failures);
     assert_same_losses(&record, &undisturbed);
     prove_exactly_once(&job);
-    record
+    folder
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_while_it_computes_loses_no_row() {
-    survives("mid_backward@step=5,rank=1").await;
-    survives("mid_backward@step=1,rank=0").await;
+    survives("mid_backward@step=5,rank=1,generation=1").await;
+    survives("mid_backward@step=1,rank=0,generation=1").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_around_the_reduction_loses_no_row() {
-    survives("entering_reduction@step=5,rank=1").await;
-    survives("after_reduction@step=5,rank=2").await;
-    survives("after_update@step=5,rank=0").await;
-    survives("after_update@step=12,rank=1").await;
+    survives("entering_reduction@step=5,rank=1,generation=1").await;
+    survives("after_reduction@step=5,rank=2,generation=1").await;
+    survives("after_update@step=5,rank=0,generation=1").await;
+    survives("after_update@step=12,rank=1,generation=1").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_at_any_hop_of_the_ring_loses_no_row() {
-    // Three ranks: four hops of the gradient, then those of the integers.
-    for hop in 0..6 {
+    // Three ranks: two hops of the gradient, which is small and travels whole, and two of the integers.
+    for hop in 0..4 {
         survives(&format!("ring_hop_{hop}@step=6,rank=1,generation=1")).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_writer_killed_before_its_manifest_leaves_no_checkpoint_and_after_it_leaves_one() {
+    let manifest = "run/checkpoints/00000005-a1-g1/manifest.json";
     let before = survives("before_manifest@step=5,rank=0,generation=1").await;
-    assert!(!before.checkpoints.contains(&5), "{:?}", before.checkpoints);
+    assert!(!before.path().join(manifest).exists());
     let after = survives("after_manifest@step=5,rank=0,generation=1").await;
-    assert!(after.checkpoints.contains(&10), "{:?}", after.checkpoints);
+    assert!(after.path().join(manifest).exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -132,7 +135,7 @@ async fn whole_micro_batches_are_kept_and_only_the_lost_rows_are_computed_again(
     let undisturbed = run(job, 3, slow.clone(), "").await;
     let (_two, path) = store();
     let job = Job { batch: 12, train_rows: 36, ..Job::new(path) };
-    let record = run(job.clone(), 3, slow, "entering_reduction@step=4,rank=2").await;
+    let record = run(job.clone(), 3, slow, "entering_reduction@step=4,rank=2,generation=1").await;
     assert_same_losses(&record, &undisturbed);
     prove_exactly_once(&job);
 
@@ -148,7 +151,7 @@ async fn whole_micro_batches_are_kept_and_only_the_lost_rows_are_computed_again(
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_missed_the_last_hop_receives_the_step_from_the_others() {
     let mut behind = 0;
-    for hop in 0..8 {
+    for hop in 0..4 {
         let (_folder, path) = store();
         let job = Job::new(path);
         let mut coordinator = Coordinator::start(job.clone()).await;
@@ -161,7 +164,11 @@ async fn a_worker_that_missed_the_last_hop_receives_the_step_from_the_others() {
         let breaks = Failpoints::parse(
             &format!("ring_hop_{hop}@step=6,rank=2,generation=1"),
             Arc::new(|point, _| match point {
-                Point::RingHop(_) => Err(Error::TrainerGone),
+                Point::RingHop(_) => {
+                    // Whoever can finish without this worker has done so meanwhile.
+                    std::thread::sleep(Duration::from_millis(50));
+                    Err(Error::TrainerGone)
+                }
                 _ => Ok(()),
             }),
         );
@@ -294,9 +301,10 @@ async fn a_resumed_run_has_the_bits_of_an_uninterrupted_one() {
     let expected = adapter(&path);
 
     let (_two, path) = store();
-    let halted = run_watched(Job::new(path.clone()), 2, ModelEngines::default(), "", |event, coordinator| {
+    let slow = ModelEngines { pause: Duration::from_millis(10), ..ModelEngines::default() };
+    let halted = run_watched(Job::new(path.clone()), 2, slow, "", |event, coordinator| {
         if let Event::Said(_, FromWorker::Step(report)) = event {
-            coordinator.halt |= report.step == 8 && coordinator.record.checkpoints.contains(&5);
+            coordinator.halt |= report.step >= 7 && coordinator.record.checkpoints.contains(&5);
         }
     })
     .await;

@@ -5,6 +5,7 @@ use shanty_proto::v1::{CancelJobRequest, JobState};
 
 use crate::{
     client::{Target, block_on, wire},
+    error::Error,
     failure::{CommandResult, Exit},
     progress,
     ui::Ui,
@@ -24,9 +25,12 @@ pub(crate) struct Args {
 
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     block_on(async {
-        let (client, job_id) = args.target.connect_for(&args.job).await?;
+        let (connection, job_id) = args.target.connect_for(&args.job).await?;
+        if connection.is_past() {
+            return Err(Error::NotRunning { job: job_id }.into());
+        }
         let request = CancelJobRequest { job_id: job_id.clone() };
-        let answer = client.jobs().cancel_job(request).await.map_err(wire)?.into_inner();
+        let answer = connection.client.jobs().cancel_job(request).await.map_err(wire)?.into_inner();
         let state = progress::state_name(JobState::try_from(answer.state).unwrap_or_default());
         ui.data(&json!({ "job": job_id, "state": state }), |_| format!("{job_id}: {state}"))?;
         Ok(Exit::Done)

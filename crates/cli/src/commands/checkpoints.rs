@@ -49,9 +49,9 @@ impl From<Checkpoint> for Line {
 
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     block_on(async {
-        let (client, job_id) = args.target.connect_for(&args.job).await?;
+        let (connection, job_id) = args.target.connect_for(&args.job).await?;
         let request = ListCheckpointsRequest { job_id };
-        let answer = client.jobs().list_checkpoints(request).await.map_err(wire)?.into_inner();
+        let answer = connection.client.jobs().list_checkpoints(request).await.map_err(wire)?.into_inner();
         let mut lines: Vec<Line> = answer.checkpoints.into_iter().map(Line::from).collect();
         lines.sort_by_key(|line| std::cmp::Reverse((line.step, line.attempt, line.generation)));
         if ui.is_json() {

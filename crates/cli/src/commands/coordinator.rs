@@ -49,7 +49,11 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
         shanty_config::load_coordinator(args.config.as_deref(), &overrides).map_err(|errors| all(&errors))?;
     let options = options(&file.value)?;
     let _guard = shanty_telemetry::init(shanty_telemetry::Options {
-        format: if ui.is_json() { shanty_telemetry::Format::Json } else { shanty_telemetry::Format::Terminal },
+        format: if ui.is_json() {
+            shanty_telemetry::Format::Json
+        } else {
+            shanty_telemetry::Format::Terminal
+        },
         ..Default::default()
     })?;
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -89,7 +89,8 @@ fn render(report: &Report, color: bool) -> String {
 fn processor() -> Check {
     let cores = available_parallelism().map_or(1, std::num::NonZero::get);
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = text.lines().find(|line| line.starts_with("model name")).and_then(|line| line.split_once(':'));
+    let model =
+        text.lines().find(|line| line.starts_with("model name")).and_then(|line| line.split_once(':'));
     let model = model.map_or(std::env::consts::ARCH, |(_, model)| model.trim());
     Check::new("processor", Verdict::Good, format!("{model}, {cores} cores usable"))
 }
@@ -129,9 +130,9 @@ fn memory() -> Check {
 
 /// Looks for the driver without loading it: loading runs its code, and a broken one may take the process along.
 fn gpu() -> Check {
-    let driver = std::fs::read_to_string("/proc/driver/nvidia/version")
-        .ok()
-        .and_then(|text| text.lines().next().map(|line| line.trim_start_matches("NVRM version:").trim().to_owned()));
+    let driver = std::fs::read_to_string("/proc/driver/nvidia/version").ok().and_then(|text| {
+        text.lines().next().map(|line| line.trim_start_matches("NVRM version:").trim().to_owned())
+    });
     match (driver, cuda_library()) {
         (Some(driver), Some(library)) => {
             Check::new("gpu", Verdict::Good, format!("{driver}; {}", library.display()))
@@ -151,7 +152,13 @@ fn gpu() -> Check {
 fn cuda_library() -> Option<PathBuf> {
     let from_environment = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
     let folders = from_environment.split(':').filter(|folder| !folder.is_empty()).map(PathBuf::from);
-    let usual = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/lib/wsl/lib"];
+    let usual = [
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib/aarch64-linux-gnu",
+        "/usr/lib64",
+        "/usr/lib",
+        "/usr/lib/wsl/lib",
+    ];
     folders
         .chain(usual.map(PathBuf::from))
         .map(|folder| folder.join("libcuda.so.1"))
@@ -179,7 +186,9 @@ fn coordinator(named: Option<String>) -> CommandResult<Vec<Check>> {
         let mut checks = Vec::new();
         for (address, verdict) in addresses {
             checks.push(match ask(&address).await {
-                Ok(jobs) => Check::new("coordinator", Verdict::Good, format!("{address} answers; {jobs} jobs")),
+                Ok(jobs) => {
+                    Check::new("coordinator", Verdict::Good, format!("{address} answers; {jobs} jobs"))
+                }
                 Err(reason) => Check::new("coordinator", verdict, reason),
             });
         }

@@ -48,7 +48,9 @@ fn one(asked: &str, ui: &Ui) -> CommandResult<()> {
 
 fn all(ui: &Ui) -> CommandResult<()> {
     for (code, text) in pages::PAGES {
-        ui.data(&Page { code, title: title(text), text: None }, |page| format!("{}  {}", page.code, page.title))?;
+        ui.data(&Page { code, title: title(text), text: None }, |page| {
+            format!("{}  {}", page.code, page.title)
+        })?;
     }
     Ok(())
 }

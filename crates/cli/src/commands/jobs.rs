@@ -49,7 +49,10 @@ impl From<JobSummary> for Line {
 
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     block_on(async {
-        let mut jobs = args.target.connect().await?.list().await?;
+        let mut jobs = Vec::new();
+        for connection in args.target.connect_all().await? {
+            jobs.extend(connection.client.list().await?);
+        }
         jobs.sort_by_key(|job| std::cmp::Reverse(job.submitted_unix_ms));
         let lines: Vec<Line> = jobs.into_iter().map(Line::from).collect();
         if ui.is_json() {

@@ -85,12 +85,10 @@ fn write(path: &PathBuf, shape: &[usize], numbers: &[f32]) -> CommandResult<()> 
         .map_err(|error| Error::Answer { reason: format!("failed to lay out the logits: {error}") })?;
     // To another name first: who reads `path` finds the whole file or none.
     let partial = path.with_extension("partial");
-    std::fs::write(&partial, file)
-        .and_then(|()| std::fs::rename(&partial, path))
-        .map_err(|source| {
-            let _ = std::fs::remove_file(&partial);
-            Error::File { action: "write", path: path.clone(), source }.into()
-        })
+    std::fs::write(&partial, file).and_then(|()| std::fs::rename(&partial, path)).map_err(|source| {
+        let _ = std::fs::remove_file(&partial);
+        Error::File { action: "write", path: path.clone(), source }.into()
+    })
 }
 
 #[cfg(test)]

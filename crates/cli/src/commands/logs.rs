@@ -29,9 +29,9 @@ pub(crate) struct Args {
 
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     block_on(async {
-        let (client, job_id) = args.target.connect_for(&args.job).await?;
+        let (connection, job_id) = args.target.connect_for(&args.job).await?;
         let request = TailLogsRequest { job_id, worker_id: args.worker, follow: args.follow };
-        let mut stream = client.status().tail_logs(request).await.map_err(wire)?.into_inner();
+        let mut stream = connection.client.status().tail_logs(request).await.map_err(wire)?.into_inner();
         loop {
             let message = tokio::select! {
                 message = stream.message() => message.map_err(wire)?,

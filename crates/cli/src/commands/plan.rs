@@ -68,7 +68,10 @@ fn plan(spec: &JobSpec, preflight: Preflight, data: &Summary) -> CommandResult<P
     let steps = spec.train.steps.unwrap_or_else(|| u64::from(spec.train.epochs) * order.steps_per_epoch());
     let mut warnings = data.warnings.clone();
     warnings.extend(
-        preflight.unused_targets.iter().map(|name| format!("`{name}` in adapter.target_modules matches no module")),
+        preflight
+            .unused_targets
+            .iter()
+            .map(|name| format!("`{name}` in adapter.target_modules matches no module")),
     );
     warnings.extend(doubts(spec, data, steps, &order));
     Ok(Plan {
@@ -86,7 +89,7 @@ fn plan(spec: &JobSpec, preflight: Preflight, data: &Summary) -> CommandResult<P
         workers: spec.cluster.workers.max,
         micro_batch_rows: preflight.micro_batch_rows,
         recompute: preflight.recompute,
-        data_form: data.form.clone(),
+        data_form: data.train.form.clone(),
         warnings,
     })
 }
@@ -96,7 +99,8 @@ fn doubts(spec: &JobSpec, data: &Summary, steps: u64, order: &Order) -> Vec<Stri
     let mut doubts = Vec::new();
     let (batch, workers) = (spec.train.global_batch_size as u64, u64::from(spec.cluster.workers.max));
     if batch < workers {
-        doubts.push(format!("{workers} workers share steps of {batch} rows: {} of them idle", workers - batch));
+        doubts
+            .push(format!("{workers} workers share steps of {batch} rows: {} of them idle", workers - batch));
     }
     if data.train.rows < batch {
         doubts.push(format!(
@@ -155,7 +159,11 @@ fn render(plan: &Plan, spec: &JobSpec, color: bool) -> String {
         format::bytes(memory.activations),
         format::bytes(memory.scratch),
     ));
-    let kept = if plan.recompute { "layers are computed again in the backward pass" } else { "activations are kept" };
+    let kept = if plan.recompute {
+        "layers are computed again in the backward pass"
+    } else {
+        "activations are kept"
+    };
     lines.push(format!("{:12}micro-batches of {} rows; {kept}", "", plan.micro_batch_rows));
     lines.push(format!(
         "{}{} rows of up to {} tokens ({} form), {} held out",

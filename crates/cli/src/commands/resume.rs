@@ -6,7 +6,7 @@ use serde_json::json;
 use shanty_proto::v1::ResumeJobRequest;
 
 use crate::{
-    client::{Client, Target, block_on, wire},
+    client::{Target, block_on, wire},
     commands::run::announce,
     error::Error,
     failure::{CommandResult, Exit},
@@ -71,7 +71,8 @@ fn local(file: &JobFile, options: &LocalOptions, ui: &Ui) -> CommandResult<Exit>
 
 async fn remote(coordinator: &str, job: &str, detach: bool, ui: &Ui) -> CommandResult<Exit> {
     let target = Target { coordinator: Some(coordinator.to_owned()), store: None };
-    let (client, job_id): (Client, String) = target.connect_for(job).await?;
+    let (connection, job_id) = target.connect_for(job).await?;
+    let client = connection.client;
     let before = client.job_status(&job_id).await?;
     let request = ResumeJobRequest { job_id: job_id.clone() };
     let answer = client.jobs().resume_job(request).await.map_err(wire)?.into_inner();
@@ -90,6 +91,8 @@ async fn remote(coordinator: &str, job: &str, detach: bool, ui: &Ui) -> CommandR
     };
     reporter.finish()?;
     let seconds = over.ended_unix_ms.saturating_sub(over.started_unix_ms) as f64 / 1000.0;
-    ui.data(&progress::finished(&over, seconds), |_| format!("{job_id}: {}", progress::state_name(over.state())))?;
+    ui.data(&progress::finished(&over, seconds), |_| {
+        format!("{job_id}: {}", progress::state_name(over.state()))
+    })?;
     end_of_job(&over)
 }

@@ -7,8 +7,8 @@ use crate::{
     client::{Target, block_on},
     failure::{CommandResult, Exit},
     format,
-    run::ending::end_of_job,
     progress::{self, Reporter, is_over, phase_name, state_name},
+    run::ending::end_of_job,
     ui::{Paint, Ui, paint},
     watch::Watcher,
 };
@@ -31,13 +31,18 @@ pub(crate) struct Args {
 
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     block_on(async {
-        let (client, job_id) = args.target.connect_for(&args.job).await?;
-        let status = client.job_status(&job_id).await?;
-        if !args.watch || is_over(status.state()) {
+        let (connection, job_id) = args.target.connect_for(&args.job).await?;
+        let status = connection.client.job_status(&job_id).await?;
+        let is_over = is_over(status.state());
+        if !args.watch || is_over || connection.is_past() {
             ui.data(&object(&status), |_| render(&status, ui.color_on_stdout()))?;
-            return Ok(Exit::Done);
+            if connection.is_past() && !is_over {
+                ui.note("nobody works on it: this is what the interrupted run left; `shanty resume` goes on with it");
+            }
+            // Who watches wants to know how it ended.
+            return if args.watch && is_over { end_of_job(&status) } else { Ok(Exit::Done) };
         }
-        let mut watcher = Watcher::new(&client, &job_id);
+        let mut watcher = Watcher::new(&connection.client, &job_id);
         let mut reporter = Reporter::new(ui);
         let over = tokio::select! {
             over = watcher.follow(&mut reporter) => over?,
@@ -129,7 +134,12 @@ pub(crate) fn render(status: &JobStatus, color: bool) -> String {
     if let Some(ledger) = &status.ledger {
         lines.push(format!(
             "rows  {} committed, {} leased, {} remaining, {} requeued, {} recomputed, {} duplicates",
-            ledger.committed, ledger.leased, ledger.remaining, ledger.requeued, ledger.recomputed, ledger.duplicates
+            ledger.committed,
+            ledger.leased,
+            ledger.remaining,
+            ledger.requeued,
+            ledger.recomputed,
+            ledger.duplicates
         ));
     }
     for evaluation in &status.evaluations {

@@ -4,7 +4,9 @@ use std::{ffi::OsString, path::PathBuf};
 
 use serde_json::json;
 use shanty_config::job::Device;
-use shanty_worker::supervisor::{DeviceCommand, Supervisor, SupervisorOptions, ended_well, shutdown_on_signals};
+use shanty_worker::supervisor::{
+    DeviceCommand, Supervisor, SupervisorOptions, ended_well, shutdown_on_signals,
+};
 
 use crate::{
     error::Error,
@@ -50,9 +52,11 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     ];
     let overrides: Vec<(String, String)> =
         flags.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect();
-    let file = shanty_config::load_worker(args.config.as_deref(), &overrides).map_err(|errors| all(&errors))?;
+    let file =
+        shanty_config::load_worker(args.config.as_deref(), &overrides).map_err(|errors| all(&errors))?;
     let worker = &file.value;
-    let threads = worker.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let threads =
+        worker.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let program = std::env::current_exe().map_err(|source| Error::Start { what: "a worker", source })?;
     let mut arguments: Vec<OsString> = ["worker-device", "--log-to-stderr"].map(OsString::from).to_vec();
     let mut add = |flag: &str, value: OsString| arguments.extend([OsString::from(flag), value]);
@@ -73,7 +77,9 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
         let command = DeviceCommand { program, arguments, environment: Vec::new() };
         let supervisor = Supervisor::spawn(SupervisorOptions::new(vec![command]))?;
         if ui.is_json() {
-            ui.json(&json!({ "event": "started", "coordinator": worker.coordinator, "pids": supervisor.pids() }))?;
+            ui.json(
+                &json!({ "event": "started", "coordinator": worker.coordinator, "pids": supervisor.pids() }),
+            )?;
         }
         let exits = supervisor.run(shutdown.clone()).await;
         if shutdown.is_cancelled() {

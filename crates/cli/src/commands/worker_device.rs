@@ -61,7 +61,11 @@ pub(crate) fn execute(args: Args, _: &Ui) -> CommandResult<Exit> {
         sender.try_send(line).is_ok()
     });
     let _guard = shanty_telemetry::init(shanty_telemetry::Options {
-        format: if args.log_to_stderr { shanty_telemetry::Format::Terminal } else { shanty_telemetry::Format::None },
+        format: if args.log_to_stderr {
+            shanty_telemetry::Format::Terminal
+        } else {
+            shanty_telemetry::Format::None
+        },
         file: args.log_file,
         forward: Some(forward),
         ..Default::default()

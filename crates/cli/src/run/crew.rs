@@ -14,7 +14,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{error::Error, failure::CommandResult, ui::Ui};
+use crate::{error::Error, failure::CommandResult};
 
 /// How long workers may take to end by themselves: a micro-batch, and a checkpoint that is being written.
 const GRACE: Duration = Duration::from_secs(20);
@@ -96,11 +96,11 @@ impl Crew {
 
 fn start(number: u32, program: &Path, logs: &Path, options: &CrewOptions) -> CommandResult<Hand> {
     let errors = logs.join(format!("worker-{number}.stderr"));
-    let file = File::options()
-        .create(true)
-        .append(true)
-        .open(&errors)
-        .map_err(|source| Error::File { action: "write", path: errors, source })?;
+    let file = File::options().create(true).append(true).open(&errors).map_err(|source| Error::File {
+        action: "write",
+        path: errors,
+        source,
+    })?;
     let mut child = Command::new(program)
         .arg("worker-device")
         .args(["--coordinator", &options.coordinator])
@@ -148,13 +148,10 @@ fn how(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
         (Some(0), _) => "ended".to_owned(),
         (Some(code), _) => format!("ended with exit code {code}"),
-        (None, Some(9)) => "was killed (signal 9; by a person, or by the system when memory ran out)".to_owned(),
+        (None, Some(9)) => {
+            "was killed (signal 9; by a person, or by the system when memory ran out)".to_owned()
+        }
         (None, Some(signal)) => format!("was ended by signal {signal}"),
         (None, None) => "ended".to_owned(),
     }
-}
-
-/// Says on the terminal how workers ended that nobody asked to.
-pub(crate) fn tell_end(ui: &Ui, number: u32, how: &str) {
-    ui.warn(format!("worker {number} {how}"));
 }

@@ -62,7 +62,8 @@ mod tests {
     use super::*;
 
     fn ended(state: JobState, code: &str) -> JobStatus {
-        let error = ErrorDetail { code: code.to_owned(), message: "it broke".to_owned(), ..ErrorDetail::default() };
+        let error =
+            ErrorDetail { code: code.to_owned(), message: "it broke".to_owned(), ..ErrorDetail::default() };
         let error = (!code.is_empty()).then_some(error);
         JobStatus { state: state.into(), error, ..JobStatus::default() }
     }

@@ -11,6 +11,9 @@ use crate::{error::Error, failure::CommandResult};
 /// How long a run waits for all of its workers before it begins with those that are there. They were all started
 /// together; waiting for the slowest keeps the world size, and with it every bit, the same from run to run.
 const GATHER: Duration = Duration::from_secs(60);
+/// How long a worker's leave to go on lasts. A resumed run waits this long for workers of the run before it, which have
+/// all died with it.
+const CREDIT: Duration = Duration::from_secs(5);
 /// How long the server may take to close its streams.
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 
@@ -24,15 +27,27 @@ pub(crate) struct Host {
 impl Host {
     /// Starts a coordinator that keeps its state in `state`, on any free port.
     pub(crate) async fn start(state: &Path) -> CommandResult<Self> {
+        Self::start_with(state, prepare_command()?).await
+    }
+
+    async fn start_with(state: &Path, prepare_command: Vec<OsString>) -> CommandResult<Self> {
         let runs = std::env::current_dir().unwrap_or_default().join("runs");
-        let mut options = Options::new(state.to_owned(), runs, prepare_command()?);
+        let mut options = Options::new(state.to_owned(), runs, prepare_command);
         options.listen = SocketAddr::from(([127, 0, 0, 1], 0));
         options.protocol.gather = GATHER;
+        options.protocol.credit = CREDIT;
         let coordinator = Coordinator::bind(options).await?;
         let address = coordinator.handle().url();
         let stop = CancellationToken::new();
         let task = tokio::spawn(Box::pin(coordinator.serve(stop.clone())));
         Ok(Self { address, stop, task })
+    }
+
+    /// Starts a coordinator on a copy of another's state, only to be asked about it: it starts nothing.
+    pub(crate) async fn start_to_look(state: &Path) -> CommandResult<Self> {
+        // A job that was interrupted while its data was prepared stays there: this child does nothing, and dies
+        // with the coordinator.
+        Self::start_with(state, ["sleep", "3600"].map(OsString::from).to_vec()).await
     }
 
     /// Where it listens.

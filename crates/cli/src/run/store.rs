@@ -49,8 +49,11 @@ impl Store {
                 folder.ancestors().take_while(|path| !path.exists()).map(Path::to_owned).collect();
             missing.retain(|path| !path.as_os_str().is_empty());
             missing.reverse();
-            fs::create_dir_all(&folder)
-                .map_err(|source| Error::File { action: "create", path: folder.clone(), source })?;
+            fs::create_dir_all(&folder).map_err(|source| Error::File {
+                action: "create",
+                path: folder.clone(),
+                source,
+            })?;
             self.created.extend(missing);
         }
         Ok(())
@@ -59,7 +62,11 @@ impl Store {
     /// Takes away what [`create`](Self::create) made and all in it: the run never began.
     pub(crate) fn remove(&self) {
         // What cannot be removed stays; the error that led here matters more.
-        let _ = self.created.iter().find(|folder| **folder == self.root || self.root.starts_with(folder)).map(remove);
+        let _ = self
+            .created
+            .iter()
+            .find(|folder| **folder == self.root || self.root.starts_with(folder))
+            .map(remove);
         let _ = self.created.iter().find(|folder| self.state.starts_with(folder)).map(remove);
     }
 

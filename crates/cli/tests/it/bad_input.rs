@@ -41,7 +41,9 @@ fn job_file() -> Vec<Case> {
         at_line("unknown key", "SH0102", "lora_alhpa", |place| edit(place, "lora_alpha", "lora_alhpa")),
         at_line("unknown table", "SH0102", "[trian]", |place| edit(place, "[train]", "[trian]")),
         at_line("text for a number", "SH0103", "r = \"four\"", |place| edit(place, "r = 4", "r = \"four\"")),
-        at_line("fraction for a count", "SH0103", "steps = 1.5", |place| edit(place, "steps = 12", "steps = 1.5")),
+        at_line("fraction for a count", "SH0103", "steps = 1.5", |place| {
+            edit(place, "steps = 12", "steps = 1.5")
+        }),
         at_line("r is 0", "SH0104", "r = 0", |place| edit(place, "r = 4", "r = 0")),
         at_line("no row a step", "SH0104", "global_batch_size = 0", |place| {
             edit(place, "global_batch_size = 6", "global_batch_size = 0");
@@ -58,9 +60,12 @@ fn job_file() -> Vec<Case> {
             edit(place, "max_length = 32", "max_length = 1");
         }),
         at_line("name with a slash", "SH0104", "name = ", |place| edit(place, "\"tiny\"", "\"../tiny\"")),
-        at_line("fewer workers than the fewest", "SH0104", "workers", |place| {
-            edit(place, "min = 1, max = 8", "min = 3, max = 2");
-        }),
+        Case {
+            line_holds: Some("workers"),
+            ..case("fewer workers than the fewest", &["run", "job.toml"], "SH0104", |place| {
+                edit(place, "min = 1, max = 8", "min = 3, max = 2");
+            })
+        },
         case("no base model named", RUN, "SH0105", |place| edit(place, "model = \"model\"\n", "")),
         case("no TOML", RUN, "SH0106", |place| edit(place, "[train]", "[train")),
         at_line("unknown word", "SH0107", "quantization", |place| edit(place, "\"nf4\"", "\"int3\"")),
@@ -206,16 +211,46 @@ fn arguments() -> Vec<Case> {
         case("a number that is none", &["run", "job.toml", "--workers", "two"], "SH0901", nothing),
         case("no worker at all", &["run", "job.toml", "--workers", "0"], "SH0901", nothing),
         case("no model", &["generate", "--prompt", "haul"], "SH0901", nothing),
-        case("ids that are none", &["logits", "--model", "model", "--ids", "1,2", "--out", "o"], "SH0908", nothing),
-        case("rows of two lengths", &["logits", "--model", "model", "--ids", "[[1],[2,3]]", "--out", "o"], "SH0908", nothing),
-        case("an id above the vocabulary", &["logits", "--model", "model", "--ids", "[[288]]", "--out", "o"], "SH0908", nothing),
-        case("a share above 1", &["generate", "--model", "model", "--prompt", "a", "--top-p", "1.5"], "SH0915", nothing),
+        case(
+            "ids that are none",
+            &["logits", "--model", "model", "--ids", "1,2", "--out", "o"],
+            "SH0908",
+            nothing,
+        ),
+        case(
+            "rows of two lengths",
+            &["logits", "--model", "model", "--ids", "[[1],[2,3]]", "--out", "o"],
+            "SH0908",
+            nothing,
+        ),
+        case(
+            "an id above the vocabulary",
+            &["logits", "--model", "model", "--ids", "[[288]]", "--out", "o"],
+            "SH0908",
+            nothing,
+        ),
+        case(
+            "a share above 1",
+            &["generate", "--model", "model", "--prompt", "a", "--top-p", "1.5"],
+            "SH0915",
+            nothing,
+        ),
         case("an unknown code", &["explain", "SH9999"], "SH0906", nothing),
         case("nobody to ask", &["jobs"], "SH0904", nothing),
         case("nothing to resume", &["resume", "job.toml"], "SH0903", nothing),
-        case("a coordinator that is no address", &["jobs", "--coordinator", "not an address"], "SH0916", nothing),
+        case(
+            "a coordinator that is no address",
+            &["jobs", "--coordinator", "not an address"],
+            "SH0916",
+            nothing,
+        ),
         case("a shell that is none", &["completions", "cmd"], "SH0901", nothing),
-        case("bench beyond the context", &["bench", "step", "--model", "model", "--length", "300"], "SH0915", nothing),
+        case(
+            "bench beyond the context",
+            &["bench", "step", "--model", "model", "--length", "300"],
+            "SH0915",
+            nothing,
+        ),
     ]
 }
 
@@ -269,7 +304,11 @@ fn answer(case: &Case) -> anyhow::Result<()> {
     anyhow::ensure!(error["code"] == case.code, "expected {}, got {error}", case.code);
     anyhow::ensure!(error["message"].as_str().is_some_and(|text| !text.is_empty()), "no message in {error}");
     let after = listing(place.folder.path());
-    anyhow::ensure!(after == before, "left behind: {:?}", after.iter().filter(|one| !before.contains(one)).collect::<Vec<_>>());
+    anyhow::ensure!(
+        after == before,
+        "left behind: {:?}",
+        after.iter().filter(|one| !before.contains(one)).collect::<Vec<_>>()
+    );
     if let Some(expected) = case.line_holds {
         let file = fs::read_to_string(place.path("job.toml"))?;
         let line = error["line"].as_u64().and_then(|line| file.lines().nth(line as usize - 1));
@@ -302,5 +341,9 @@ fn cut(place: &Path, file: &str) {
 }
 
 fn good_adapter(place: &Path) {
-    fixtures::copy_folder(&fixtures::reference("adapters/lora_all_linear/llama/adapter"), &place.join("adapter")).unwrap();
+    fixtures::copy_folder(
+        &fixtures::reference("adapters/lora_all_linear/llama/adapter"),
+        &place.join("adapter"),
+    )
+    .unwrap();
 }

@@ -50,7 +50,10 @@ fn an_unknown_key_has_a_caret_and_a_hint() {
 
 #[test]
 fn targets_that_match_nothing_name_what_there_is() {
-    insta::assert_snapshot!(stderr(|toml| toml.replace("\"all-linear\"", "[\"query\"]"), &["plan", "job.toml"]));
+    insta::assert_snapshot!(stderr(
+        |toml| toml.replace("\"all-linear\"", "[\"query\"]"),
+        &["plan", "job.toml"]
+    ));
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The built program, end to end, on a random model of 98,000 parameters: real processes, real ports, `kill -9`.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
+
 mod bad_input;
 mod coordinator;
 mod help;

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use shanty_testkit::{Shanty, TinyJob, adapter};
+use shanty_testkit::{TinyJob, adapter};
 
 use crate::support::{Place, fresh_seed, last_event};
 
@@ -10,10 +10,7 @@ fn job() -> TinyJob {
     TinyJob { steps: 60, every_steps: 10, dropout: 0.2, ..TinyJob::default() }
 }
 
-fn resume(place: &Place) -> Vec<&'static str> {
-    let _ = place;
-    vec!["resume", "job.toml", "--workers", "2", "--threads", "1", "--output", "json"]
-}
+const RESUME: &[&str] = &["resume", "job.toml", "--workers", "2", "--threads", "1", "--output", "json"];
 
 #[test]
 fn resumed_after_kill_9_of_everything_is_bit_equal_to_uninterrupted() {
@@ -29,7 +26,7 @@ fn resumed_after_kill_9_of_everything_is_bit_equal_to_uninterrupted() {
     let killed = running.kill_all().unwrap();
     assert!(killed.events_of("finished").is_empty(), "it was killed before its end");
 
-    let resumed = place.shanty.run(&resume(&place)).unwrap().expect_code(0).unwrap();
+    let resumed = place.shanty.run(RESUME).unwrap().expect_code(0).unwrap();
     let mut losses = killed.losses();
     losses.extend(resumed.losses());
     let bits = |losses: std::collections::BTreeMap<u64, f64>| -> Vec<(u64, u64)> {
@@ -61,12 +58,17 @@ fn a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used() {
     let newest = killed.events_of("checkpoint").pop().unwrap();
     damage(&place, newest["path"].as_str().unwrap());
 
-    let resumed = place.shanty.run(&resume(&place)).unwrap().expect_code(0).unwrap();
+    let resumed = place.shanty.run(RESUME).unwrap().expect_code(0).unwrap();
     let first = resumed.events_of("step")[0]["step"].as_u64().unwrap();
     let newest_step = newest["step"].as_u64().unwrap();
-    assert!(first <= newest_step, "it went on from step {first} although the checkpoint of {newest_step} is damaged");
-    let status = place.shanty.run(&["status", "tiny", "--output", "json"]).unwrap();
-    assert!(status.stdout.contains("SH05"), "the damage is told with its code: {}", status.stdout);
+    assert!(
+        first <= newest_step,
+        "it went on from step {first} although the checkpoint of {newest_step} is damaged"
+    );
+    let status = place.shanty.run(&["status", "tiny", "--output", "json"]).unwrap().object().unwrap();
+    let events = status["events"].as_array().unwrap();
+    let told = events.iter().find(|event| event["kind"] == "checkpoint_damaged").expect("the damage is told");
+    assert!(told["text"].as_str().unwrap().contains(newest["path"].as_str().unwrap()), "{told}");
 }
 
 /// Flips one byte in the middle of the largest file of a checkpoint.
@@ -83,9 +85,8 @@ fn damage(place: &Place, path: &str) {
 #[test]
 fn resume_without_a_run_says_how_to_start_one() {
     let place = Place::new(job()).unwrap();
-    let error = place.shanty.run(&resume(&place)).unwrap().expect_code(2).unwrap().error().unwrap();
+    let error = place.shanty.run(RESUME).unwrap().expect_code(2).unwrap().error().unwrap();
     assert_eq!(error["code"], "SH0903");
     assert!(error["hint"].as_str().unwrap().contains("shanty run job.toml"));
-    let _: &Shanty = &place.shanty;
     assert!(!place.path("runs").exists(), "looking for a run leaves nothing behind");
 }

@@ -17,7 +17,8 @@ fn run_trains_evaluates_and_ends_with_an_adapter() {
     .unwrap();
     let finished = place.run(2).unwrap();
 
-    let steps: Vec<u64> = finished.events_of("step").iter().filter_map(|event| event["step"].as_u64()).collect();
+    let steps: Vec<u64> =
+        finished.events_of("step").iter().filter_map(|event| event["step"].as_u64()).collect();
     assert_eq!(steps, (1..=24).collect::<Vec<_>>(), "each step is told once, in order");
     for event in finished.events_of("step") {
         for key in ["loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "workers"] {
@@ -25,7 +26,8 @@ fn run_trains_evaluates_and_ends_with_an_adapter() {
         }
         assert_eq!(event["workers"], 2);
     }
-    let evaluated: Vec<u64> = finished.events_of("eval").iter().filter_map(|event| event["step"].as_u64()).collect();
+    let evaluated: Vec<u64> =
+        finished.events_of("eval").iter().filter_map(|event| event["step"].as_u64()).collect();
     assert_eq!(evaluated, [0, 8, 16, 24]);
     let kept: Vec<u64> =
         finished.events_of("checkpoint").iter().filter_map(|event| event["step"].as_u64()).collect();
@@ -35,7 +37,8 @@ fn run_trains_evaluates_and_ends_with_an_adapter() {
     assert_eq!(last["event"], "finished");
     assert_eq!(last["state"], "succeeded");
     assert_eq!(last["steps"], 24);
-    let (before, after) = (last["eval_loss_before"].as_f64().unwrap(), last["eval_loss_after"].as_f64().unwrap());
+    let (before, after) =
+        (last["eval_loss_before"].as_f64().unwrap(), last["eval_loss_after"].as_f64().unwrap());
     assert!(after < before - 0.3, "held-out loss fell from {before} to {after} only");
 
     let adapter = place.adapter(&finished).unwrap();
@@ -85,7 +88,10 @@ fn interrupting_a_run_stops_it_and_resume_goes_on() {
     })
     .unwrap();
 
-    let mut resumed = place.shanty.start(&["resume", "job.toml", "--workers", "2", "--threads", "1", "--output", "json"]).unwrap();
+    let mut resumed = place
+        .shanty
+        .start(&["resume", "job.toml", "--workers", "2", "--threads", "1", "--output", "json"])
+        .unwrap();
     let first = resumed.wait_for("a step", |event| event["event"] == "step").unwrap();
     assert!(first["step"].as_u64().unwrap() > 5, "it goes on from a checkpoint: {first}");
     resumed.kill_all().unwrap();

@@ -52,7 +52,10 @@ impl Place {
     /// The finished adapter's folder.
     pub(crate) fn adapter(&self, finished: &Finished) -> anyhow::Result<PathBuf> {
         let last = finished.events().pop().context("nothing was printed")?;
-        Ok(self.folder.path().join(last["adapter"].as_str().with_context(|| format!("no adapter in {last}"))?))
+        Ok(self
+            .folder
+            .path()
+            .join(last["adapter"].as_str().with_context(|| format!("no adapter in {last}"))?))
     }
 
     /// Checks by the workers' own logs that each row was trained exactly once, step by step.

@@ -37,7 +37,17 @@ fn logits_are_those_of_transformers() {
     let argument = serde_json::json!([first]).to_string();
     place
         .shanty
-        .run(&["logits", "--model", "model", "--quantization", "none", "--ids", &argument, "--out", "logits.safetensors"])
+        .run(&[
+            "logits",
+            "--model",
+            "model",
+            "--quantization",
+            "none",
+            "--ids",
+            &argument,
+            "--out",
+            "logits.safetensors",
+        ])
         .unwrap()
         .expect_code(0)
         .unwrap();
@@ -62,14 +72,16 @@ fn logits_are_those_of_transformers() {
 #[test]
 fn generate_is_repeatable_and_eval_counts_its_tokens() {
     let place = Place::new(TinyJob::default()).unwrap();
-    let arguments = ["generate", "--model", "model", "--prompt", "haul", "--max-tokens", "6", "--temperature", "0.8"];
+    let arguments =
+        ["generate", "--model", "model", "--prompt", "haul", "--max-tokens", "6", "--temperature", "0.8"];
     let generate = |seed: &str| {
         let arguments = [&arguments[..], &["--seed", seed]].concat();
         place.shanty.run(&arguments).unwrap().expect_code(0).unwrap().stdout
     };
     assert_eq!(generate("1"), generate("1"));
 
-    let eval = place.shanty.run(&["eval", "--model", "model", "--data", "eval.jsonl", "--output", "json"]).unwrap();
+    let eval =
+        place.shanty.run(&["eval", "--model", "model", "--data", "eval.jsonl", "--output", "json"]).unwrap();
     let eval = eval.expect_code(0).unwrap().object().unwrap();
     let (loss, perplexity) = (eval["loss"].as_f64().unwrap(), eval["perplexity"].as_f64().unwrap());
     assert!((perplexity - loss.exp()).abs() <= 1e-6 * perplexity, "{eval}");
@@ -82,13 +94,33 @@ fn generate_is_repeatable_and_eval_counts_its_tokens() {
 fn bench_step_measures_with_the_promised_keys() {
     let place = Place::new(TinyJob::default()).unwrap();
     let arguments = [
-        "bench", "step", "--device", "cpu", "--model", "model", "--batch", "2", "--length", "16", "--rank", "4",
-        "--threads", "1", "--steps", "2", "--output", "json",
+        "bench",
+        "step",
+        "--device",
+        "cpu",
+        "--model",
+        "model",
+        "--batch",
+        "2",
+        "--length",
+        "16",
+        "--rank",
+        "4",
+        "--threads",
+        "1",
+        "--steps",
+        "2",
+        "--output",
+        "json",
     ];
     let bench = place.shanty.run(&arguments).unwrap().expect_code(0).unwrap().object().unwrap();
-    for key in
-        ["tokens_per_second", "step_seconds", "peak_memory_bytes", "base_memory_bytes", "trainable_parameters"]
-    {
+    for key in [
+        "tokens_per_second",
+        "step_seconds",
+        "peak_memory_bytes",
+        "base_memory_bytes",
+        "trainable_parameters",
+    ] {
         assert!(bench[key].as_f64().is_some_and(|number| number > 0.0), "{key}: {bench}");
     }
     assert_eq!(bench["device"], "cpu");
@@ -97,7 +129,8 @@ fn bench_step_measures_with_the_promised_keys() {
 #[test]
 fn doctor_and_completions_work_anywhere() {
     let place = Place::new(TinyJob::default()).unwrap();
-    let doctor = place.shanty.run(&["doctor", "--output", "json"]).unwrap().expect_code(0).unwrap().object().unwrap();
+    let doctor =
+        place.shanty.run(&["doctor", "--output", "json"]).unwrap().expect_code(0).unwrap().object().unwrap();
     let names: Vec<&str> =
         doctor["checks"].as_array().unwrap().iter().filter_map(|check| check["name"].as_str()).collect();
     assert_eq!(names, ["processor", "vectors", "memory", "gpu", "disk"]);

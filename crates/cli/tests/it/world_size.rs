@@ -26,11 +26,16 @@ fn one_two_and_three_workers_train_the_same_adapter() {
         for (step, loss) in finished.losses() {
             let expected = one.losses()[&step];
             let difference = ((loss - expected) / expected).abs();
-            assert!(difference <= LOSS_TOLERANCE, "step {step} on {workers} workers: {loss}, alone {expected}");
+            assert!(
+                difference <= LOSS_TOLERANCE,
+                "step {step} on {workers} workers: {loss}, alone {expected}"
+            );
         }
-        let difference =
-            adapter::largest_difference(&one_place.adapter(&one).unwrap(), &place.adapter(&finished).unwrap())
-                .unwrap();
+        let difference = adapter::largest_difference(
+            &one_place.adapter(&one).unwrap(),
+            &place.adapter(&finished).unwrap(),
+        )
+        .unwrap();
         assert!(difference <= WEIGHT_TOLERANCE, "weights on {workers} workers differ by {difference}");
     }
 }

@@ -22,7 +22,6 @@ pub(crate) use self::{
     write::{Folder, SplitWriter},
 };
 
-use self::manifest::SEAL;
 use crate::Split;
 
 /// Bytes of an entry of `SPLIT.index`.

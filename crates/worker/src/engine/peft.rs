@@ -47,7 +47,9 @@ impl EngineLoader for PeftEngines {
         })
         .map_err(|error| Error::part(&error))?;
         let mut hasher = blake3::Hasher::new();
-        hasher.update(engine.base_hash().map_or(&[][..], |hash| hash.as_bytes()).to_vec().as_slice());
+        if let Some(stored) = engine.base_hash() {
+            hasher.update(stored.as_bytes());
+        }
         hasher.update(quantised.as_bytes());
         let trainable = engine.layout().parameters() as u64;
         let facts = Facts {
