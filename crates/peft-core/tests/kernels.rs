@@ -29,7 +29,9 @@ fn kernels_compile_for_every_architecture() {
     for architecture in ARCHITECTURES {
         for (name, unit) in &units {
             match unit.compile(architecture) {
-                Ok(code) => assert!(code.starts_with(b"\x7fELF"), "{name} for {architecture} is no machine code"),
+                Ok(code) => {
+                    assert!(code.starts_with(b"\x7fELF"), "{name} for {architecture} is no machine code")
+                }
                 Err(DeviceError::NoLibrary { .. }) if std::env::var_os(NVRTC_VARIABLE).is_none() => {
                     eprintln!("SKIPPED: no libnvrtc here; set {NVRTC_VARIABLE} to one");
                     return;

@@ -174,7 +174,9 @@ impl Diagnose for Error {
             Self::Refused { .. } => {
                 ("SH0752", Kind::User, Some("coordinator and workers must be of the same version"))
             }
-            Self::UnknownDevice { .. } => ("SH0809", Kind::User, Some("there are `cpu`, `cuda` and `cuda:1`, `cuda:2`, …")),
+            Self::UnknownDevice { .. } => {
+                ("SH0809", Kind::User, Some("there are `cpu`, `cuda` and `cuda:1`, `cuda:2`, …"))
+            }
         };
         let diagnostic = Diagnostic::new(code, self).kind(kind);
         match hint {

@@ -3,7 +3,11 @@
 //! Every operation beside the CPU's on fresh random numbers, outputs poisoned first; whole models' logits and gradients
 //! beside the CPU's; training steps on the tiny base beside the CPU's curve; then times. `cargo xtask gpu-check` packs it.
 
-#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a tool that stops at the first thing that cannot be")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a tool that stops at the first thing that cannot be"
+)]
 
 mod models;
 mod operations;

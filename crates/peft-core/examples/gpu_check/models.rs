@@ -59,12 +59,12 @@ impl RandomBase {
             .into_par_iter()
             .map(|layer| {
                 let mut packed = PackedLayer::new(&shapes);
-                for index in 0..shapes.len() {
+                for (index, shape) in shapes.iter().enumerate() {
                     let parts = packed.parts_mut(index);
                     noise((layer * 7 + index) as u64, parts.codes);
                     let ScalesMut::Double { codes, nested } = parts.scales else { continue };
                     noise((layer * 7 + index + 1000) as u64, codes);
-                    let width = (3.0 / shapes[index].columns as f32).sqrt();
+                    let width = (3.0 / shape.columns as f32).sqrt();
                     nested.fill(0.3 * width);
                     packed.set_double(index, width, &double::DYNAMIC_MAP);
                 }
@@ -147,10 +147,12 @@ pub(crate) fn lora(r: usize, dropout: f32) -> LoraConfig {
     }
 }
 
+/// A tiny model of random weights amplifies the rounding of its products some ten times: 2^-24 becomes 4e-6 in f32, and
+/// 2^-11 (TF32) and 2^-9 (bf16) accordingly more. That the formulas are right is what f32 shows.
 const CARDS: [(EngineDevice, f64); 3] = [
     (EngineDevice::Cuda { index: 0, precision: Precision::F32 }, 2e-5),
-    (EngineDevice::Cuda { index: 0, precision: Precision::Tf32 }, 5e-3),
-    (EngineDevice::Cuda { index: 0, precision: Precision::Bf16 }, 3e-2),
+    (EngineDevice::Cuda { index: 0, precision: Precision::Tf32 }, 1e-2),
+    (EngineDevice::Cuda { index: 0, precision: Precision::Bf16 }, 6e-2),
 ];
 
 fn engine(folder: &Path, device: EngineDevice, nf4: bool, recompute: Recompute, dropout: f32) -> Engine {
@@ -180,7 +182,10 @@ fn rows(vocabulary: usize) -> Vec<Row> {
         Row {
             id,
             token_ids: ids.take(total as usize).collect(),
-            segments: lengths.iter().map(|&length| Segment { sample_id: id * 10 + u64::from(length), length }).collect(),
+            segments: lengths
+                .iter()
+                .map(|&length| Segment { sample_id: id * 10 + u64::from(length), length })
+                .collect(),
             trained,
         }
     };
@@ -212,7 +217,11 @@ pub(crate) fn check(report: &mut Report, repository: &Path) {
                 let sum = engine.forward_backward(&bound, &rows, key, &mut gradient, &mut NoSink).unwrap();
                 gradient.iter_mut().for_each(|x| *x -= 0.125);
                 let base = engine.evaluate_base(&rows).unwrap();
-                (engine.logits(Some(&bound), &ids).unwrap(), vec![sum.loss as f32, base.loss as f32], gradient)
+                (
+                    engine.logits(Some(&bound), &ids).unwrap(),
+                    vec![sum.loss as f32, base.loss as f32],
+                    gradient,
+                )
             };
             let expected = run(&mut cpu);
             for (device, tolerance) in CARDS {
@@ -253,11 +262,9 @@ pub(crate) fn train(report: &mut Report, repository: &Path) {
     };
     let expected = curve(EngineDevice::Cpu);
     println!("CPU curve: {:.4} -> {:.4}", expected[0], expected[49]);
-    for (device, tolerance) in CARDS {
-        let EngineDevice::Cuda { precision, .. } = device else { continue };
-        let got = curve(device);
+    for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Tf32, 2e-3), (Precision::Bf16, 5e-3)] {
+        let got = curve(EngineDevice::Cuda { index: 0, precision });
         let name = format!("50 steps on the tiny base {precision:?}, {:.4} -> {:.4}", got[0], got[49]);
-        // Differences grow along the way.
-        report.compare(name, &got, &expected, 5.0 * tolerance);
+        report.compare(name, &got, &expected, tolerance);
     }
 }

@@ -60,7 +60,10 @@ pub(crate) fn packed(lengths: &[usize], vocabulary: u32) -> PackedBatch {
         .enumerate()
         .map(|(id, &length)| Row {
             segments: vec![Segment { sample_id: 7 + ((id as u64) << 33), length: length as u32 }],
-            ..Row::whole(id as u64, (0..length as u32).map(|at| (at * 7919 + id as u32) % vocabulary).collect())
+            ..Row::whole(
+                id as u64,
+                (0..length as u32).map(|at| (at * 7919 + id as u32) % vocabulary).collect(),
+            )
         })
         .collect();
     let mut batch = PackedBatch::default();
@@ -97,7 +100,8 @@ impl Operation for Product {
         let (b_rows, b_columns, b_stride) = if self.transpose[1] { view(n, k) } else { view(k, n) };
         let a = put(backend, &numbers("a", a_rows * a_stride + 4));
         let b = put(backend, &numbers("b", b_rows * b_stride + 4));
-        let mut c = if self.beta == 0.0 { poisoned(backend, m * n) } else { put(backend, &numbers("c", m * n)) };
+        let mut c =
+            if self.beta == 0.0 { poisoned(backend, m * n) } else { put(backend, &numbers("c", m * n)) };
         let a = View::<B> { data: &a, offset: 4, rows: a_rows, columns: a_columns, stride: a_stride };
         let b = View::<B> { data: &b, offset: 4, rows: b_rows, columns: b_columns, stride: b_stride };
         let [ta, tb] = self.transpose;
@@ -135,7 +139,11 @@ impl Operation for Elementwise {
         let (g, u) = (View::<B>::new(&gate, rows, columns), View::<B>::new(&up, rows, columns));
         backend.swiglu(g, u, whole::<B>(&mut activated, shape));
         let activated = get(backend, &activated, rows, columns);
-        backend.swiglu_backward(View::<B>::new(&x, rows, columns), whole::<B>(&mut gate, shape), whole::<B>(&mut up, shape));
+        backend.swiglu_backward(
+            View::<B>::new(&x, rows, columns),
+            whole::<B>(&mut gate, shape),
+            whole::<B>(&mut up, shape),
+        );
         vec![
             filled,
             get(backend, &copied, rows, columns),
@@ -351,7 +359,7 @@ fn frozen(report: &mut Report, cpu: &Cpu) {
     for shape in [[512, 1024, 1536], [72, 40, 100]] {
         for block_size in [64, 4096] {
             let [hidden, intermediate, vocabulary] = shape;
-            let mut base = RandomBase::new(hidden, intermediate, 1, vocabulary, 8, block_size);
+            let mut base = RandomBase::new(hidden, intermediate, 1, vocabulary, 4, block_size);
             for precision in [Precision::F32, Precision::Bf16] {
                 let mut cuda = Cuda::new(0, precision).unwrap();
                 cuda.hold(&mut base).unwrap();

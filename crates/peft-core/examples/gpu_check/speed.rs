@@ -80,7 +80,12 @@ fn operations(lines: &mut Vec<String>) {
             let b = b.row_range(0, 16);
             cuda.gemm(1.0, a, false, b, true, 0.0, ViewMut::<Cuda>::new(&mut c, tokens, 16));
         });
-        arithmetic(lines, &format!("product 8192 x 16 x 4096 {precision:?}"), flops / inner as f64 * 16.0, seconds);
+        arithmetic(
+            lines,
+            &format!("product 8192 x 16 x 4096 {precision:?}"),
+            flops / inner as f64 * 16.0,
+            seconds,
+        );
         if precision == Precision::Tf32 {
             continue;
         }
@@ -137,7 +142,11 @@ fn operations(lines: &mut Vec<String>) {
     let x = put(&cuda, &numbers("x", tokens * inner));
     let x = View::<Cuda>::new(&x, tokens, inner);
     let seconds = time(&cuda, || {
-        cuda.swiglu(x, View::<Cuda>::new(&other, tokens, inner), ViewMut::<Cuda>::new(&mut big, tokens, inner));
+        cuda.swiglu(
+            x,
+            View::<Cuda>::new(&other, tokens, inner),
+            ViewMut::<Cuda>::new(&mut big, tokens, inner),
+        );
     });
     bandwidth(lines, "SwiGLU", 3 * size, seconds);
     let seconds = time(&cuda, || {
@@ -166,10 +175,8 @@ fn operations(lines: &mut Vec<String>) {
 
 fn steps(lines: &mut Vec<String>) {
     // (name, hidden, intermediate, layers, vocabulary, heads, rows, length)
-    let shapes = [
-        ("1B", 2048, 8192, 16, 128_256, 32, 8, 2048),
-        ("8B", 4096, 14336, 32, 128_256, 32, 4, 2048),
-    ];
+    let shapes =
+        [("1B", 2048, 8192, 16, 128_256, 32, 8, 2048), ("8B", 4096, 14336, 32, 128_256, 32, 4, 2048)];
     for (name, hidden, inner, layers, vocabulary, heads, rows, length) in shapes {
         for recompute in [Recompute::Layers, Recompute::Never] {
             let begin = Instant::now();

@@ -58,7 +58,10 @@ impl<B: Backend> Worker<B> {
     }
 
     /// The backend, and the flat parameters where it can read them.
-    pub(crate) fn lend<'a>(&'a mut self, parameters: Option<&'a [f32]>) -> Result<(&'a B, Option<&'a B::Buffer>)> {
+    pub(crate) fn lend<'a>(
+        &'a mut self,
+        parameters: Option<&'a [f32]>,
+    ) -> Result<(&'a B, Option<&'a B::Buffer>)> {
         let Self { backend, parameters: place, .. } = self;
         let parameters = match parameters {
             Some(parameters) => Some(backend.lend(parameters, place)?),
@@ -111,7 +114,7 @@ impl<B: Backend> Worker<B> {
 
 /// The processor or a card.
 pub(crate) enum Machine {
-    Cpu(Worker<Cpu>),
+    Cpu(Box<Worker<Cpu>>),
     Cuda(Box<Worker<Cuda>>),
 }
 
@@ -119,7 +122,7 @@ impl Machine {
     /// A machine with nothing on it.
     pub(crate) fn open(device: EngineDevice, threads: usize) -> Result<Self> {
         Ok(match device {
-            EngineDevice::Cpu => Self::Cpu(Worker::new(Cpu::new(threads)?)),
+            EngineDevice::Cpu => Self::Cpu(Box::new(Worker::new(Cpu::new(threads)?))),
             EngineDevice::Cuda { index, precision } => {
                 Self::Cuda(Box::new(Worker::new(Cuda::new(index, precision)?)))
             }

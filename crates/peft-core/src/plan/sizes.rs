@@ -107,7 +107,8 @@ impl Sizes {
             lanes: match request.accelerated {
                 // Ids and the like, attention's sums by head, the larger operand of a product rounded to 2 bytes.
                 true => {
-                    let operand = (tokens * intermediate.max(queries)).max(head_rows * config.vocabulary_size);
+                    let operand =
+                        (tokens * intermediate.max(queries)).max(head_rows * config.vocabulary_size);
                     tokens * (config.attention_heads + 11) + operand / 2
                 }
                 false => request.threads.max(1) * lane,

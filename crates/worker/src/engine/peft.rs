@@ -76,7 +76,11 @@ fn device(name: &str, wanted: Device) -> Result<EngineDevice, Error> {
         Device::Cuda => true,
         Device::Auto => name != "cpu",
     };
-    Ok(if on_card { EngineDevice::Cuda { index, precision: Precision::default() } } else { EngineDevice::Cpu })
+    Ok(if on_card {
+        EngineDevice::Cuda { index, precision: Precision::default() }
+    } else {
+        EngineDevice::Cpu
+    })
 }
 
 fn quantization(spec: &JobSpec) -> Option<Nf4Options> {

@@ -46,7 +46,11 @@ pub(super) fn key<T>(data: &[T]) -> usize {
     data.as_ptr() as usize
 }
 
-fn put<T: bytemuck::Pod>(device: &Arc<Device>, data: &[T], numbers: Numbers) -> Result<DeviceMemory, DeviceError> {
+fn put<T: bytemuck::Pod>(
+    device: &Arc<Device>,
+    data: &[T],
+    numbers: Numbers,
+) -> Result<DeviceMemory, DeviceError> {
     let memory = device.reserve(size_of_val(data), numbers)?;
     device.upload(data, memory.address);
     Ok(memory)
@@ -103,7 +107,9 @@ impl DeviceBase {
         let memory = match (table.as_f32(), table.as_bf16()) {
             (Some(data), _) => put(device, data, Numbers::F32)?,
             (_, Some(data)) => put(device, data, Numbers::Bf16)?,
-            (None, None) => return Err(DeviceError::Unsupported { what: "the embedding's dtype".to_owned() }),
+            (None, None) => {
+                return Err(DeviceError::Unsupported { what: "the embedding's dtype".to_owned() });
+            }
         };
         self.tables.insert(key, memory);
         Ok(())

@@ -38,7 +38,8 @@ impl AttentionTiles {
     pub fn choose(head_dim: usize, shared: usize) -> Option<Self> {
         let all = [(4, 32), (2, 32), (2, 16), (1, 16)].map(|(warps, tile)| Self { warps, tile });
         // Wide heads keep more numbers a row: fewer rows a block.
-        let fit = |tiles: &Self| tiles.backward_bytes(head_dim) <= shared && (head_dim <= 128 || tiles.warps <= 2);
+        let fit =
+            |tiles: &Self| tiles.backward_bytes(head_dim) <= shared && (head_dim <= 128 || tiles.warps <= 2);
         all.into_iter().find(fit)
     }
 

@@ -159,8 +159,8 @@ impl Device {
         unsafe {
             let context = result::primary_ctx::retain(number).map_err(call("cuDevicePrimaryCtxRetain"))?;
             result::ctx::set_current(context).map_err(call("cuCtxSetCurrent"))?;
-            let stream =
-                result::stream::create(result::stream::StreamKind::NonBlocking).map_err(call("cuStreamCreate"))?;
+            let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+                .map_err(call("cuStreamCreate"))?;
             let module = result::module::load_data(code.as_ptr().cast()).map_err(call("cuModuleLoadData"))?;
             let mut functions = HashMap::new();
             for name in GENERAL.into_iter().chain(["nf4_bf16"]) {
@@ -216,7 +216,9 @@ impl Device {
     /// Waits until all work is done, and says what failed since the last time.
     pub(super) fn settle(&self) -> Result<(), DeviceError> {
         // SAFETY: the stream lives as long as this value.
-        self.attempt(|| unsafe { result::stream::synchronize(self.stream) }.map_err(call("cuStreamSynchronize")));
+        self.attempt(|| {
+            unsafe { result::stream::synchronize(self.stream) }.map_err(call("cuStreamSynchronize"))
+        });
         match self.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
             Some(failure) => {
                 self.broken.store(false, Ordering::Release);
@@ -227,7 +229,11 @@ impl Device {
     }
 
     /// Reserves memory for `bytes` bytes, all 0.
-    pub(super) fn reserve(self: &Arc<Self>, bytes: usize, numbers: Numbers) -> Result<DeviceMemory, DeviceError> {
+    pub(super) fn reserve(
+        self: &Arc<Self>,
+        bytes: usize,
+        numbers: Numbers,
+    ) -> Result<DeviceMemory, DeviceError> {
         self.bind()?;
         let size = bytes.next_multiple_of(256).max(256);
         // SAFETY: the memory is fresh, of this size, and owned by the value that is returned.
@@ -238,8 +244,11 @@ impl Device {
             })?;
             let allocated = self.allocated.fetch_add(size as u64, Ordering::AcqRel) + size as u64;
             self.peak.fetch_max(allocated, Ordering::AcqRel);
-            let memory =
-                DeviceMemory { buffer: DeviceBuffer::new(address, numbers), bytes: size, device: Arc::clone(self) };
+            let memory = DeviceMemory {
+                buffer: DeviceBuffer::new(address, numbers),
+                bytes: size,
+                device: Arc::clone(self),
+            };
             result::memset_d8_async(address, 0, size, self.stream).map_err(call("cuMemsetD8Async"))?;
             Ok(memory)
         }
@@ -254,7 +263,8 @@ impl Device {
 
     /// Bytes that are free, and the most that were reserved.
     pub(super) fn memory(&self) -> (u64, u64) {
-        let free = self.bind().ok().and_then(|()| result::mem_get_info().ok()).map_or(0, |(free, _)| free as u64);
+        let free =
+            self.bind().ok().and_then(|()| result::mem_get_info().ok()).map_or(0, |(free, _)| free as u64);
         (free, self.peak.load(Ordering::Acquire))
     }
 
@@ -266,7 +276,8 @@ impl Device {
         // SAFETY: the caller hands in the address of memory that holds as many numbers. Pageable memory is
         // read before the call returns.
         self.attempt(|| {
-            unsafe { result::memcpy_htod_async(address, from, self.stream) }.map_err(call("cuMemcpyHtoDAsync"))
+            unsafe { result::memcpy_htod_async(address, from, self.stream) }
+                .map_err(call("cuMemcpyHtoDAsync"))
         });
     }
 
@@ -308,8 +319,10 @@ impl Device {
         let block = (block[0] as u32, block[1] as u32, 1);
         // SAFETY: the caller's.
         self.attempt(|| {
-            unsafe { result::launch_kernel(function, (x, y, z), block, shared as u32, self.stream, arguments) }
-                .map_err(call(name))
+            unsafe {
+                result::launch_kernel(function, (x, y, z), block, shared as u32, self.stream, arguments)
+            }
+            .map_err(call(name))
         });
     }
 
@@ -325,7 +338,8 @@ impl Device {
             return Err(unsupported());
         }
         let tiles = AttentionTiles::choose(head_dim, self.shared_bytes).ok_or_else(unsupported)?;
-        let code = Unit::attention(head_dim, tiles, self.precision == Precision::F32).load(&self.architecture)?;
+        let code =
+            Unit::attention(head_dim, tiles, self.precision == Precision::F32).load(&self.architecture)?;
         // SAFETY: the code is whole; functions live as long as the module, which is never unloaded.
         let kernels = unsafe {
             let module = result::module::load_data(code.as_ptr().cast()).map_err(call("cuModuleLoadData"))?;
@@ -355,8 +369,8 @@ impl Device {
     /// `c = alpha op(a) op(b) + beta c` by row-major matrices: the columns of C are the rows of cuBLAS.
     pub(super) fn product(&self, product: &Product) {
         use cublas::sys::{
-            cublasComputeType_t as Compute, cublasGemmAlgo_t::CUBLAS_GEMM_DFALT, cublasOperation_t as Operation,
-            cudaDataType_t as Type,
+            cublasComputeType_t as Compute, cublasGemmAlgo_t::CUBLAS_GEMM_DFALT,
+            cublasOperation_t as Operation, cudaDataType_t as Type,
         };
         let operation = |transposed| if transposed { Operation::CUBLAS_OP_T } else { Operation::CUBLAS_OP_N };
         let kind = |numbers| match numbers {
@@ -460,8 +474,10 @@ pub(super) struct Product {
 unsafe fn function(module: sys::CUmodule, name: &'static str) -> Result<sys::CUfunction, DeviceError> {
     let c_name = CString::new(name).unwrap_or_default();
     // SAFETY: the module is loaded.
-    unsafe { result::module::get_function(module, c_name) }
-        .map_err(|error| DeviceError::Call { operation: "cuModuleGetFunction", reason: format!("{name}: {error}") })
+    unsafe { result::module::get_function(module, c_name) }.map_err(|error| DeviceError::Call {
+        operation: "cuModuleGetFunction",
+        reason: format!("{name}: {error}"),
+    })
 }
 
 impl Drop for Device {

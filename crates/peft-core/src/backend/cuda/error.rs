@@ -6,7 +6,9 @@ use shanty_diagnostic::Kind;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceError {
     /// No driver: no GPU can be used.
-    #[error("device `cuda` was asked for, but there is no NVIDIA driver: libcuda was not found or does not start")]
+    #[error(
+        "device `cuda` was asked for, but there is no NVIDIA driver: libcuda was not found or does not start"
+    )]
     NoDriver,
     /// A library of the CUDA toolkit is missing.
     #[error("CUDA library `{library}` was not found; looked in the loader's path and in: {}", looked_in.join(", "))]

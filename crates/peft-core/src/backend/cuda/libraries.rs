@@ -36,7 +36,11 @@ fn folders() -> Vec<PathBuf> {
     let mut folders = Vec::new();
     for variable in [LIBRARIES_VARIABLE, NVRTC_VARIABLE] {
         if let Some(path) = env::var_os(variable).filter(|path| !path.is_empty()).map(PathBuf::from) {
-            folders.push(if path.is_file() { path.parent().map(Path::to_owned).unwrap_or(path) } else { path });
+            folders.push(if path.is_file() {
+                path.parent().map(Path::to_owned).unwrap_or(path)
+            } else {
+                path
+            });
         }
     }
     for variable in ["CUDA_HOME", "CUDA_PATH"] {

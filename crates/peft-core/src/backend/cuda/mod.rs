@@ -207,7 +207,11 @@ impl Cuda {
     }
 
     /// The memory of `place`, for `length` numbers; reserved at first.
-    fn reserved<'a>(&self, length: usize, place: &'a mut Option<DeviceMemory>) -> Result<&'a mut DeviceBuffer> {
+    fn reserved<'a>(
+        &self,
+        length: usize,
+        place: &'a mut Option<DeviceMemory>,
+    ) -> Result<&'a mut DeviceBuffer> {
         if place.as_ref().is_some_and(|memory| memory.bytes < 4 * length) {
             *place = None;
         }
@@ -239,7 +243,8 @@ impl Cuda {
             return Operand { address, stride: view.stride, transposed };
         }
         let address = self.room(side, 2 * view.rows * view.columns);
-        let wide = view.columns.is_multiple_of(4) && view.stride.is_multiple_of(4) && view.offset.is_multiple_of(4);
+        let wide =
+            view.columns.is_multiple_of(4) && view.stride.is_multiple_of(4) && view.offset.is_multiple_of(4);
         let columns = if wide { view.columns / 4 } else { view.columns };
         let grid = [view.rows, columns.div_ceil(4 * THREADS).clamp(1, 64), 1];
         launch!(self.device, "narrow", grid, [THREADS, 1], matrix(view), address, u32::from(wide));
@@ -261,7 +266,13 @@ impl Cuda {
     ) {
         let [first, second] = key.philox_key();
         // The same cases as on the CPU: nothing is dropped, or everything.
-        let threshold = if p <= 0.0 { 0 } else if p >= 1.0 { 65_536 } else { (p * 65_536.0).round() as u32 };
+        let threshold = if p <= 0.0 {
+            0
+        } else if p >= 1.0 {
+            65_536
+        } else {
+            (p * 65_536.0).round() as u32
+        };
         let scale = if p <= 0.0 || p >= 1.0 { 1.0 } else { 1.0_f32 / (1.0 - p) };
         let blocks = x.columns.div_ceil(64) * 8;
         launch!(
@@ -317,7 +328,9 @@ impl Backend for Cuda {
         let spans: Vec<[u32; 4]> = from
             .spans
             .iter()
-            .map(|span| [span.query_start, span.queries, span.key_start, span.keys].map(|number| number as u32))
+            .map(|span| {
+                [span.query_start, span.queries, span.key_start, span.keys].map(|number| number as u32)
+            })
             .collect();
         device.upload(&spans, into.spans.address);
         into.span_count = spans.len();
@@ -389,7 +402,14 @@ impl Backend for Cuda {
                     let argument = packed.argument;
                     let blocks = (argument.numbers as usize / 8).div_ceil(THREADS).clamp(1, 132 * 32);
                     if self.device.precision == Precision::Bf16 {
-                        launch!(self.device, "nf4_bf16", [blocks, 1, 1], [THREADS, 1], argument, scratch.address);
+                        launch!(
+                            self.device,
+                            "nf4_bf16",
+                            [blocks, 1, 1],
+                            [THREADS, 1],
+                            argument,
+                            scratch.address
+                        );
                         return View::new(scratch.as_bf16(), rows, columns);
                     }
                     launch!(self.device, "nf4_f32", [blocks, 1, 1], [THREADS, 1], argument, scratch.address);
@@ -500,7 +520,15 @@ impl Backend for Cuda {
 
     fn scatter_predicting(&self, batch: &CudaBatch, first: usize, x: View<'_, Self>, out: ViewMut<'_, Self>) {
         let rows = batch.predicting.address + 4 * first as u64;
-        launch!(self.device, "scatter_rows", grid(x.rows, x.columns), [THREADS, 1], rows, matrix(x), target(&out));
+        launch!(
+            self.device,
+            "scatter_rows",
+            grid(x.rows, x.columns),
+            [THREADS, 1],
+            rows,
+            matrix(x),
+            target(&out)
+        );
     }
 
     fn rms_norm(
