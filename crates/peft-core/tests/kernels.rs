@@ -6,7 +6,7 @@
 #![allow(clippy::print_stderr, reason = "a test that is skipped says so")]
 
 use shanty_peft_core::backend::cuda::{
-    DeviceError, NVRTC_VARIABLE,
+    DeviceError, NVRTC_VARIABLE, Precision,
     compile::{AttentionTiles, Unit},
 };
 
@@ -17,14 +17,16 @@ const SMALLEST_SHARED: usize = 99 << 10;
 #[test]
 fn kernels_compile_for_every_architecture() {
     let mut units = vec![("general".to_owned(), Unit::general())];
-    for head_dim in [8, 64, 128, 256] {
-        let tiles = AttentionTiles::choose(head_dim, 227 << 10).unwrap();
-        for exact in if head_dim == 64 { vec![false, true] } else { vec![false] } {
-            units.push((
-                format!("attention {head_dim}, exact {exact}"),
-                Unit::attention(head_dim, tiles, exact),
-            ));
-        }
+    for (head_dim, precision) in [
+        (8, Precision::Tf32),
+        (64, Precision::F32),
+        (64, Precision::Bf16),
+        (128, Precision::Tf32),
+        (128, Precision::Bf16),
+        (256, Precision::Bf16),
+    ] {
+        let tiles = AttentionTiles::choose(head_dim, 227 << 10, precision).unwrap();
+        units.push((format!("attention {head_dim} {precision:?}"), Unit::attention(head_dim, tiles)));
     }
     for architecture in ARCHITECTURES {
         for (name, unit) in &units {
@@ -46,8 +48,10 @@ fn kernels_compile_for_every_architecture() {
 fn attention_fits_the_shared_memory_of_every_card_it_is_compiled_for() {
     for head_dim in (8..=256).step_by(8) {
         for shared in [SMALLEST_SHARED, 163 << 10, 227 << 10] {
-            let tiles = AttentionTiles::choose(head_dim, shared).unwrap();
-            assert!(tiles.backward_bytes(head_dim).max(tiles.forward_bytes(head_dim)) <= shared);
+            for precision in [Precision::F32, Precision::Tf32, Precision::Bf16] {
+                let tiles = AttentionTiles::choose(head_dim, shared, precision).unwrap();
+                assert!(tiles.backward_bytes(head_dim).max(tiles.forward_bytes(head_dim)) <= shared);
+            }
         }
     }
 }

@@ -9,7 +9,7 @@ use std::{
 
 use cudarc::nvrtc::{result, sys};
 
-use super::{DeviceError, libraries};
+use super::{DeviceError, Precision, libraries};
 
 const COMMON: &str = include_str!("kernels/common.cu");
 const ELEMENTWISE: &str = include_str!("kernels/elementwise.cu");
@@ -31,16 +31,26 @@ pub struct AttentionTiles {
     pub warps: usize,
     /// Columns of a tile of scores.
     pub tile: usize,
+    /// How products are computed. Bf16 keeps half the bytes in shared memory.
+    pub precision: Precision,
 }
 
 impl AttentionTiles {
     /// The largest tiles whose blocks fit `shared` bytes of shared memory.
-    pub fn choose(head_dim: usize, shared: usize) -> Option<Self> {
-        let all = [(4, 32), (2, 32), (2, 16), (1, 16)].map(|(warps, tile)| Self { warps, tile });
+    pub fn choose(head_dim: usize, shared: usize, precision: Precision) -> Option<Self> {
+        // Products of bf16 take 16 features at a time.
+        let halves = precision == Precision::Bf16 && head_dim.is_multiple_of(16);
+        let precision = if precision == Precision::Bf16 && !halves { Precision::Tf32 } else { precision };
+        let all = [(4, 32), (2, 32), (2, 16), (1, 16)].map(|(warps, tile)| Self { warps, tile, precision });
         // Wide heads keep more numbers a row: fewer rows a block.
         let fit =
             |tiles: &Self| tiles.backward_bytes(head_dim) <= shared && (head_dim <= 128 || tiles.warps <= 2);
         all.into_iter().find(fit)
+    }
+
+    /// Bytes of a number in shared memory, and numbers that pad a row.
+    fn number(&self) -> (usize, usize) {
+        if self.precision == Precision::Bf16 { (2, 8) } else { (4, 4) }
     }
 
     /// Rows of a block.
@@ -50,13 +60,15 @@ impl AttentionTiles {
 
     /// Shared memory of the forward kernel, bytes.
     pub fn forward_bytes(&self, head_dim: usize) -> usize {
-        4 * ((self.rows() + 2 * self.tile) * (head_dim + 4) + self.rows() * (self.tile + 4))
+        let (bytes, pad) = self.number();
+        bytes * ((self.rows() + 2 * self.tile) * (head_dim + pad) + self.rows() * (self.tile + pad))
     }
 
     /// Shared memory of the larger backward kernel, bytes.
     pub fn backward_bytes(&self, head_dim: usize) -> usize {
-        let tiles = 2 * (self.rows() + self.tile) * (head_dim + 4);
-        4 * (tiles + 2 * self.tile + self.rows() * (self.tile + 4))
+        let (bytes, pad) = self.number();
+        let tiles = 2 * (self.rows() + self.tile) * (head_dim + pad);
+        bytes * (tiles + self.rows() * (self.tile + pad)) + 8 * self.tile
     }
 }
 
@@ -66,15 +78,17 @@ impl Unit {
         Self { source: [COMMON, ELEMENTWISE, ROWS, NF4].concat(), options: Vec::new() }
     }
 
-    /// Attention for heads of `head_dim` features; `exact` multiplies in f32 instead of TF32.
-    pub fn attention(head_dim: usize, tiles: AttentionTiles, exact: bool) -> Self {
+    /// Attention for heads of `head_dim` features.
+    pub fn attention(head_dim: usize, tiles: AttentionTiles) -> Self {
         let mut options = vec![
             format!("-DHEAD_DIM={head_dim}"),
             format!("-DWARPS={}", tiles.warps),
             format!("-DTILE={}", tiles.tile),
         ];
-        if exact {
-            options.push("-DEXACT".to_owned());
+        match tiles.precision {
+            Precision::F32 => options.push("-DEXACT".to_owned()),
+            Precision::Tf32 => {}
+            Precision::Bf16 => options.push("-DHALVES".to_owned()),
         }
         Self { source: [COMMON, ATTENTION].concat(), options }
     }

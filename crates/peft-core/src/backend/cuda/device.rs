@@ -337,9 +337,9 @@ impl Device {
         if head_dim == 0 || !head_dim.is_multiple_of(8) || head_dim > 256 {
             return Err(unsupported());
         }
-        let tiles = AttentionTiles::choose(head_dim, self.shared_bytes).ok_or_else(unsupported)?;
-        let code =
-            Unit::attention(head_dim, tiles, self.precision == Precision::F32).load(&self.architecture)?;
+        let tiles =
+            AttentionTiles::choose(head_dim, self.shared_bytes, self.precision).ok_or_else(unsupported)?;
+        let code = Unit::attention(head_dim, tiles).load(&self.architecture)?;
         // SAFETY: the code is whole; functions live as long as the module, which is never unloaded.
         let kernels = unsafe {
             let module = result::module::load_data(code.as_ptr().cast()).map_err(call("cuModuleLoadData"))?;

@@ -1,7 +1,8 @@
 // Causal attention over packed spans, without a matrix of scores in memory (Dao et al., arXiv 2205.14135).
 //
-// Compiled for one HEAD_DIM (a multiple of 8). Numbers are f32; products run on tensor cores in TF32 with f32 sums
-// (mma.sync.m16n8k8, sm_80 and up), or, with EXACT, in f32 by the same threads in the same layout. A warp owns 16 rows.
+// Compiled for one HEAD_DIM (a multiple of 8). Numbers in memory are f32. Products run on tensor cores with f32 sums,
+// their operands in TF32 (mma.sync.m16n8k8, sm_80 and up) or, with HALVES, in bf16 (m16n8k16; HEAD_DIM a multiple of
+// 16); with EXACT they run in f32 by the same threads in the same layout. A warp owns 16 rows.
 // No atomics: sums run in a fixed order, the same inputs give the same bits.
 
 #ifndef HEAD_DIM
@@ -17,8 +18,17 @@
 #define ROWS (16 * WARPS)
 #define THREADS (32 * WARPS)
 // Rows in shared memory are padded, so that the lanes of a warp hit different banks.
-#define LD (HEAD_DIM + 4)
-#define LS (TILE + 4)
+#ifdef HALVES
+typedef u16 Number;
+#define PAD 8
+#define EXP __expf
+#else
+typedef float Number;
+#define PAD 4
+#define EXP expf
+#endif
+#define LD (HEAD_DIM + PAD)
+#define LS (TILE + PAD)
 
 // Queries `query_start ..`, keys `key_start ..`; query i sees keys 0 ..= i + keys - queries.
 struct Span {
@@ -40,13 +50,60 @@ __device__ __forceinline__ u32 tf32(float x) {
     return y;
 }
 
+#ifdef HALVES
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    u64 address;
+    asm("cvta.to.shared.u64 %0, %1;" : "=l"(address) : "l"(pointer));
+    return (u32)address;
+}
+
+__device__ __forceinline__ void load_matrices(u32 (&to)[4], const Number* from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(from)) : "memory");
+}
+
+__device__ __forceinline__ void load_transposed(u32 (&to)[4], const Number* from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(from)) : "memory");
+}
+
+__device__ __forceinline__ void multiply_tile(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ u32 pair(float low, float high) {
+    u32 both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+#endif
+
 // acc[16 x 8 N] += A[16 x K] B[K x 8 N] for one warp, A(i, k) = a[i * ai + k * ak], B(k, n) = b[k * bk + n * bn].
 // acc[n] holds (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1) of columns 8 n .., with g = lane / 4, t = lane % 4.
 template <int N, int K>
-__device__ __forceinline__ void multiply(float (&acc)[N][4], const float* a, int ai, int ak, const float* b, int bk,
+__device__ __forceinline__ void multiply(float (&acc)[N][4], const Number* a, int ai, int ak, const Number* b, int bk,
                                          int bn) {
     int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-#ifdef EXACT
+#ifdef HALVES
+    // A lies with k along rows (ak = 1); B with k along rows (bk = 1), or along columns, turned while it is loaded.
+    const Number* from = a + (lane & 15) * ai + (lane >> 4) * 8;
+    int part = lane >> 3, r = lane & 7, n_part = (part >> 1) * 8, k_part = (part & 1) * 8;
+#pragma unroll
+    for (int k = 0; k < K; k += 16) {
+        u32 a_part[4];
+        load_matrices(a_part, from + k);
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            u32 b_part[4];
+            if (bk == 1) load_matrices(b_part, b + (8 * n + n_part + r) * bn + k + k_part);
+            else load_transposed(b_part, b + (k + k_part + r) * bk + 8 * n + n_part);
+            multiply_tile(acc[n], a_part, b_part[0], b_part[1]);
+            multiply_tile(acc[n + 1], a_part, b_part[2], b_part[3]);
+        }
+    }
+#elif defined(EXACT)
     for (int k = 0; k < K; k++) {
         float a0 = a[g * ai + k * ak], a1 = a[(g + 8) * ai + k * ak];
 #pragma unroll
@@ -81,16 +138,23 @@ __device__ __forceinline__ void clear(float (&acc)[N][4]) {
 }
 
 // `count` rows of a head into shared memory; rows from `valid` on become 0.
-__device__ __forceinline__ void load(float* to, const Matrix& from, u64 row, u32 column, int count, int valid) {
+__device__ __forceinline__ void load(Number* to, const Matrix& from, u64 row, u32 column, int count, int valid) {
+    // Sixteen bytes at once where all rows begin at a multiple of that.
+    bool aligned = (from.stride & 3) == 0 && ((u64)from.data & 15) == 0;
     for (int i = threadIdx.x; i < count * (HEAD_DIM / 4); i += THREADS) {
         int r = i / (HEAD_DIM / 4), c = i % (HEAD_DIM / 4) * 4;
-        float* out = to + r * LD + c;
+        Number* out = to + r * LD + c;
+        float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         if (r < valid) {
             const float* in = row_of(from, row + r) + column + c;
-            out[0] = in[0], out[1] = in[1], out[2] = in[2], out[3] = in[3];
-        } else {
-            out[0] = out[1] = out[2] = out[3] = 0.0f;
+            if (aligned) x = *(const float4*)in;
+            else x = make_float4(in[0], in[1], in[2], in[3]);
         }
+#ifdef HALVES
+        *(uint2*)out = make_uint2(pair(x.x, x.y), pair(x.z, x.w));
+#else
+        *(float4*)out = x;
+#endif
     }
 }
 
@@ -114,30 +178,35 @@ __device__ __forceinline__ void store(const float (&acc)[N][4], const Matrix& to
 
 // Accumulators of a warp to its own part of shared memory.
 template <int N>
-__device__ __forceinline__ void stage(const float (&acc)[N][4], float* to) {
+__device__ __forceinline__ void stage(const float (&acc)[N][4], Number* to) {
     int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     __syncwarp();
 #pragma unroll
     for (int n = 0; n < N; n++) {
-        to[g * LS + 8 * n + 2 * t] = acc[n][0];
-        to[g * LS + 8 * n + 2 * t + 1] = acc[n][1];
-        to[(g + 8) * LS + 8 * n + 2 * t] = acc[n][2];
-        to[(g + 8) * LS + 8 * n + 2 * t + 1] = acc[n][3];
+        Number* low = to + g * LS + 8 * n + 2 * t;
+        Number* high = low + 8 * LS;
+#ifdef HALVES
+        *(u32*)low = pair(acc[n][0], acc[n][1]);
+        *(u32*)high = pair(acc[n][2], acc[n][3]);
+#else
+        low[0] = acc[n][0], low[1] = acc[n][1];
+        high[0] = acc[n][2], high[1] = acc[n][3];
+#endif
     }
     __syncwarp();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 attention_forward(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, Matrix out, Matrix log_sum) {
-    extern __shared__ float shared[];
+    extern __shared__ uint4 shared[];
     Span span = spans[blockIdx.z];
     u32 head = blockIdx.y, first = (gridDim.x - 1 - blockIdx.x) * ROWS;
     if (first >= span.queries) return;
-    float* qs = shared;
-    float* ks = qs + ROWS * LD;
-    float* vs = ks + TILE * LD;
+    Number* qs = (Number*)shared;
+    Number* ks = qs + ROWS * LD;
+    Number* vs = ks + TILE * LD;
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    float* ps = vs + TILE * LD + warp * 16 * LS;
+    Number* ps = vs + TILE * LD + warp * 16 * LS;
     int queries = min((int)ROWS, (int)(span.queries - first));
     u32 column = head / shape.group * HEAD_DIM;
     load(qs, q, span.query_start + first, head * HEAD_DIM, ROWS, queries);
@@ -173,7 +242,7 @@ attention_forward(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, 
         for (int i = 0; i < 2; i++) {
             highest[i] = fmaxf(highest[i], __shfl_xor_sync(0xffffffffu, highest[i], 1));
             highest[i] = fmaxf(highest[i], __shfl_xor_sync(0xffffffffu, highest[i], 2));
-            factor[i] = expf(largest[i] - highest[i]);
+            factor[i] = EXP(largest[i] - highest[i]);
             largest[i] = highest[i];
             sum[i] *= factor[i];
         }
@@ -181,7 +250,7 @@ attention_forward(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, 
         for (int n = 0; n < TILE / 8; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                s[n][i] = s[n][i] <= -1e30f ? 0.0f : expf(s[n][i] - largest[i / 2]);
+                s[n][i] = s[n][i] <= -1e30f ? 0.0f : EXP(s[n][i] - largest[i / 2]);
                 sum[i / 2] += s[n][i];
             }
         }
@@ -222,16 +291,16 @@ extern "C" __global__ void attention_delta(Matrix dout, Matrix out, Matrix delta
 extern "C" __global__ void __launch_bounds__(THREADS)
 attention_dq(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, Matrix log_sum, Matrix delta, Matrix dout,
              Matrix dq) {
-    extern __shared__ float shared[];
+    extern __shared__ uint4 shared[];
     Span span = spans[blockIdx.z];
     u32 head = blockIdx.y, first = (gridDim.x - 1 - blockIdx.x) * ROWS;
     if (first >= span.queries) return;
-    float* qs = shared;
-    float* os = qs + ROWS * LD;
-    float* ks = os + ROWS * LD;
-    float* vs = ks + TILE * LD;
+    Number* qs = (Number*)shared;
+    Number* os = qs + ROWS * LD;
+    Number* ks = os + ROWS * LD;
+    Number* vs = ks + TILE * LD;
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    float* ps = vs + TILE * LD + warp * 16 * LS;
+    Number* ps = vs + TILE * LD + warp * 16 * LS;
     int queries = min((int)ROWS, (int)(span.queries - first));
     u32 column = head / shape.group * HEAD_DIM;
     load(qs, q, span.query_start + first, head * HEAD_DIM, ROWS, queries);
@@ -266,7 +335,7 @@ attention_dq(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, Matri
             for (int i = 0; i < 4; i++) {
                 int key = start + 8 * n + 2 * t + (i & 1), query = low_row + (i < 2 ? 0 : 8);
                 bool seen = key <= query + past && key < (int)span.keys && query < (int)span.queries;
-                float p = seen ? expf(s[n][i] * shape.scale - logs[i / 2]) : 0.0f;
+                float p = seen ? EXP(s[n][i] * shape.scale - logs[i / 2]) : 0.0f;
                 s[n][i] = p * (d[n][i] - deltas[i / 2]) * shape.scale;
             }
         }
@@ -280,18 +349,18 @@ attention_dq(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, Matri
 extern "C" __global__ void __launch_bounds__(THREADS)
 attention_dkv(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, Matrix log_sum, Matrix delta, Matrix dout,
               Matrix dk, Matrix dv) {
-    extern __shared__ float shared[];
+    extern __shared__ uint4 shared[];
     Span span = spans[blockIdx.z];
     u32 kv_head = blockIdx.y, first = blockIdx.x * ROWS;
     if (first >= span.keys) return;
-    float* ks = shared;
-    float* vs = ks + ROWS * LD;
-    float* qs = vs + ROWS * LD;
-    float* os = qs + TILE * LD;
-    float* logs = os + TILE * LD;
+    Number* ks = (Number*)shared;
+    Number* vs = ks + ROWS * LD;
+    Number* qs = vs + ROWS * LD;
+    Number* os = qs + TILE * LD;
+    float* logs = (float*)(os + TILE * LD);
     float* deltas = logs + TILE;
     int warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    float* ps = deltas + TILE + warp * 16 * LS;
+    Number* ps = (Number*)(deltas + TILE) + warp * 16 * LS;
     int keys = min((int)ROWS, (int)(span.keys - first));
     load(ks, k, span.key_start + first, kv_head * HEAD_DIM, ROWS, keys);
     load(vs, v, span.key_start + first, kv_head * HEAD_DIM, ROWS, keys);
@@ -325,7 +394,7 @@ attention_dkv(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, Matr
                     int column = 8 * n + 2 * t + (i & 1);
                     int key = (int)first + warp * 16 + g + (i < 2 ? 0 : 8);
                     bool seen = key <= start + column + past && key < (int)span.keys && column < valid;
-                    float p = seen ? expf(s[n][i] * shape.scale - logs[column]) : 0.0f;
+                    float p = seen ? EXP(s[n][i] * shape.scale - logs[column]) : 0.0f;
                     s[n][i] = p;
                     d[n][i] = p * (d[n][i] - deltas[column]) * shape.scale;
                 }
