@@ -157,6 +157,7 @@ impl Unit {
     }
 }
 
+// SAFETY: callers hand in a program that was compiled and is not destroyed yet.
 unsafe fn machine_code(program: sys::nvrtcProgram) -> Result<Vec<u8>, result::NvrtcError> {
     let mut size = 0;
     // SAFETY: the program is compiled; the buffer has the size that the library asked for.

@@ -471,6 +471,7 @@ pub(super) struct Product {
     pub(super) numbers: Numbers,
 }
 
+// SAFETY: callers hand in a module that is loaded.
 unsafe fn function(module: sys::CUmodule, name: &'static str) -> Result<sys::CUfunction, DeviceError> {
     let c_name = CString::new(name).unwrap_or_default();
     // SAFETY: the module is loaded.

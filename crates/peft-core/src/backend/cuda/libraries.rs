@@ -20,6 +20,7 @@ pub const NVRTC_VARIABLE: &str = "SHANTY_NVRTC";
 const RTLD_NOW: c_int = 2;
 const RTLD_GLOBAL: c_int = 0x100;
 
+// SAFETY: the C library's own declaration.
 unsafe extern "C" {
     fn dlopen(file: *const c_char, flags: c_int) -> *mut c_void;
 }
