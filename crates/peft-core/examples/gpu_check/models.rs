@@ -148,11 +148,11 @@ pub(crate) fn lora(r: usize, dropout: f32) -> LoraConfig {
 }
 
 /// A tiny model of random weights amplifies the rounding of its products some ten times: 2^-24 becomes 4e-6 in f32, and
-/// 2^-11 (TF32) and 2^-9 (bf16) accordingly more. That the formulas are right is what f32 shows.
+/// 2^-11 (TF32) and 2^-9 (bf16) accordingly more: 0.03 and 0.12. The trained base amplifies less; it is held to a quarter. That the formulas are right is what f32 shows.
 const CARDS: [(EngineDevice, f64); 3] = [
     (EngineDevice::Cuda { index: 0, precision: Precision::F32 }, 2e-5),
-    (EngineDevice::Cuda { index: 0, precision: Precision::Tf32 }, 1e-2),
-    (EngineDevice::Cuda { index: 0, precision: Precision::Bf16 }, 6e-2),
+    (EngineDevice::Cuda { index: 0, precision: Precision::Tf32 }, 3e-2),
+    (EngineDevice::Cuda { index: 0, precision: Precision::Bf16 }, 1.2e-1),
 ];
 
 fn engine(folder: &Path, device: EngineDevice, nf4: bool, recompute: Recompute, dropout: f32) -> Engine {
@@ -230,6 +230,8 @@ pub(crate) fn check(report: &mut Report, repository: &Path) {
                 let again = run(&mut card);
                 let EngineDevice::Cuda { precision, .. } = device else { continue };
                 let folder = folder.file_name().unwrap().to_string_lossy();
+                let trained = folder.starts_with("tiny") && precision != Precision::F32;
+                let tolerance = if trained { tolerance / 4.0 } else { tolerance };
                 let name = format!("{folder} nf4 {nf4} {recompute:?} {precision:?}");
                 report.compare(format!("{name} logits"), &got.0, &expected.0, tolerance);
                 report.compare(format!("{name} loss"), &got.1, &expected.1, tolerance);
