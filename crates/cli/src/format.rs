@@ -56,6 +56,46 @@ pub(crate) fn percent(part: u64, whole: u64) -> String {
     if share < 1.0 { format!("{share:.3} %") } else { format!("{share:.2} %") }
 }
 
+/// Module names with their layers drawn together: `model.layers.{0-6}.self_attn.q_proj`, in order of appearance.
+pub(crate) fn modules(names: &[String]) -> Vec<String> {
+    let mut groups: Vec<(String, String, Vec<u64>)> = Vec::new();
+    for name in names {
+        let parts: Vec<&str> = name.split('.').collect();
+        let layer = parts.iter().position(|part| part.parse::<u64>().is_ok());
+        let (before, number, after) = match layer {
+            Some(at) => (parts[..at].join("."), parts[at].parse().ok(), parts[at + 1..].join(".")),
+            None => (name.clone(), None, String::new()),
+        };
+        match groups.iter_mut().find(|(start, end, _)| (start, end) == (&before, &after)) {
+            Some((_, _, layers)) => layers.extend(number),
+            None => groups.push((before, after, number.into_iter().collect())),
+        }
+    }
+    let shown = |(before, after, layers): (String, String, Vec<u64>)| match layers.as_slice() {
+        [] => before,
+        [only] => format!("{before}.{only}.{after}"),
+        _ => format!("{before}.{{{}}}.{after}", ranges(&layers)),
+    };
+    groups.into_iter().map(shown).collect()
+}
+
+/// `0-3,7`: rising numbers, neighbours drawn together.
+fn ranges(numbers: &[u64]) -> String {
+    let mut numbers = numbers.to_vec();
+    numbers.sort_unstable();
+    let mut parts: Vec<(u64, u64)> = Vec::new();
+    for number in numbers {
+        match parts.last_mut() {
+            Some((_, last)) if *last + 1 >= number => *last = number,
+            _ => parts.push((number, number)),
+        }
+    }
+    let part = |(first, last): &(u64, u64)| {
+        if first == last { first.to_string() } else { format!("{first}-{last}") }
+    };
+    parts.iter().map(part).collect::<Vec<_>>().join(",")
+}
+
 /// Rows of cells in columns as wide as their widest cell; the last column is left as it is.
 pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     let mut widths: Vec<usize> = header.iter().map(|cell| cell.chars().count()).collect();
@@ -79,6 +119,18 @@ pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn modules_of_many_layers_are_one_line() {
+        let name = |layer: u64, end: &str| format!("model.layers.{layer}.{end}");
+        let mut names: Vec<String> = [0, 1, 2, 5].map(|layer| name(layer, "self_attn.q_proj")).to_vec();
+        names.push(name(3, "mlp.up_proj"));
+        names.push("lm_head".to_owned());
+        assert_eq!(
+            modules(&names),
+            ["model.layers.{0-2,5}.self_attn.q_proj", "model.layers.3.mlp.up_proj", "lm_head"]
+        );
+    }
 
     #[test]
     fn counts_have_commas() {

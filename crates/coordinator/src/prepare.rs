@@ -111,6 +111,7 @@ pub fn facts(summary: &Summary) -> DataFacts {
         eval_rows: summary.eval.as_ref().map_or(0, |eval| eval.rows),
         train_tokens: summary.train.tokens,
         train_trained_tokens: summary.train.trained_tokens,
+        warnings: summary.warnings.clone(),
     }
 }
 

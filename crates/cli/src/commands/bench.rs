@@ -1,15 +1,14 @@
 //! `shanty bench`: measures what this machine does.
 
-use std::{path::PathBuf, time::Instant};
+use std::{path::PathBuf, time::Duration};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use shanty_peft_core::{
-    Engine, EngineDevice, EngineOptions, NoSink, StepKey,
-    adapter::{LoraConfig, TargetModules},
+    EngineDevice,
     backend::cuda::Precision,
-    batch::Row,
+    bench::{self, StepBench, StepBenchOptions},
     model::ModelConfig,
-    optim::{AdamW, AdamWOptions, clip_factor, global_norm},
+    plan::Recompute,
     quant::Nf4Options,
 };
 
@@ -66,18 +65,43 @@ struct StepArgs {
     /// Threads to compute with
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=4096))]
     threads: u16,
-    /// Steps to measure, after one that is not
+    /// Whether activations are kept or computed again
+    #[arg(long, value_enum, default_value_t)]
+    recompute: BenchRecompute,
+    /// Steps to measure, after two that are not
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     steps: u32,
 }
 
+/// What becomes of activations between forward and backward.
+#[derive(Debug, Clone, Copy, Default, clap::ValueEnum)]
+enum BenchRecompute {
+    /// From the memory that is there.
+    #[default]
+    Auto,
+    /// Keep them.
+    Never,
+    /// Keep layer inputs, compute the rest again.
+    Layers,
+}
+
+impl From<BenchRecompute> for Recompute {
+    fn from(recompute: BenchRecompute) -> Self {
+        match recompute {
+            BenchRecompute::Auto => Self::Auto,
+            BenchRecompute::Never => Self::Never,
+            BenchRecompute::Layers => Self::Layers,
+        }
+    }
+}
+
 /// Devices that can be measured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, clap::ValueEnum)]
 enum BenchDevice {
     /// The CPU.
     #[default]
     Cpu,
-    /// An NVIDIA card.
+    /// The first NVIDIA card, or an error.
     Cuda,
 }
 
@@ -114,119 +138,86 @@ fn step(args: &StepArgs, ui: &Ui) -> CommandResult<Exit> {
         let rule = format!("must be from 2 to the model's context of {} tokens", config.max_positions);
         return Err(Error::Impossible { flag: "--length", value: args.length.to_string(), rule }.into());
     }
-    let mut bench = Bench::load(args, &config)?;
-    bench.step(0)?;
-    let mut seconds = Vec::with_capacity(args.steps as usize);
-    for number in 1..=u64::from(args.steps) {
-        let began = Instant::now();
-        bench.step(number)?;
-        seconds.push(began.elapsed().as_secs_f64());
-    }
-    seconds.sort_by(f64::total_cmp);
-    let median = seconds[seconds.len() / 2];
-    let tokens = u64::from(args.batch) * args.length as u64;
-    // On a card, what the engine reserved there; else what the process held.
-    let peak = bench.engine.card().map(|(_, peak)| peak).or_else(peak_memory_bytes);
+    let options = StepBenchOptions {
+        base: args.model.clone(),
+        device: match args.device {
+            BenchDevice::Cpu => EngineDevice::Cpu,
+            BenchDevice::Cuda => EngineDevice::Cuda { index: 0, precision: args.precision.into() },
+        },
+        quantization: (args.quantization == BaseQuantization::Nf4).then(Nf4Options::default),
+        r: args.rank as usize,
+        dropout: 0.0,
+        rows: args.batch as usize,
+        micro_batch_rows: args.micro_batch.map(|rows| rows as usize),
+        length: args.length,
+        threads: usize::from(args.threads),
+        recompute: args.recompute.into(),
+        steps: args.steps as usize,
+    };
+    let bench = bench::step(&options)?;
+    let total: Duration = bench.profile.iter().map(|spent| spent.time).sum();
+    let profile: Vec<Value> = bench
+        .profile
+        .iter()
+        .filter(|spent| !spent.time.is_zero())
+        .map(|spent| {
+            json!({
+                "operation": spent.operation,
+                "seconds": spent.time.as_secs_f64() / f64::from(args.steps),
+                "share": spent.time.as_secs_f64() / total.as_secs_f64(),
+            })
+        })
+        .collect();
     let result = json!({
-        "device": if args.device == BenchDevice::Cuda { "cuda" } else { "cpu" },
-        "card": bench.engine.card().map(|(name, _)| name),
+        "device": bench.device,
+        "card": bench.card,
         "shape": {
             "model": args.model, "batch": args.batch, "length": args.length, "rank": args.rank,
             "layers": config.layers, "hidden": config.hidden_size, "vocabulary": config.vocabulary_size,
             "quantization": if args.quantization == BaseQuantization::Nf4 { "nf4" } else { "none" },
-            "threads": bench.engine.threads(), "micro_batch": bench.engine.micro_batch_rows(),
+            "threads": bench.threads, "micro_batch": bench.plan.micro_batch_rows,
         },
-        "tokens_per_second": tokens as f64 / median,
-        "step_seconds": median,
+        "tokens_per_second": bench.tokens_per_second,
+        "step_seconds": bench.step_seconds,
         "steps": args.steps,
-        "peak_memory_bytes": peak,
-        "base_memory_bytes": bench.engine.plan().base_bytes,
-        "trainable_parameters": bench.parameters.len(),
+        "peak_memory_bytes": bench.peak_memory_bytes,
+        "device_memory_bytes": null,
+        "base_memory_bytes": bench.base_memory_bytes,
+        "floor_fraction": bench.floor_fraction,
+        "product_gigaflops": bench.product_gigaflops,
+        "trainable_parameters": bench.trainable_parameters,
+        "profile": profile,
     });
-    ui.data(&result, |_| {
-        format!(
-            "{} tokens/s  {:.1} ms a step (median of {})  peak memory {}  base {}",
-            format::count((tokens as f64 / median).round() as u64),
-            1000.0 * median,
-            args.steps,
-            format::bytes(peak.unwrap_or(0)),
-            format::bytes(bench.engine.plan().base_bytes),
-        )
-    })?;
+    ui.data(&result, |_| people(args, &bench, total))?;
     Ok(Exit::Done)
 }
 
-/// A training step without data, network or disk.
-struct Bench {
-    engine: Engine,
-    parameters: Vec<f32>,
-    gradient: Vec<f32>,
-    optimizer: AdamW,
-    rows: Vec<Row>,
-}
-
-impl Bench {
-    fn load(args: &StepArgs, config: &ModelConfig) -> CommandResult<Self> {
-        let options = EngineOptions {
-            quantization: (args.quantization == BaseQuantization::Nf4).then(Nf4Options::default),
-            lora: Some(LoraConfig {
-                base_model_name_or_path: None,
-                r: args.rank as usize,
-                lora_alpha: 2.0 * f64::from(args.rank),
-                lora_dropout: 0.0,
-                use_rslora: false,
-                target_modules: TargetModules::all_linear(),
-            }),
-            device: match args.device {
-                BenchDevice::Cpu => EngineDevice::Cpu,
-                BenchDevice::Cuda => EngineDevice::Cuda { index: 0, precision: args.precision.into() },
-            },
-            threads: usize::from(args.threads),
-            micro_batch_rows: Some(args.micro_batch.unwrap_or(args.batch).min(args.batch) as usize),
-            ..EngineOptions::new(&args.model, args.length)
-        };
-        let engine = Engine::load(options, &mut |_| {})?;
-        let parameters = engine.initial_parameters(17);
-        Ok(Self {
-            gradient: vec![0.0; parameters.len()],
-            optimizer: AdamW::new(AdamWOptions::default(), parameters.len()),
-            rows: rows(args, config.vocabulary_size),
-            parameters,
-            engine,
-        })
+fn people(args: &StepArgs, bench: &StepBench, total: Duration) -> String {
+    let mut lines = vec![
+        format!(
+            "{} tokens/s  {:.1} ms a step (median of {})  peak memory {}  base {}",
+            format::count(bench.tokens_per_second.round() as u64),
+            1000.0 * bench.step_seconds,
+            args.steps,
+            format::bytes(bench.peak_memory_bytes),
+            format::bytes(bench.base_memory_bytes),
+        ),
+        bench.card.clone(),
+    ];
+    if let (Some(rate), Some(floor)) = (bench.product_gigaflops, bench.floor_fraction) {
+        lines.push(format!(
+            "{} threads  a large product runs at {rate:.0} GFLOP/s; products alone would take {:.0} % of the step",
+            bench.threads,
+            100.0 * floor,
+        ));
     }
-
-    /// One update as a worker makes it, but for the reduction.
-    fn step(&mut self, number: u64) -> CommandResult<()> {
-        self.gradient.fill(0.0);
-        let key = StepKey { seed: 17, step: number };
-        let mut tokens = 0;
-        for rows in self.rows.chunks(self.engine.micro_batch_rows()) {
-            let sum =
-                self.engine.forward_backward(&self.parameters, rows, key, &mut self.gradient, &mut NoSink)?;
-            tokens += sum.tokens;
-        }
-        let scale = 1.0 / tokens.max(1) as f64;
-        // Random tokens teach nothing; a step that fails to be finite would be a defect, and is shown as one.
-        let factor = clip_factor(scale * global_norm(&self.gradient), 1.0).unwrap_or(f64::NAN);
-        self.optimizer.update(&mut self.parameters, &self.gradient, scale * factor, 1e-4)?;
-        Ok(())
+    for spent in bench.profile.iter().filter(|spent| !spent.time.is_zero()) {
+        lines.push(format!(
+            "  {:<20} {:>8.1} ms  {:>5.1} %",
+            format!("{:?}", spent.operation),
+            1000.0 * spent.time.as_secs_f64() / f64::from(args.steps),
+            100.0 * spent.time.as_secs_f64() / total.as_secs_f64(),
+        ));
     }
-}
-
-/// Random tokens, the same on every machine. Token 0 is left out: it pads in many vocabularies.
-fn rows(args: &StepArgs, vocabulary: usize) -> Vec<Row> {
-    let mut state = 17u64;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        1 + ((state >> 33) as usize % (vocabulary - 1).max(1)) as u32
-    };
-    (0..u64::from(args.batch)).map(|id| Row::whole(id, (0..args.length).map(|_| next()).collect())).collect()
-}
-
-/// The most memory that this process held, as the system counts it.
-fn peak_memory_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = text.lines().find(|line| line.starts_with("VmHWM:"))?;
-    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+    lines.join("\n")
 }

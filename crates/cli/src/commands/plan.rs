@@ -148,7 +148,7 @@ fn render(plan: &Plan, spec: &JobSpec, color: bool) -> String {
         ),
         format!("{}{} modules", head("matched"), plan.matched_modules.len()),
     ];
-    lines.extend(plan.matched_modules.iter().map(|module| format!("{:12}{module}", "")));
+    lines.extend(format::modules(&plan.matched_modules).iter().map(|module| format!("{:12}{module}", "")));
     lines.push(format!(
         "{}{} a worker: base {}, adapter {}, optimizer {}, activations {}, scratch {}",
         head("memory"),

@@ -45,7 +45,12 @@ fn trained_adapter_opens_in_peft(job: TinyJob) {
     let adapter = place.adapter(&run).unwrap();
     let adapter = adapter.to_str().unwrap();
     let logits = ["logits", "--model", "model", "--adapter", adapter, "--quantization", "none", "--ids", IDS];
-    place.shanty.run(&[&logits[..], &["--out", "logits.safetensors"]].concat()).unwrap().expect_code(0).unwrap();
+    place
+        .shanty
+        .run(&[&logits[..], &["--out", "logits.safetensors"]].concat())
+        .unwrap()
+        .expect_code(0)
+        .unwrap();
 
     let check = Command::new(python)
         .arg(CHECK)

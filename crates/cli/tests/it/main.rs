@@ -5,6 +5,7 @@
 mod bad_input;
 mod coordinator;
 mod help;
+mod interop;
 mod resume;
 mod run;
 mod support;

@@ -47,7 +47,10 @@ def main() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = PeftModel.from_pretrained(base, given.adapter).eval()
-    complaints = [str(warning.message) for warning in caught] + heard.lines
+    # Deprecations speak of PEFT's own use of transformers, whatever adapter is opened.
+    about_code = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)
+    complaints = [str(warning.message) for warning in caught if not issubclass(warning.category, about_code)]
+    complaints += heard.lines
     if complaints:
         sys.exit("opening the adapter warned:\n" + "\n".join(complaints))
 

@@ -7,9 +7,9 @@ use shanty_proto::{Step, WorkerId};
 
 use super::{
     Machine,
-    crew::{Credit, Member},
+    crew::{Credit, LeftWith, Member},
     effect::Message,
-    event::{KeptSum, Moment, Within},
+    event::{Moment, Within},
     job::{Break, Forming, Holder, Job, Leaving, Origin, Phase},
 };
 
@@ -119,29 +119,22 @@ impl Machine {
         }
     }
 
-    pub(super) fn left(
-        &mut self,
-        now: Moment,
-        worker: &WorkerId,
-        within: &Within,
-        applied: Step,
-        kept: Option<KeptSum>,
-    ) {
+    pub(super) fn left(&mut self, now: Moment, worker: &WorkerId, within: &Within, with: LeftWith) {
         let _ = self.with_job(&within.job, |machine, job| {
             let Some(rank) = Self::rank_within(job, worker, within) else { return };
-            machine.raise(job, applied);
+            machine.raise(job, with.applied);
             let begun_from = job.generation.as_ref().map_or(Step(0), |generation| generation.start.applied);
             let member = job.crew.of_mut(worker).expect("it has a rank");
             member.credit = Credit::Out;
-            member.step = member.step.max(applied);
-            member.left = Some((applied, kept.clone()));
+            member.step = member.step.max(with.applied);
+            member.left = Some(with.clone());
             let holds_state = holds_state(member, begun_from);
             match &mut job.phase {
                 Phase::Running => machine.start_leaving(now, job, format!("{worker} left by itself"), None),
                 Phase::Leaving(_) => machine.finish_leaving(now, job),
                 Phase::Forming(forming) if holds_state => {
                     // Somebody thought lost came back before the next generation was made.
-                    let holder = Holder { rank, applied, kept };
+                    let holder = Holder { rank, applied: with.applied, kept: with.kept };
                     match &mut forming.origin {
                         Origin::Holders(holders) => drop(holders.insert(worker.clone(), holder)),
                         other => *other = Origin::Holders(BTreeMap::from([(worker.clone(), holder)])),
@@ -165,9 +158,12 @@ impl Machine {
         let begun_from = job.generation.as_ref().map_or(Step(0), |generation| generation.start.applied);
         let mut holders = BTreeMap::new();
         for member in job.crew.members.iter().filter(|member| holds_state(member, begun_from)) {
-            let (Some((applied, kept)), None) = (&member.left, &member.lost) else { continue };
+            let (Some(left), None) = (&member.left, &member.lost) else { continue };
             let rank = job.crew.rank_of(&member.worker).expect("it is a member");
-            holders.insert(member.worker.clone(), Holder { rank, applied: *applied, kept: kept.clone() });
+            holders.insert(
+                member.worker.clone(),
+                Holder { rank, applied: left.applied, kept: left.kept.clone() },
+            );
         }
         if holders.is_empty() {
             return self.all_lost(now, job);
@@ -240,5 +236,7 @@ impl Machine {
 /// Whether a member that left holds a state of this lineage. One that left before it was given the generation's has
 /// what it came with: nothing, or what it left the generation before with.
 fn holds_state(member: &Member, begun_from: Step) -> bool {
-    member.left.as_ref().is_some_and(|(applied, _)| *applied >= begun_from || member.had == Some(*applied))
+    member.left.as_ref().is_some_and(|left| {
+        left.holds_state && (left.applied >= begun_from || member.had == Some(left.applied))
+    })
 }

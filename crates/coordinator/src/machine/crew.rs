@@ -25,7 +25,7 @@ pub(crate) struct Member {
     /// The updates that its state had when the generation began; nothing for one that had none, or if a restart forgot it.
     pub had: Option<Step>,
     /// What it said when it left.
-    pub left: Option<(Step, Option<KeptSum>)>,
+    pub left: Option<LeftWith>,
     pub credit: Credit,
     pub phase: MemberPhase,
     pub step: Step,
@@ -65,6 +65,17 @@ impl Member {
             device: String::new(),
         }
     }
+}
+
+/// What a member has as it leaves a generation.
+#[derive(Debug, Clone)]
+pub struct LeftWith {
+    /// Updates applied.
+    pub applied: Step,
+    /// Whether it holds adapter and optimizer.
+    pub holds_state: bool,
+    /// The sum that it keeps.
+    pub kept: Option<KeptSum>,
 }
 
 impl Crew {

@@ -195,6 +195,13 @@ pub enum MemberPhase {
     Lost,
 }
 
+impl MemberPhase {
+    /// Whether a member in this phase is at work on a step.
+    pub(crate) fn is_of_a_step(self) -> bool {
+        matches!(self, Self::Computing | Self::Reducing)
+    }
+}
+
 /// A step was applied.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StepReport {
@@ -278,6 +285,8 @@ pub enum Said {
         within: Within,
         /// Updates applied.
         applied: Step,
+        /// Whether it holds adapter and optimizer. One that never got the generation's state does not.
+        holds_state: bool,
         /// The sum that it keeps.
         kept: Option<KeptSum>,
     },

@@ -212,7 +212,10 @@ impl Machine {
             Said::Failure { job, attempt, error } => self.failure(now, worker, &job, attempt, error),
             Said::Step(report) => self.step(now, worker, report),
             Said::Broken { within, error } => self.broken(now, worker, &within, &error),
-            Said::Left { within, applied, kept } => self.left(now, worker, &within, applied, kept),
+            Said::Left { within, applied, holds_state, kept } => {
+                let left = super::crew::LeftWith { applied, holds_state, kept };
+                self.left(now, worker, &within, left);
+            }
             Said::Checkpoint { within, step, path, size_bytes, seconds } => {
                 self.checkpoint(now, worker, &within, step, path, size_bytes, seconds);
             }
@@ -267,13 +270,17 @@ impl Machine {
         if !member.attached || member.lost.is_some() {
             return None;
         }
-        if member.phase != phase {
-            member.phase = phase;
-        }
+        // Steps alternate between computing and reducing: those who watch need not hear of each turn.
+        let tells = member.phase.is_of_a_step() != phase.is_of_a_step() || phase == MemberPhase::Evaluating;
+        let tells = tells && member.phase != phase;
+        member.phase = phase;
         member.step = member.step.max(attachment.applied);
         let credit = (running && member.left.is_none()).then_some((attachment.generation, up_to));
         if credit.is_some() {
             member.credit = Credit::Until(now.monotonic + self.options.credit);
+        }
+        if tells {
+            self.changed.insert(job.id.clone());
         }
         self.raise(job, attachment.applied);
         credit

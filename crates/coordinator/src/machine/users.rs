@@ -204,12 +204,16 @@ impl Machine {
                 let hint = "submit a new job: steps of two data sets do not make one run";
                 return machine.fail(now, job, Diagnostic::new("SH0774", message).hint(hint));
             }
+            let warnings = facts.warnings.clone();
             if let Err(error) = job.set_facts(facts) {
                 return machine.fail(now, job, error.diagnostic());
             }
             let origin = if job.generation.is_none() { Origin::Fresh } else { Origin::Fenced };
             job.phase = Phase::Forming(Forming { origin, enough_since: None });
             machine.note(now, job, "prepared", text);
+            for warning in warnings {
+                machine.note(now, job, "warning", warning);
+            }
             machine.save(job);
         });
     }

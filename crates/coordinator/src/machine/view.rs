@@ -120,6 +120,9 @@ impl Machine {
         };
         let mut views = Vec::new();
         for (rank, member) in (0u32..).zip(&job.crew.members) {
+            if job.is_ended() && !member.attached && member.lost.is_none() {
+                continue;
+            }
             let lost = member.lost.clone().or_else(|| (!member.attached).then(|| "not connected".to_owned()));
             views.push(MemberView {
                 worker: member.worker.clone(),

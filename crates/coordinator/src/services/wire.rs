@@ -102,6 +102,7 @@ pub(crate) fn said(message: In) -> Result<Said> {
         In::Left(left) => Said::Left {
             within: within(&left.job_id, left.attempt, left.generation)?,
             applied: Step(left.applied_step),
+            holds_state: !left.state_hash.is_empty(),
             kept: left.kept.map(|kept| KeptSum { step: Step(kept.step), rows: kept.row_ids }),
         },
         In::Checkpoint(written) => Said::Checkpoint {

@@ -195,7 +195,7 @@ impl Worker {
                 let applied = self.state.applied();
                 let kept = (!self.sum.is_empty())
                     .then(|| KeptSum { step: Step(applied + 1), rows: self.sum.clone() });
-                let left = Said::Left { within, applied: Step(applied), kept };
+                let left = Said::Left { within, applied: Step(applied), holds_state: true, kept };
                 let member = self.member.as_mut().expect("it is within one");
                 member.doing = Doing::Left;
                 member.said_left = Some(left.clone());

@@ -310,3 +310,16 @@ fn generations_that_never_make_a_step_fail_the_job() {
     assert_eq!(stage.view().state, JobState::Failed);
     assert!(stage.view().reason.contains("20 generations in a row"), "{}", stage.view().reason);
 }
+
+#[test]
+fn one_that_never_held_the_state_is_no_survivor() {
+    let mut stage = Stage::running(1, 2, 10, &["a", "b"]);
+    stage.down("b");
+    stage.left_empty_handed("a", 1);
+    assert!(stage.published("all_lost").is_some(), "a has nothing to go on with");
+    assert!(
+        stage
+            .formed("a")
+            .is_none_or(|(_, generation)| !matches!(generation.start.source, Source::Members { .. }))
+    );
+}

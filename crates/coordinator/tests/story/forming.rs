@@ -1,5 +1,5 @@
 use shanty_coordinator::machine::{
-    Effect, Message,
+    Effect, MemberPhase, Message,
     record::{JobState, Source},
 };
 use shanty_diagnostic::{Diagnostic, Kind};
@@ -150,4 +150,19 @@ fn a_credit_names_the_generation_and_ends_a_few_steps_ahead() {
     assert_eq!(stage.beat("a", 1, 0, 95), Some(100));
     stage.down("b");
     assert_eq!(stage.beat("a", 1, 0, 95), None, "the generation is being left");
+}
+
+#[test]
+fn watchers_hear_when_a_member_gets_to_work_and_not_of_each_beat() {
+    let mut stage = Stage::running(1, 2, 10, &["a", "b"]);
+    let told = |stage: &Stage| stage.effects.iter().any(|effect| matches!(effect, Effect::StatusChanged(_)));
+    let told_after = |stage: &mut Stage, phase| {
+        stage.beat_in("a", 0, phase);
+        told(stage)
+    };
+    assert!(!told_after(&mut stage, MemberPhase::Computing), "it computed before");
+    assert!(!told_after(&mut stage, MemberPhase::Reducing));
+    assert!(told_after(&mut stage, MemberPhase::Waiting));
+    assert!(!told_after(&mut stage, MemberPhase::Waiting));
+    assert!(told_after(&mut stage, MemberPhase::Computing));
 }

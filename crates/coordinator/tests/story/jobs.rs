@@ -133,6 +133,7 @@ fn resume_of_changed_data_is_refused() {
         eval_rows: 0,
         train_tokens: 1,
         train_trained_tokens: 1,
+        warnings: Vec::new(),
     };
     stage.tell(Event::PrepareEnded { job: job(), attempt: Attempt(2), outcome: Ok(facts) });
     assert_eq!(stage.view().state, JobState::Failed);

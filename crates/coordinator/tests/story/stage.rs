@@ -145,6 +145,7 @@ impl Stage {
             eval_rows: 2,
             train_tokens: 1000,
             train_trained_tokens: 140,
+            warnings: Vec::new(),
         };
         let job = JobId::new(name).unwrap();
         self.tell(Event::PrepareEnded { job, attempt: Attempt(self.attempt), outcome: Ok(facts) });
@@ -195,6 +196,12 @@ impl Stage {
         credit.expect("an acknowledgement").map(|(_, up_to)| up_to.0)
     }
 
+    /// A beat of a member before its first step, in some phase.
+    pub fn beat_in(&mut self, name: &str, rank: u32, phase: MemberPhase) {
+        let attachment = Some(self.attachment(1, rank, 0));
+        self.say(name, Said::Beat { sequence: 5, phase, attachment });
+    }
+
     pub fn beat_alone(&mut self, name: &str) {
         let session = self.sessions[name];
         let message = Said::Beat { sequence: 6, phase: MemberPhase::Idle, attachment: None };
@@ -222,10 +229,16 @@ impl Stage {
         self.say(name, Said::Step(report));
     }
 
+    /// Leaves a generation without ever having held its state.
+    pub fn left_empty_handed(&mut self, name: &str, generation: u64) {
+        let within = self.within(generation);
+        self.say(name, Said::Left { within, applied: Step(0), holds_state: false, kept: None });
+    }
+
     pub fn left(&mut self, name: &str, generation: u64, applied: u64, kept: &[u64]) {
         let kept = (!kept.is_empty()).then(|| KeptSum { step: Step(applied + 1), rows: kept.to_vec() });
         let (within, applied) = (self.within(generation), Step(applied));
-        self.say(name, Said::Left { within, applied, kept });
+        self.say(name, Said::Left { within, applied, holds_state: true, kept });
     }
 
     pub fn down(&mut self, name: &str) {

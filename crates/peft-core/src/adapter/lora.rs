@@ -9,7 +9,7 @@
 
 use crate::{
     adapter::ParameterEntry,
-    backend::{Backend, View, ViewMut},
+    backend::{Backend, Product, View, ViewMut},
     random::DropoutKey,
 };
 
@@ -75,13 +75,13 @@ impl<'a, B: Backend> Lora<'a, B> {
         backend.gemm(1.0, x, false, self.a, true, 0.0, projected);
     }
 
-    /// `y += s projected Bᵀ`; `y` `[T, out]`.
-    pub fn expand(&self, backend: &B, projected: View<'_, B>, y: ViewMut<'_, B>) {
-        backend.gemm(self.scale, projected, false, self.b, true, 1.0, y);
+    /// `s projected Bᵀ` `[T, out]`: what the branch adds to the layer's output.
+    pub fn expansion<'b>(&'b self, projected: View<'b, B>) -> Product<'b, B> {
+        Product { alpha: self.scale, a: projected, transpose_a: false, b: self.b, transpose_b: true }
     }
 
-    /// Adds the gradients of A and B to the `flat` gradient, where they lie as A and B do in the parameters, and the
-    /// branch's part of `dx` where that is wanted.
+    /// Adds the gradients of A and B to the `flat` gradient, where they lie as A and B do in the parameters, and leaves
+    /// dp in `scratch.narrow`, for [`Lora::contraction`] or [`Lora::input_gradient`].
     #[expect(clippy::too_many_arguments, reason = "what the forward pass had, and where gradients go")]
     pub fn backward(
         &self,
@@ -90,9 +90,8 @@ impl<'a, B: Backend> Lora<'a, B> {
         x: View<'_, B>,
         projected: View<'_, B>,
         dy: View<'_, B>,
-        dx: Option<ViewMut<'_, B>>,
         flat: &mut B::Buffer,
-        scratch: LoraScratch<'_, B>,
+        scratch: &mut LoraScratch<'_, B>,
     ) {
         let (tokens, rank) = (x.rows, self.rank());
         let db = ViewMut::<B>::at(&mut *flat, self.b.offset, self.b.rows, rank);
@@ -105,15 +104,30 @@ impl<'a, B: Backend> Lora<'a, B> {
         let dropped = self.dropped(backend, batch, x, &mut *scratch.wide);
         let da = ViewMut::<B>::at(flat, self.a.offset, rank, self.a.columns);
         backend.gemm(1.0, dp, true, dropped, false, 1.0, da);
+    }
 
-        let Some(dx) = dx else { return };
+    /// `dp A` `[T, in]`: what the branch adds to the gradient of its input where nothing is dropped.
+    pub fn contraction<'b>(&'b self, dp: View<'b, B>) -> Product<'b, B> {
+        Product { alpha: 1.0, a: dp, transpose_a: false, b: self.a, transpose_b: false }
+    }
+
+    /// `dx += mask (dp A)`, with dp in `scratch.narrow`.
+    pub fn input_gradient(
+        &self,
+        backend: &B,
+        batch: &B::Batch,
+        dx: ViewMut<'_, B>,
+        scratch: &mut LoraScratch<'_, B>,
+    ) {
+        let dp = View::<B>::new(&*scratch.narrow, dx.rows, self.rank());
         let Some(dropout) = self.dropout else {
             backend.gemm(1.0, dp, false, self.a, false, 1.0, dx);
             return;
         };
-        let wide = ViewMut::<B>::new(&mut *scratch.wide, tokens, self.a.columns);
+        let (rows, columns) = (dx.rows, self.a.columns);
+        let wide = ViewMut::<B>::new(&mut *scratch.wide, rows, columns);
         backend.gemm(1.0, dp, false, self.a, false, 0.0, wide);
-        let wide = View::<B>::new(&*scratch.wide, tokens, self.a.columns);
+        let wide = View::<B>::new(&*scratch.wide, rows, columns);
         backend.dropout_backward(batch, dropout.key, dropout.p, wide, dx);
     }
 

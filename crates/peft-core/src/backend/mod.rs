@@ -36,6 +36,20 @@ pub struct AttentionShape {
     pub scale: f32,
 }
 
+/// `alpha op(a) op(b)`, where `op` transposes if the flag is set.
+pub struct Product<'a, B: Backend> {
+    /// Multiplies the product.
+    pub alpha: f32,
+    /// The left factor.
+    pub a: View<'a, B>,
+    /// Whether rows and columns of `a` change places.
+    pub transpose_a: bool,
+    /// The right factor.
+    pub b: View<'a, B>,
+    /// Whether rows and columns of `b` change places.
+    pub transpose_b: bool,
+}
+
 /// How large a micro-batch may get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchRoom {
@@ -131,6 +145,21 @@ pub trait Backend: Sized + Send + Sync + 'static {
         beta: f32,
         c: ViewMut<'_, Self>,
     );
+    /// `c = first + second + beta c`: a layer and its branch. A backend may do both in one pass over `c`.
+    fn gemm_pair(
+        &self,
+        first: Product<'_, Self>,
+        second: Product<'_, Self>,
+        beta: f32,
+        mut c: ViewMut<'_, Self>,
+    ) {
+        let mut multiply = |product: Product<'_, Self>, beta| {
+            let Product { alpha, a, transpose_a, b, transpose_b } = product;
+            self.gemm(alpha, a, transpose_a, b, transpose_b, beta, c.reborrow());
+        };
+        multiply(first, beta);
+        multiply(second, 1.0);
+    }
     /// `to = value` everywhere.
     fn fill(&self, value: f32, to: ViewMut<'_, Self>);
     /// `to = from`.

@@ -5,7 +5,7 @@
 
 use crate::{
     adapter::lora::{Lora, LoraScratch},
-    backend::{Backend, View, ViewMut},
+    backend::{Backend, Product, View, ViewMut},
 };
 
 /// Weights of a linear layer, ready for use.
@@ -33,13 +33,16 @@ impl<B: Backend> Linear<'_, B> {
         wide: &mut B::Buffer,
     ) {
         let beta = if accumulate { 1.0 } else { 0.0 };
-        backend.gemm(1.0, x, false, self.weight, true, beta, y.reborrow());
-        if let Some(bias) = self.bias {
-            backend.add_bias(bias, y.reborrow());
-        }
+        let frozen = Product { alpha: 1.0, a: x, transpose_a: false, b: self.weight, transpose_b: true };
         if let Some(lora) = &self.lora {
             lora.project(backend, batch, x, wide, ViewMut::<B>::new(&mut *projected, x.rows, lora.rank()));
-            lora.expand(backend, View::<B>::new(projected, x.rows, lora.rank()), y);
+            let branch = lora.expansion(View::<B>::new(projected, x.rows, lora.rank()));
+            backend.gemm_pair(frozen, branch, beta, y.reborrow());
+        } else {
+            backend.gemm(1.0, x, false, self.weight, true, beta, y.reborrow());
+        }
+        if let Some(bias) = self.bias {
+            backend.add_bias(bias, y);
         }
     }
 
@@ -54,17 +57,28 @@ impl<B: Backend> Linear<'_, B> {
         projected: &B::Buffer,
         dy: View<'_, B>,
         accumulate: bool,
-        mut dx: Option<ViewMut<'_, B>>,
+        dx: Option<ViewMut<'_, B>>,
         flat: &mut B::Buffer,
-        scratch: LoraScratch<'_, B>,
+        mut scratch: LoraScratch<'_, B>,
     ) {
-        if let Some(dx) = &mut dx {
-            let beta = if accumulate { 1.0 } else { 0.0 };
-            backend.gemm(1.0, dy, false, self.weight, false, beta, dx.reborrow());
-        }
         if let Some(lora) = &self.lora {
             let projected = View::<B>::new(projected, x.rows, lora.rank());
-            lora.backward(backend, batch, x, projected, dy, dx, flat, scratch);
+            lora.backward(backend, batch, x, projected, dy, flat, &mut scratch);
+        }
+        let Some(mut dx) = dx else { return };
+        let beta = if accumulate { 1.0 } else { 0.0 };
+        let frozen = Product { alpha: 1.0, a: dy, transpose_a: false, b: self.weight, transpose_b: false };
+        match &self.lora {
+            Some(lora) if lora.dropout.is_none() => {
+                let narrow = View::<B>::new(&*scratch.narrow, x.rows, lora.rank());
+                backend.gemm_pair(frozen, lora.contraction(narrow), beta, dx);
+            }
+            lora => {
+                backend.gemm(1.0, dy, false, self.weight, false, beta, dx.reborrow());
+                if let Some(lora) = lora {
+                    lora.input_gradient(backend, batch, dx, &mut scratch);
+                }
+            }
         }
     }
 }

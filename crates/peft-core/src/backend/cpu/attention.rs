@@ -77,7 +77,7 @@ pub(super) fn forward(
         batch.with_lane(|lane| {
             let scores = &mut lane[..tile.queries * tile.keys];
             let target = Target { offset: 0, stride: tile.keys };
-            multiply(shape.scale, queries, keys.transposed(), 0.0, scores, target, 0);
+            multiply(shape.scale, queries, keys.transposed(), 0.0, scores, target);
             let mut factors = [0.0; TILE];
             for (i, scores) in scores.chunks_exact_mut(tile.keys).enumerate() {
                 let (seen, unseen) = scores.split_at_mut(tile.first_keys + i);
@@ -93,7 +93,7 @@ pub(super) fn forward(
                 Target { offset: out_offset + row * out_stride + query_head * dim, stride: out_stride };
             let scores = Operand::new(scores, 0, tile.queries, tile.keys, tile.keys);
             // SAFETY: rows and columns of this task's own tile and head.
-            unsafe { multiply_shared(1.0, scores, values, 0.0, out, target, 0) };
+            unsafe { multiply_shared(1.0, scores, values, 0.0, out, target) };
             for (i, factor) in factors[..tile.queries].iter().enumerate() {
                 // SAFETY: as above.
                 math::scale(unsafe { out.stretch(target.offset + i * out_stride, dim) }, *factor);
@@ -161,8 +161,8 @@ pub(super) fn backward(
                     let values = head(v, span.key_start, tile.keys, kv_head, dim);
                     let dout_tile = head(dout, row, tile.queries, query_head, dim);
                     let tight = Target { offset: 0, stride: tile.keys };
-                    multiply(shape.scale, queries, keys.transposed(), 0.0, p, tight, 0);
-                    multiply(1.0, dout_tile, values.transposed(), 0.0, ds, tight, 0);
+                    multiply(shape.scale, queries, keys.transposed(), 0.0, p, tight);
+                    multiply(1.0, dout_tile, values.transposed(), 0.0, ds, tight);
                     for i in 0..tile.queries {
                         let range = i * tile.keys..(i + 1) * tile.keys;
                         let (p_seen, p_unseen) = p[range.clone()].split_at_mut(tile.first_keys + i);
@@ -185,9 +185,9 @@ pub(super) fn backward(
                     // SAFETY: rows of this task's span; columns of query heads that belong to its key head, and of
                     // that key head.
                     unsafe {
-                        multiply_shared(1.0, ds, keys, 0.0, dq, dq_target, 0);
-                        multiply_shared(1.0, ds.transposed(), queries, 1.0, dk, dk_target, 0);
-                        multiply_shared(1.0, p.transposed(), dout_tile, 1.0, dv, dv_target, 0);
+                        multiply_shared(1.0, ds, keys, 0.0, dq, dq_target);
+                        multiply_shared(1.0, ds.transposed(), queries, 1.0, dk, dk_target);
+                        multiply_shared(1.0, p.transposed(), dout_tile, 1.0, dv, dv_target);
                     }
                 }
             }
@@ -197,7 +197,7 @@ pub(super) fn backward(
 
 impl Cpu {
     /// Runs `task(0) … task(count - 1)`, several at once.
-    fn tasks(&self, count: usize, task: impl Fn(usize) + Sync + Send) {
+    pub(super) fn tasks(&self, count: usize, task: impl Fn(usize) + Sync + Send) {
         self.install(|| (0..count).into_par_iter().with_max_len(1).for_each(task));
     }
 }

@@ -1,28 +1,28 @@
 //! Matrix products by the `gemm` crate, and memory that several tasks write in different places.
 //!
+//! A product is cut into [`Pieces`] by its shape alone, and each piece runs on one thread: that crate's own division
+//! between threads waits for the slowest several times a product, and a piece's part of the target stays in the
+//! second-level cache for a second product that is added to it.
+//!
 //! This is the one part of the CPU backend with raw pointers: the product's interface takes them, and attention's
 //! tasks write columns of shared rows, which slices cannot express. Bounds are checked before.
 
-use std::{
-    cell::Cell,
-    marker::PhantomData,
-    sync::atomic::{AtomicUsize, Ordering::Relaxed},
-};
+use std::{cell::Cell, marker::PhantomData, ops::Range};
 
 use gemm::Parallelism;
 
-/// Products in progress that use several threads.
-static SHARED_PRODUCTS: AtomicUsize = AtomicUsize::new(0);
+use super::{Cpu, NARROW, Operation};
+use crate::backend::ViewMut;
 
 thread_local! {
     /// Whether this thread is inside a product of its own.
     static OWN_PRODUCT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether the calling thread is inside a matrix product, or one is going on that uses several threads: the `gemm`
-/// crate takes memory for packing there, and a test that counts allocations must tell it apart.
+/// Whether the calling thread is inside a matrix product: the `gemm` crate takes memory for packing there, and a test
+/// that counts allocations must tell it apart.
 pub fn in_product() -> bool {
-    OWN_PRODUCT.try_with(Cell::get).unwrap_or(false) || SHARED_PRODUCTS.load(Relaxed) > 0
+    OWN_PRODUCT.try_with(Cell::get).unwrap_or(false)
 }
 
 /// A strided matrix that is read.
@@ -52,6 +52,18 @@ impl<'a> Operand<'a> {
             column_stride: self.row_stride,
             ..self
         }
+    }
+
+    /// Some of the rows.
+    #[must_use]
+    pub fn rows_of(self, rows: &Range<usize>) -> Self {
+        Self { offset: self.offset + rows.start * self.row_stride, rows: rows.len(), ..self }
+    }
+
+    /// Some of the columns.
+    #[must_use]
+    pub fn columns_of(self, columns: &Range<usize>) -> Self {
+        Self { offset: self.offset + columns.start * self.column_stride, columns: columns.len(), ..self }
     }
 
     fn pointer(&self) -> *const f32 {
@@ -106,7 +118,106 @@ pub(super) struct Target {
     pub stride: usize,
 }
 
-/// `out = alpha a b + beta out`; `beta` 0 never reads `out`. `threads` 0 runs on the calling thread alone.
+/// Rows or columns of a large product's target that one thread computes at a time: as fast as all at once on one
+/// thread (docs/performance.md), small enough for the second-level cache, enough of them to keep threads busy.
+const PIECE: usize = 256;
+/// The smallest piece: what one thread computes of a target with one short side.
+const SMALL_PIECE: usize = 64;
+/// Multiplications below which a product is not cut.
+const UNCUT: usize = 1 << 18;
+
+/// How a product's target is cut, along its longer side. Depends on nothing but the product's shape, so that the number
+/// of threads changes no bit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Pieces {
+    rows: usize,
+    columns: usize,
+    size: usize,
+}
+
+impl Pieces {
+    /// Of a target of `rows` x `columns`, each number a sum of `depth` products.
+    pub fn of(rows: usize, columns: usize, depth: usize) -> Self {
+        let (long, short) = (rows.max(columns), rows.min(columns));
+        let size = if rows * columns * depth < UNCUT {
+            long
+        } else if short <= SMALL_PIECE {
+            (long / 8).next_multiple_of(SMALL_PIECE).clamp(SMALL_PIECE, PIECE)
+        } else {
+            PIECE
+        };
+        Self { rows, columns, size: size.max(1) }
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.rows.max(self.columns).div_ceil(self.size)
+    }
+
+    /// Rows and columns of piece `index`.
+    pub fn piece(&self, index: usize) -> (Range<usize>, Range<usize>) {
+        let start = index * self.size;
+        if self.rows >= self.columns {
+            (start..(start + self.size).min(self.rows), 0..self.columns)
+        } else {
+            (0..self.rows, start..(start + self.size).min(self.columns))
+        }
+    }
+}
+
+/// One of the products that are summed into a target.
+#[derive(Clone, Copy)]
+pub(super) struct Factors<'a> {
+    pub alpha: f32,
+    pub a: Operand<'a>,
+    pub b: Operand<'a>,
+}
+
+/// `out = beta out + alpha a b + …`, the part of it that lies in `rows` and `columns`.
+///
+/// # Safety
+/// Nobody else touches that part of the target while this runs.
+pub(super) unsafe fn multiply_piece(
+    sum: &[Factors<'_>],
+    beta: f32,
+    out: Shared<'_>,
+    target: Target,
+    (rows, columns): (Range<usize>, Range<usize>),
+) {
+    let start = target.offset + rows.start * target.stride + columns.start;
+    let target = Target { offset: start, stride: target.stride };
+    for (index, factors) in sum.iter().enumerate() {
+        let (a, b) = (factors.a.rows_of(&rows), factors.b.columns_of(&columns));
+        let beta = if index == 0 { beta } else { 1.0 };
+        // SAFETY: as the caller promises.
+        unsafe { multiply_shared(factors.alpha, a, b, beta, out, target) };
+    }
+}
+
+impl Cpu {
+    /// `c = beta c + alpha a b + …`, in pieces.
+    pub(super) fn sum_of_products(&self, sum: &[Factors<'_>], beta: f32, c: ViewMut<'_, Self>) {
+        let (rows, columns) = (c.rows, c.columns);
+        for Factors { a, b, .. } in sum {
+            assert!(a.rows == rows && b.columns == columns, "a product's target has another shape");
+        }
+        let depth = sum.iter().map(|factors| factors.a.columns).sum();
+        let widest = sum.iter().map(|factors| factors.a.columns).max().unwrap_or(0);
+        let narrow = rows.min(columns).min(widest) <= NARROW;
+        let operation = if narrow { Operation::NarrowProduct } else { Operation::Product };
+        let target = Target { offset: c.offset, stride: c.stride };
+        let out = Shared::new(c.data);
+        let pieces = Pieces::of(rows, columns, depth);
+        self.profile.measure(operation, 2 * rows * columns * depth, || {
+            self.tasks(pieces.count(), |index| {
+                // SAFETY: pieces do not overlap, and the target is borrowed mutably.
+                unsafe { multiply_piece(sum, beta, out, target, pieces.piece(index)) }
+            });
+        });
+    }
+}
+
+/// `out = alpha a b + beta out`; `beta` 0 never reads `out`. Runs on the calling thread.
 pub(super) fn multiply(
     alpha: f32,
     a: Operand<'_>,
@@ -114,10 +225,9 @@ pub(super) fn multiply(
     beta: f32,
     out: &mut [f32],
     target: Target,
-    threads: usize,
 ) {
     // SAFETY: `out` is borrowed mutably, so nobody else touches it.
-    unsafe { multiply_shared(alpha, a, b, beta, Shared::new(out), target, threads) }
+    unsafe { multiply_shared(alpha, a, b, beta, Shared::new(out), target) }
 }
 
 /// [`multiply`] into memory that others write elsewhere.
@@ -131,7 +241,6 @@ pub(super) unsafe fn multiply_shared(
     beta: f32,
     out: Shared<'_>,
     target: Target,
-    threads: usize,
 ) {
     assert_eq!(a.columns, b.rows, "inner sizes of a product differ");
     let (m, n, k) = (a.rows, b.columns, a.columns);
@@ -141,11 +250,7 @@ pub(super) unsafe fn multiply_shared(
     assert!(target.stride >= n || m == 1, "rows of a product overlap");
     let last = target.offset + (m - 1) * target.stride + n - 1;
     assert!(last < out.length, "a product ends at {last}, its memory at {}", out.length);
-    let parallelism = if threads == 0 { Parallelism::None } else { Parallelism::Rayon(threads) };
     OWN_PRODUCT.set(true);
-    if threads > 0 {
-        SHARED_PRODUCTS.fetch_add(1, Relaxed);
-    }
     // SAFETY: both operands and the target lie in their memory, as was checked; the target's rows do not overlap and are
     // nobody else's, as the caller promises; operands are shared borrows and so cannot alias it.
     unsafe {
@@ -168,11 +273,30 @@ pub(super) unsafe fn multiply_shared(
             false,
             false,
             false,
-            parallelism,
+            Parallelism::None,
         );
     }
     OWN_PRODUCT.set(false);
-    if threads > 0 {
-        SHARED_PRODUCTS.fetch_sub(1, Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_a_target_once() {
+        for (rows, columns, depth) in
+            [(1, 1, 1), (2048, 384, 384), (16, 1000, 2048), (700, 16, 99), (512, 8192, 7)]
+        {
+            let pieces = Pieces::of(rows, columns, depth);
+            let mut seen = vec![0; rows * columns];
+            for index in 0..pieces.count() {
+                let (some_rows, some_columns) = pieces.piece(index);
+                for row in some_rows {
+                    some_columns.clone().for_each(|column| seen[row * columns + column] += 1);
+                }
+            }
+            assert!(seen.iter().all(|&times| times == 1), "{rows} x {columns} x {depth}");
+        }
     }
 }

@@ -14,12 +14,12 @@ use std::sync::{Mutex, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use self::gemm::{Operand, Target};
+use self::gemm::{Factors, Operand};
 pub use self::{
     gemm::in_product,
     profile::{NARROW, Operation, Spent},
 };
-use super::{AttentionShape, Backend, BatchRoom, Ready, View, ViewMut};
+use super::{AttentionShape, Backend, BatchRoom, Product, Ready, View, ViewMut};
 use crate::{
     batch::PackedBatch,
     engine::{GradientSink, StepError},
@@ -187,15 +187,23 @@ impl Backend for Cpu {
         beta: f32,
         c: ViewMut<'_, Self>,
     ) {
-        let (a, b) = (operand(a, transpose_a), operand(b, transpose_b));
-        assert!(a.rows == c.rows && b.columns == c.columns, "a product's target has another shape");
-        let target = Target { offset: c.offset, stride: c.stride };
-        let narrow = a.rows.min(a.columns).min(b.columns) <= NARROW;
-        let operation = if narrow { Operation::NarrowProduct } else { Operation::Product };
-        let flops = 2 * a.rows * a.columns * b.columns;
-        self.profile.measure(operation, flops, || {
-            self.install(|| gemm::multiply(alpha, a, b, beta, c.data, target, self.threads));
+        let factors = Factors { alpha, a: operand(a, transpose_a), b: operand(b, transpose_b) };
+        self.sum_of_products(&[factors], beta, c);
+    }
+
+    fn gemm_pair(
+        &self,
+        first: Product<'_, Self>,
+        second: Product<'_, Self>,
+        beta: f32,
+        c: ViewMut<'_, Self>,
+    ) {
+        let factors = [first, second].map(|Product { alpha, a, transpose_a, b, transpose_b }| Factors {
+            alpha,
+            a: operand(a, transpose_a),
+            b: operand(b, transpose_b),
         });
+        self.sum_of_products(&factors, beta, c);
     }
 
     fn fill(&self, value: f32, to: ViewMut<'_, Self>) {

@@ -11,9 +11,9 @@ use serde::Serialize;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Operation {
-    /// Products with frozen matrices, the head included.
+    /// Products with frozen matrices, the head included; with them what a branch adds to the same target.
     Product,
-    /// Products with a side of at most [`NARROW`]: the branches.
+    /// Products with a side of at most [`NARROW`]: the rest of the branches.
     NarrowProduct,
     /// Attention, forward.
     Attention,

@@ -1,0 +1,216 @@
+//! The linear layer: weight, bias, and the LoRA branch with dropout.
+
+use candle_core::{Tensor, Var};
+use shanty_peft_core::{
+    adapter::lora::{Dropout, Lora, LoraScratch},
+    backend::{View, cpu::Cpu},
+    batch::PackedBatch,
+    nn::linear::Linear,
+    random::{DropoutKey, dropout_scales},
+};
+
+use crate::{
+    SUM,
+    memory::Random,
+    scene::{
+        Field, assert_near, backward, batch, constant, cpu, fresh, gradient, rows as random_rows, variable,
+    },
+};
+
+/// Shape of a layer: features in and out, rank (0: no branch), dropout.
+#[derive(Clone, Copy)]
+struct Case {
+    input: usize,
+    output: usize,
+    rank: usize,
+    p: f32,
+    bias: bool,
+}
+
+/// Everything random that a case needs.
+struct Scene {
+    case: Case,
+    packed: PackedBatch,
+    batch: shanty_peft_core::backend::cpu::CpuBatch,
+    x: Vec<f32>,
+    weight: Vec<f32>,
+    bias: Vec<f32>,
+    /// Something else, A, something else, B: a flat vector of parameters.
+    parameters: Vec<f32>,
+    dy: Vec<f32>,
+    scale: f32,
+    key: DropoutKey,
+}
+
+const BEFORE_A: usize = 3;
+const BETWEEN: usize = 2;
+
+impl Scene {
+    fn new(cpu: &Cpu, random: &mut Random, case: Case) -> Self {
+        let Case { input, output, rank, .. } = case;
+        let (packed, batch) = batch(cpu, &random_rows(random, &[&[61], &[1, 2, 33], &[7]], 9));
+        let tokens = packed.tokens();
+        Self {
+            case,
+            batch,
+            x: random.numbers(tokens * input, 1.0),
+            weight: random.numbers(output * input, 0.1),
+            bias: random.numbers(output, 0.5),
+            parameters: random.numbers(BEFORE_A + BETWEEN + rank * (input + output), 0.5),
+            dy: random.numbers(tokens * output, 1.0),
+            scale: 0.7,
+            key: DropoutKey { seed: random.next(), step: random.next(), module: random.below(99) },
+            packed,
+        }
+    }
+
+    fn tokens(&self) -> usize {
+        self.packed.tokens()
+    }
+
+    fn b_start(&self) -> usize {
+        BEFORE_A + self.case.rank * self.case.input + BETWEEN
+    }
+
+    fn a(&self) -> &[f32] {
+        &self.parameters[BEFORE_A..BEFORE_A + self.case.rank * self.case.input]
+    }
+
+    fn b(&self) -> &[f32] {
+        &self.parameters[self.b_start()..]
+    }
+
+    fn layer(&self) -> Linear<'_, Cpu> {
+        let Case { input, output, rank, p, bias } = self.case;
+        let lora = (rank > 0).then(|| Lora {
+            a: View::<Cpu>::at(&self.parameters, BEFORE_A, rank, input),
+            b: View::<Cpu>::at(&self.parameters, self.b_start(), output, rank),
+            scale: self.scale,
+            dropout: (p > 0.0).then_some(Dropout { p, key: self.key }),
+        });
+        Linear {
+            weight: View::<Cpu>::new(&self.weight, output, input),
+            bias: bias.then(|| View::<Cpu>::new(&self.bias, 1, output)),
+            lora,
+        }
+    }
+
+    /// y and the variables x, A, B, in candle.
+    fn oracle(&self) -> (Tensor, Var, Option<(Var, Var)>) {
+        let Case { input, output, rank, p, bias } = self.case;
+        let tokens = self.tokens();
+        let x = variable(&self.x, tokens, input);
+        let weight = constant(&self.weight, output, input);
+        let mut y = x.matmul(&weight.t().unwrap()).unwrap();
+        if bias {
+            y = y.broadcast_add(&constant(&self.bias, 1, output)).unwrap();
+        }
+        if rank == 0 {
+            return (y, x, None);
+        }
+        let (a, b) = (variable(self.a(), rank, input), variable(self.b(), output, rank));
+        let mut mask = vec![1.0; tokens * input];
+        for (token, mask) in mask.chunks_exact_mut(input).enumerate() {
+            dropout_scales(self.key, self.packed.sample_ids[token], self.packed.positions[token], p, mask);
+        }
+        let dropped = (x.as_tensor() * constant(&mask, tokens, input)).unwrap();
+        let branch = dropped.matmul(&a.t().unwrap()).unwrap().matmul(&b.t().unwrap()).unwrap();
+        let y = (y + (branch * f64::from(self.scale)).unwrap()).unwrap();
+        (y, x, Some((a, b)))
+    }
+
+    fn check(&self, cpu: &Cpu, random: &mut Random, accumulate: bool) {
+        let Case { input, output, rank, .. } = self.case;
+        let tokens = self.tokens();
+        let (wanted, x_in, branch) = self.oracle();
+        let gradients = backward(&wanted, &self.dy);
+        let (layer, x) = (self.layer(), Field::holding(&self.x, tokens, input));
+        let mut start = |columns: usize| {
+            if accumulate { random.numbers(tokens * columns, 1.0) } else { vec![0.0; tokens * columns] }
+        };
+        let (y_before, dx_before) = (start(output), start(input));
+        let target = |before: &[f32], columns: usize| {
+            if accumulate {
+                Field::holding(before, tokens, columns)
+            } else {
+                Field::poisoned(tokens, columns)
+            }
+        };
+
+        let mut y = target(&y_before, output);
+        let (mut projected, mut wide) = (vec![f32::NAN; tokens * rank], vec![f32::NAN; tokens * input]);
+        layer.forward(cpu, &self.batch, x.view(), accumulate, y.view_mut(), &mut projected, &mut wide);
+        assert_near("y", &y.added_to(&y_before), &wanted, SUM);
+
+        // The flat gradient is added to: A's and B's places hold something, their neighbours are nobody's business.
+        let flat_before = random.numbers(self.parameters.len(), 1.0);
+        let (dy, mut dx) = (Field::holding(&self.dy, tokens, output), target(&dx_before, input));
+        for input_gradient in [true, false] {
+            let (mut flat, mut narrow) = (flat_before.clone(), vec![f32::NAN; tokens * rank]);
+            wide.fill(f32::NAN);
+            let scratch = LoraScratch::<Cpu> { wide: &mut wide, narrow: &mut narrow };
+            let into = input_gradient.then(|| dx.view_mut());
+            layer.backward(
+                cpu,
+                &self.batch,
+                x.view(),
+                &projected,
+                dy.view(),
+                accumulate,
+                into,
+                &mut flat,
+                scratch,
+            );
+            let added: Vec<f32> =
+                flat.iter().zip(&flat_before).map(|(after, before)| after - before).collect();
+            let (da, db) = (BEFORE_A..BEFORE_A + rank * input, self.b_start()..self.parameters.len());
+            if let Some((a_in, b_in)) = &branch {
+                assert_near("dA", &added[da.clone()], &gradient(&gradients, a_in), SUM);
+                assert_near("dB", &added[db.clone()], &gradient(&gradients, b_in), SUM);
+            }
+            let outside = (0..flat.len()).filter(|at| !da.contains(at) && !db.contains(at));
+            assert!(outside.into_iter().all(|at| added[at] == 0.0), "a neighbour's gradient was touched");
+        }
+        assert_near("dx", &dx.added_to(&dx_before), &gradient(&gradients, &x_in), SUM);
+    }
+}
+
+#[test]
+fn a_frozen_layer_with_and_without_bias() {
+    let (cpu, mut random) = (cpu(), fresh());
+    for bias in [false, true] {
+        for (input, output) in [(1, 1), (48, 33), (130, 200)] {
+            let case = Case { input, output, rank: 0, p: 0.0, bias };
+            for accumulate in [false, true] {
+                Scene::new(&cpu, &mut random, case).check(&cpu, &mut random, accumulate);
+            }
+        }
+    }
+}
+
+/// Ranks below, at and above a vector register and the shortest side that counts as narrow.
+#[test]
+fn a_branch_of_any_rank() {
+    let (cpu, mut random) = (cpu(), fresh());
+    for rank in [1, 5, 8, 16, 17, 32, 70] {
+        for (input, output) in [(48, 33), (33, 130), (384, 128)] {
+            let case = Case { input, output, rank, p: 0.0, bias: false };
+            for accumulate in [false, true] {
+                Scene::new(&cpu, &mut random, case).check(&cpu, &mut random, accumulate);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_branch_with_dropout_and_bias() {
+    let (cpu, mut random) = (cpu(), fresh());
+    for rank in [1, 5, 16] {
+        for p in [0.1, 0.5] {
+            let case = Case { input: 70, output: 45, rank, p, bias: true };
+            for accumulate in [false, true] {
+                Scene::new(&cpu, &mut random, case).check(&cpu, &mut random, accumulate);
+            }
+        }
+    }
+}
