@@ -1,9 +1,11 @@
 //! House rules as code, and generated docs.
 //!
 //! - `cargo xtask tidy`: checks the house rules; each rule is a function with a test of its own.
+//! - `cargo xtask gpu-check`: packs the check of the GPU engine for a machine with a card.
 //! - `cargo xtask docs`: writes the pages that are made from the source; `--check` fails where one is stale.
 
 mod docs;
+mod gpu_check;
 mod tidy;
 mod tree;
 
@@ -20,7 +22,8 @@ usage: cargo xtask COMMAND
 
   tidy            checks the house rules
   docs            writes the pages that are made from the source
-  docs --check    fails where such a page is stale";
+  docs --check    fails where such a page is stale
+  gpu-check       packs the check of the GPU engine into .gpu/, for a machine with a card";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -41,6 +44,10 @@ fn run(arguments: &[&str]) -> Result<bool> {
         ["tidy"] => tidy::run(&root),
         ["docs"] => docs::write(&root),
         ["docs", "--check"] => docs::check(&root),
+        ["gpu-check"] => {
+            say(&gpu_check::pack(&root)?);
+            Ok(true)
+        }
         [] | ["help" | "--help" | "-h"] => {
             say(USAGE);
             Ok(true)

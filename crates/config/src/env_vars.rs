@@ -15,6 +15,10 @@ pub const SHANTY_LOG: &str = "SHANTY_LOG";
 pub const SHANTY_COORDINATOR: &str = "SHANTY_COORDINATOR";
 /// Where a test stops a process.
 pub const SHANTY_FAILPOINT: &str = "SHANTY_FAILPOINT";
+/// Where CUDA's libraries lie.
+pub const SHANTY_CUDA_LIBRARIES: &str = "SHANTY_CUDA_LIBRARIES";
+/// A compiler of GPU kernels, for tests.
+pub const SHANTY_NVRTC: &str = "SHANTY_NVRTC";
 /// Turns colour off.
 pub const NO_COLOR: &str = "NO_COLOR";
 
@@ -35,6 +39,11 @@ pub const ENVIRONMENT_VARIABLES: &[EnvironmentVariable] = &[
               `listen`.",
     },
     EnvironmentVariable {
+        name: SHANTY_CUDA_LIBRARIES,
+        doc: "Folder that is searched first for CUDA's libraries (`libnvrtc`, `libcublas`); where they lie in the toolkit, \
+              the system's folders or wheels of Python, they are found without it.",
+    },
+    EnvironmentVariable {
         name: SHANTY_FAILPOINT,
         doc: "For tests: where a process is to die, so that recovery can be watched. Leave it unset.",
     },
@@ -47,6 +56,10 @@ pub const ENVIRONMENT_VARIABLES: &[EnvironmentVariable] = &[
         name: SHANTY_LOG,
         doc: "What is logged: `error`, `warn`, `info` (the default), `debug`, `trace`, or a filter such as \
               `info,shanty_worker=debug`.",
+    },
+    EnvironmentVariable {
+        name: SHANTY_NVRTC,
+        doc: "For tests: path of a `libnvrtc`, so that all GPU kernels are compiled where there is no GPU.",
     },
     EnvironmentVariable {
         name: "SHANTY_WORKER__…",

@@ -6,7 +6,7 @@ use std::{io, path::PathBuf};
 
 use shanty_diagnostic::{Diagnose, Diagnostic, Kind};
 
-use crate::engine::StepError;
+use crate::{backend::cuda::DeviceError, engine::StepError};
 
 /// A result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -275,6 +275,9 @@ pub enum Error {
     /// A pass over rows failed.
     #[error(transparent)]
     Step(#[from] StepError),
+    /// A GPU.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 /// "1 tensor", "12 tensors".
@@ -322,6 +325,7 @@ impl Error {
             Self::Write { origin, .. } => origin.code("SH0314", "SH0409"),
             Self::Length { .. } => "SH0399",
             Self::Step(error) => error.code(),
+            Self::Device(error) => error.code(),
         }
     }
 
@@ -362,6 +366,7 @@ impl Error {
             },
             Self::Length { .. } => Kind::Internal,
             Self::Step(error) => error.kind(),
+            Self::Device(error) => error.kind(),
             _ => Kind::User,
         }
     }
@@ -369,6 +374,7 @@ impl Error {
     fn hint(&self) -> Option<String> {
         let hint = match self {
             Self::Step(error) => return error.hint(),
+            Self::Device(error) => return Some(error.hint()),
             Self::Read { origin: Origin::Base, .. } => {
                 "a base is a folder in Hugging Face layout: config.json and model.safetensors, \
                  or model.safetensors.index.json with its shards"

@@ -19,5 +19,5 @@ pub mod plan;
 pub mod quant;
 pub mod random;
 
-pub use engine::{Engine, EngineOptions, GradientSink, LossSum, NoSink, StepKey};
+pub use engine::{Engine, EngineDevice, EngineOptions, GradientSink, LossSum, NoSink, StepKey};
 pub use error::{Error, Result};

@@ -143,6 +143,7 @@ fn check(options: Nf4Options, recompute: Recompute) {
     let layout = ParameterLayout::lora(&fresh.config, &all_targets(&fresh.config), 6, 1.5);
     let setup = Setup { dropout: 0.1, recompute, rows: 3, max_length: 40, ..Setup::new(layout) };
     let request = PlanRequest {
+        accelerated: false,
         micro_batch_rows: Some(3),
         max_length: 40,
         recompute,

@@ -95,9 +95,9 @@ pub enum Error {
         /// What it said.
         reason: String,
     },
-    /// A device that this build cannot use.
-    #[error("device `{device}` was asked for: this build has no CUDA engine yet")]
-    NoCudaEngine {
+    /// The device's name makes no sense.
+    #[error("device `{device}` is unknown")]
+    UnknownDevice {
         /// The device.
         device: String,
     },
@@ -174,7 +174,9 @@ impl Diagnose for Error {
             Self::Refused { .. } => {
                 ("SH0752", Kind::User, Some("coordinator and workers must be of the same version"))
             }
-            Self::NoCudaEngine { .. } => ("SH0801", Kind::User, Some("use `--device cpu`")),
+            Self::UnknownDevice { .. } => {
+                ("SH0809", Kind::User, Some("there are `cpu`, `cuda` and `cuda:1`, `cuda:2`, …"))
+            }
         };
         let diagnostic = Diagnostic::new(code, self).kind(kind);
         match hint {

@@ -4,6 +4,8 @@ use std::{path::PathBuf, time::Duration};
 
 use serde_json::{Value, json};
 use shanty_peft_core::{
+    EngineDevice,
+    backend::cuda::Precision,
     bench::{self, StepBench, StepBenchOptions},
     model::ModelConfig,
     plan::Recompute,
@@ -39,6 +41,9 @@ struct StepArgs {
     /// Where to compute
     #[arg(long, value_enum, default_value_t)]
     device: BenchDevice,
+    /// How a card computes products
+    #[arg(long, value_enum, default_value_t)]
+    precision: BenchPrecision,
     /// The base model's folder
     #[arg(long, value_name = "DIR", default_value = "examples/tiny-llama-14m")]
     model: PathBuf,
@@ -96,6 +101,30 @@ enum BenchDevice {
     /// The CPU.
     #[default]
     Cpu,
+    /// The first NVIDIA card, or an error.
+    Cuda,
+}
+
+/// How a card computes products.
+#[derive(Debug, Clone, Copy, Default, clap::ValueEnum)]
+enum BenchPrecision {
+    /// In f32.
+    F32,
+    /// Operands in TF32, sums in f32.
+    Tf32,
+    /// Operands of large products in bf16, sums in f32.
+    #[default]
+    Bf16,
+}
+
+impl From<BenchPrecision> for Precision {
+    fn from(precision: BenchPrecision) -> Self {
+        match precision {
+            BenchPrecision::F32 => Self::F32,
+            BenchPrecision::Tf32 => Self::Tf32,
+            BenchPrecision::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
@@ -111,6 +140,10 @@ fn step(args: &StepArgs, ui: &Ui) -> CommandResult<Exit> {
     }
     let options = StepBenchOptions {
         base: args.model.clone(),
+        device: match args.device {
+            BenchDevice::Cpu => EngineDevice::Cpu,
+            BenchDevice::Cuda => EngineDevice::Cuda { index: 0, precision: args.precision.into() },
+        },
         quantization: (args.quantization == BaseQuantization::Nf4).then(Nf4Options::default),
         r: args.rank as usize,
         dropout: 0.0,
@@ -169,14 +202,15 @@ fn people(args: &StepArgs, bench: &StepBench, total: Duration) -> String {
             format::bytes(bench.peak_memory_bytes),
             format::bytes(bench.base_memory_bytes),
         ),
-        format!(
-            "{}  {} threads  a large product runs at {:.0} GFLOP/s; products alone would take {:.0} % of the step",
-            bench.card,
-            bench.threads,
-            bench.product_gigaflops,
-            100.0 * bench.floor_fraction,
-        ),
+        bench.card.clone(),
     ];
+    if let (Some(rate), Some(floor)) = (bench.product_gigaflops, bench.floor_fraction) {
+        lines.push(format!(
+            "{} threads  a large product runs at {rate:.0} GFLOP/s; products alone would take {:.0} % of the step",
+            bench.threads,
+            100.0 * floor,
+        ));
+    }
     for spent in bench.profile.iter().filter(|spent| !spent.time.is_zero()) {
         lines.push(format!(
             "  {:<20} {:>8.1} ms  {:>5.1} %",

@@ -100,6 +100,7 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
 /// The device's name on a command line. A GPU is taken where the engine can use one.
 pub(crate) fn device_name(device: Device) -> &'static str {
     match device {
+        Device::Auto if shanty_peft_core::backend::cuda::is_available() => "cuda",
         Device::Auto | Device::Cpu => "cpu",
         Device::Cuda => "cuda",
     }

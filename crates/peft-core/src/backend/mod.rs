@@ -2,20 +2,22 @@
 //!
 //! A backend owns memory and runs operations on strided [`View`]s of it. Every operation writes into views that the
 //! caller hands in; none allocates. Layers never look into a buffer: the same layer code runs on slices of
-//! host memory ([`cpu`]) and, later, on device memory.
+//! host memory ([`cpu`]) and on an NVIDIA card's memory ([`cuda`]).
 //!
 //! Each planned slot of memory is a buffer of its own, so that the borrow checker sees which operation reads and
 //! which writes it.
 
 pub mod cpu;
+pub mod cuda;
 mod view;
 
-use std::ops::DerefMut;
+use std::ops::{DerefMut, Range};
 
 pub use view::{View, ViewMut};
 
 use crate::{
     batch::PackedBatch,
+    engine::GradientSink,
     error::Result,
     model::{EmbeddingView, Matrix},
     random::DropoutKey,
@@ -57,7 +59,12 @@ pub struct BatchRoom {
     pub longest_span: usize,
     /// Columns of the widest matrix that dropout is applied to.
     pub widest: usize,
+    /// Query heads.
+    pub heads: usize,
 }
+
+/// Called when a range of the flat gradient is final.
+pub type Ready<'a, B> = dyn FnMut(Range<usize>, &<B as Backend>::Buffer) + Send + 'a;
 
 /// Tensor operations over caller-owned, strided memory. All numbers are `f32`.
 ///
@@ -84,6 +91,30 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn load_batch(&self, from: &PackedBatch, into: &mut Self::Batch);
     /// Runs `work` where operations start without a hand-over between threads.
     fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R;
+    /// Waits until all operations are done, and says what failed since the last time. Operations themselves do not fail:
+    /// after a failure they do nothing, until this tells of it.
+    ///
+    /// # Errors
+    /// The first failure.
+    fn settle(&self) -> Result<()>;
+    /// Host numbers where operations can read them: themselves, or a copy in `place`, which is reserved at first.
+    ///
+    /// # Errors
+    /// When the memory cannot be had.
+    fn lend<'a>(&self, host: &'a [f32], place: &'a mut Option<Self::Owned>) -> Result<&'a Self::Buffer>;
+    /// Calls `work` with a buffer that gradients are added to, and sees to it that they arrive in `host`, on top of what
+    /// is there. `sink` hears of each final range. `place` and `staging` are reserved at first.
+    ///
+    /// # Errors
+    /// When the memory cannot be had, or what `work` returns.
+    fn with_gradient<R>(
+        &self,
+        host: &mut [f32],
+        place: &mut Option<Self::Owned>,
+        staging: &mut Vec<f32>,
+        sink: &mut dyn GradientSink,
+        work: impl FnOnce(&mut Self::Buffer, &mut Ready<'_, Self>) -> Result<R>,
+    ) -> Result<R>;
     /// Copies host numbers into the front of `into`.
     fn upload(&self, from: &[f32], into: &mut Self::Buffer);
     /// Copies a view to the host, row after row.

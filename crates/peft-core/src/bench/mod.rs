@@ -14,7 +14,7 @@ use crate::{
         cpu::{Cpu, Operation, Spent},
     },
     batch::Row,
-    engine::{Engine, EngineOptions, LossSum, NoSink, StepKey},
+    engine::{Engine, EngineDevice, EngineOptions, LossSum, NoSink, StepKey},
     error::Result,
     model::{MemoryUse, ModelConfig},
     optim::{AdamW, AdamWOptions, clip_factor, global_norm},
@@ -28,6 +28,8 @@ use crate::{
 pub struct StepBenchOptions {
     /// The base's folder.
     pub base: PathBuf,
+    /// Where to compute.
+    pub device: EngineDevice,
     /// 4 bits, or f32.
     pub quantization: Option<Nf4Options>,
     /// Rank on all linear layers.
@@ -51,9 +53,9 @@ pub struct StepBenchOptions {
 /// What was measured.
 #[derive(Debug, Clone, Serialize)]
 pub struct StepBench {
-    /// Where it ran.
+    /// Where it ran: `cpu` or `cuda`.
     pub device: &'static str,
-    /// The processor's name.
+    /// The name of the processor, or of the card.
     pub card: String,
     /// Rows and tokens of a row.
     pub shape: [usize; 2],
@@ -63,14 +65,15 @@ pub struct StepBench {
     pub tokens_per_second: f64,
     /// The median step, forward, backward, clipping and AdamW.
     pub step_seconds: f64,
-    /// The most memory the process ever held.
+    /// The most memory the process ever held; on a card, the most that the engine reserved there.
     pub peak_memory_bytes: u64,
     /// What the base takes of it.
     pub base_memory_bytes: u64,
-    /// The time that the step's products alone would take at the rate measured in this run, by the step's time.
-    pub floor_fraction: f64,
-    /// The rate of a large product in this run, billions of multiplications and additions a second.
-    pub product_gigaflops: f64,
+    /// The time that the step's products alone would take at the rate measured in this run, by the step's time. Not
+    /// measured on a card.
+    pub floor_fraction: Option<f64>,
+    /// The rate of a large product in this run, billions of multiplications and additions a second. Not measured on a card.
+    pub product_gigaflops: Option<f64>,
     /// Trained parameters.
     pub trainable_parameters: usize,
     /// Loss per token of the last step: that the step did its work.
@@ -99,6 +102,7 @@ pub fn step(options: &StepBenchOptions) -> Result<StepBench> {
             base: options.base.clone(),
             quantization: options.quantization,
             lora: Some(lora),
+            device: options.device,
             threads: options.threads,
             recompute: options.recompute,
             micro_batch_rows: Some(options.micro_batch_rows.unwrap_or(options.rows).min(options.rows)),
@@ -133,23 +137,24 @@ pub fn step(options: &StepBenchOptions) -> Result<StepBench> {
         loss = sum.mean();
     }
     let profile = engine.take_profile();
-    let peak_memory_bytes = peak_memory();
+    let card = engine.card();
+    let peak_memory_bytes = card.as_ref().map_or_else(peak_memory, |(_, peak)| *peak);
     times.sort();
     let median = times.get(times.len() / 2).copied().unwrap_or_default().as_secs_f64();
-    let product_gigaflops = product_rate(engine.threads())? / 1e9;
+    let rate = card.is_none().then(|| product_rate(engine.threads())).transpose()?;
     let flops: u64 = profile.iter().map(|spent| spent.flops).sum();
-    let floor = flops as f64 / options.steps.max(1) as f64 / (product_gigaflops * 1e9);
+    let floor = |rate: f64| flops as f64 / options.steps.max(1) as f64 / rate / median;
     Ok(StepBench {
-        device: "cpu",
-        card: processor(),
+        device: if card.is_some() { "cuda" } else { "cpu" },
+        card: card.map_or_else(processor, |(name, _)| name.to_owned()),
         shape: [options.rows, options.length],
         threads: engine.threads(),
         tokens_per_second: (options.rows * options.length) as f64 / median,
         step_seconds: median,
         peak_memory_bytes,
         base_memory_bytes: MemoryUse::plan(&options.base, options.quantization)?.total_bytes() as u64,
-        floor_fraction: floor / median,
-        product_gigaflops,
+        floor_fraction: rate.map(floor),
+        product_gigaflops: rate.map(|rate| rate / 1e9),
         trainable_parameters: engine.layout().parameters(),
         loss,
         plan: *engine.plan(),

@@ -1,8 +1,9 @@
 //! From a base's folder to an engine, or to what an engine would take.
 
-use super::{Engine, EngineOptions, EngineParts};
+use super::{Engine, EngineDevice, EngineOptions, EngineParts, Machine};
 use crate::{
     adapter::{LoraConfig, ParameterLayout, layout::Target, targets::Matched},
+    backend::cuda::Precision,
     error::Result,
     model::{BaseSource, LoadProgress, MemoryUse, ModelConfig, ResidentBase},
     plan::{MemoryPlan, PlanRequest, Sizes},
@@ -32,16 +33,18 @@ impl Engine {
     pub fn load(options: EngineOptions, progress: &mut dyn FnMut(LoadProgress)) -> Result<Self> {
         // What can be wrong with the adapter is said before the base is read.
         let (layout, matched) = layout(&ModelConfig::load(&options.base)?, options.lora.as_ref())?;
+        // So is what is wrong with the device.
+        let machine = Machine::open(options.device, options.threads)?;
         let base = ResidentBase::load(&options.base, options.quantization, progress)?;
         let request = PlanRequest {
             base_bytes: base.memory().total_bytes() as u64,
             dequantised: options.quantization.is_some() || base.config().stored_nf4,
-            head_widened: base.head().as_f32().is_none(),
+            head_widened: base.head().as_f32().is_none() && options.widens_head(),
             ..options.request()
         };
         let hash = base.content_hash();
         let dropout = options.dropout();
-        let mut engine = Self::with_base(Box::new(base), EngineParts { layout, dropout, request })?;
+        let mut engine = Self::on(machine, Box::new(base), EngineParts { layout, dropout, request })?;
         engine.matched = matched;
         engine.base_hash = Some(hash);
         Ok(engine)
@@ -59,7 +62,8 @@ impl Engine {
         let mut request = PlanRequest {
             base_bytes: base.total_bytes() as u64,
             dequantised: options.quantization.is_some() || config.stored_nf4,
-            head_widened: head_bytes < 4 * config.vocabulary_size * config.hidden_size,
+            head_widened: head_bytes < 4 * config.vocabulary_size * config.hidden_size
+                && options.widens_head(),
             ..options.request()
         };
         if request.threads == 0 {
@@ -76,6 +80,11 @@ impl EngineOptions {
         self.lora.as_ref().map_or(0.0, |lora| lora.lora_dropout)
     }
 
+    /// Whether products need a head of f32.
+    fn widens_head(&self) -> bool {
+        !matches!(self.device, EngineDevice::Cuda { precision: Precision::Bf16, .. })
+    }
+
     fn request(&self) -> PlanRequest {
         PlanRequest {
             micro_batch_rows: self.micro_batch_rows,
@@ -87,6 +96,7 @@ impl EngineOptions {
             head_widened: false,
             dropout: self.dropout() > 0.0,
             threads: self.threads,
+            accelerated: self.device != EngineDevice::Cpu,
         }
     }
 }

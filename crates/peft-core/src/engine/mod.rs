@@ -11,6 +11,7 @@
 
 mod error;
 mod load;
+mod machine;
 mod options;
 mod passes;
 
@@ -18,16 +19,16 @@ use std::ops::Range;
 
 pub use error::StepError;
 pub use load::Estimate;
-pub use options::EngineOptions;
+pub(crate) use machine::{Machine, Parts};
+pub use options::{EngineDevice, EngineOptions};
 
 use crate::{
     adapter::{Kind, ParameterLayout, Target, targets::Matched},
-    backend::cpu::{Cpu, Spent},
+    backend::cpu::Spent,
     batch::PackedBatch,
     error::Result,
     model::{BaseSource, ModelConfig},
-    nn::rope::RopeTable,
-    plan::{Arena, MemoryPlan, PlanRequest, Sizes},
+    plan::{MemoryPlan, PlanRequest, Sizes},
 };
 
 /// What random masks of a step are drawn from.
@@ -80,7 +81,7 @@ pub type SharedBase = Box<dyn BaseSource + Send + Sync>;
 
 /// A frozen base, and passes over it with an adapter that the caller owns.
 pub struct Engine {
-    pub(crate) backend: Cpu,
+    pub(crate) machine: Machine,
     pub(crate) config: ModelConfig,
     pub(crate) base: SharedBase,
     pub(crate) layout: ParameterLayout,
@@ -88,17 +89,9 @@ pub struct Engine {
     request: PlanRequest,
     sizes: Sizes,
     plan: MemoryPlan,
-    /// Reserved at the first step: generating alone does not need it.
-    memory: Option<StepMemory>,
     packed: PackedBatch,
     matched: Matched,
     base_hash: Option<blake3::Hash>,
-}
-
-/// What a step works in.
-struct StepMemory {
-    arena: Arena<Cpu>,
-    rope: RopeTable<Cpu>,
 }
 
 /// What [`Engine::with_base`] is made of besides the base.
@@ -113,14 +106,36 @@ pub struct EngineParts {
 }
 
 impl Engine {
-    /// An engine over a base that is already there.
+    /// An engine on the processor over a base that is already there.
     ///
     /// # Errors
     /// When its threads cannot be started.
     pub fn with_base(base: SharedBase, parts: EngineParts) -> Result<Self> {
+        Self::with_base_on(EngineDevice::Cpu, base, parts)
+    }
+
+    /// As [`Engine::with_base`], on a device. The base must keep its numbers where they are in host memory.
+    ///
+    /// # Errors
+    /// When threads cannot be started, the device cannot be used, or the base does not fit it.
+    pub fn with_base_on(device: EngineDevice, base: SharedBase, parts: EngineParts) -> Result<Self> {
+        let machine = Machine::open(device, parts.request.threads)?;
+        Self::on(machine, base, parts)
+    }
+
+    /// An engine over a base that is already there. The base must keep its numbers where they are.
+    ///
+    /// # Errors
+    /// When the base does not fit the card's memory.
+    fn on(mut machine: Machine, mut base: SharedBase, parts: EngineParts) -> Result<Self> {
         let EngineParts { layout, dropout, mut request } = parts;
-        let backend = Cpu::new(request.threads)?;
-        request.threads = backend.threads();
+        machine.hold(&mut *base)?;
+        request.threads = machine.threads();
+        if let Some(card) = machine.card() {
+            // The base lies there already. The rest is free but for what the driver takes as it goes.
+            let room = card.free_bytes() / 100 * 96 + request.base_bytes;
+            request.memory_limit = Some(request.memory_limit.map_or(room, |limit| limit.min(room)));
+        }
         request.dropout = dropout > 0.0;
         let config = base.config().clone();
         let sizes = |tokens| Sizes::new(&config, &layout, tokens, request.max_length, &request);
@@ -132,7 +147,7 @@ impl Engine {
         let mut targets: Vec<Target> = targets.collect();
         targets.sort();
         Ok(Self {
-            backend,
+            machine,
             config,
             base,
             layout,
@@ -140,7 +155,6 @@ impl Engine {
             request,
             sizes,
             plan,
-            memory: None,
             packed,
             matched: Matched { targets, unused: Vec::new() },
             base_hash: None,
@@ -179,12 +193,17 @@ impl Engine {
 
     /// Where the time went since the last call, by kind of operation.
     pub fn take_profile(&self) -> Vec<Spent> {
-        self.backend.take_profile()
+        self.machine.take_profile()
     }
 
     /// Threads that work.
     pub fn threads(&self) -> usize {
-        self.backend.threads()
+        self.machine.threads()
+    }
+
+    /// The card that computes, and the most memory of it that was ever reserved; none on the processor.
+    pub fn card(&self) -> Option<(&str, u64)> {
+        self.machine.card().map(|card| (card.card(), card.peak_bytes()))
     }
 
     /// Flat parameters at their start: A as PEFT draws it, B zero.
@@ -194,18 +213,9 @@ impl Engine {
         parameters
     }
 
-    /// Sizes of a pass over `tokens` tokens of a sequence of at most `positions`.
-    pub(crate) fn sizes_for(&self, tokens: usize, positions: usize) -> Sizes {
-        Sizes::new(&self.config, &self.layout, tokens, positions, &self.request)
-    }
-
-    /// The memory of a step, reserved now if it was not yet.
-    fn reserve(&mut self) -> Result<()> {
-        if self.memory.is_none() {
-            let arena = Arena::new(&self.backend, &self.sizes, self.plan.recompute)?;
-            let rope = RopeTable::new(&self.backend, &self.config, self.sizes.max_length)?;
-            self.memory = Some(StepMemory { arena, rope });
-        }
-        Ok(())
+    /// What passes run on, taken apart: the machine, its parts, and what plans are made for.
+    pub(crate) fn take_apart(&mut self) -> (&mut Machine, Parts<'_>, &PlanRequest) {
+        let Self { machine, config, base, layout, request, .. } = self;
+        (machine, Parts { config, base: &mut **base, layout }, request)
     }
 }

@@ -2,7 +2,22 @@
 
 use std::path::PathBuf;
 
-use crate::{adapter::LoraConfig, plan::Recompute, quant::Nf4Options};
+use crate::{adapter::LoraConfig, backend::cuda::Precision, plan::Recompute, quant::Nf4Options};
+
+/// Where an engine computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum EngineDevice {
+    /// On the processor.
+    #[default]
+    Cpu,
+    /// On an NVIDIA card, or an error: never on the processor instead.
+    Cuda {
+        /// Which card, from 0.
+        index: usize,
+        /// How products are computed.
+        precision: Precision,
+    },
+}
 
 /// What an engine is loaded with.
 #[derive(Debug, Clone)]
@@ -13,6 +28,8 @@ pub struct EngineOptions {
     pub quantization: Option<Nf4Options>,
     /// What is trained; none runs the bare base.
     pub lora: Option<LoraConfig>,
+    /// Where to compute.
+    pub device: EngineDevice,
     /// Threads; 0 takes as many as the machine has.
     pub threads: usize,
     /// Keep activations or compute them again.
@@ -32,6 +49,7 @@ impl EngineOptions {
             base: base.into(),
             quantization: None,
             lora: None,
+            device: EngineDevice::Cpu,
             threads: 0,
             recompute: Recompute::Auto,
             micro_batch_rows: None,

@@ -1,12 +1,10 @@
 //! Passes over rows: training, evaluation, logits.
 
-use super::{Engine, GradientSink, LossSum, StepError, StepKey, StepMemory};
-use crate::{
-    backend::Backend,
-    batch::Row,
-    error::{Error, Result},
-    model::decoder::{Branches, Decoder, PassDropout},
+use super::{
+    Engine, GradientSink, LossSum, StepError, StepKey,
+    machine::{Parts, Pass},
 };
+use crate::{batch::Row, error::Result, model::decoder::PassDropout};
 
 impl Engine {
     /// Runs one micro-batch forward and backward: returns the summed loss of its trained tokens and **adds** the
@@ -55,47 +53,22 @@ impl Engine {
         Ok(sum)
     }
 
-    fn pass(
-        &mut self,
-        parameters: Option<&[f32]>,
+    fn pass<'a>(
+        &'a mut self,
+        parameters: Option<&'a [f32]>,
         rows: &[Row],
         dropout: Option<PassDropout>,
-        training: Option<(&mut [f32], &mut dyn GradientSink)>,
+        training: Option<(&'a mut [f32], &'a mut dyn GradientSink)>,
     ) -> Result<LossSum> {
         self.check_parameters(parameters)?;
         self.check_rows(rows)?;
         self.packed.fill(rows)?;
-        self.reserve()?;
-        let Self { backend, config, base, layout, packed, memory, .. } = self;
-        let Some(StepMemory { arena, rope }) = memory else { return Ok(LossSum::default()) };
-        backend.load_batch(packed, &mut arena.batch);
-        let (tokens, predicting) = (packed.tokens(), packed.predicting.len());
-        let branches = Branches { parameters, layout: &*layout, dropout };
-        let mut decoder = Decoder {
-            backend: &*backend,
-            config: &*config,
-            base: &mut **base,
-            branches,
-            rope,
-            arena,
-            tokens,
-            predicting,
-        };
-        let loss = backend.run(|| {
-            if predicting == 0 {
-                if let Some((gradient, sink)) = training {
-                    sink.ready(0..gradient.len(), gradient);
-                }
-                return Ok(0.0);
-            }
-            decoder.forward()?;
-            let loss = decoder.loss(training.is_some());
-            if let Some((gradient, sink)) = training {
-                decoder.backward(gradient, &mut |range, gradient| sink.ready(range, gradient))?;
-            }
-            Ok::<_, Error>(loss)
-        })?;
-        Ok(LossSum { loss, tokens: predicting as u64 })
+        let Self { machine, config, base, layout, packed, sizes, plan, .. } = self;
+        let parts = Parts { config, base: &mut **base, layout };
+        let tokens = packed.predicting.len() as u64;
+        let recompute = plan.recompute;
+        let loss = machine.pass(parts, Pass { packed, sizes, recompute, parameters, dropout, training })?;
+        Ok(LossSum { loss, tokens })
     }
 
     pub(crate) fn check_parameters(&self, parameters: Option<&[f32]>) -> Result<()> {

@@ -7,11 +7,13 @@ use std::ops::ControlFlow;
 use candle_core::{Device, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling};
 
-pub(crate) use session::Session;
+use session::Session;
 
 use crate::{
-    engine::{Engine, StepError},
+    backend::Backend,
+    engine::{Engine, Machine, Parts, StepError},
     error::Result,
+    plan::PlanRequest,
 };
 
 /// How the next token is drawn.
@@ -77,24 +79,20 @@ impl Engine {
         if prompt.is_empty() || prompt.len() > positions {
             return Err(StepError::ContextTooLong { tokens: prompt.len(), positions }.into());
         }
-        let room = positions - prompt.len();
-        let mut session = Session::new(self, prompt.len(), positions, true)?;
-        let mut processor = LogitsProcessor::from_sampling(options.seed, options.sampling());
-        let mut logits = vec![0.0; self.config().vocabulary_size];
-        let mut tokens = Vec::with_capacity(room);
-        session.advance(self, parameters, prompt, 1, &mut logits)?;
-        while tokens.len() < room {
-            let token = sample(&mut processor, &logits)?;
-            if options.stop_ids.contains(&token) {
-                break;
+        self.check_parameters(parameters)?;
+        self.check_tokens(0, prompt)?;
+        let (machine, parts, request) = self.take_apart();
+        let wanted = Wanted { prompt, positions, options };
+        match machine {
+            Machine::Cpu(worker) => {
+                let (backend, parameters) = worker.lend(parameters)?;
+                continue_prompt(backend, parts, request, parameters, &wanted, on_token)
             }
-            tokens.push(token);
-            if on_token(token).is_break() || tokens.len() == room {
-                break;
+            Machine::Cuda(worker) => {
+                let (backend, parameters) = worker.lend(parameters)?;
+                continue_prompt(backend, parts, request, parameters, &wanted, on_token)
             }
-            session.advance(self, parameters, &[token], 1, &mut logits)?;
         }
-        Ok(tokens)
     }
 
     /// Logits of every token of `ids`, all of one length, with the adapter or of the bare base:
@@ -113,17 +111,82 @@ impl Engine {
         if row_length == 0 {
             return Ok(out);
         }
-        let mut session = Session::new(self, tokens, tokens, false)?;
-        for (index, (row, out)) in ids.iter().zip(out.chunks_exact_mut(row_length)).enumerate() {
+        self.check_parameters(parameters)?;
+        for (index, row) in ids.iter().enumerate() {
             if row.len() != tokens {
                 let reason = "rows of one call must have one length";
                 return Err(StepError::MalformedRow { row: index as u64, reason }.into());
             }
-            session.restart();
-            session.advance(self, parameters, row, tokens, out)?;
+            self.check_tokens(index as u64, row)?;
+        }
+        let (machine, parts, request) = self.take_apart();
+        match machine {
+            Machine::Cpu(worker) => {
+                let (backend, parameters) = worker.lend(parameters)?;
+                all_logits(backend, parts, request, parameters, ids, &mut out)?;
+            }
+            Machine::Cuda(worker) => {
+                let (backend, parameters) = worker.lend(parameters)?;
+                all_logits(backend, parts, request, parameters, ids, &mut out)?;
+            }
         }
         Ok(out)
     }
+}
+
+/// A prompt, and how it is to go on.
+struct Wanted<'a> {
+    prompt: &'a [u32],
+    /// Tokens of prompt and continuation, at most.
+    positions: usize,
+    options: &'a SamplingOptions,
+}
+
+fn continue_prompt<B: Backend>(
+    backend: &B,
+    mut parts: Parts<'_>,
+    request: &PlanRequest,
+    parameters: Option<&B::Buffer>,
+    wanted: &Wanted<'_>,
+    on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+) -> Result<Vec<u32>> {
+    let Wanted { prompt, positions, options } = *wanted;
+    let room = positions - prompt.len();
+    let mut session = Session::new(backend, &parts, request, prompt.len(), positions, true)?;
+    let mut processor = LogitsProcessor::from_sampling(options.seed, options.sampling());
+    let mut logits = vec![0.0; parts.config.vocabulary_size];
+    let mut tokens = Vec::with_capacity(room);
+    session.advance(backend, &mut parts, parameters, prompt, 1, &mut logits)?;
+    while tokens.len() < room {
+        let token = sample(&mut processor, &logits)?;
+        if options.stop_ids.contains(&token) {
+            break;
+        }
+        tokens.push(token);
+        if on_token(token).is_break() || tokens.len() == room {
+            break;
+        }
+        session.advance(backend, &mut parts, parameters, &[token], 1, &mut logits)?;
+    }
+    Ok(tokens)
+}
+
+fn all_logits<B: Backend>(
+    backend: &B,
+    mut parts: Parts<'_>,
+    request: &PlanRequest,
+    parameters: Option<&B::Buffer>,
+    ids: &[Vec<u32>],
+    out: &mut [f32],
+) -> Result<()> {
+    let Some(tokens) = ids.first().map(Vec::len) else { return Ok(()) };
+    let mut session = Session::new(backend, &parts, request, tokens, tokens, false)?;
+    let row_length = tokens * parts.config.vocabulary_size;
+    for (row, out) in ids.iter().zip(out.chunks_exact_mut(row_length)) {
+        session.restart();
+        session.advance(backend, &mut parts, parameters, row, tokens, out)?;
+    }
+    Ok(())
 }
 
 fn sample(processor: &mut LogitsProcessor, logits: &[f32]) -> Result<u32> {

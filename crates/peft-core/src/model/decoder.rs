@@ -3,14 +3,12 @@
 //! It asks the base for one layer at a time (and says which comes next), so that a base may lie elsewhere, and
 //! says of each layer's part of the flat gradient when it is final, so that its reduction may begin.
 
-use std::ops::Range;
-
 use crate::{
     adapter::{
         ParameterLayout,
         lora::{Dropout, Lora},
     },
-    backend::{AttentionShape, Backend, View, ViewMut},
+    backend::{AttentionShape, Backend, Ready, View, ViewMut},
     error::Result,
     loss::head::Head,
     model::{BaseSource, LayerWeights, LinearWeights, ModelConfig, Projection},
@@ -70,9 +68,6 @@ pub struct Decoder<'a, B: Backend, S: BaseSource + ?Sized> {
     /// Rows of it that predict a trained token.
     pub predicting: usize,
 }
-
-/// Called when a range of the flat gradient is final.
-pub type Ready<'a, B> = dyn FnMut(Range<usize>, &<B as Backend>::Buffer) + Send + 'a;
 
 impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
     /// From token ids to the last hidden state, keeping what the backward pass needs.

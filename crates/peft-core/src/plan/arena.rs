@@ -134,6 +134,7 @@ impl<B: Backend> Arena<B> {
                 tokens,
                 longest_span: sizes.max_length,
                 widest: sizes.dropout_columns,
+                heads: sizes.heads,
             })?,
         })
     }

@@ -47,6 +47,8 @@ pub struct PlanRequest {
     pub dropout: bool,
     /// Threads that work.
     pub threads: usize,
+    /// Whether a GPU works: larger pieces, no scratch of threads.
+    pub accelerated: bool,
 }
 
 /// Memory of a worker by part, bytes.
@@ -72,13 +74,15 @@ pub struct MemoryPlan {
 
 /// Tokens of a micro-batch that keep products large; more gains nothing on a CPU.
 const ENOUGH_TOKENS: usize = 2048;
+/// The same for a GPU.
+const ENOUGH_TOKENS_ACCELERATED: usize = 8192;
 
 impl MemoryPlan {
     /// Picks micro-batch and recompute.
     pub fn choose(sizes: impl Fn(usize) -> Sizes, request: &PlanRequest) -> Self {
         let limit = request.memory_limit.unwrap_or_else(default_memory_limit);
-        let wanted =
-            request.micro_batch_rows.unwrap_or_else(|| (ENOUGH_TOKENS / request.max_length.max(1)).max(1));
+        let enough = if request.accelerated { ENOUGH_TOKENS_ACCELERATED } else { ENOUGH_TOKENS };
+        let wanted = request.micro_batch_rows.unwrap_or_else(|| (enough / request.max_length.max(1)).max(1));
         let mut rows = wanted;
         loop {
             let sizes = sizes(rows * request.max_length);
@@ -156,6 +160,7 @@ mod tests {
             head_widened: true,
             dropout: false,
             threads: 2,
+            accelerated: false,
         }
     }
 

@@ -12,6 +12,9 @@ const LOGITS: usize = 1 << 24;
 const HEAD_ROWS: usize = 512;
 /// Numbers of the head that are widened at once, at most.
 const HEAD_BLOCK: usize = 1 << 24;
+/// Numbers that a chunk of logits may hold, and its rows at most, on a GPU.
+const LOGITS_ACCELERATED: usize = 1 << 28;
+const HEAD_ROWS_ACCELERATED: usize = 4096;
 
 /// The number of f32 in every buffer of a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,8 +77,15 @@ impl Sizes {
         let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
         let queries = config.attention_heads * config.head_dim;
         let widest = hidden.max(intermediate).max(queries);
-        let head_rows = (LOGITS / config.vocabulary_size).clamp(1, HEAD_ROWS).min(tokens.max(1));
-        let head_block = (HEAD_BLOCK / hidden).clamp(1, config.vocabulary_size);
+        let (logits, most_rows) = match request.accelerated {
+            true => (LOGITS_ACCELERATED, HEAD_ROWS_ACCELERATED),
+            false => (LOGITS, HEAD_ROWS),
+        };
+        let head_rows = (logits / config.vocabulary_size).clamp(1, most_rows).min(tokens.max(1));
+        let head_block = match request.accelerated {
+            true => config.vocabulary_size,
+            false => (HEAD_BLOCK / hidden).clamp(1, config.vocabulary_size),
+        };
         // Two tiles of attention, or a row that dropout is applied to.
         let lane = (2 * 64 * max_length).max(if request.dropout { widest } else { 0 });
         Self {
@@ -94,7 +104,15 @@ impl Sizes {
             head_rows,
             head_block: if request.head_widened { head_block } else { 0 },
             dropout_columns: if request.dropout { widest } else { 0 },
-            lanes: request.threads.max(1) * lane,
+            lanes: match request.accelerated {
+                // Ids and the like, attention's sums by head, the larger operand of a product rounded to 2 bytes.
+                true => {
+                    let operand =
+                        (tokens * intermediate.max(queries)).max(head_rows * config.vocabulary_size);
+                    tokens * (config.attention_heads + 11) + operand / 2
+                }
+                false => request.threads.max(1) * lane,
+            },
             rope: max_length * config.head_dim,
         }
     }

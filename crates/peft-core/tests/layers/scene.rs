@@ -125,8 +125,9 @@ pub fn batch(cpu: &Cpu, rows: &[Row]) -> (PackedBatch, CpuBatch) {
 /// A batch where the backend can read it.
 pub fn loaded(cpu: &Cpu, packed: &PackedBatch) -> CpuBatch {
     let longest_span = packed.spans.iter().map(|span| span.keys).max().unwrap_or(0);
-    let mut batch =
-        cpu.allocate_batch(BatchRoom { tokens: packed.tokens(), longest_span, widest: 512 }).unwrap();
+    let mut batch = cpu
+        .allocate_batch(BatchRoom { tokens: packed.tokens(), longest_span, widest: 512, heads: 16 })
+        .unwrap();
     cpu.load_batch(packed, &mut batch);
     batch
 }

@@ -187,6 +187,7 @@ impl Setup {
             head_widened: false,
             dropout: self.dropout > 0.0,
             threads: self.threads,
+            accelerated: false,
         };
         let parts = EngineParts { layout: self.layout.clone(), dropout: self.dropout, request };
         Engine::with_base(Box::new(base), parts).unwrap()

@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use shanty_config::job::{self, Device, JobSpec};
 use shanty_peft_core::{
-    Engine, EngineOptions, GradientSink, StepKey,
+    Engine, EngineDevice, EngineOptions, GradientSink, StepKey,
     adapter::{LoraConfig, TargetModules, files},
+    backend::cuda::Precision,
     plan::Recompute,
     quant::Nf4Options,
 };
@@ -25,13 +26,11 @@ impl EngineLoader for PeftEngines {
         progress: &mut dyn FnMut(f64),
     ) -> Result<Box<dyn StepEngine>, Error> {
         let spec = request.spec;
-        if request.device.starts_with("cuda") || spec.cluster.device == Device::Cuda {
-            return Err(Error::NoCudaEngine { device: "cuda".to_owned() });
-        }
         let lora = lora(spec);
         let options = EngineOptions {
             quantization: quantization(spec),
             lora: Some(lora.clone()),
+            device: device(request.device, spec.cluster.device)?,
             threads: request.threads,
             recompute: match spec.train.recompute {
                 job::Recompute::Auto => Recompute::Auto,
@@ -62,6 +61,26 @@ impl EngineLoader for PeftEngines {
         };
         Ok(Box::new(PeftEngine { engine, lora, facts }))
     }
+}
+
+/// Where to compute: the worker's device, but for what the job insists on. `cuda` never becomes the processor.
+fn device(name: &str, wanted: Device) -> Result<EngineDevice, Error> {
+    let unknown = || Error::UnknownDevice { device: name.to_owned() };
+    let index = match name.split_once(':') {
+        None if matches!(name, "cpu" | "cuda") => 0,
+        Some(("cuda", index)) => index.parse().map_err(|_| unknown())?,
+        _ => return Err(unknown()),
+    };
+    let on_card = match wanted {
+        Device::Cpu => false,
+        Device::Cuda => true,
+        Device::Auto => name != "cpu",
+    };
+    Ok(if on_card {
+        EngineDevice::Cuda { index, precision: Precision::default() }
+    } else {
+        EngineDevice::Cpu
+    })
 }
 
 fn quantization(spec: &JobSpec) -> Option<Nf4Options> {

@@ -19,10 +19,10 @@ pub use self::{
     gemm::in_product,
     profile::{NARROW, Operation, Spent},
 };
-use super::{AttentionShape, Backend, BatchRoom, Product, View, ViewMut};
+use super::{AttentionShape, Backend, BatchRoom, Product, Ready, View, ViewMut};
 use crate::{
     batch::PackedBatch,
-    engine::StepError,
+    engine::{GradientSink, StepError},
     error::Result,
     model::{EmbeddingView, Matrix},
     random::DropoutKey,
@@ -116,6 +116,25 @@ impl Backend for Cpu {
 
     fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.install(work)
+    }
+
+    fn settle(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn lend<'a>(&self, host: &'a [f32], _place: &'a mut Option<Vec<f32>>) -> Result<&'a [f32]> {
+        Ok(host)
+    }
+
+    fn with_gradient<R>(
+        &self,
+        host: &mut [f32],
+        _place: &mut Option<Vec<f32>>,
+        _staging: &mut Vec<f32>,
+        sink: &mut dyn GradientSink,
+        work: impl FnOnce(&mut [f32], &mut Ready<'_, Self>) -> Result<R>,
+    ) -> Result<R> {
+        work(host, &mut |range, gradient| sink.ready(range, gradient))
     }
 
     fn upload(&self, from: &[f32], into: &mut [f32]) {

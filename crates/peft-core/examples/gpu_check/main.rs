@@ -1,0 +1,95 @@
+//! Checks and measures the GPU engine on a machine with an NVIDIA card: `gpu_check [REPOSITORY] [RESULT.json]`.
+//!
+//! Every operation beside the CPU's on fresh random numbers, outputs poisoned first; whole models' logits and gradients
+//! beside the CPU's; training steps on the tiny base beside the CPU's curve; then times. `cargo xtask gpu-check` packs it.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a tool that stops at the first thing that cannot be"
+)]
+
+mod models;
+mod operations;
+mod speed;
+
+use std::path::PathBuf;
+
+use serde_json::json;
+
+/// One comparison.
+struct Line {
+    name: String,
+    error: f64,
+    allowed: f64,
+}
+
+/// All comparisons so far.
+#[derive(Default)]
+struct Report {
+    lines: Vec<Line>,
+}
+
+impl Report {
+    /// Notes `||got - expected|| / ||expected||`.
+    fn compare(&mut self, name: impl Into<String>, got: &[f32], expected: &[f32], allowed: f64) {
+        assert_eq!(got.len(), expected.len(), "lengths differ");
+        let (mut difference, mut size) = (0.0, 0.0);
+        for (got, expected) in got.iter().zip(expected) {
+            difference += f64::from(got - expected).powi(2);
+            size += f64::from(*expected).powi(2);
+        }
+        let error = if size == 0.0 { difference.sqrt() } else { (difference / size).sqrt() };
+        self.note(name, error, allowed);
+    }
+
+    fn note(&mut self, name: impl Into<String>, error: f64, allowed: f64) {
+        let line = Line { name: name.into(), error, allowed };
+        let verdict = if line.holds() { "ok  " } else { "FAIL" };
+        println!("{verdict} {:<64} {:.2e} of {:.0e}", line.name, line.error, line.allowed);
+        self.lines.push(line);
+    }
+}
+
+impl Line {
+    /// NaN never holds.
+    fn holds(&self) -> bool {
+        self.error <= self.allowed
+    }
+}
+
+fn main() {
+    let mut arguments = std::env::args().skip(1);
+    let repository = PathBuf::from(arguments.next().unwrap_or_else(|| ".".to_owned()));
+    let result = arguments.next();
+    let what = arguments.next().unwrap_or_else(|| "all".to_owned());
+    let mut report = Report::default();
+    let card = operations::card();
+    println!("{card}");
+    if what == "all" || what == "check" {
+        operations::check(&mut report);
+        models::check(&mut report, &repository);
+        models::train(&mut report, &repository);
+    }
+    let times = if what == "all" || what == "time" { speed::measure() } else { Vec::new() };
+    let failed: Vec<&Line> = report.lines.iter().filter(|line| !line.holds()).collect();
+    println!("\n{card}: {} comparisons, {} failed", report.lines.len(), failed.len());
+    for line in &failed {
+        println!("FAIL {:<64} {:.2e} of {:.0e}", line.name, line.error, line.allowed);
+    }
+    for time in &times {
+        println!("{time}");
+    }
+    if let Some(result) = result {
+        let checks: Vec<_> = report
+            .lines
+            .iter()
+            .map(|line| json!({"name": line.name, "error": line.error, "allowed": line.allowed}))
+            .collect();
+        let text = json!({"card": card, "checks": checks, "times": times}).to_string();
+        std::fs::write(&result, text).unwrap();
+    }
+    if !failed.is_empty() {
+        std::process::exit(1);
+    }
+}

@@ -1,0 +1,404 @@
+//! Every operation beside the CPU's.
+
+use shanty_peft_core::{
+    backend::{
+        AttentionShape, Backend, BatchRoom, View, ViewMut,
+        cpu::Cpu,
+        cuda::{Cuda, Precision},
+    },
+    batch::{PackedBatch, Row, Segment},
+    model::BaseSource,
+    random::{self, DropoutKey},
+};
+
+use crate::{Report, models::RandomBase};
+
+/// The name of the card.
+pub(crate) fn card() -> String {
+    Cuda::new(0, Precision::F32).unwrap().card().to_owned()
+}
+
+/// Numbers of [-1, 1).
+pub(crate) fn numbers(name: &str, count: usize) -> Vec<f32> {
+    let mut numbers = vec![0.0; count];
+    random::fill_uniform(seed(), name, 1.0, &mut numbers);
+    numbers
+}
+
+/// Fresh at every start.
+fn seed() -> u64 {
+    static SEED: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
+    *SEED.get_or_init(|| {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        let seed = now.as_nanos() as u64;
+        println!("seed {seed}");
+        seed
+    })
+}
+
+pub(crate) fn put<B: Backend>(backend: &B, data: &[f32]) -> B::Owned {
+    let mut buffer = backend.allocate(data.len()).unwrap();
+    backend.upload(data, &mut buffer);
+    buffer
+}
+
+/// Memory in which nothing written yet goes unnoticed.
+fn poisoned<B: Backend>(backend: &B, count: usize) -> B::Owned {
+    put(backend, &vec![f32::NAN; count])
+}
+
+fn get<B: Backend>(backend: &B, buffer: &B::Buffer, rows: usize, columns: usize) -> Vec<f32> {
+    let mut out = vec![f32::NAN; rows * columns];
+    backend.download(View::<B>::new(buffer, rows, columns), &mut out);
+    backend.settle().unwrap();
+    out
+}
+
+pub(crate) fn packed(lengths: &[usize], vocabulary: u32) -> PackedBatch {
+    let rows: Vec<Row> = lengths
+        .iter()
+        .enumerate()
+        .map(|(id, &length)| Row {
+            segments: vec![Segment { sample_id: 7 + ((id as u64) << 33), length: length as u32 }],
+            ..Row::whole(
+                id as u64,
+                (0..length as u32).map(|at| (at * 7919 + id as u32) % vocabulary).collect(),
+            )
+        })
+        .collect();
+    let mut batch = PackedBatch::default();
+    batch.fill(&rows).unwrap();
+    batch
+}
+
+pub(crate) fn load<B: Backend>(backend: &B, batch: &PackedBatch, heads: usize, widest: usize) -> B::Batch {
+    let longest = batch.spans.iter().map(|span| span.keys).max().unwrap_or(1);
+    let room = BatchRoom { tokens: batch.tokens(), longest_span: longest, widest, heads };
+    let mut loaded = backend.allocate_batch(room).unwrap();
+    backend.load_batch(batch, &mut loaded);
+    loaded
+}
+
+/// An operation with its inputs; run on both backends.
+trait Operation {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<Vec<f32>>;
+}
+
+struct Product {
+    sizes: [usize; 3],
+    transpose: [bool; 2],
+    beta: f32,
+}
+
+impl Operation for Product {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<Vec<f32>> {
+        let [m, n, k] = self.sizes;
+        // Rows lie further apart than they are long, and matrices do not begin at the front.
+        let gap = 4;
+        let view = |rows: usize, columns: usize| (rows, columns, columns + gap);
+        let (a_rows, a_columns, a_stride) = if self.transpose[0] { view(k, m) } else { view(m, k) };
+        let (b_rows, b_columns, b_stride) = if self.transpose[1] { view(n, k) } else { view(k, n) };
+        let a = put(backend, &numbers("a", a_rows * a_stride + 4));
+        let b = put(backend, &numbers("b", b_rows * b_stride + 4));
+        let mut c =
+            if self.beta == 0.0 { poisoned(backend, m * n) } else { put(backend, &numbers("c", m * n)) };
+        let a = View::<B> { data: &a, offset: 4, rows: a_rows, columns: a_columns, stride: a_stride };
+        let b = View::<B> { data: &b, offset: 4, rows: b_rows, columns: b_columns, stride: b_stride };
+        let [ta, tb] = self.transpose;
+        backend.run(|| backend.gemm(0.5, a, ta, b, tb, self.beta, ViewMut::<B>::new(&mut c, m, n)));
+        vec![get(backend, &c, m, n)]
+    }
+}
+
+struct Elementwise {
+    rows: usize,
+    columns: usize,
+}
+
+impl Operation for Elementwise {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<Vec<f32>> {
+        let Self { rows, columns } = *self;
+        let count = rows * columns;
+        let x = put(backend, &numbers("x", count));
+        let bias = put(backend, &numbers("bias", columns));
+        let mut out = poisoned(backend, count);
+        fn whole<B: Backend>(out: &mut B::Buffer, shape: [usize; 2]) -> ViewMut<'_, B> {
+            ViewMut::new(out, shape[0], shape[1])
+        }
+        let shape = [rows, columns];
+        backend.fill(0.25, whole::<B>(&mut out, shape));
+        let filled = get(backend, &out, rows, columns);
+        let mut copied = poisoned(backend, count);
+        backend.copy(View::<B>::new(&x, rows, columns), whole::<B>(&mut copied, shape));
+        backend.add(View::<B>::new(&x, rows, columns), whole::<B>(&mut out, shape));
+        backend.add_bias(View::<B>::new(&bias, 1, columns), whole::<B>(&mut out, shape));
+
+        let scaled: Vec<f32> = numbers("gate", count).iter().map(|x| 8.0 * x).collect();
+        let (mut gate, mut up) = (put(backend, &scaled), put(backend, &numbers("up", count)));
+        let mut activated = poisoned(backend, count);
+        let (g, u) = (View::<B>::new(&gate, rows, columns), View::<B>::new(&up, rows, columns));
+        backend.swiglu(g, u, whole::<B>(&mut activated, shape));
+        let activated = get(backend, &activated, rows, columns);
+        backend.swiglu_backward(
+            View::<B>::new(&x, rows, columns),
+            whole::<B>(&mut gate, shape),
+            whole::<B>(&mut up, shape),
+        );
+        vec![
+            filled,
+            get(backend, &copied, rows, columns),
+            get(backend, &out, rows, columns),
+            activated,
+            get(backend, &gate, rows, columns),
+            get(backend, &up, rows, columns),
+        ]
+    }
+}
+
+struct Rows<'a> {
+    batch: &'a PackedBatch,
+    columns: usize,
+    head_dim: usize,
+    p: f32,
+}
+
+impl Operation for Rows<'_> {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<Vec<f32>> {
+        let (rows, columns) = (self.batch.tokens(), self.columns);
+        let batch = load(backend, self.batch, 1, columns);
+        let x = put(backend, &numbers("x", rows * columns));
+        let dout = put(backend, &numbers("dout", rows * columns));
+        let (x, dout) = (View::<B>::new(&x, rows, columns), View::<B>::new(&dout, rows, columns));
+        let weight = put(backend, &numbers("weight", columns));
+        let weight = View::<B>::new(&weight, 1, columns);
+        let target = |out| ViewMut::<B>::new(out, rows, columns);
+        let mut normed = poisoned(backend, rows * columns);
+        let mut reciprocal = poisoned(backend, rows);
+        backend.rms_norm(x, weight, 1e-5, target(&mut normed), ViewMut::<B>::new(&mut reciprocal, rows, 1));
+        let mut dx = put(backend, &numbers("dx", rows * columns));
+        let factors = View::<B>::new(&reciprocal, rows, 1);
+        backend.rms_norm_backward(dout, x, weight, factors, target(&mut dx));
+
+        let positions = rows.max(1);
+        let table = put(backend, &numbers("angles", positions * self.head_dim));
+        let table = View::<B>::new(&table, positions, self.head_dim);
+        let mut turned = put(backend, &numbers("turned", rows * columns));
+        backend.rope(&batch, self.head_dim, table, false, target(&mut turned));
+        let mut back = put(backend, &numbers("turned", rows * columns));
+        backend.rope(&batch, self.head_dim, table, true, target(&mut back));
+
+        let key = DropoutKey { seed: 3, step: 1 << 33, module: 11 };
+        let mut dropped = poisoned(backend, rows * columns);
+        backend.dropout(&batch, key, self.p, x, target(&mut dropped));
+        let mut added = put(backend, &numbers("added", rows * columns));
+        backend.dropout_backward(&batch, key, self.p, dout, target(&mut added));
+
+        let count = self.batch.predicting.len();
+        let mut gathered = poisoned(backend, count * columns);
+        backend.gather_predicting(&batch, 0, x, ViewMut::<B>::new(&mut gathered, count, columns));
+        let mut scattered = put(backend, &vec![0.5; rows * columns]);
+        backend.scatter_predicting(&batch, 1, dout.row_range(0, count - 1), target(&mut scattered));
+        vec![
+            get(backend, &normed, rows, columns),
+            get(backend, &reciprocal, rows, 1),
+            get(backend, &dx, rows, columns),
+            get(backend, &turned, rows, columns),
+            get(backend, &back, rows, columns),
+            get(backend, &dropped, rows, columns),
+            get(backend, &added, rows, columns),
+            get(backend, &gathered, count, columns),
+            get(backend, &scattered, rows, columns),
+        ]
+    }
+}
+
+struct CrossEntropy<'a> {
+    batch: &'a PackedBatch,
+    vocabulary: usize,
+}
+
+impl Operation for CrossEntropy<'_> {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<Vec<f32>> {
+        let batch = load(backend, self.batch, 1, 1);
+        let rows = self.batch.targets.len() - 1;
+        let scaled: Vec<f32> = numbers("logits", rows * self.vocabulary).iter().map(|x| 20.0 * x).collect();
+        let mut logits = put(backend, &scaled);
+        let mut losses = poisoned(backend, rows);
+        let mut sums = Vec::new();
+        for gradient in [false, true] {
+            let view = ViewMut::<B>::new(&mut logits, rows, self.vocabulary);
+            let losses = ViewMut::<B>::new(&mut losses, rows, 1);
+            sums.push(backend.cross_entropy(&batch, 1, gradient, view, losses) as f32);
+        }
+        vec![get(backend, &logits, rows, self.vocabulary), get(backend, &losses, rows, 1), sums]
+    }
+}
+
+struct Attention<'a> {
+    batch: &'a PackedBatch,
+    shape: AttentionShape,
+}
+
+impl Operation for Attention<'_> {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<Vec<f32>> {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
+        let keys = self.batch.spans.iter().map(|span| span.key_start + span.keys).max().unwrap();
+        let (rows, q_columns, k_columns) = (self.batch.tokens(), heads * head_dim, kv_heads * head_dim);
+        let batch = load(backend, self.batch, heads, 1);
+        let make = |name: &str, rows: usize, columns: usize| {
+            let scaled: Vec<f32> = numbers(name, rows * columns).iter().map(|x| 2.0 * x).collect();
+            put(backend, &scaled)
+        };
+        let (q, dout) = (make("q", rows, q_columns), make("dout", rows, q_columns));
+        let (k, v) = (make("k", keys, k_columns), make("v", keys, k_columns));
+        let (mut out, mut log_sum) = (poisoned(backend, rows * q_columns), poisoned(backend, rows * heads));
+        let q = View::<B>::new(&q, rows, q_columns);
+        let (k, v) = (View::<B>::new(&k, keys, k_columns), View::<B>::new(&v, keys, k_columns));
+        let to = ViewMut::<B>::new(&mut out, rows, q_columns);
+        backend.attention(&batch, self.shape, q, k, v, to, ViewMut::<B>::new(&mut log_sum, rows, heads));
+        let mut all = vec![get(backend, &out, rows, q_columns), get(backend, &log_sum, rows, heads)];
+        if keys == rows {
+            let (mut dq, mut dk, mut dv) = (
+                poisoned(backend, rows * q_columns),
+                poisoned(backend, rows * k_columns),
+                poisoned(backend, rows * k_columns),
+            );
+            backend.attention_backward(
+                &batch,
+                self.shape,
+                q,
+                k,
+                v,
+                View::<B>::new(&out, rows, q_columns),
+                View::<B>::new(&log_sum, rows, heads),
+                View::<B>::new(&dout, rows, q_columns),
+                ViewMut::<B>::new(&mut dq, rows, q_columns),
+                ViewMut::<B>::new(&mut dk, rows, k_columns),
+                ViewMut::<B>::new(&mut dv, rows, k_columns),
+            );
+            all.push(get(backend, &dq, rows, q_columns));
+            all.push(get(backend, &dk, rows, k_columns));
+            all.push(get(backend, &dv, rows, k_columns));
+        }
+        all
+    }
+}
+
+/// The CPU and the card in each precision, with what its products may be off by.
+pub(crate) struct Sides {
+    pub(crate) cpu: Cpu,
+    cards: [(Cuda, f64); 3],
+}
+
+impl Sides {
+    fn compare(&self, report: &mut Report, name: &str, operation: &impl Operation, products: bool) {
+        let expected = operation.run(&self.cpu);
+        for (cuda, tolerance) in &self.cards {
+            if !products && cuda.precision() != Precision::F32 {
+                continue;
+            }
+            let got = operation.run(cuda);
+            for (part, (got, expected)) in got.iter().zip(&expected).enumerate() {
+                let name = format!("{name} [{part}] {:?}", cuda.precision());
+                report.compare(name, got, expected, *tolerance);
+            }
+        }
+    }
+}
+
+pub(crate) fn check(report: &mut Report) {
+    // Rounding to f32, TF32 (2^-11 a factor) and bf16 (2^-9 a factor); relative errors of sums are of that order.
+    let card = |precision, tolerance| (Cuda::new(0, precision).unwrap(), tolerance);
+    let cards = [card(Precision::F32, 1e-5), card(Precision::Tf32, 2e-3), card(Precision::Bf16, 1e-2)];
+    let sides = Sides { cpu: Cpu::new(0).unwrap(), cards };
+    for (sizes, beta) in
+        [([8192, 1024, 4096], 0.0), ([1023, 130, 513], 0.5), ([2048, 16, 4096], 1.0), ([16, 4096, 2048], 1.0)]
+    {
+        for transpose in [[false, true], [false, false], [true, false]] {
+            let name = format!("gemm {sizes:?} {transpose:?} beta {beta}");
+            sides.compare(report, &name, &Product { sizes, transpose, beta }, true);
+        }
+    }
+    sides.compare(report, "elementwise 1000 x 14336", &Elementwise { rows: 1000, columns: 14336 }, false);
+    sides.compare(report, "elementwise 33 x 77", &Elementwise { rows: 33, columns: 77 }, false);
+    let batch = packed(&[700, 1, 131, 300, 61], 1000);
+    for (columns, head_dim, p) in [(4096, 128, 0.1), (72, 24, 0.5), (200, 8, 0.0), (64, 64, 1.0)] {
+        let rows = Rows { batch: &batch, columns, head_dim, p };
+        sides.compare(report, &format!("rows {columns} head {head_dim} p {p}"), &rows, false);
+    }
+    for vocabulary in [128_256, 1000] {
+        let batch = packed(&[100, 33], vocabulary as u32);
+        let operation = CrossEntropy { batch: &batch, vocabulary };
+        sides.compare(report, &format!("cross-entropy {vocabulary}"), &operation, false);
+    }
+    for (lengths, heads, kv_heads, head_dim) in [
+        (&[2048][..], 32, 8, 128),
+        (&[513, 1, 64, 129, 300], 8, 2, 64),
+        (&[63, 65, 7], 4, 4, 8),
+        (&[200, 70], 4, 1, 96),
+        (&[150, 33], 2, 1, 256),
+    ] {
+        let batch = packed(lengths, 1000);
+        let shape = AttentionShape { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() };
+        let name = format!("attention {lengths:?} heads {heads}/{kv_heads} of {head_dim}");
+        sides.compare(report, &name, &Attention { batch: &batch, shape }, true);
+    }
+    // With a cache: one query, and several, at the end of more keys.
+    for queries in [1, 37] {
+        let mut batch = packed(&[queries], 1000);
+        batch.spans[0].keys = 301;
+        let shape = AttentionShape { heads: 8, kv_heads: 2, head_dim: 64, scale: 0.125 };
+        let name = format!("attention of {queries} queries to 301 keys");
+        sides.compare(report, &name, &Attention { batch: &batch, shape }, true);
+    }
+    frozen(report, &sides.cpu);
+}
+
+/// The base's matrices: dequantised bit for bit, embedding and head.
+fn frozen(report: &mut Report, cpu: &Cpu) {
+    for shape in [[512, 1024, 1536], [72, 40, 100]] {
+        for block_size in [64, 4096] {
+            let [hidden, intermediate, vocabulary] = shape;
+            let mut base = RandomBase::new(hidden, intermediate, 1, vocabulary, 4, block_size);
+            for precision in [Precision::F32, Precision::Bf16] {
+                let mut cuda = Cuda::new(0, precision).unwrap();
+                cuda.hold(&mut base).unwrap();
+                let weights = base.layer(0).unwrap();
+                for linear in [&weights.q, &weights.gate, &weights.down] {
+                    let (rows, columns) = (linear.weight.rows(), linear.weight.columns());
+                    let mut expected = vec![0.0; rows * columns];
+                    linear.weight.write_f32(&mut expected);
+                    let mut scratch = poisoned(&cuda, rows * columns);
+                    let view = cuda.frozen(&linear.weight, &mut scratch);
+                    let got = cuda.read(view).unwrap();
+                    if precision == Precision::Bf16 {
+                        expected.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32());
+                    }
+                    let same = got.iter().zip(&expected).filter(|(a, b)| a.to_bits() == b.to_bits()).count();
+                    let name = format!("nf4 {rows} x {columns} blocks of {block_size}, bits, {precision:?}");
+                    report.note(name, (expected.len() - same) as f64, 0.0);
+                }
+                let batch = packed(&[50, 9], vocabulary as u32);
+                let table = base.embedding();
+                let mut all = Vec::new();
+                {
+                    let loaded = load(cpu, &batch, 1, 1);
+                    let mut out = poisoned(cpu, 59 * hidden);
+                    cpu.gather_embedding(&loaded, &table, ViewMut::<Cpu>::new(&mut out, 59, hidden));
+                    all.push(out);
+                    let loaded = load(&cuda, &batch, 1, 1);
+                    let mut out = poisoned(&cuda, 59 * hidden);
+                    cuda.gather_embedding(&loaded, &table, ViewMut::<Cuda>::new(&mut out, 59, hidden));
+                    all.push(get(&cuda, &out, 59, hidden));
+                }
+                report.compare(format!("embedding {hidden} {precision:?}"), &all[1], &all[0], 0.0);
+                let mut scratch = poisoned(&cuda, 30 * hidden);
+                let view = cuda.frozen_rows(&table, 7, 30, &mut scratch);
+                let got = cuda.read(view).unwrap();
+                let mut expected = vec![0.0; 30 * hidden];
+                table.rows_f32(7..37, &mut expected);
+                report.compare(format!("head rows {hidden} {precision:?}"), &got, &expected, 0.0);
+            }
+        }
+    }
+}

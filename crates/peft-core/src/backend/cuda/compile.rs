@@ -1,0 +1,170 @@
+//! Kernels: their source, compiled for the card at hand and kept on disk.
+
+use std::{
+    env,
+    ffi::{CStr, CString},
+    fs,
+    path::PathBuf,
+};
+
+use cudarc::nvrtc::{result, sys};
+
+use super::{DeviceError, Precision, libraries};
+
+const COMMON: &str = include_str!("kernels/common.cu");
+const ELEMENTWISE: &str = include_str!("kernels/elementwise.cu");
+const ROWS: &str = include_str!("kernels/rows.cu");
+const NF4: &str = include_str!("kernels/nf4.cu");
+const ATTENTION: &str = include_str!("kernels/attention.cu");
+
+/// Kernels that are compiled together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unit {
+    source: String,
+    options: Vec<String>,
+}
+
+/// How attention splits its work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionTiles {
+    /// Warps of a block; each owns 16 rows.
+    pub warps: usize,
+    /// Columns of a tile of scores.
+    pub tile: usize,
+    /// How products are computed. Bf16 keeps half the bytes in shared memory.
+    pub precision: Precision,
+}
+
+impl AttentionTiles {
+    /// The largest tiles whose blocks fit `shared` bytes of shared memory.
+    pub fn choose(head_dim: usize, shared: usize, precision: Precision) -> Option<Self> {
+        // Products of bf16 take 16 features at a time.
+        let halves = precision == Precision::Bf16 && head_dim.is_multiple_of(16);
+        let precision = if precision == Precision::Bf16 && !halves { Precision::Tf32 } else { precision };
+        let all = [(4, 32), (2, 32), (2, 16), (1, 16)].map(|(warps, tile)| Self { warps, tile, precision });
+        // Wide heads keep more numbers a row: fewer rows a block.
+        let fit =
+            |tiles: &Self| tiles.backward_bytes(head_dim) <= shared && (head_dim <= 128 || tiles.warps <= 2);
+        all.into_iter().find(fit)
+    }
+
+    /// Bytes of a number in shared memory, and numbers that pad a row.
+    fn number(&self) -> (usize, usize) {
+        if self.precision == Precision::Bf16 { (2, 8) } else { (4, 4) }
+    }
+
+    /// Rows of a block.
+    pub fn rows(&self) -> usize {
+        16 * self.warps
+    }
+
+    /// Shared memory of the forward kernel, bytes.
+    pub fn forward_bytes(&self, head_dim: usize) -> usize {
+        let (bytes, pad) = self.number();
+        bytes * ((self.rows() + 2 * self.tile) * (head_dim + pad) + self.rows() * (self.tile + pad))
+    }
+
+    /// Shared memory of the larger backward kernel, bytes.
+    pub fn backward_bytes(&self, head_dim: usize) -> usize {
+        let (bytes, pad) = self.number();
+        let tiles = 2 * (self.rows() + self.tile) * (head_dim + pad);
+        bytes * (tiles + self.rows() * (self.tile + pad)) + 8 * self.tile
+    }
+}
+
+impl Unit {
+    /// Everything but attention.
+    pub fn general() -> Self {
+        Self { source: [COMMON, ELEMENTWISE, ROWS, NF4].concat(), options: Vec::new() }
+    }
+
+    /// Attention for heads of `head_dim` features.
+    pub fn attention(head_dim: usize, tiles: AttentionTiles) -> Self {
+        let mut options = vec![
+            format!("-DHEAD_DIM={head_dim}"),
+            format!("-DWARPS={}", tiles.warps),
+            format!("-DTILE={}", tiles.tile),
+        ];
+        match tiles.precision {
+            Precision::F32 => options.push("-DEXACT".to_owned()),
+            Precision::Tf32 => {}
+            Precision::Bf16 => options.push("-DHALVES".to_owned()),
+        }
+        Self { source: [COMMON, ATTENTION].concat(), options }
+    }
+
+    /// Machine code for an architecture such as `sm_90`.
+    ///
+    /// # Errors
+    /// Where the compiler is missing, or refuses.
+    pub fn compile(&self, architecture: &str) -> Result<Vec<u8>, DeviceError> {
+        libraries::nvrtc()?;
+        let failed = |log: String| DeviceError::Compile { architecture: architecture.to_owned(), log };
+        let source = CString::new(self.source.as_str()).map_err(|error| failed(error.to_string()))?;
+        let mut options = vec![format!("--gpu-architecture={architecture}"), "--std=c++17".to_owned()];
+        options.extend(self.options.iter().cloned());
+        let program = result::create_program(&source, None).map_err(|error| failed(format!("{error:?}")))?;
+        // SAFETY: the program was just made, is used by this thread alone and destroyed once, at the end.
+        unsafe {
+            let compiled = result::compile_program(program, &options);
+            let code = match compiled {
+                Ok(()) => machine_code(program).map_err(|error| failed(format!("{error:?}"))),
+                Err(error) => {
+                    let log = result::get_program_log(program).unwrap_or_default();
+                    let log: Vec<u8> = log.into_iter().map(|c| c as u8).collect();
+                    let log = CStr::from_bytes_until_nul(&log).map(|log| log.to_string_lossy().into_owned());
+                    Err(failed(log.unwrap_or_else(|_| format!("{error:?}"))))
+                }
+            };
+            // The code is already copied; that the program cannot be destroyed changes nothing.
+            let _ = result::destroy_program(program);
+            code
+        }
+    }
+
+    /// As [`Unit::compile`], from the cache on disk where it was compiled before.
+    pub(super) fn load(&self, architecture: &str) -> Result<Vec<u8>, DeviceError> {
+        let Some(file) = self.cache_file(architecture) else { return self.compile(architecture) };
+        if let Ok(code) = fs::read(&file)
+            && code.starts_with(b"\x7fELF")
+        {
+            return Ok(code);
+        }
+        let code = self.compile(architecture)?;
+        // A cache that cannot be written costs time at the next start, no more.
+        if let Some(folder) = file.parent()
+            && fs::create_dir_all(folder).is_ok()
+        {
+            let temporary = file.with_extension(format!("{}.tmp", std::process::id()));
+            if fs::write(&temporary, &code).is_ok() {
+                let _ = fs::rename(&temporary, &file);
+            }
+        }
+        Ok(code)
+    }
+
+    /// Named by all that the code depends on but the compiler's version: a newer compiler changes speed, not sense.
+    fn cache_file(&self, architecture: &str) -> Option<PathBuf> {
+        let cache = env::var_os("XDG_CACHE_HOME")
+            .map(PathBuf::from)
+            .filter(|path| path.is_absolute())
+            .or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))?;
+        let mut hasher = blake3::Hasher::new();
+        for part in [architecture, env!("CARGO_PKG_VERSION"), &self.source, &self.options.join(" ")] {
+            hasher.update(part.as_bytes()).update(b"\n");
+        }
+        Some(cache.join("shanty/kernels").join(format!("{}.cubin", hasher.finalize().to_hex())))
+    }
+}
+
+// SAFETY: callers hand in a program that was compiled and is not destroyed yet.
+unsafe fn machine_code(program: sys::nvrtcProgram) -> Result<Vec<u8>, result::NvrtcError> {
+    let mut size = 0;
+    // SAFETY: the program is compiled; the buffer has the size that the library asked for.
+    unsafe {
+        sys::nvrtcGetCUBINSize(program, &mut size).result()?;
+        let mut code = vec![0_u8; size];
+        sys::nvrtcGetCUBIN(program, code.as_mut_ptr().cast()).result()?;
+        Ok(code)
+    }
+}

@@ -1,0 +1,498 @@
+//! One card: its context, stream, memory, kernels and products.
+
+use std::{
+    collections::HashMap,
+    ffi::{CString, c_void},
+    ops::{Deref, DerefMut},
+    ptr,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+use cudarc::{
+    cublas,
+    driver::{result, sys},
+};
+
+use super::{
+    DeviceError, Precision,
+    compile::{AttentionTiles, Unit},
+    libraries,
+};
+
+/// Bytes that products may work in.
+const WORKSPACE: usize = 32 << 20;
+/// Kernels outside attention.
+const GENERAL: [&str; 18] = [
+    "fill",
+    "copy",
+    "add",
+    "add_bias",
+    "gather_f32",
+    "gather_bf16",
+    "gather_rows",
+    "scatter_rows",
+    "widen",
+    "narrow",
+    "swiglu",
+    "swiglu_backward",
+    "rope",
+    "dropout",
+    "rms_norm",
+    "rms_norm_backward",
+    "cross_entropy",
+    "nf4_f32",
+];
+
+/// What a buffer holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Numbers {
+    F32,
+    Bf16,
+}
+
+/// Memory of the card that views look into.
+pub struct DeviceBuffer {
+    pub(super) address: u64,
+    pub(super) numbers: Numbers,
+    /// The same memory, seen as bf16.
+    narrow: Option<Box<Self>>,
+}
+
+impl DeviceBuffer {
+    pub(super) fn new(address: u64, numbers: Numbers) -> Self {
+        let narrow = (numbers == Numbers::F32)
+            .then(|| Box::new(Self { address, numbers: Numbers::Bf16, narrow: None }));
+        Self { address, numbers, narrow }
+    }
+
+    pub(super) fn as_bf16(&self) -> &Self {
+        self.narrow.as_deref().unwrap_or(self)
+    }
+}
+
+/// Memory of the card that is owned: given back when dropped.
+pub struct DeviceMemory {
+    pub(super) buffer: DeviceBuffer,
+    pub(super) bytes: usize,
+    device: Arc<Device>,
+}
+
+impl Deref for DeviceMemory {
+    type Target = DeviceBuffer;
+
+    fn deref(&self) -> &DeviceBuffer {
+        &self.buffer
+    }
+}
+
+impl DerefMut for DeviceMemory {
+    fn deref_mut(&mut self) -> &mut DeviceBuffer {
+        &mut self.buffer
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        self.device.free(self.buffer.address, self.bytes);
+    }
+}
+
+/// Attention's kernels for one size of heads.
+#[derive(Clone, Copy)]
+pub(super) struct AttentionKernels {
+    pub(super) tiles: AttentionTiles,
+    pub(super) forward: sys::CUfunction,
+    pub(super) delta: sys::CUfunction,
+    pub(super) dq: sys::CUfunction,
+    pub(super) dkv: sys::CUfunction,
+}
+
+/// One card.
+pub(super) struct Device {
+    pub(super) name: String,
+    architecture: String,
+    context: sys::CUcontext,
+    number: sys::CUdevice,
+    pub(super) stream: sys::CUstream,
+    blas: cublas::sys::cublasHandle_t,
+    workspace: u64,
+    functions: HashMap<&'static str, sys::CUfunction>,
+    attention: Mutex<HashMap<usize, AttentionKernels>>,
+    pub(super) precision: Precision,
+    shared_bytes: usize,
+    broken: AtomicBool,
+    failure: Mutex<Option<DeviceError>>,
+    allocated: AtomicU64,
+    peak: AtomicU64,
+}
+
+// SAFETY: handles of the driver may be used from any thread once the context is current there, which `bind` sees to;
+// the handle of cuBLAS is used by one pass at a time, since passes need the engine exclusively.
+unsafe impl Send for Device {}
+// SAFETY: as above.
+unsafe impl Sync for Device {}
+
+pub(super) fn call(operation: &'static str) -> impl Fn(result::DriverError) -> DeviceError {
+    move |error| DeviceError::Call { operation, reason: format!("{error}") }
+}
+
+fn blas_call(operation: &'static str) -> impl Fn(cublas::result::CublasError) -> DeviceError {
+    move |error| DeviceError::Call { operation, reason: format!("{:?}", error.0) }
+}
+
+impl Device {
+    /// Whether the first card and the libraries can be used; nothing is started on the card.
+    pub(super) fn probe() -> Result<(), DeviceError> {
+        Card::find(0)?;
+        libraries::nvrtc()?;
+        libraries::cublas()
+    }
+
+    pub(super) fn open(index: usize, precision: Precision) -> Result<Arc<Self>, DeviceError> {
+        let Card { number, name, architecture, shared_bytes } = Card::find(index)?;
+        libraries::cublas()?;
+        let code = Unit::general().load(&architecture)?;
+        // SAFETY: the device exists; every handle is made here, used by this value alone and destroyed with it.
+        unsafe {
+            let context = result::primary_ctx::retain(number).map_err(call("cuDevicePrimaryCtxRetain"))?;
+            result::ctx::set_current(context).map_err(call("cuCtxSetCurrent"))?;
+            let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+                .map_err(call("cuStreamCreate"))?;
+            let module = result::module::load_data(code.as_ptr().cast()).map_err(call("cuModuleLoadData"))?;
+            let mut functions = HashMap::new();
+            for name in GENERAL.into_iter().chain(["nf4_bf16"]) {
+                functions.insert(name, function(module, name)?);
+            }
+            let blas = cublas::result::create_handle().map_err(blas_call("cublasCreate"))?;
+            cublas::result::set_stream(blas, stream.cast()).map_err(blas_call("cublasSetStream"))?;
+            let workspace = result::malloc_sync(WORKSPACE).map_err(call("cuMemAlloc"))?;
+            cublas::sys::cublasSetWorkspace_v2(blas, workspace as *mut c_void, WORKSPACE)
+                .result()
+                .map_err(blas_call("cublasSetWorkspace"))?;
+            Ok(Arc::new(Self {
+                name,
+                architecture,
+                context,
+                number,
+                stream,
+                blas,
+                workspace,
+                functions,
+                attention: Mutex::new(HashMap::new()),
+                precision,
+                shared_bytes,
+                broken: AtomicBool::new(false),
+                failure: Mutex::new(None),
+                allocated: AtomicU64::new(WORKSPACE as u64),
+                peak: AtomicU64::new(WORKSPACE as u64),
+            }))
+        }
+    }
+
+    /// Makes the card current on the calling thread.
+    pub(super) fn bind(&self) -> Result<(), DeviceError> {
+        // SAFETY: the context lives as long as this value.
+        unsafe { result::ctx::set_current(self.context) }.map_err(call("cuCtxSetCurrent"))
+    }
+
+    /// Keeps the first failure; whatever comes after it is not run.
+    pub(super) fn note(&self, outcome: Result<(), DeviceError>) {
+        if let Err(error) = outcome {
+            self.broken.store(true, Ordering::Release);
+            self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        }
+    }
+
+    /// Runs `work` unless something failed before, and keeps its failure.
+    pub(super) fn attempt(&self, work: impl FnOnce() -> Result<(), DeviceError>) {
+        if !self.broken.load(Ordering::Acquire) {
+            self.note(self.bind().and_then(|()| work()));
+        }
+    }
+
+    /// Waits until all work is done, and says what failed since the last time.
+    pub(super) fn settle(&self) -> Result<(), DeviceError> {
+        // SAFETY: the stream lives as long as this value.
+        self.attempt(|| {
+            unsafe { result::stream::synchronize(self.stream) }.map_err(call("cuStreamSynchronize"))
+        });
+        match self.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(failure) => {
+                self.broken.store(false, Ordering::Release);
+                Err(failure)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Reserves memory for `bytes` bytes, all 0.
+    pub(super) fn reserve(
+        self: &Arc<Self>,
+        bytes: usize,
+        numbers: Numbers,
+    ) -> Result<DeviceMemory, DeviceError> {
+        self.bind()?;
+        let size = bytes.next_multiple_of(256).max(256);
+        // SAFETY: the memory is fresh, of this size, and owned by the value that is returned.
+        unsafe {
+            let address = result::malloc_sync(size).map_err(|_| {
+                let free = result::mem_get_info().map_or(0, |(free, _)| free);
+                DeviceError::OutOfMemory { bytes, free }
+            })?;
+            let allocated = self.allocated.fetch_add(size as u64, Ordering::AcqRel) + size as u64;
+            self.peak.fetch_max(allocated, Ordering::AcqRel);
+            let memory = DeviceMemory {
+                buffer: DeviceBuffer::new(address, numbers),
+                bytes: size,
+                device: Arc::clone(self),
+            };
+            result::memset_d8_async(address, 0, size, self.stream).map_err(call("cuMemsetD8Async"))?;
+            Ok(memory)
+        }
+    }
+
+    fn free(&self, address: u64, bytes: usize) {
+        // SAFETY: the memory was reserved and is freed once, by its owner; the driver waits for work that uses it.
+        if self.bind().is_ok() && unsafe { result::free_sync(address) }.is_ok() {
+            self.allocated.fetch_sub(bytes as u64, Ordering::AcqRel);
+        }
+    }
+
+    /// Bytes that are free, and the most that were reserved.
+    pub(super) fn memory(&self) -> (u64, u64) {
+        let free =
+            self.bind().ok().and_then(|()| result::mem_get_info().ok()).map_or(0, |(free, _)| free as u64);
+        (free, self.peak.load(Ordering::Acquire))
+    }
+
+    /// Copies host numbers to the card.
+    pub(super) fn upload<T: bytemuck::Pod>(&self, from: &[T], address: u64) {
+        if from.is_empty() {
+            return;
+        }
+        // SAFETY: the caller hands in the address of memory that holds as many numbers. Pageable memory is
+        // read before the call returns.
+        self.attempt(|| {
+            unsafe { result::memcpy_htod_async(address, from, self.stream) }
+                .map_err(call("cuMemcpyHtoDAsync"))
+        });
+    }
+
+    /// Waits for the work at hand, then copies numbers to the host.
+    pub(super) fn download<T: bytemuck::Pod>(&self, address: u64, into: &mut [T]) {
+        if into.is_empty() {
+            return;
+        }
+        // SAFETY: the caller hands in the address of memory that holds as many numbers; the copy is over when the
+        // stream is.
+        self.attempt(|| unsafe {
+            result::memcpy_dtoh_async(into, address, self.stream).map_err(call("cuMemcpyDtoHAsync"))?;
+            result::stream::synchronize(self.stream).map_err(call("cuStreamSynchronize"))
+        });
+    }
+
+    /// A kernel by its name.
+    pub(super) fn function(&self, name: &'static str) -> sys::CUfunction {
+        self.functions.get(name).copied().unwrap_or(ptr::null_mut())
+    }
+
+    /// Starts a kernel, unless something failed before.
+    ///
+    /// # Safety
+    /// `arguments` must point to what the kernel takes, in its order.
+    pub(super) unsafe fn launch(
+        &self,
+        function: sys::CUfunction,
+        name: &'static str,
+        grid: [usize; 3],
+        block: [usize; 2],
+        shared: usize,
+        arguments: &mut [*mut c_void],
+    ) {
+        if grid.contains(&0) {
+            return;
+        }
+        let [x, y, z] = grid.map(|size| size as u32);
+        let block = (block[0] as u32, block[1] as u32, 1);
+        // SAFETY: the caller's.
+        self.attempt(|| {
+            unsafe {
+                result::launch_kernel(function, (x, y, z), block, shared as u32, self.stream, arguments)
+            }
+            .map_err(call(name))
+        });
+    }
+
+    /// Attention's kernels for heads of `head_dim` features.
+    pub(super) fn attention(&self, head_dim: usize) -> Result<AttentionKernels, DeviceError> {
+        let mut known = self.attention.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kernels) = known.get(&head_dim) {
+            return Ok(*kernels);
+        }
+        self.bind()?;
+        let unsupported = || DeviceError::Unsupported { what: format!("heads of {head_dim} features") };
+        if head_dim == 0 || !head_dim.is_multiple_of(8) || head_dim > 256 {
+            return Err(unsupported());
+        }
+        let tiles =
+            AttentionTiles::choose(head_dim, self.shared_bytes, self.precision).ok_or_else(unsupported)?;
+        let code = Unit::attention(head_dim, tiles).load(&self.architecture)?;
+        // SAFETY: the code is whole; functions live as long as the module, which is never unloaded.
+        let kernels = unsafe {
+            let module = result::module::load_data(code.as_ptr().cast()).map_err(call("cuModuleLoadData"))?;
+            let kernels = AttentionKernels {
+                tiles,
+                forward: function(module, "attention_forward")?,
+                delta: function(module, "attention_delta")?,
+                dq: function(module, "attention_dq")?,
+                dkv: function(module, "attention_dkv")?,
+            };
+            use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED;
+            let sizes = [
+                (kernels.forward, tiles.forward_bytes(head_dim)),
+                (kernels.dq, tiles.backward_bytes(head_dim)),
+                (kernels.dkv, tiles.backward_bytes(head_dim)),
+            ];
+            for (function, bytes) in sizes {
+                result::function::set_function_attribute(function, SHARED, bytes as i32)
+                    .map_err(call("cuFuncSetAttribute"))?;
+            }
+            kernels
+        };
+        known.insert(head_dim, kernels);
+        Ok(kernels)
+    }
+
+    /// `c = alpha op(a) op(b) + beta c` by row-major matrices: the columns of C are the rows of cuBLAS.
+    pub(super) fn product(&self, product: &Product) {
+        use cublas::sys::{
+            cublasComputeType_t as Compute, cublasGemmAlgo_t::CUBLAS_GEMM_DFALT,
+            cublasOperation_t as Operation, cudaDataType_t as Type,
+        };
+        let operation = |transposed| if transposed { Operation::CUBLAS_OP_T } else { Operation::CUBLAS_OP_N };
+        let kind = |numbers| match numbers {
+            Numbers::F32 => Type::CUDA_R_32F,
+            Numbers::Bf16 => Type::CUDA_R_16BF,
+        };
+        let narrow = product.numbers == Numbers::Bf16;
+        let compute = match self.precision {
+            _ if narrow => Compute::CUBLAS_COMPUTE_32F,
+            Precision::F32 => Compute::CUBLAS_COMPUTE_32F,
+            Precision::Tf32 | Precision::Bf16 => Compute::CUBLAS_COMPUTE_32F_FAST_TF32,
+        };
+        let Product { a, b, c, rows, columns, inner, alpha, beta, numbers } = product;
+        let size = |size: usize| i32::try_from(size).unwrap_or(i32::MAX);
+        // SAFETY: the operands are matrices of the card's memory of these sizes, which views were checked for.
+        self.attempt(|| {
+            unsafe {
+                cublas::result::gemm_ex(
+                    self.blas,
+                    operation(b.transposed),
+                    operation(a.transposed),
+                    size(*columns),
+                    size(*rows),
+                    size(*inner),
+                    ptr::from_ref(alpha).cast(),
+                    b.address as *const c_void,
+                    kind(*numbers),
+                    size(b.stride),
+                    a.address as *const c_void,
+                    kind(*numbers),
+                    size(a.stride),
+                    ptr::from_ref(beta).cast(),
+                    c.address as *mut c_void,
+                    Type::CUDA_R_32F,
+                    size(c.stride),
+                    compute,
+                    CUBLAS_GEMM_DFALT,
+                )
+            }
+            .map_err(blas_call("cublasGemmEx"))
+        });
+    }
+}
+
+/// What the driver says of a card.
+struct Card {
+    number: sys::CUdevice,
+    name: String,
+    architecture: String,
+    /// Shared memory that a block may take.
+    shared_bytes: usize,
+}
+
+impl Card {
+    fn find(index: usize) -> Result<Self, DeviceError> {
+        use sys::CUdevice_attribute_enum as Attribute;
+        libraries::driver()?;
+        result::init().map_err(|_| DeviceError::NoDriver)?;
+        let count = result::device::get_count().map_err(|_| DeviceError::NoDriver)?.max(0) as usize;
+        if index >= count {
+            return Err(DeviceError::NoSuchDevice { index, count });
+        }
+        let number = result::device::get(index as i32).map_err(call("cuDeviceGet"))?;
+        let name = result::device::get_name(number).map_err(call("cuDeviceGetName"))?;
+        // SAFETY: the device exists.
+        let attribute = |which| unsafe { result::device::get_attribute(number, which) };
+        let attribute = |which| attribute(which).map_err(call("cuDeviceGetAttribute"));
+        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        if major < 8 {
+            return Err(DeviceError::TooOld { card: name, major, minor });
+        }
+        let architecture = format!("sm_{major}{minor}");
+        Ok(Self { number, name, architecture, shared_bytes: shared.max(0) as usize })
+    }
+}
+
+/// An operand of a product.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Operand {
+    pub(super) address: u64,
+    pub(super) stride: usize,
+    pub(super) transposed: bool,
+}
+
+/// A product: C `[rows, columns]`, summed over `inner`. A and B hold `numbers`, C holds f32.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Product {
+    pub(super) a: Operand,
+    pub(super) b: Operand,
+    pub(super) c: Operand,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) inner: usize,
+    pub(super) alpha: f32,
+    pub(super) beta: f32,
+    pub(super) numbers: Numbers,
+}
+
+// SAFETY: callers hand in a module that is loaded.
+unsafe fn function(module: sys::CUmodule, name: &'static str) -> Result<sys::CUfunction, DeviceError> {
+    let c_name = CString::new(name).unwrap_or_default();
+    // SAFETY: the module is loaded.
+    unsafe { result::module::get_function(module, c_name) }.map_err(|error| DeviceError::Call {
+        operation: "cuModuleGetFunction",
+        reason: format!("{name}: {error}"),
+    })
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // What cannot be given back now is given back when the process ends.
+        if self.bind().is_err() {
+            return;
+        }
+        // SAFETY: handles are destroyed once, by their owner; buffers keep the device alive, so none is left.
+        unsafe {
+            let _ = cublas::result::destroy_handle(self.blas);
+            let _ = result::free_sync(self.workspace);
+            let _ = result::stream::destroy(self.stream);
+            let _ = result::primary_ctx::release(self.number);
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! What an engine computes with: a backend and the memory of a step, on the processor or on a card.
+
+use super::{EngineDevice, GradientSink};
+use crate::{
+    adapter::ParameterLayout,
+    backend::{
+        Backend,
+        cpu::{Cpu, Spent},
+        cuda::Cuda,
+    },
+    batch::PackedBatch,
+    error::{Error, Result},
+    model::{
+        BaseSource, ModelConfig,
+        decoder::{Branches, Decoder, PassDropout},
+    },
+    nn::rope::RopeTable,
+    plan::{Arena, Recompute, Sizes},
+};
+
+/// A backend and what passes over it work in.
+pub(crate) struct Worker<B: Backend> {
+    backend: B,
+    /// Reserved at the first step: generating alone does not need it.
+    memory: Option<StepMemory<B>>,
+    /// The flat parameters and their gradient where the backend can read them, where it cannot read the caller's.
+    parameters: Option<B::Owned>,
+    gradient: Option<B::Owned>,
+    staging: Vec<f32>,
+}
+
+/// What a step works in.
+struct StepMemory<B: Backend> {
+    arena: Arena<B>,
+    rope: RopeTable<B>,
+}
+
+/// What a pass runs on.
+pub(crate) struct Parts<'a> {
+    pub(crate) config: &'a ModelConfig,
+    pub(crate) base: &'a mut (dyn BaseSource + Send + Sync),
+    pub(crate) layout: &'a ParameterLayout,
+}
+
+/// A micro-batch, and what is wanted of it.
+pub(crate) struct Pass<'a> {
+    pub(crate) packed: &'a PackedBatch,
+    pub(crate) sizes: &'a Sizes,
+    pub(crate) recompute: Recompute,
+    pub(crate) parameters: Option<&'a [f32]>,
+    pub(crate) dropout: Option<PassDropout>,
+    pub(crate) training: Option<(&'a mut [f32], &'a mut dyn GradientSink)>,
+}
+
+impl<B: Backend> Worker<B> {
+    fn new(backend: B) -> Self {
+        Self { backend, memory: None, parameters: None, gradient: None, staging: Vec::new() }
+    }
+
+    /// The backend, and the flat parameters where it can read them.
+    pub(crate) fn lend<'a>(
+        &'a mut self,
+        parameters: Option<&'a [f32]>,
+    ) -> Result<(&'a B, Option<&'a B::Buffer>)> {
+        let Self { backend, parameters: place, .. } = self;
+        let parameters = match parameters {
+            Some(parameters) => Some(backend.lend(parameters, place)?),
+            None => None,
+        };
+        Ok((backend, parameters))
+    }
+
+    /// Runs a micro-batch: the summed loss.
+    fn pass(&mut self, parts: Parts<'_>, pass: Pass<'_>) -> Result<f64> {
+        let Self { backend, memory, parameters: place, gradient: gradient_place, staging } = self;
+        let Parts { config, base, layout } = parts;
+        let Pass { packed, sizes, recompute, parameters, dropout, training } = pass;
+        let StepMemory { arena, rope } = match memory {
+            Some(memory) => memory,
+            None => memory.insert(StepMemory {
+                arena: Arena::new(backend, sizes, recompute)?,
+                rope: RopeTable::new(backend, config, sizes.max_length)?,
+            }),
+        };
+        let backend = &*backend;
+        backend.load_batch(packed, &mut arena.batch);
+        let parameters = match parameters {
+            Some(parameters) => Some(backend.lend(parameters, place)?),
+            None => None,
+        };
+        let (tokens, predicting) = (packed.tokens(), packed.predicting.len());
+        let branches = Branches { parameters, layout, dropout };
+        let mut decoder = Decoder { backend, config, base, branches, rope, arena, tokens, predicting };
+        let loss = backend.run(|| {
+            if predicting == 0 {
+                if let Some((gradient, sink)) = training {
+                    sink.ready(0..gradient.len(), gradient);
+                }
+                return Ok(0.0);
+            }
+            decoder.forward()?;
+            let loss = decoder.loss(training.is_some());
+            if let Some((gradient, sink)) = training {
+                backend.with_gradient(gradient, gradient_place, staging, sink, |flat, ready| {
+                    decoder.backward(flat, ready)
+                })?;
+            }
+            Ok::<_, Error>(loss)
+        })?;
+        backend.settle()?;
+        Ok(loss)
+    }
+}
+
+/// The processor or a card.
+pub(crate) enum Machine {
+    Cpu(Box<Worker<Cpu>>),
+    Cuda(Box<Worker<Cuda>>),
+}
+
+impl Machine {
+    /// A machine with nothing on it.
+    pub(crate) fn open(device: EngineDevice, threads: usize) -> Result<Self> {
+        Ok(match device {
+            EngineDevice::Cpu => Self::Cpu(Box::new(Worker::new(Cpu::new(threads)?))),
+            EngineDevice::Cuda { index, precision } => {
+                Self::Cuda(Box::new(Worker::new(Cuda::new(index, precision)?)))
+            }
+        })
+    }
+
+    /// Puts a base where passes read it. It must not move as long as this machine works on it.
+    pub(crate) fn hold(&mut self, base: &mut (dyn BaseSource + Send + Sync)) -> Result<()> {
+        match self {
+            Self::Cpu(_) => Ok(()),
+            Self::Cuda(worker) => worker.backend.hold(base),
+        }
+    }
+
+    pub(crate) fn pass(&mut self, parts: Parts<'_>, pass: Pass<'_>) -> Result<f64> {
+        match self {
+            Self::Cpu(worker) => worker.pass(parts, pass),
+            Self::Cuda(worker) => worker.pass(parts, pass),
+        }
+    }
+
+    pub(crate) fn threads(&self) -> usize {
+        match self {
+            Self::Cpu(worker) => worker.backend.threads(),
+            Self::Cuda(_) => 1,
+        }
+    }
+
+    pub(crate) fn take_profile(&self) -> Vec<Spent> {
+        match self {
+            Self::Cpu(worker) => worker.backend.take_profile(),
+            Self::Cuda(_) => Vec::new(),
+        }
+    }
+
+    /// The card, where there is one.
+    pub(crate) fn card(&self) -> Option<&Cuda> {
+        match self {
+            Self::Cpu(_) => None,
+            Self::Cuda(worker) => Some(&worker.backend),
+        }
+    }
+}
