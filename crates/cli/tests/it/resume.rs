@@ -98,8 +98,10 @@ fn resume_without_a_run_says_how_to_start_one() {
     assert!(!place.path("runs").exists(), "looking for a run leaves nothing behind");
 }
 
-/// What is done to every checkpoint of a run, and the code of the answer.
-const SPOILED: &[(&str, &str, fn(&Path))] = &[
+/// What is done to every checkpoint of a run, in words, the code of the answer, and the deed.
+type Spoiled = (&'static str, &'static str, fn(&Path));
+
+const SPOILED: &[Spoiled] = &[
     ("a byte of the adapter flipped", "SH0508", |folder| flip(&folder.join("adapter_model.safetensors"))),
     ("a byte of the optimizer flipped", "SH0508", |folder| flip(&folder.join("optimizer.safetensors"))),
     ("the optimizer cut short", "SH0508", |folder| {
