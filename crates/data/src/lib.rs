@@ -1,6 +1,6 @@
 //! Sources, chat templates, masks, tokenisation, packing, and the global order of rows.
 //!
-//! [`prepare`] reads JSON Lines or Parquet once, tokenises in parallel, packs samples into rows and writes them to
+//! [`prepare()`] reads JSON Lines or Parquet once, tokenises in parallel, packs samples into rows and writes them to
 //! a hashed folder in bounded memory. [`Prepared`] reads rows from it by number. [`order`] says which
 //! rows a step trains. [`Tokenizer`] is also what generation uses.
 

@@ -145,7 +145,7 @@ impl Order {
         self.global_batch_size.min(self.rows - start)
     }
 
-    /// The row ids of a step (from 1), in the order in which [`slice`] deals them; none for step 0.
+    /// The row ids of a step (from 1), in the order in which [`slice()`] deals them; none for step 0.
     pub fn step_rows(&self, step: u64) -> Vec<u64> {
         let Some(index) = step.checked_sub(1) else { return Vec::new() };
         let start = (index % self.steps_per_epoch()) * self.global_batch_size;

@@ -85,7 +85,7 @@ pub fn new_worker_id() -> String {
 /// Works for the coordinator until `shutdown`. `logs` is the other end of [`logs::forward`](crate::logs::forward).
 ///
 /// # Errors
-/// [`Error::Address`], [`Error::Listen`] and [`Error::Process`] before anything began; [`Error::Refused`] if the
+/// [`Error::Address`], [`Error::Process`] and that nothing can listen, before anything began; [`Error::Refused`] if the
 /// coordinator does not want this worker.
 pub async fn run_worker(
     options: WorkerOptions,

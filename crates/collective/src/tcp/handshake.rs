@@ -74,7 +74,7 @@ pub(super) enum Side {
     Accepting,
 }
 
-/// The proof that `side` holds the token. Compare as [`Hash`]: that takes the same time whatever differs.
+/// The proof that `side` holds the token. Compare as [`struct@Hash`]: that takes the same time whatever differs.
 pub(super) fn proof(token: &Token, side: Side, job: &str, hello: &[u8; HELLO_BYTES], nonce: &Nonce) -> Hash {
     let mut hasher = blake3::Hasher::new_keyed(&token.0);
     hasher.update(match side {

@@ -30,7 +30,7 @@ struct SplitFiles {
 }
 
 impl Prepared {
-    /// Opens a folder that [`prepare`](crate::prepare) wrote: checks its manifest and the sizes of its files.
+    /// Opens a folder that [`prepare`](crate::prepare()) wrote: checks its manifest and the sizes of its files.
     ///
     /// # Errors
     /// [`Error::NotPrepared`] without a manifest, or with one of another version; [`Error::Damaged`] if manifest, seal and

@@ -33,7 +33,7 @@ pub struct AdapterFolder {
 }
 
 impl AdapterFolder {
-    /// Opens a folder that PEFT or [`write`] wrote.
+    /// Opens a folder that PEFT or [`write()`] wrote.
     ///
     /// # Errors
     /// A file is missing or damaged, or the settings are not supported.

@@ -1,7 +1,7 @@
 //! All quantised matrices of a decoder layer in one buffer.
 //!
 //! Codes and scales lie side by side so that a layer can be sharded, gathered and uploaded as plain bytes. Each part
-//! begins at a multiple of 64 bytes; [`PackedLayer::entry`] says where. Maps and offsets of double quantisation are
+//! begins at a multiple of 64 bytes; its directory says where. Maps and offsets of double quantisation are
 //! a few numbers a matrix and lie outside.
 
 use std::ops::Range;
