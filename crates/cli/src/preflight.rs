@@ -1,14 +1,10 @@
 //! What a job would train and take, from headers alone: no weight is read.
 
 use serde::Serialize;
-use shanty_config::{JobSpec, Loaded, job};
+use shanty_config::{JobSpec, Loaded};
 use shanty_diagnostic::Diagnose;
-use shanty_peft_core::{
-    Engine, EngineOptions,
-    adapter::{LoraConfig, TargetModules},
-    plan::Recompute,
-    quant::Nf4Options,
-};
+use shanty_peft_core::{Engine, plan::Recompute};
+use shanty_worker::engine::engine_options;
 
 use crate::{failure::CommandResult, job_file::at_key};
 
@@ -80,47 +76,5 @@ impl Preflight {
             }
         }
         kinds.join(", ")
-    }
-}
-
-/// The engine that a worker of this job loads.
-fn engine_options(spec: &JobSpec, threads: usize) -> EngineOptions {
-    EngineOptions {
-        quantization: nf4_of(spec),
-        lora: Some(lora_of(spec)),
-        threads,
-        recompute: match spec.train.recompute {
-            job::Recompute::Auto => Recompute::Auto,
-            job::Recompute::Never => Recompute::Never,
-            job::Recompute::Layers => Recompute::Layers,
-        },
-        micro_batch_rows: spec.train.micro_batch_size,
-        ..EngineOptions::new(&spec.base.model, spec.data.max_length)
-    }
-}
-
-/// How the job keeps its base.
-pub(crate) fn nf4_of(spec: &JobSpec) -> Option<Nf4Options> {
-    match spec.base.quantization {
-        job::Quantization::Nf4 => {
-            Some(Nf4Options { double: spec.base.double_quantization, ..Nf4Options::default() })
-        }
-        job::Quantization::None => None,
-    }
-}
-
-/// The job's adapter in the words of the numeric crate.
-fn lora_of(spec: &JobSpec) -> LoraConfig {
-    let adapter = &spec.adapter;
-    LoraConfig {
-        base_model_name_or_path: Some(spec.base.model.display().to_string()),
-        r: adapter.r,
-        lora_alpha: adapter.lora_alpha,
-        lora_dropout: adapter.lora_dropout,
-        use_rslora: adapter.use_rslora,
-        target_modules: match &adapter.target_modules {
-            job::TargetModules::Pattern(pattern) => TargetModules::Pattern(pattern.clone()),
-            job::TargetModules::Names(names) => TargetModules::Names(names.clone()),
-        },
     }
 }

@@ -5,11 +5,11 @@ use std::path::Path;
 use serde_json::json;
 use shanty_config::JobSpec;
 use shanty_data::Tokenizer;
+use shanty_worker::engine::quantization;
 
 use crate::{
     failure::CommandResult,
     model::{Model, Sampling},
-    preflight::nf4_of,
     ui::{Paint, Ui, paint},
 };
 
@@ -33,7 +33,7 @@ pub(crate) fn compare(spec: &JobSpec, adapter: &Path) -> CommandResult<Sample> {
         seed: spec.train.seed,
     };
     let continued = |adapter: Option<&Path>| -> CommandResult<String> {
-        let mut model = Model::load(&spec.base.model, nf4_of(spec), adapter, 0, None)?;
+        let mut model = Model::load(&spec.base.model, quantization(spec), adapter, 0, None)?;
         let ids = model.generate(&tokenizer, &prompt, &sampling, &mut |_| true)?;
         Ok(tokenizer.decode(&ids, true)?)
     };

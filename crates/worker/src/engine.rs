@@ -8,7 +8,7 @@ use crate::Error;
 
 pub use shanty_peft_core::batch::{Row, Segment};
 
-pub use peft::PeftEngines;
+pub use peft::{PeftEngines, engine_options, quantization};
 
 /// Summed loss of some rows.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]

@@ -28,18 +28,9 @@ impl EngineLoader for PeftEngines {
         let spec = request.spec;
         let lora = lora(spec);
         let options = EngineOptions {
-            quantization: quantization(spec),
-            lora: Some(lora.clone()),
             device: device(request.device, spec.cluster.device)?,
-            threads: request.threads,
-            recompute: match spec.train.recompute {
-                job::Recompute::Auto => Recompute::Auto,
-                job::Recompute::Never => Recompute::Never,
-                job::Recompute::Layers => Recompute::Layers,
-            },
-            micro_batch_rows: spec.train.micro_batch_size,
             memory_limit: request.memory_limit_bytes,
-            ..EngineOptions::new(&spec.base.model, spec.data.max_length)
+            ..engine_options(spec, request.threads)
         };
         let quantised = format!("{:?}", options.quantization);
         let engine = Engine::load(options, &mut |loaded| {
@@ -83,7 +74,24 @@ fn device(name: &str, wanted: Device) -> Result<EngineDevice, Error> {
     })
 }
 
-fn quantization(spec: &JobSpec) -> Option<Nf4Options> {
+/// The engine that a job asks for, on the CPU and without a limit of memory.
+pub fn engine_options(spec: &JobSpec, threads: usize) -> EngineOptions {
+    EngineOptions {
+        quantization: quantization(spec),
+        lora: Some(lora(spec)),
+        threads,
+        recompute: match spec.train.recompute {
+            job::Recompute::Auto => Recompute::Auto,
+            job::Recompute::Never => Recompute::Never,
+            job::Recompute::Layers => Recompute::Layers,
+        },
+        micro_batch_rows: spec.train.micro_batch_size,
+        ..EngineOptions::new(&spec.base.model, spec.data.max_length)
+    }
+}
+
+/// How a job keeps its base.
+pub fn quantization(spec: &JobSpec) -> Option<Nf4Options> {
     match spec.base.quantization {
         job::Quantization::Nf4 => {
             Some(Nf4Options { double: spec.base.double_quantization, ..Nf4Options::default() })
@@ -92,6 +100,7 @@ fn quantization(spec: &JobSpec) -> Option<Nf4Options> {
     }
 }
 
+/// A job's adapter in the words of the numeric crate.
 fn lora(spec: &JobSpec) -> LoraConfig {
     let adapter = &spec.adapter;
     LoraConfig {
