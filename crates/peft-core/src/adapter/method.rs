@@ -131,8 +131,8 @@ pub struct Needs {
     pub narrow: usize,
     /// For each token, in [`super::branch::BranchScratch::output`].
     pub output: usize,
-    /// Whatever the number of tokens, in [`super::branch::BranchScratch::fixed`].
-    pub fixed: usize,
+    /// Whatever the number of tokens, in each of [`super::branch::BranchScratch::fixed`].
+    pub fixed: [usize; 4],
 }
 
 impl Needs {
@@ -144,7 +144,7 @@ impl Needs {
             wide: self.wide.max(other.wide),
             narrow: self.narrow.max(other.narrow),
             output: self.output.max(other.output),
-            fixed: self.fixed.max(other.fixed),
+            fixed: std::array::from_fn(|at| self.fixed[at].max(other.fixed[at])),
         }
     }
 }
@@ -172,6 +172,25 @@ pub struct StepHook<'a> {
     pub total_steps: u64,
     /// The gradient of the mean loss is the reduced gradient times this; clipping included once it is known.
     pub scale: f64,
+}
+
+/// A module whose tensors are to begin, as [`Method::start`] sees it.
+pub struct ModuleStart<'a> {
+    /// The module.
+    pub module: &'a Module,
+    /// Its tensors.
+    pub tensors: &'a [ParameterEntry],
+    /// The base's weight, row after row; dequantised where it is kept in 4 bits.
+    pub weight: &'a [f32],
+    /// The flat parameters.
+    pub parameters: &'a mut [f32],
+}
+
+impl ModuleStart<'_> {
+    /// The place of a tensor in the flat parameters, by its suffix.
+    pub fn range(&self, suffix: &str) -> Option<std::ops::Range<usize>> {
+        self.tensors.iter().find(|entry| entry.suffix == suffix).map(|entry| entry.range.clone())
+    }
 }
 
 /// A method of adaptation, without what depends on where it computes.
@@ -231,6 +250,14 @@ pub trait Method: Debug + Send + Sync {
     /// Where the settings do not fit the model.
     fn reparameterisation(&self, _model: &ModelConfig) -> Result<Option<Box<dyn Reparameterisation>>> {
         Ok(None)
+    }
+
+    /// Fills in the starts that are [`Start::Computed`] of one module; the others are there already.
+    ///
+    /// # Errors
+    /// Where the base's numbers cannot be had, or the start cannot be computed.
+    fn start(&self, _start: &mut ModuleStart<'_>) -> Result<()> {
+        Ok(())
     }
 
     /// What a pass needs for a module.

@@ -75,6 +75,8 @@ pub struct HeadScratch<B: Backend> {
     pub losses: B::Owned,
     /// Rows of the head, widened.
     pub block: B::Owned,
+    /// What the head's branch keeps.
+    pub kept: B::Owned,
     /// Rows in a chunk.
     pub rows: usize,
     /// Rows of the head in a block; the whole vocabulary where it is read in place.
@@ -128,7 +130,7 @@ impl<B: Backend> Arena<B> {
                     wide: rows(sizes.branch.wide)?,
                     narrow: rows(sizes.branch.narrow)?,
                     output: rows(sizes.branch.output)?,
-                    fixed: backend.allocate(sizes.branch.fixed)?,
+                    fixed: each(sizes.branch.fixed, |length| backend.allocate(length))?,
                 },
             },
             head: HeadScratch::new(backend, sizes)?,
@@ -172,22 +174,18 @@ impl<B: Backend> HeadScratch<B> {
             logits: rows(sizes.vocabulary)?,
             losses: rows(1)?,
             block: backend.allocate(sizes.head_block * sizes.hidden)?,
+            kept: rows(sizes.head_kept)?,
             rows: sizes.head_rows,
             block_rows: if sizes.head_block == 0 { sizes.vocabulary } else { sizes.head_block },
         })
     }
 }
 
-/// Seven buffers of the given lengths.
-fn each<T>(lengths: [usize; 7], allocate: impl Fn(usize) -> Result<T>) -> Result<[T; 7]> {
-    let [q, k, v, o, gate, up, down] = lengths;
-    Ok([
-        allocate(q)?,
-        allocate(k)?,
-        allocate(v)?,
-        allocate(o)?,
-        allocate(gate)?,
-        allocate(up)?,
-        allocate(down)?,
-    ])
+/// Buffers of the given lengths.
+fn each<T, const COUNT: usize>(
+    lengths: [usize; COUNT],
+    allocate: impl Fn(usize) -> Result<T>,
+) -> Result<[T; COUNT]> {
+    let all: Vec<T> = lengths.into_iter().map(allocate).collect::<Result<_>>()?;
+    Ok(all.try_into().unwrap_or_else(|_| unreachable!("as many buffers as lengths")))
 }

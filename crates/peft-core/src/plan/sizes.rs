@@ -50,6 +50,8 @@ pub struct Sizes {
     pub head_rows: usize,
     /// Rows of the head widened at once; 0 where it is read in place.
     pub head_block: usize,
+    /// What the branch of the head keeps for each row.
+    pub head_kept: usize,
     /// Numbers in the threads' own scratch.
     pub lanes: usize,
     /// Numbers in the table of angles.
@@ -83,7 +85,9 @@ impl Sizes {
             false => (LOGITS, HEAD_ROWS),
         };
         let head_rows = (logits / config.vocabulary_size).clamp(1, most_rows).min(tokens.max(1));
-        let head_block = match request.accelerated {
+        let head_branch = layout.modules().iter().find(|adapted| adapted.module.kind == ModuleKind::Head);
+        let head_branch = head_branch.filter(|adapted| adapted.branch);
+        let head_block = match request.accelerated || head_branch.is_some() {
             true => config.vocabulary_size,
             false => (HEAD_BLOCK / hidden).clamp(1, config.vocabulary_size),
         };
@@ -105,6 +109,7 @@ impl Sizes {
             weights,
             head_rows,
             head_block: if request.head_widened { head_block } else { 0 },
+            head_kept: head_branch.map_or(0, |adapted| adapted.needs.kept),
             lanes: match request.accelerated {
                 // Ids and the like, attention's sums by head, the larger operand of a product rounded to 2 bytes.
                 true => {
@@ -145,12 +150,12 @@ impl Sizes {
     pub fn scratch(&self) -> usize {
         let branch = self.branch.wide + self.branch.narrow + self.branch.output;
         let per_token = 3 * self.hidden + 2 * self.wide() + 2 * self.keys + branch;
-        let head = self.head_rows * (self.vocabulary + 4 * self.hidden + 2) + self.head_block * self.hidden;
+        let head = self.head_rows * (self.vocabulary + 4 * self.hidden + 2 + self.head_kept) + self.head_block * self.hidden;
         self.tokens * per_token
             + head
             + self.weights.iter().sum::<usize>()
             + self.lanes
             + self.rope
-            + self.branch.fixed
+            + self.branch.fixed.iter().sum::<usize>()
     }
 }
