@@ -1,21 +1,23 @@
 //! A decoder as its `config.json` describes it.
 //!
-//! [`ModelConfig`] says what the layer loop needs to know and nothing of where it was read; a further family is a
-//! further function in [`ModelConfig::from_json`] that fills it. Both ways of writing rotary settings are
-//! read: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (transformers 4).
+//! [`ModelConfig`] says what the layer loop needs to know and nothing of where it was read; [`crate::model::families`]
+//! fill it. Both ways of writing rotary settings are read: `rope_parameters` (transformers 5) and `rope_theta` with
+//! `rope_scaling` (transformers 4).
 
 use std::{fmt, fs, path::Path};
 
 use serde_json::Value;
 
-use crate::error::{Error, Origin, Result};
+use crate::{
+    error::{Error, Origin, Result},
+    model::families,
+};
 
 mod fields;
+mod rope;
 
-use fields::Fields;
-
-/// Model types that there are.
-pub const FAMILIES: &[&str] = &["llama"];
+pub(crate) use fields::Fields;
+pub use rope::{Rope, RopeScaling};
 
 /// The linear layers of a decoder layer, in the order of the forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -81,75 +83,6 @@ impl fmt::Display for Projection {
 pub enum Activation {
     /// x · sigmoid(x).
     Silu,
-}
-
-/// Rotary position embedding, half-rotation as in transformers.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Rope {
-    /// Base of the frequencies.
-    pub theta: f64,
-    /// How frequencies are changed for long contexts.
-    pub scaling: RopeScaling,
-}
-
-/// How rotary frequencies are changed for long contexts.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum RopeScaling {
-    /// Not at all.
-    None,
-    /// All divided by a factor.
-    Linear {
-        /// The factor.
-        factor: f64,
-    },
-    /// Low ones divided, high ones kept, blended between (Llama 3.1).
-    Llama3 {
-        /// What low frequencies are divided by.
-        factor: f64,
-        /// Wavelengths above `original_positions / low_frequency_factor` are divided.
-        low_frequency_factor: f64,
-        /// Wavelengths below `original_positions / high_frequency_factor` are kept.
-        high_frequency_factor: f64,
-        /// Context length before scaling.
-        original_positions: usize,
-    },
-}
-
-impl Rope {
-    /// Angle per position of each pair of a head's features, `[head_dim / 2]`.
-    ///
-    /// Rounded to f32 where transformers rounds, so that angles agree at long positions too.
-    pub fn inverse_frequencies(&self, head_dim: usize) -> Vec<f32> {
-        (0..head_dim / 2)
-            .map(|pair| {
-                let exponent = (2 * pair) as f32 / head_dim as f32;
-                let frequency = 1.0 / (self.theta as f32).powf(exponent);
-                self.scaling.apply(frequency)
-            })
-            .collect()
-    }
-}
-
-impl RopeScaling {
-    fn apply(self, frequency: f32) -> f32 {
-        match self {
-            Self::None => frequency,
-            Self::Linear { factor } => frequency / factor as f32,
-            Self::Llama3 { factor, low_frequency_factor, high_frequency_factor, original_positions } => {
-                let wavelength = std::f32::consts::TAU / frequency;
-                let original = original_positions as f64;
-                if wavelength > (original / low_frequency_factor) as f32 {
-                    return frequency / factor as f32;
-                }
-                if wavelength < (original / high_frequency_factor) as f32 {
-                    return frequency;
-                }
-                let smooth = (original as f32 / wavelength - low_frequency_factor as f32)
-                    / (high_frequency_factor - low_frequency_factor) as f32;
-                (1.0 - smooth) * frequency / factor as f32 + smooth * frequency
-            }
-        }
-    }
 }
 
 /// A decoder: embedding, equal layers of attention and gated MLP with norms ahead, norm, output head.
@@ -223,13 +156,13 @@ impl ModelConfig {
             source,
         })?;
         let fields = Fields::new(&json, file)?;
-        let family = fields.text("model_type")?.ok_or_else(|| fields.problem("model_type", "is missing"))?;
-        match family {
-            "llama" => llama(&fields),
-            other => Err(Error::UnknownFamily {
+        let found = fields.text("model_type")?.ok_or_else(|| fields.problem("model_type", "is missing"))?;
+        match families::find(found) {
+            Some(family) => family.describe(&fields),
+            None => Err(Error::UnknownFamily {
                 file: file.to_owned(),
-                found: other.to_owned(),
-                known: FAMILIES.to_vec(),
+                found: found.to_owned(),
+                known: families::names(),
             }),
         }
     }
@@ -302,98 +235,9 @@ impl ModelConfig {
     }
 }
 
-/// Llama 1 to 3.x, and what shares its code in transformers.
-fn llama(fields: &Fields<'_>) -> Result<ModelConfig> {
-    let hidden_size = fields.size("hidden_size")?;
-    let attention_heads = fields.size("num_attention_heads")?;
-    let key_value_heads = fields.size_or("num_key_value_heads", attention_heads)?;
-    if !attention_heads.is_multiple_of(key_value_heads) {
-        return Err(fields.problem(
-            "num_key_value_heads",
-            format!("is {key_value_heads}, which does not divide num_attention_heads ({attention_heads})"),
-        ));
-    }
-    let head_dim = match fields.optional_size("head_dim")? {
-        Some(head_dim) => head_dim,
-        None if hidden_size.is_multiple_of(attention_heads) => hidden_size / attention_heads,
-        None => {
-            return Err(fields.problem(
-                "num_attention_heads",
-                format!("is {attention_heads}, which does not divide hidden_size ({hidden_size})"),
-            ));
-        }
-    };
-    if !head_dim.is_multiple_of(2) {
-        return Err(
-            fields.problem("head_dim", format!("is {head_dim}; rotary positions need an even number"))
-        );
-    }
-    match fields.text("hidden_act")? {
-        None | Some("silu" | "swish") => {}
-        Some(other) => return Err(fields.unsupported("hidden_act", &Value::from(other))),
-    }
-    let norm_epsilon = fields.number("rms_norm_eps")?.unwrap_or(1e-6);
-    if !(norm_epsilon > 0.0 && norm_epsilon < 1.0) {
-        return Err(fields.problem("rms_norm_eps", format!("is {norm_epsilon}, not between 0 and 1")));
-    }
-    let max_positions = fields.size_or("max_position_embeddings", 2048)?;
-    let attention_bias = fields.flag("attention_bias")?.unwrap_or(false);
-    Ok(ModelConfig {
-        family: "llama",
-        vocabulary_size: fields.size("vocab_size")?,
-        hidden_size,
-        intermediate_size: fields.size("intermediate_size")?,
-        layers: fields.size("num_hidden_layers")?,
-        attention_heads,
-        key_value_heads,
-        head_dim,
-        max_positions,
-        norm_epsilon,
-        rope: fields.rope(max_positions)?,
-        activation: Activation::Silu,
-        query_key_value_bias: attention_bias,
-        output_bias: attention_bias,
-        mlp_bias: fields.flag("mlp_bias")?.unwrap_or(false),
-        tied_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(false),
-        stored_nf4: fields.stored_nf4()?,
-        bos_token: fields.tokens("bos_token_id")?.first().copied(),
-        eos_tokens: fields.tokens("eos_token_id")?,
-        pad_token: fields.tokens("pad_token_id")?.first().copied(),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const LLAMA3: RopeScaling = RopeScaling::Llama3 {
-        factor: 8.0,
-        low_frequency_factor: 1.0,
-        high_frequency_factor: 4.0,
-        original_positions: 8192,
-    };
-
-    #[test]
-    fn rotary_frequencies_are_scaled_as_transformers_scales_them() {
-        let of = |scaling| Rope { theta: 500_000.0, scaling }.inverse_frequencies(128);
-        let (plain, linear, llama3) =
-            (of(RopeScaling::None), of(RopeScaling::Linear { factor: 4.0 }), of(LLAMA3));
-        assert_eq!(plain.len(), 64);
-        assert_eq!(plain[0], 1.0);
-        let (mut kept, mut divided) = (0, 0);
-        for pair in 0..64 {
-            let exact = 500_000_f64.powf(-2.0 * pair as f64 / 128.0);
-            // powf, its argument and the reciprocal round at 6e-8 each; the argument's error grows by ln(theta) = 13.
-            assert!((f64::from(plain[pair]) - exact).abs() < 2e-6 * exact);
-            assert_eq!(linear[pair], plain[pair] / 4.0);
-            kept += usize::from(llama3[pair] == plain[pair]);
-            divided += usize::from(llama3[pair] == plain[pair] / 8.0);
-            assert!(llama3[pair] <= plain[pair] && llama3[pair] >= plain[pair] / 8.0);
-        }
-        // Wavelengths below 2048 are kept: 2 pi theta^(i/64) < 2048 for i ≤ 28; those above 8192 divided: i ≥ 35.
-        assert_eq!((kept, divided), (29, 29));
-        assert!(llama3.is_sorted_by(|earlier, later| earlier > later));
-    }
 
     #[test]
     fn parameters_are_counted_once_where_tied() {

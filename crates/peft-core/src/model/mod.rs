@@ -1,12 +1,13 @@
 //! The frozen base: what a decoder is made of, where its weights come from.
 //!
-//! [`config`] reads `config.json` into a description of a decoder, [`weights`] reads safetensors, [`base`] is what
-//! the layer loop asks for weights, [`resident`] keeps a whole base in memory.
+//! [`config`] holds the description of a decoder, which [`families`] read from `config.json`; [`weights`] reads safetensors,
+//! [`base`] is what the layer loop asks for weights, [`resident`] keeps a whole base in memory.
 
 pub mod base;
 pub mod config;
 pub mod decoder;
 pub mod export;
+pub mod families;
 pub mod resident;
 pub mod weights;
 
