@@ -14,7 +14,16 @@ use shanty_peft_core::{
     model::ModelConfig,
 };
 
-const MODELS: [&str; 4] = ["models/llama", "models/llama_tied", "models/llama_rope3", "models/qwen2"];
+const MODELS: [&str; 8] = [
+    "models/llama",
+    "models/llama_tied",
+    "models/llama_rope3",
+    "models/mistral",
+    "models/qwen2",
+    "models/qwen3",
+    "models/gemma",
+    "models/gemma2",
+];
 
 fn engine(model: &str) -> Engine {
     let base = MemoryBase::load(&reference(model));

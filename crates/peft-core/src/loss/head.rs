@@ -18,6 +18,8 @@ pub struct Head<'a, B: Backend> {
     pub norm: RmsNorm<'a, B>,
     /// `[vocabulary, hidden]`.
     pub table: EmbeddingView<'a>,
+    /// Bounds the logits.
+    pub soft_cap: Option<f32>,
 }
 
 /// The head's rows as products read them.
@@ -63,7 +65,8 @@ impl<B: Backend> Head<'_, B> {
             }
             let logits_view = ViewMut::<B>::new(&mut *logits, rows, vocabulary);
             let losses = ViewMut::<B>::new(&mut *losses, rows, 1);
-            loss += backend.cross_entropy(batch, first, gradient.is_some(), logits_view, losses);
+            loss +=
+                backend.cross_entropy(batch, first, gradient.is_some(), self.soft_cap, logits_view, losses);
 
             let Some(gradient) = &mut gradient else { continue };
             let dlogits = View::<B>::new(&*logits, rows, vocabulary);
@@ -97,6 +100,9 @@ impl<B: Backend> Head<'_, B> {
                 let weight = table.block(backend, &self.table, start, size);
                 let part = ViewMut::<B>::new(&mut *logits, rows, vocabulary).column_range(start, size);
                 backend.gemm(1.0, View::<B>::new(&*normed, rows, features), false, weight, true, 0.0, part);
+            }
+            if let Some(cap) = self.soft_cap {
+                backend.soft_cap(cap, ViewMut::<B>::new(&mut *logits, rows, vocabulary));
             }
             let out = &mut out[first * vocabulary..(first + rows) * vocabulary];
             backend.download(View::<B>::new(&*logits, rows, vocabulary), out);

@@ -83,6 +83,42 @@ impl fmt::Display for Projection {
 pub enum Activation {
     /// x · sigmoid(x).
     Silu,
+    /// x / 2 · (1 + tanh(√(2/π) (x + 0.044715 x³))).
+    GeluTanh,
+}
+
+/// The norms of a decoder layer, in the order of the forward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Norm {
+    /// Ahead of attention.
+    AttentionInput,
+    /// Of each head's queries, ahead of rotation.
+    Query,
+    /// Of each head's keys, ahead of rotation.
+    Key,
+    /// Of attention's output, ahead of the sum with the residual stream.
+    AttentionOutput,
+    /// Ahead of the MLP.
+    MlpInput,
+    /// Of the MLP's output, ahead of the sum with the residual stream.
+    MlpOutput,
+}
+
+impl Norm {
+    /// All of them, in the order of the forward pass.
+    pub const ALL: [Self; 6] = [
+        Self::AttentionInput,
+        Self::Query,
+        Self::Key,
+        Self::AttentionOutput,
+        Self::MlpInput,
+        Self::MlpOutput,
+    ];
+
+    /// Its place in [`Self::ALL`].
+    pub fn index(self) -> usize {
+        self as usize
+    }
 }
 
 /// A decoder: embedding, equal layers of attention and gated MLP with norms ahead, norm, output head.
@@ -112,6 +148,22 @@ pub struct ModelConfig {
     pub rope: Rope,
     /// The MLP's nonlinearity.
     pub activation: Activation,
+    /// Multiplies attention's scores.
+    pub attention_scale: f64,
+    /// Bounds attention's scaled scores: `cap tanh(score / cap)`.
+    pub attention_soft_cap: Option<f64>,
+    /// Keys that a query of each layer sees, itself included; none sees all before it.
+    pub windows: Vec<Option<usize>>,
+    /// Multiplies the embedding.
+    pub embedding_scale: Option<f32>,
+    /// Bounds the logits: `cap tanh(logit / cap)`.
+    pub logits_soft_cap: Option<f64>,
+    /// Whether queries and keys pass a norm of their own.
+    pub query_key_norms: bool,
+    /// Whether the outputs of attention and MLP pass norms of their own.
+    pub output_norms: bool,
+    /// Whether norms are stored less 1.
+    pub norms_less_one: bool,
     /// Whether q, k and v have a bias.
     pub query_key_value_bias: bool,
     /// Whether attention's output has a bias.
@@ -189,6 +241,43 @@ impl ModelConfig {
         }
     }
 
+    /// The norms of every layer.
+    pub fn norms(&self) -> impl Iterator<Item = Norm> {
+        let (query_key, output) = (self.query_key_norms, self.output_norms);
+        Norm::ALL.into_iter().filter(move |norm| match norm {
+            Norm::AttentionInput | Norm::MlpInput => true,
+            Norm::Query | Norm::Key => query_key,
+            Norm::AttentionOutput | Norm::MlpOutput => output,
+        })
+    }
+
+    /// Name of a norm below the layer, for example `input_layernorm`.
+    pub fn norm_path(&self, norm: Norm) -> &'static str {
+        match norm {
+            Norm::AttentionInput => "input_layernorm",
+            Norm::Query => "self_attn.q_norm",
+            Norm::Key => "self_attn.k_norm",
+            Norm::AttentionOutput => "post_attention_layernorm",
+            // What stands ahead of the MLP is named after what it stands behind, unless something else stands there.
+            Norm::MlpInput if self.output_norms => "pre_feedforward_layernorm",
+            Norm::MlpInput => "post_attention_layernorm",
+            Norm::MlpOutput => "post_feedforward_layernorm",
+        }
+    }
+
+    /// Full name of a norm in layer `layer`, for example `model.layers.0.input_layernorm`.
+    pub fn norm_module(&self, layer: usize, norm: Norm) -> String {
+        format!("model.layers.{layer}.{}", self.norm_path(norm))
+    }
+
+    /// Features that a norm works on.
+    pub fn norm_features(&self, norm: Norm) -> usize {
+        match norm {
+            Norm::Query | Norm::Key => self.head_dim,
+            _ => self.hidden_size,
+        }
+    }
+
     /// Number of frozen parameters: a tied head counts once.
     pub fn parameters(&self) -> usize {
         let linear: usize = Projection::ALL
@@ -199,7 +288,8 @@ impl ModelConfig {
             })
             .sum();
         let embeddings = if self.tied_embeddings { 1 } else { 2 } * self.vocabulary_size * self.hidden_size;
-        self.layers * (linear + 2 * self.hidden_size) + embeddings + self.hidden_size
+        let norms: usize = self.norms().map(|norm| self.norm_features(norm)).sum();
+        self.layers * (linear + norms) + embeddings + self.hidden_size
     }
 
     /// The settings that change numbers, in a fixed form: what a base's hash covers besides its tensors.
@@ -216,6 +306,14 @@ impl ModelConfig {
             norm_epsilon,
             rope,
             activation,
+            attention_scale,
+            attention_soft_cap,
+            windows,
+            embedding_scale,
+            logits_soft_cap,
+            query_key_norms,
+            output_norms,
+            norms_less_one,
             query_key_value_bias,
             output_bias,
             mlp_bias,
@@ -227,11 +325,28 @@ impl ModelConfig {
             eos_tokens: _,
             pad_token: _,
         } = self;
-        format!(
+        let mut text = format!(
             "{family} v{vocabulary_size} h{hidden_size} i{intermediate_size} l{layers} a{attention_heads} \
              kv{key_value_heads} d{head_dim} eps{norm_epsilon:e} {rope:?} {activation:?} \
              b{query_key_value_bias}/{output_bias}/{mlp_bias} tied{tied_embeddings} nf4{stored_nf4}"
-        )
+        );
+        // What most families lack is written where it is there: hashes of the others stay as they were.
+        let mut add = |there: bool, what: String| {
+            if there {
+                text.push(' ');
+                text.push_str(&what);
+            }
+        };
+        let usual_scale = (*head_dim as f64).powf(-0.5);
+        add(*attention_scale != usual_scale, format!("scale{attention_scale:e}"));
+        add(attention_soft_cap.is_some(), format!("cap{attention_soft_cap:?}"));
+        add(windows.iter().any(Option::is_some), format!("windows{windows:?}"));
+        add(embedding_scale.is_some(), format!("embedding{embedding_scale:?}"));
+        add(logits_soft_cap.is_some(), format!("logits{logits_soft_cap:?}"));
+        add(*query_key_norms, "qknorms".to_owned());
+        add(*output_norms, "outputnorms".to_owned());
+        add(*norms_less_one, "lessone".to_owned());
+        text
     }
 }
 

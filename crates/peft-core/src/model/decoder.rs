@@ -95,6 +95,9 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         let hidden = config.hidden_size;
         let first = ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden);
         embedding::forward(backend, &arena.batch, &self.base.embedding(), first);
+        if let Some(scale) = config.embedding_scale {
+            backend.scale(scale, ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden));
+        }
         for layer in 0..config.layers {
             if layer + 1 < config.layers {
                 self.base.prefetch(layer + 1);
@@ -161,11 +164,12 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
             let (work, scratch) = (&mut arena.work[if again { 0 } else { layer }], &mut arena.scratch);
             let attended = &arena.attended[layer];
             // The last layer's work is still there from the forward pass.
-            let again = again && layer + 1 < config.layers;
+            let mut again = again && layer + 1 < config.layers;
             if again {
                 attention.project(backend, &arena.batch, x, work, scratch);
                 attention.output(backend, &arena.batch, x, attended, work, scratch);
                 mlp.expand(backend, &arena.batch, tokens, work, scratch);
+                again = !mlp.contract_again(backend, &arena.batch, tokens, work, scratch);
             }
             let below = layer > lowest;
             let into_attention = below || attention.is_adapted();
@@ -197,9 +201,10 @@ pub struct Attend<'a, B: Backend> {
 }
 
 fn head<'a, B: Backend, S: BaseSource + ?Sized>(backend: &'a B, base: &'a S) -> Head<'a, B> {
-    let epsilon = base.config().norm_epsilon as f32;
+    let config = base.config();
+    let epsilon = config.norm_epsilon as f32;
     let norm = RmsNorm { weight: backend.frozen_vector(base.final_norm()), epsilon };
-    Head { norm, table: base.head() }
+    Head { norm, table: base.head(), soft_cap: config.logits_soft_cap.map(|cap| cap as f32) }
 }
 
 /// A place in the model.
@@ -229,14 +234,18 @@ impl<'a, B: Backend> Site<'a, '_, B> {
             k: self.linear(Projection::K, &weights.k, k),
             v: self.linear(Projection::V, &weights.v, v),
             o: self.linear(Projection::O, &weights.o, o),
-            shape: attention_shape(self.config),
+            query_key_norms: weights.query_norm.zip(weights.key_norm).map(|(q, k)| [norm(q), norm(k)]),
+            output_norm: weights.attention_output_norm.map(norm),
+            shape: attention_shape(self.config, self.layer),
             rope: self.rope,
         };
         let mlp = Mlp {
-            norm: norm(weights.post_attention_norm),
+            norm: norm(weights.mlp_norm),
             gate: self.linear(Projection::Gate, &weights.gate, gate),
             up: self.linear(Projection::Up, &weights.up, up),
             down: self.linear(Projection::Down, &weights.down, down),
+            output_norm: weights.mlp_output_norm.map(norm),
+            activation: self.config.activation,
         };
         (attention, mlp)
     }
@@ -258,12 +267,14 @@ impl<'a, B: Backend> Site<'a, '_, B> {
     }
 }
 
-/// The shape of attention in a model.
-pub fn attention_shape(config: &ModelConfig) -> AttentionShape {
+/// The shape of attention in a layer of a model.
+pub fn attention_shape(config: &ModelConfig, layer: usize) -> AttentionShape {
     AttentionShape {
         heads: config.attention_heads,
         kv_heads: config.key_value_heads,
         head_dim: config.head_dim,
-        scale: 1.0 / (config.head_dim as f32).sqrt(),
+        scale: config.attention_scale as f32,
+        window: config.windows[layer],
+        soft_cap: config.attention_soft_cap.map(|cap| cap as f32),
     }
 }

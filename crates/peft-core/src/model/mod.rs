@@ -12,5 +12,5 @@ pub mod resident;
 pub mod weights;
 
 pub use base::{BaseSource, DenseView, EmbeddingView, LayerWeights, LinearWeights, Matrix};
-pub use config::{Activation, ModelConfig, Projection, Rope, RopeScaling};
+pub use config::{Activation, ModelConfig, Norm, Projection, Rope, RopeScaling};
 pub use resident::{LoadProgress, MemoryUse, ResidentBase};

@@ -1,5 +1,6 @@
 //! The attention half of a decoder layer: `middle = x + O(attend(rope(Q n), rope(K n), V n))`, `n = norm(x)`.
 //!
+//! Where a family has them, q and k pass a norm by head ahead of rotation, and O's output a norm ahead of the sum.
 //! Attention is causal and stays inside a segment. Its backward pass needs x, the norm's factors, rotated q and k, v,
 //! attention's output and the logarithm of each row's sum. Everything but the last two can be computed again by
 //! [`Attention::project`] and [`Attention::output`], without attending again.
@@ -23,6 +24,10 @@ pub struct Attention<'a, B: Backend> {
     pub v: Linear<'a, B>,
     /// Output.
     pub o: Linear<'a, B>,
+    /// The norms of each head's queries and keys.
+    pub query_key_norms: Option<[RmsNorm<'a, B>; 2]>,
+    /// The norm of the output.
+    pub output_norm: Option<RmsNorm<'a, B>>,
     /// Heads.
     pub shape: AttentionShape,
     /// Angles.
@@ -65,12 +70,31 @@ impl<B: Backend> Attention<'_, B> {
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
         let [q_projected, k_projected, v_projected, ..] = &mut work.projected;
         let wide = &mut scratch.lora_wide;
-        let q = ViewMut::<B>::new(&mut work.q, tokens, queries);
+        let (q, k) = match &self.query_key_norms {
+            None => (&mut work.q, &mut work.k),
+            Some(_) => (&mut work.query_key.q, &mut work.query_key.k),
+        };
+        let q = ViewMut::<B>::new(q, tokens, queries);
         self.q.forward(backend, batch, normed, false, q, q_projected, wide);
-        let k = ViewMut::<B>::new(&mut work.k, tokens, keys);
+        let k = ViewMut::<B>::new(k, tokens, keys);
         self.k.forward(backend, batch, normed, false, k, k_projected, wide);
         let v = ViewMut::<B>::new(&mut work.v, tokens, keys);
         self.v.forward(backend, batch, normed, false, v, v_projected, wide);
+        if let Some([query_norm, key_norm]) = &self.query_key_norms {
+            let (dim, kept) = (self.shape.head_dim, &mut work.query_key);
+            let by_head = |norm: &RmsNorm<'_, B>, heads, x: &B::Buffer, y, reciprocal| {
+                let rows = tokens * heads;
+                let y = ViewMut::<B>::new(y, rows, dim);
+                norm.forward(
+                    backend,
+                    View::<B>::new(x, rows, dim),
+                    y,
+                    ViewMut::<B>::new(reciprocal, rows, 1),
+                );
+            };
+            by_head(query_norm, self.shape.heads, &kept.q, &mut work.q, &mut kept.q_norm);
+            by_head(key_norm, self.shape.kv_heads, &kept.k, &mut work.k, &mut kept.k_norm);
+        }
         self.rope.forward(backend, batch, ViewMut::<B>::new(&mut work.q, tokens, queries));
         self.rope.forward(backend, batch, ViewMut::<B>::new(&mut work.k, tokens, keys));
     }
@@ -122,7 +146,13 @@ impl<B: Backend> Attention<'_, B> {
         let out = View::<B>::new(&attended.out, tokens, self.query_features());
         let middle = ViewMut::<B>::new(&mut work.middle, tokens, hidden);
         let [_, _, _, o_projected, ..] = &mut work.projected;
-        self.o.forward(backend, batch, out, true, middle, o_projected, &mut scratch.lora_wide);
+        let wide = &mut scratch.lora_wide;
+        let Some(norm) = &self.output_norm else {
+            return self.o.forward(backend, batch, out, true, middle, o_projected, wide);
+        };
+        let y = ViewMut::<B>::new(&mut work.attention_output.x, tokens, hidden);
+        self.o.forward(backend, batch, out, false, y, o_projected, wide);
+        norm.add(backend, &mut work.attention_output, &mut scratch.normed, middle);
     }
 
     /// Turns `scratch.gradient` from that of `middle` into that of `x`, and adds the branches' gradients to `flat`.
@@ -145,10 +175,18 @@ impl<B: Backend> Attention<'_, B> {
         let [q_projected, k_projected, v_projected, o_projected, ..] = &work.projected;
 
         let out = View::<B>::new(&attended.out, tokens, queries);
-        let dmiddle = View::<B>::new(&scratch.gradient, tokens, hidden);
+        let doutput = match &self.output_norm {
+            None => &scratch.gradient,
+            Some(norm) => {
+                let dmiddle = View::<B>::new(&scratch.gradient, tokens, hidden);
+                norm.add_backward(backend, dmiddle, &work.attention_output, &mut scratch.dnormed);
+                &scratch.dnormed
+            }
+        };
+        let doutput = View::<B>::new(doutput, tokens, hidden);
         let dout = attend_gradient.then(|| ViewMut::<B>::new(&mut scratch.wide_b, tokens, queries));
         let lora = LoraScratch::<B> { wide: &mut scratch.lora_wide, narrow: &mut scratch.lora_narrow };
-        self.o.backward(backend, batch, out, o_projected, dmiddle, false, dout, flat, lora);
+        self.o.backward(backend, batch, out, o_projected, doutput, false, dout, flat, lora);
         if !attend_gradient {
             return;
         }
@@ -168,6 +206,24 @@ impl<B: Backend> Attention<'_, B> {
         );
         self.rope.backward(backend, batch, ViewMut::<B>::new(&mut scratch.wide_a, tokens, queries));
         self.rope.backward(backend, batch, ViewMut::<B>::new(&mut scratch.dk, tokens, keys));
+        let (dq, dk) = match &self.query_key_norms {
+            None => (&scratch.wide_a, &scratch.dk),
+            Some([query_norm, key_norm]) => {
+                let (dim, kept) = (self.shape.head_dim, &work.query_key);
+                let by_head =
+                    |norm: &RmsNorm<'_, B>, heads, dy: &B::Buffer, x: &B::Buffer, factor: &B::Buffer, dx| {
+                        let rows = tokens * heads;
+                        let mut dx = ViewMut::<B>::new(dx, rows, dim);
+                        backend.fill(0.0, dx.reborrow());
+                        let (dy, x) = (View::<B>::new(dy, rows, dim), View::<B>::new(x, rows, dim));
+                        norm.backward(backend, dy, x, View::<B>::new(factor, rows, 1), dx);
+                    };
+                let shape = self.shape;
+                by_head(query_norm, shape.heads, &scratch.wide_a, &kept.q, &kept.q_norm, &mut scratch.wide_b);
+                by_head(key_norm, shape.kv_heads, &scratch.dk, &kept.k, &kept.k_norm, &mut scratch.dk_normed);
+                (&scratch.wide_b, &scratch.dk_normed)
+            }
+        };
 
         if self.inputs_adapted() {
             let normed = ViewMut::<B>::new(&mut scratch.normed, tokens, hidden);
@@ -176,8 +232,8 @@ impl<B: Backend> Attention<'_, B> {
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
         let parts = [
             (&self.v, v_projected, View::<B>::new(&scratch.dv, tokens, keys)),
-            (&self.k, k_projected, View::<B>::new(&scratch.dk, tokens, keys)),
-            (&self.q, q_projected, View::<B>::new(&scratch.wide_a, tokens, queries)),
+            (&self.k, k_projected, View::<B>::new(dk, tokens, keys)),
+            (&self.q, q_projected, View::<B>::new(dq, tokens, queries)),
         ];
         for (index, (linear, projected, dy)) in parts.into_iter().enumerate() {
             let dnormed = input_gradient.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));

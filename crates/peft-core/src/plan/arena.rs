@@ -26,6 +26,12 @@ pub struct Work<B: Backend> {
     pub v: B::Owned,
     /// The residual stream between the halves, `[T, hidden]`.
     pub middle: B::Owned,
+    /// Queries and keys ahead of their norms, and the norms' factors, `[T, heads]`; empty where there are none.
+    pub query_key: QueryKey<B>,
+    /// Attention's output ahead of its norm, and the norm's factors; empty where there is none.
+    pub attention_output: Output<B>,
+    /// The same of the MLP.
+    pub mlp_output: Output<B>,
     /// Factors of the second norm, `[T, 1]`.
     pub mlp_norm: B::Owned,
     /// `[T, intermediate]`; its gradient after the backward pass.
@@ -34,6 +40,26 @@ pub struct Work<B: Backend> {
     pub up: B::Owned,
     /// Each branch's `drop(x) Aᵀ`, `[T, r]`, in the order of [`crate::model::Projection::ALL`].
     pub projected: [B::Owned; 7],
+}
+
+/// What norms of queries and keys read in the backward pass.
+pub struct QueryKey<B: Backend> {
+    /// `[T, heads * head_dim]`.
+    pub q: B::Owned,
+    /// `[T, kv_heads * head_dim]`.
+    pub k: B::Owned,
+    /// `[T * heads, 1]`.
+    pub q_norm: B::Owned,
+    /// `[T * kv_heads, 1]`.
+    pub k_norm: B::Owned,
+}
+
+/// What a norm of a block's output reads in the backward pass.
+pub struct Output<B: Backend> {
+    /// `[T, hidden]`.
+    pub x: B::Owned,
+    /// `[T, 1]`.
+    pub norm: B::Owned,
 }
 
 /// What layers work in.
@@ -52,6 +78,8 @@ pub struct Scratch<B: Backend> {
     pub dk: B::Owned,
     /// Gradient of the values, `[T, kv_heads * head_dim]`.
     pub dv: B::Owned,
+    /// Gradient of the keys ahead of their norm, `[T, kv_heads * head_dim]`; empty where there is none.
+    pub dk_normed: B::Owned,
     /// A branch's input after dropout, `[T, widest]`; empty where dropout is off.
     pub lora_wide: B::Owned,
     /// The gradient of a branch's projection, `[T, r]`.
@@ -125,6 +153,7 @@ impl<B: Backend> Arena<B> {
                 wide_b: rows(sizes.wide())?,
                 dk: rows(sizes.keys)?,
                 dv: rows(sizes.keys)?,
+                dk_normed: rows(sizes.normed_keys)?,
                 lora_wide: rows(sizes.dropout_columns)?,
                 lora_narrow: rows(sizes.rank())?,
             },
@@ -149,6 +178,14 @@ impl<B: Backend> Work<B> {
             k: rows(sizes.keys)?,
             v: rows(sizes.keys)?,
             middle: rows(sizes.hidden)?,
+            query_key: QueryKey {
+                q: rows(sizes.normed_queries)?,
+                k: rows(sizes.normed_keys)?,
+                q_norm: rows(sizes.normed_queries / sizes.head_dim)?,
+                k_norm: rows(sizes.normed_keys / sizes.head_dim)?,
+            },
+            attention_output: Output { x: rows(sizes.normed_output)?, norm: rows(sizes.output_norm())? },
+            mlp_output: Output { x: rows(sizes.normed_output)?, norm: rows(sizes.output_norm())? },
             mlp_norm: rows(1)?,
             gate: rows(sizes.intermediate)?,
             up: rows(sizes.intermediate)?,

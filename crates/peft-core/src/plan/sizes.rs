@@ -31,10 +31,18 @@ pub struct Sizes {
     pub hidden: usize,
     /// Query heads.
     pub heads: usize,
+    /// Features of a head.
+    pub head_dim: usize,
     /// Features of all query heads.
     pub queries: usize,
     /// Features of all key heads.
     pub keys: usize,
+    /// Features of all query heads where a norm of theirs keeps them; 0 where there is none.
+    pub normed_queries: usize,
+    /// The same of the key heads.
+    pub normed_keys: usize,
+    /// Features of the residual stream where norms of the blocks' outputs keep them; 0 where there are none.
+    pub normed_output: usize,
     /// Features inside the feed-forward half.
     pub intermediate: usize,
     /// Vocabulary.
@@ -76,6 +84,7 @@ impl Sizes {
         let weights = if request.dequantised { Projection::ALL.map(size) } else { [0; 7] };
         let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
         let queries = config.attention_heads * config.head_dim;
+        let keys = config.key_value_heads * config.head_dim;
         let widest = hidden.max(intermediate).max(queries);
         let (logits, most_rows) = match request.accelerated {
             true => (LOGITS_ACCELERATED, HEAD_ROWS_ACCELERATED),
@@ -95,8 +104,12 @@ impl Sizes {
             max_length,
             hidden,
             heads: config.attention_heads,
+            head_dim: config.head_dim,
             queries,
-            keys: config.key_value_heads * config.head_dim,
+            keys,
+            normed_queries: if config.query_key_norms { queries } else { 0 },
+            normed_keys: if config.query_key_norms { keys } else { 0 },
+            normed_output: if config.output_norms { hidden } else { 0 },
             intermediate,
             vocabulary: config.vocabulary_size,
             ranks,
@@ -122,6 +135,11 @@ impl Sizes {
         self.intermediate.max(self.queries)
     }
 
+    /// Factors a token of the norm of a block's output.
+    pub(super) fn output_norm(&self) -> usize {
+        usize::from(self.normed_output > 0)
+    }
+
     /// The largest rank.
     pub(super) fn rank(&self) -> usize {
         self.ranks.iter().copied().max().unwrap_or(0)
@@ -135,7 +153,9 @@ impl Sizes {
     /// Kept for each layer, or once for the layer at work: q, k, v, middle, gate, up, norms, projections.
     fn work(&self) -> usize {
         let projections: usize = self.ranks.iter().sum();
-        self.queries + 2 * self.keys + self.hidden + 2 * self.intermediate + 2 + projections
+        let query_key = self.normed_queries + self.normed_keys;
+        let norms = query_key + query_key / self.head_dim + 2 * (self.normed_output + self.output_norm());
+        self.queries + 2 * self.keys + self.hidden + 2 * self.intermediate + 2 + norms + projections
     }
 
     /// Numbers that the forward pass keeps.
@@ -147,8 +167,12 @@ impl Sizes {
 
     /// Numbers that operations work in.
     pub fn scratch(&self) -> usize {
-        let per_token =
-            3 * self.hidden + 2 * self.wide() + 2 * self.keys + self.dropout_columns + self.rank();
+        let per_token = 3 * self.hidden
+            + 2 * self.wide()
+            + 2 * self.keys
+            + self.normed_keys
+            + self.dropout_columns
+            + self.rank();
         let head = self.head_rows * (self.vocabulary + 4 * self.hidden + 2) + self.head_block * self.hidden;
         self.tokens * per_token + head + self.weights.iter().sum::<usize>() + self.lanes + self.rope
     }

@@ -104,6 +104,46 @@ fn swiglu() {
 }
 
 #[test]
+fn geglu() {
+    let (cpu, mut random) = (cpu(), fresh());
+    for (rows, columns) in [(4, 3), (5, 19), (130, 150)] {
+        let mut numbers = |bound| random.numbers(rows * columns, bound);
+        let (gate, up, dout) = (numbers(6.0), numbers(2.0), numbers(1.0));
+        let (gate_in, up_in) = (variable(&gate, rows, columns), variable(&up, rows, columns));
+        let x = gate_in.as_tensor();
+        let cube = ((x * x).unwrap() * x).unwrap();
+        let inner =
+            ((x + (cube * 0.044_715).unwrap()).unwrap() * (2.0 / std::f64::consts::PI).sqrt()).unwrap();
+        let gelu = ((x * (inner.tanh().unwrap() + 1.0).unwrap()).unwrap() * 0.5).unwrap();
+        let wanted = (gelu * up_in.as_tensor()).unwrap();
+        let gradients = backward(&wanted, &dout);
+
+        let (mut gate, mut up) = (Field::holding(&gate, rows, columns), Field::holding(&up, rows, columns));
+        let (mut out, dout) = (Field::poisoned(rows, columns), Field::holding(&dout, rows, columns));
+        cpu.geglu(gate.view(), up.view(), out.view_mut());
+        assert_near("out", &out.numbers(), &wanted, SINGLE);
+        cpu.geglu_backward(dout.view(), gate.view_mut(), up.view_mut());
+        assert_near("dgate", &gate.numbers(), &gradient(&gradients, &gate_in), SINGLE);
+        assert_near("dup", &up.numbers(), &gradient(&gradients, &up_in), SINGLE);
+    }
+}
+
+#[test]
+fn numbers_are_scaled_and_bounded() {
+    let (cpu, mut random) = (cpu(), fresh());
+    let (rows, columns) = (33, 77);
+    let x = random.numbers(rows * columns, 90.0);
+    let wanted = constant(&x, rows, columns);
+    let mut field = Field::holding(&x, rows, columns);
+    cpu.scale(0.37, field.view_mut());
+    let wanted = (wanted * f64::from(0.37_f32)).unwrap();
+    assert_near("scaled", &field.numbers(), &wanted, SINGLE);
+    cpu.soft_cap(30.0, field.view_mut());
+    let wanted = ((wanted / 30.0).unwrap().tanh().unwrap() * 30.0).unwrap();
+    assert_near("bounded", &field.numbers(), &wanted, SINGLE);
+}
+
+#[test]
 fn dropout_with_the_oracle_s_own_mask() {
     let (cpu, mut random) = (cpu(), fresh());
     let (packed, batch) = batch(&cpu, &random_rows(&mut random, &[&[90], &[1, 2, 33]], 9));

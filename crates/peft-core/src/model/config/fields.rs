@@ -87,12 +87,25 @@ impl<'a> Fields<'a> {
         })
     }
 
+    /// A whole number that may be 0.
+    pub(crate) fn optional_count(&self, key: &str) -> Result<Option<usize>> {
+        self.read(key, "a whole number from 0 to 2^24", |value| {
+            let count = value.as_u64().filter(|count| *count <= LARGEST_SIZE)?;
+            usize::try_from(count).ok()
+        })
+    }
+
     pub(crate) fn size_or(&self, key: &str, default: usize) -> Result<usize> {
         Ok(self.optional_size(key)?.unwrap_or(default))
     }
 
     pub(crate) fn size(&self, key: &str) -> Result<usize> {
         self.optional_size(key)?.ok_or_else(|| self.problem(key, "is missing"))
+    }
+
+    /// The list under a key.
+    pub(crate) fn list(&self, key: &str) -> Result<Option<&'a [Value]>> {
+        self.read(key, "a list", |value| value.as_array().map(Vec::as_slice))
     }
 
     /// The number of decoder layers.

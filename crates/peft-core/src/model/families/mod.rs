@@ -4,8 +4,12 @@
 //! [`FAMILIES`]. [`shared`] reads what nearly all have in common and lets a family change the rest. The layer loop knows no
 //! families: what sets one apart from another is a field of [`ModelConfig`].
 
+mod gemma;
+mod gemma2;
 mod llama;
+mod mistral;
 mod qwen2;
+mod qwen3;
 mod shared;
 
 use crate::{
@@ -23,7 +27,8 @@ pub struct Family {
 }
 
 /// All families.
-static FAMILIES: &[Family] = &[llama::FAMILY, qwen2::FAMILY];
+static FAMILIES: &[Family] =
+    &[llama::FAMILY, mistral::FAMILY, qwen2::FAMILY, qwen3::FAMILY, gemma::FAMILY, gemma2::FAMILY];
 
 /// The family of a `model_type`.
 pub(crate) fn find(model_type: &str) -> Option<&'static Family> {

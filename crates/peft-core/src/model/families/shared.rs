@@ -21,6 +21,8 @@ pub(super) struct Defaults {
     pub(super) max_positions: usize,
     /// `rms_norm_eps`.
     pub(super) norm_epsilon: f64,
+    /// Taken without looking; none reads `hidden_act`, and takes silu where that is absent.
+    pub(super) activation: Option<Activation>,
 }
 
 impl Default for Defaults {
@@ -32,6 +34,7 @@ impl Default for Defaults {
             tied_embeddings: false,
             max_positions: 2048,
             norm_epsilon: 1e-6,
+            activation: None,
         }
     }
 }
@@ -65,7 +68,18 @@ pub(super) fn decoder(fields: &Fields<'_>, family: &Family, defaults: Defaults) 
         max_positions,
         norm_epsilon: norm_epsilon(fields, defaults)?,
         rope: fields.rope(max_positions)?,
-        activation: activation(fields)?,
+        activation: match defaults.activation {
+            Some(activation) => activation,
+            None => activation(fields, "hidden_act", Activation::Silu)?,
+        },
+        attention_scale: (head_dim as f64).powf(-0.5),
+        attention_soft_cap: None,
+        windows: vec![None; layers],
+        embedding_scale: None,
+        logits_soft_cap: None,
+        query_key_norms: false,
+        output_norms: false,
+        norms_less_one: false,
         query_key_value_bias: false,
         output_bias: false,
         mlp_bias: false,
@@ -109,9 +123,59 @@ fn norm_epsilon(fields: &Fields<'_>, defaults: Defaults) -> Result<f64> {
     Ok(norm_epsilon)
 }
 
-fn activation(fields: &Fields<'_>) -> Result<Activation> {
-    match fields.text("hidden_act")? {
-        None | Some("silu" | "swish") => Ok(Activation::Silu),
-        Some(other) => Err(fields.unsupported("hidden_act", &Value::from(other))),
+/// The nonlinearity under `key`.
+pub(super) fn activation(fields: &Fields<'_>, key: &str, default: Activation) -> Result<Activation> {
+    match fields.text(key)? {
+        None => Ok(default),
+        Some("silu" | "swish") => Ok(Activation::Silu),
+        Some("gelu_pytorch_tanh" | "gelu_new") => Ok(Activation::GeluTanh),
+        Some(other) => Err(fields.unsupported(key, &Value::from(other))),
+    }
+}
+
+/// Which layers see `window` keys: what `layer_types` says, or else those that `slides` picks.
+pub(super) fn windows(
+    fields: &Fields<'_>,
+    layers: usize,
+    window: Option<usize>,
+    slides: impl Fn(usize) -> bool,
+) -> Result<Vec<Option<usize>>> {
+    let key = "layer_types";
+    let Some(types) = fields.list(key)? else {
+        return Ok((0..layers).map(|layer| window.filter(|_| slides(layer))).collect());
+    };
+    if types.len() != layers {
+        return Err(fields.problem(key, format!("has {} items for {layers} layers", types.len())));
+    }
+    let of = |kind: &Value| match kind.as_str() {
+        Some("full_attention") => Ok(None),
+        Some("sliding_attention") if window.is_some() => Ok(window),
+        Some("sliding_attention") => {
+            Err(fields.problem(key, "asks for windows, but sliding_window is not set"))
+        }
+        _ => Err(fields.unsupported(key, kind)),
+    };
+    types.iter().map(of).collect()
+}
+
+/// Refuses attention that is not causal.
+pub(super) fn causal(fields: &Fields<'_>) -> Result<()> {
+    let key = "use_bidirectional_attention";
+    match fields.flag(key)? {
+        Some(true) => Err(fields.unsupported(key, &Value::from(true))),
+        _ => Ok(()),
+    }
+}
+
+/// A soft cap; absent takes `default`, null is none.
+pub(super) fn soft_cap(fields: &Fields<'_>, key: &str, default: f64) -> Result<Option<f64>> {
+    if !fields.has(key) {
+        return Ok(Some(default));
+    }
+    match fields.number(key)? {
+        Some(cap) if !(cap > 0.0 && cap.is_finite()) => {
+            Err(fields.problem(key, format!("is {cap}, not above 0")))
+        }
+        cap => Ok(cap),
     }
 }
