@@ -69,6 +69,8 @@ pub enum Role {
     Weight,
     /// It takes the place of the module's bias (`bias`, `modules_to_save`).
     Bias,
+    /// It takes the place of the embedding's rows of [`Method::trained_tokens`]; of the head's, too, where they are one.
+    Rows,
 }
 
 /// A tensor that a method adds to a module.
@@ -84,6 +86,19 @@ pub struct Tensor {
     pub rate: Rate,
     /// What it is to its module.
     pub role: Role,
+    /// What the numbers in memory are more than those in files.
+    pub shift: f32,
+}
+
+/// A tensor as a file holds it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SavedTensor {
+    /// Name in PEFT's files.
+    pub name: String,
+    /// One or two lengths.
+    pub shape: Vec<usize>,
+    /// Row after row.
+    pub values: Vec<f32>,
 }
 
 impl Tensor {
@@ -95,6 +110,7 @@ impl Tensor {
             start: Start::Constant(0.0),
             rate: Rate::Job,
             role: Role::Branch,
+            shift: 0.0,
         }
     }
 
@@ -274,6 +290,26 @@ pub trait Method: Debug + Send + Sync {
     /// `state` is that of [`Method::state`].
     fn settings(&self, _layout: &ParameterLayout, _state: &[f32]) -> Map<String, Value> {
         Map::new()
+    }
+
+    /// Tokens whose rows of the embedding are trained, in the order of the tensor of [`Role::Rows`].
+    fn trained_tokens(&self) -> &[u32] {
+        &[]
+    }
+
+    /// The tensors as they are saved, where these are not simply those of the layout; [`SavedTensor`]s are in its order.
+    fn saved(
+        &self,
+        layout: &ParameterLayout,
+        parameters: &[f32],
+        _state: &[f32],
+    ) -> Result<Vec<SavedTensor>> {
+        let saved = layout.entries().iter().map(|entry| SavedTensor {
+            name: entry.peft_name.clone(),
+            shape: entry.shape.clone(),
+            values: parameters[entry.range.clone()].iter().map(|value| value - entry.shift).collect(),
+        });
+        Ok(saved.collect())
     }
 
     /// Numbers that the method carries from step to step besides its parameters; checkpoints keep them.

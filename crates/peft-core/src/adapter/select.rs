@@ -47,7 +47,9 @@ impl Selection {
     /// A value of another form.
     pub fn read(keys: &Keys<'_>, targets: TargetModules) -> Result<Self> {
         let layers = keys.get("layers_to_transform", "a layer or a list of layers", |value| match value {
-            Value::Array(list) => list.iter().map(|layer| layer.as_u64().map(|layer| layer as usize)).collect(),
+            Value::Array(list) => {
+                list.iter().map(|layer| layer.as_u64().map(|layer| layer as usize)).collect()
+            }
             other => other.as_u64().map(|layer| vec![layer as usize]),
         })?;
         let pattern = keys.get("layers_pattern", "a text or a list of texts", |value| match value {
@@ -151,7 +153,8 @@ impl Selection {
         for name in &self.modules_to_save {
             let mut matches = modules.iter().filter(|module| module.is_named(name)).peekable();
             if matches.peek().is_none() {
-                let available = modules.iter().filter(|module| has_weight(module)).map(|m| m.name().to_owned());
+                let available =
+                    modules.iter().filter(|module| has_weight(module)).map(|m| m.name().to_owned());
                 let mut available: Vec<String> = available.collect();
                 available.sort();
                 available.dedup();
@@ -218,9 +221,9 @@ impl<T: Copy> Pattern<T> {
     /// # Errors
     /// A key is no regular expression.
     pub fn check(&self) -> Result<()> {
-        self.0.iter().try_for_each(|(key, _)| {
-            Regex::new(key).map(|_| ()).map_err(|error| unusable(key, &error))
-        })
+        self.0
+            .iter()
+            .try_for_each(|(key, _)| Regex::new(key).map(|_| ()).map_err(|error| unusable(key, &error)))
     }
 
     /// Reads a key.

@@ -32,8 +32,20 @@ pub struct AttentionShape {
     pub kv_heads: usize,
     /// Features of a head.
     pub head_dim: usize,
-    /// Multiplies the scores, `1 / sqrt(head_dim)`.
+    /// Multiplies the scores, mostly `1 / sqrt(head_dim)`.
     pub scale: f32,
+    /// Keys that a query sees, itself included; none sees all before it.
+    pub window: Option<usize>,
+    /// Bounds the scaled scores: `cap tanh(score / cap)`.
+    pub soft_cap: Option<f32>,
+}
+
+impl AttentionShape {
+    /// Attention to all keys before a query, scaled by `1 / sqrt(head_dim)`.
+    pub fn new(heads: usize, kv_heads: usize, head_dim: usize) -> Self {
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        Self { heads, kv_heads, head_dim, scale, window: None, soft_cap: None }
+    }
 }
 
 /// `alpha op(a) op(b)`, where `op` transposes if the flag is set.
@@ -166,6 +178,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn copy(&self, from: View<'_, Self>, to: ViewMut<'_, Self>);
     /// `to += from`.
     fn add(&self, from: View<'_, Self>, to: ViewMut<'_, Self>);
+    /// `to *= factor`.
+    fn scale(&self, factor: f32, to: ViewMut<'_, Self>);
     /// `to[t, :] += bias` for every row.
     fn add_bias(&self, bias: View<'_, Self>, to: ViewMut<'_, Self>);
 
@@ -214,8 +228,14 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn swiglu(&self, gate: View<'_, Self>, up: View<'_, Self>, out: ViewMut<'_, Self>);
     /// Replaces `gate` and `up` by their gradients, given that of the output.
     fn swiglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>);
+    /// `out = gelu(gate) * up`, with the approximation of gelu by tanh.
+    fn geglu(&self, gate: View<'_, Self>, up: View<'_, Self>, out: ViewMut<'_, Self>);
+    /// As [`Backend::swiglu_backward`], of [`Backend::geglu`].
+    fn geglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>);
+    /// `x = cap tanh(x / cap)`.
+    fn soft_cap(&self, cap: f32, x: ViewMut<'_, Self>);
 
-    /// Causal attention inside the batch's spans; `log_sum` `[T, heads]` keeps the logarithm of each row's sum.
+    /// Causal attention inside the batch's spans, bounded and within the window that `shape` says; `log_sum` `[T, heads]` keeps the logarithm of each row's sum.
     /// `k` and `v` may be a cache with rows of their own.
     #[expect(clippy::too_many_arguments, reason = "three inputs, two outputs, batch and shape")]
     fn attention(
@@ -301,11 +321,13 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     /// Returns the summed cross-entropy of `logits` `[rows, vocabulary]` against `targets[first ..]`, and
     /// overwrites the logits by its gradient where `gradient` is set. `losses` `[rows, 1]` gets each row's loss.
+    /// With `soft_cap` the loss is that of `cap tanh(logit / cap)`, and so is the gradient of `logits`.
     fn cross_entropy(
         &self,
         batch: &Self::Batch,
         first: usize,
         gradient: bool,
+        soft_cap: Option<f32>,
         logits: ViewMut<'_, Self>,
         losses: ViewMut<'_, Self>,
     ) -> f64;

@@ -8,8 +8,8 @@ mod cross_entropy;
 mod elementwise;
 mod gemm;
 mod math;
-mod vectors;
 mod profile;
+mod vectors;
 
 use std::sync::{Mutex, PoisonError};
 
@@ -219,6 +219,10 @@ impl Backend for Cpu {
         self.measure(Operation::Move, || self.rows(to, |row, to| math::add(row_of(from, row), to)));
     }
 
+    fn scale(&self, factor: f32, to: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || self.rows(to, |_, to| math::scale(to, factor)));
+    }
+
     fn add_bias(&self, bias: View<'_, Self>, to: ViewMut<'_, Self>) {
         self.measure(Operation::Move, || self.rows(to, |_, to| math::add(row_of(bias, 0), to)));
     }
@@ -287,6 +291,22 @@ impl Backend for Cpu {
         self.measure(Operation::Swiglu, || {
             self.row_pairs(gate, up, |row, gate, up| math::swiglu_backward(row_of(dout, row), gate, up))
         });
+    }
+
+    fn geglu(&self, gate: View<'_, Self>, up: View<'_, Self>, out: ViewMut<'_, Self>) {
+        self.measure(Operation::Swiglu, || {
+            self.rows(out, |row, out| math::geglu(row_of(gate, row), row_of(up, row), out))
+        });
+    }
+
+    fn geglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
+        self.measure(Operation::Swiglu, || {
+            self.row_pairs(gate, up, |row, gate, up| math::geglu_backward(row_of(dout, row), gate, up))
+        });
+    }
+
+    fn soft_cap(&self, cap: f32, x: ViewMut<'_, Self>) {
+        self.measure(Operation::CrossEntropy, || self.rows(x, |_, x| math::soft_cap(x, cap)));
     }
 
     fn attention(
@@ -419,11 +439,12 @@ impl Backend for Cpu {
         batch: &CpuBatch,
         first: usize,
         gradient: bool,
+        soft_cap: Option<f32>,
         logits: ViewMut<'_, Self>,
         losses: ViewMut<'_, Self>,
     ) -> f64 {
         self.measure(Operation::CrossEntropy, || {
-            cross_entropy::rows(self, &batch.packed.targets[first..], gradient, logits, losses)
+            cross_entropy::rows(self, &batch.packed.targets[first..], gradient, soft_cap, logits, losses)
         })
     }
 }

@@ -25,7 +25,7 @@ use super::{
 /// Bytes that products may work in.
 const WORKSPACE: usize = 32 << 20;
 /// Kernels outside attention.
-const GENERAL: [&str; 28] = [
+const GENERAL: [&str; 32] = [
     "fill",
     "copy",
     "add",
@@ -38,6 +38,10 @@ const GENERAL: [&str; 28] = [
     "narrow",
     "swiglu",
     "swiglu_backward",
+    "geglu",
+    "geglu_backward",
+    "scale",
+    "soft_cap",
     "rope",
     "dropout",
     "rms_norm",

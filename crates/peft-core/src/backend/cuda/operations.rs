@@ -221,6 +221,10 @@ impl Backend for Cuda {
         launch!(self.device, "add", grid(to.rows, to.columns), [THREADS, 1], matrix(from), target(&to));
     }
 
+    fn scale(&self, factor: f32, to: ViewMut<'_, Self>) {
+        launch!(self.device, "scale", grid(to.rows, to.columns), [THREADS, 1], target(&to), factor);
+    }
+
     fn add_bias(&self, bias: View<'_, Self>, to: ViewMut<'_, Self>) {
         launch!(self.device, "add_bias", grid(to.rows, to.columns), [THREADS, 1], matrix(bias), target(&to));
     }
@@ -303,6 +307,20 @@ impl Backend for Cuda {
     fn swiglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
         let grid = grid(gate.rows, gate.columns);
         launch!(self.device, "swiglu_backward", grid, [THREADS, 1], matrix(dout), target(&gate), target(&up));
+    }
+
+    fn geglu(&self, gate: View<'_, Self>, up: View<'_, Self>, out: ViewMut<'_, Self>) {
+        let grid = grid(out.rows, out.columns);
+        launch!(self.device, "geglu", grid, [THREADS, 1], matrix(gate), matrix(up), target(&out));
+    }
+
+    fn geglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
+        let grid = grid(gate.rows, gate.columns);
+        launch!(self.device, "geglu_backward", grid, [THREADS, 1], matrix(dout), target(&gate), target(&up));
+    }
+
+    fn soft_cap(&self, cap: f32, x: ViewMut<'_, Self>) {
+        launch!(self.device, "soft_cap", grid(x.rows, x.columns), [THREADS, 1], target(&x), cap);
     }
 
     fn attention(
@@ -422,13 +440,14 @@ impl Backend for Cuda {
         batch: &CudaBatch,
         first: usize,
         gradient: bool,
+        soft_cap: Option<f32>,
         logits: ViewMut<'_, Self>,
         losses: ViewMut<'_, Self>,
     ) -> f64 {
         let targets = batch.targets.address + 4 * first as u64;
         let (grid, block) = ([logits.rows, 1, 1], Self::row_threads(logits.columns));
-        let (logits, flag) = (target(&logits), u32::from(gradient));
-        launch!(self.device, "cross_entropy", grid, block, targets, flag, logits, target(&losses));
+        let (logits, flag, cap) = (target(&logits), u32::from(gradient), soft_cap.unwrap_or(0.0));
+        launch!(self.device, "cross_entropy", grid, block, targets, flag, cap, logits, target(&losses));
         let mut host = vec![0.0_f32; losses.rows];
         self.download(losses.view(), &mut host);
         // One after the other, in f64, as on the CPU.
