@@ -9,6 +9,7 @@ mod elementwise;
 mod gemm;
 mod math;
 mod profile;
+mod virtual_tokens;
 
 use std::sync::{Mutex, PoisonError};
 
@@ -239,6 +240,22 @@ impl Backend for Cpu {
             let start = out.offset + batch.packed.predicting[first + row] as usize * out.stride;
             out.data[start..start + out.columns].copy_from_slice(row_of(x, row));
         }
+    }
+
+    fn put_virtual(&self, batch: &CpuBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || self.put_virtual_rows(batch, from, to));
+    }
+
+    fn sum_virtual(&self, batch: &CpuBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || self.sum_virtual_rows(batch, from, to));
+    }
+
+    fn rows_to_keys(&self, batch: &CpuBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || self.copy_rows_to_keys(batch, from, to));
+    }
+
+    fn keys_to_rows(&self, batch: &CpuBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || self.copy_keys_to_rows(batch, from, to));
     }
 
     fn rms_norm(

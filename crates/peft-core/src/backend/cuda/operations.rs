@@ -253,6 +253,28 @@ impl Backend for Cuda {
         );
     }
 
+    fn put_virtual(&self, batch: &CudaBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        let (grid, spans, count) =
+            (grid(from.rows, from.columns), batch.spans.address, batch.span_count as u32);
+        launch!(self.device, "put_virtual", grid, [THREADS, 1], spans, count, matrix(from), target(&to));
+    }
+
+    fn sum_virtual(&self, batch: &CudaBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        let (grid, spans, count) = (grid(to.rows, to.columns), batch.spans.address, batch.span_count as u32);
+        launch!(self.device, "sum_virtual", grid, [THREADS, 1], spans, count, matrix(from), target(&to));
+    }
+
+    fn rows_to_keys(&self, batch: &CudaBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        let (grid, spans, count) =
+            (grid(from.rows, from.columns), batch.spans.address, batch.span_count as u32);
+        launch!(self.device, "rows_to_keys", grid, [THREADS, 1], spans, count, matrix(from), target(&to));
+    }
+
+    fn keys_to_rows(&self, batch: &CudaBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        let (grid, spans, count) = (grid(to.rows, to.columns), batch.spans.address, batch.span_count as u32);
+        launch!(self.device, "keys_to_rows", grid, [THREADS, 1], spans, count, matrix(from), target(&to));
+    }
+
     fn rms_norm(
         &self,
         x: View<'_, Self>,
