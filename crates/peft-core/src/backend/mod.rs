@@ -16,7 +16,7 @@ use std::ops::{DerefMut, Range};
 pub use view::{View, ViewMut};
 
 use crate::{
-    batch::PackedBatch,
+    batch::{PackedBatch, Span},
     engine::GradientSink,
     error::Result,
     model::{EmbeddingView, Matrix},
@@ -48,6 +48,25 @@ pub struct Product<'a, B: Backend> {
     pub b: View<'a, B>,
     /// Whether rows and columns of `b` change places.
     pub transpose_b: bool,
+}
+
+/// What of a span begins where.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SpanStart {
+    /// Its queries: rows of the batch.
+    Queries,
+    /// Its keys: rows of the keys and values.
+    Keys,
+}
+
+impl SpanStart {
+    /// The first row.
+    pub fn of(self, span: &Span) -> usize {
+        match self {
+            Self::Queries => span.query_start,
+            Self::Keys => span.key_start,
+        }
+    }
 }
 
 /// How large a micro-batch may get.
@@ -182,9 +201,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
         out: ViewMut<'_, Self>,
     );
 
-    /// Writes the virtual tokens `from` `[count, columns]` to the front of every span of `to`, whose rows are keys of
-    /// the batch: `to[span.key_start + i, :] = from[i, :]`.
-    fn put_virtual(&self, batch: &Self::Batch, from: View<'_, Self>, to: ViewMut<'_, Self>);
+    /// Writes the virtual tokens `from` `[count, columns]` to the front of every span of `to`: `to[start + i, :] = from[i, :]`.
+    fn put_virtual(&self, batch: &Self::Batch, at: SpanStart, from: View<'_, Self>, to: ViewMut<'_, Self>);
     /// Adds up what lies at the front of every span of `from`, whose rows are keys of the batch, span by span:
     /// `to[i, :] += from[span.key_start + i, :]`. `to` `[count, columns]`.
     fn sum_virtual(&self, batch: &Self::Batch, from: View<'_, Self>, to: ViewMut<'_, Self>);

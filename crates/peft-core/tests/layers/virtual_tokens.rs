@@ -1,7 +1,7 @@
 //! Virtual tokens alone: where they are put, and that what comes back of each is the sum over all segments.
 
 use shanty_peft_core::{
-    backend::Backend,
+    backend::{Backend, SpanStart},
     batch::{PackedBatch, VirtualTokens},
 };
 
@@ -23,7 +23,7 @@ fn keys_are_put_between_virtual_ones_and_come_back() {
         let (prefix, x) = (random.numbers(count * columns, 1.0), random.numbers(tokens * columns, 1.0));
         let (from, own) = (Field::holding(&prefix, count, columns), Field::holding(&x, tokens, columns));
         let mut joined = Field::poisoned(keys, columns);
-        cpu.put_virtual(&batch, from.view(), joined.view_mut());
+        cpu.put_virtual(&batch, SpanStart::Keys, from.view(), joined.view_mut());
         cpu.rows_to_keys(&batch, own.view(), joined.view_mut());
 
         let mut wanted = Vec::new();

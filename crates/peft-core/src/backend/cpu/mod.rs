@@ -20,7 +20,7 @@ pub use self::{
     gemm::in_product,
     profile::{NARROW, Operation, Spent},
 };
-use super::{AttentionShape, Backend, BatchRoom, Product, Ready, View, ViewMut};
+use super::{AttentionShape, Backend, BatchRoom, Product, Ready, SpanStart, View, ViewMut};
 use crate::{
     batch::PackedBatch,
     engine::{GradientSink, StepError},
@@ -242,8 +242,8 @@ impl Backend for Cpu {
         }
     }
 
-    fn put_virtual(&self, batch: &CpuBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
-        self.measure(Operation::Move, || self.put_virtual_rows(batch, from, to));
+    fn put_virtual(&self, batch: &CpuBatch, at: SpanStart, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || self.put_virtual_rows(batch, at, from, to));
     }
 
     fn sum_virtual(&self, batch: &CpuBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {

@@ -2,7 +2,7 @@
 
 use super::{Cpu, CpuBatch, math, row_of};
 use crate::{
-    backend::{View, ViewMut},
+    backend::{SpanStart, View, ViewMut},
     batch::Span,
 };
 
@@ -13,10 +13,16 @@ fn key_of(spans: &[Span], row: usize) -> usize {
 }
 
 impl Cpu {
-    pub(super) fn put_virtual_rows(&self, batch: &CpuBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+    pub(super) fn put_virtual_rows(
+        &self,
+        batch: &CpuBatch,
+        at: SpanStart,
+        from: View<'_, Self>,
+        to: ViewMut<'_, Self>,
+    ) {
         for span in &batch.packed.spans {
             for row in 0..from.rows {
-                let start = to.offset + (span.key_start + row) * to.stride;
+                let start = to.offset + (at.of(span) + row) * to.stride;
                 to.data[start..start + from.columns].copy_from_slice(row_of(from, row));
             }
         }

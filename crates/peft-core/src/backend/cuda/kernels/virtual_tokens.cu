@@ -23,11 +23,12 @@ __device__ __forceinline__ u64 key_of(const Front* spans, u32 count, u32 row) {
     return (u64)span.key_start + span.keys - span.queries + row - span.query_start;
 }
 
-// to[span.key_start + i, :] = from[i, :] for every span.
-extern "C" __global__ void put_virtual(const Front* spans, u32 count, Matrix from, Matrix to) {
+// to[start + i, :] = from[i, :] for every span, whose keys or queries begin at `start`.
+extern "C" __global__ void put_virtual(const Front* spans, u32 count, u32 keys, Matrix from, Matrix to) {
     const float* in = row_of(from, blockIdx.x);
     for (u32 s = 0; s < count; s++) {
-        float* out = row_of(to, (u64)spans[s].key_start + blockIdx.x);
+        u64 start = keys ? spans[s].key_start : spans[s].query_start;
+        float* out = row_of(to, start + blockIdx.x);
         FOR_VIRTUAL_COLUMNS(c, from.columns) out[c] = in[c];
     }
 }
