@@ -16,7 +16,7 @@ use std::{
 use common::reference;
 use shanty_peft_core::{
     Engine, EngineOptions,
-    adapter::{LoraConfig, TargetModules, files},
+    adapter::{Fit, LoraConfig, SharedMethod, TargetModules, files},
     generate::{End, LoadedAdapter, Request, SamplingOptions},
     plan::Recompute,
     quant::Nf4Options,
@@ -63,27 +63,28 @@ fn write_adapter(folder: &Path, base: &Path, number: usize) {
     let targets = [&["q_proj", "v_proj"][..], &["gate_proj", "up_proj", "down_proj"], &["o_proj", "k_proj"]];
     let targets = targets[number % targets.len()].iter().map(|name| (*name).to_owned()).collect();
     let config = LoraConfig {
-        base_model_name_or_path: None,
         r: [2, 4, 8, 5][number % 4],
         lora_alpha: 16.0,
         lora_dropout: 0.1,
         use_rslora: number % 5 == 0,
         target_modules: TargetModules::Names(targets),
+        ..LoraConfig::default()
     };
     let model = shanty_peft_core::model::ModelConfig::load(base).unwrap();
-    let (layout, _) = config.layout(&model).unwrap();
+    let fit = config.fit(&model).unwrap();
+    let layout = fit.layout();
     let mut parameters = vec![0.0; layout.len()];
     for entry in layout.entries() {
         let seed = number as u64 + 1;
         random::fill_uniform(seed, &entry.peft_name, 0.05, &mut parameters[entry.range.clone()]);
     }
-    files::write(folder, &config, &layout, &parameters).unwrap();
+    files::write(folder, &fit, &parameters, &[]).unwrap();
 }
 
-fn options(base: &Path, lora: Option<LoraConfig>) -> EngineOptions {
+fn options(base: &Path, adapter: Option<SharedMethod>) -> EngineOptions {
     EngineOptions {
         quantization: Some(Nf4Options::default()),
-        lora,
+        adapter,
         threads: 1,
         recompute: Recompute::Layers,
         micro_batch_rows: Some(1),
@@ -114,17 +115,20 @@ fn thirty_two_adapters_on_one_base_give_what_each_gives_alone() {
     };
     let mut all = Vec::new();
     // From the last to the first, and the bare base between them: nothing of one may stay for the next.
-    let bare = bits(&shared.logits_with(None, &ids).unwrap());
+    let bare = bits(&shared.logits(None, &ids).unwrap());
     for (adapter, folder) in adapters.iter().zip(&folders).rev() {
-        let logits = bits(&shared.logits_with(Some(adapter.adapted()), &ids).unwrap());
+        shared.adapt(adapter.fit().clone());
+        let parameters = Some(adapter.parameters());
+        let logits = bits(&shared.logits(parameters, &ids).unwrap());
         let text = shared
-            .continue_all(Some(adapter.adapted()), std::slice::from_ref(&request), &mut |_, _| {
-                ControlFlow::Continue(())
-            })
+            .continue_all(parameters, std::slice::from_ref(&request), &mut |_, _| ControlFlow::Continue(()))
             .unwrap();
-        assert_eq!(bits(&shared.logits_with(None, &ids).unwrap()), bare);
+        assert_eq!(bits(&shared.logits(None, &ids).unwrap()), bare);
+        shared.adapt(Fit::bare());
+        assert_eq!(bits(&shared.logits(None, &ids).unwrap()), bare);
 
-        let mut alone = Engine::load(options(&base, Some(adapter.config().clone())), &mut |_| {}).unwrap();
+        let method = adapter.fit().method().cloned();
+        let mut alone = Engine::load(options(&base, method), &mut |_| {}).unwrap();
         let mut parameters = vec![0.0; alone.layout().len()];
         let opened = shanty_peft_core::adapter::AdapterFolder::open(folder).unwrap();
         opened.read_into(alone.layout(), &mut parameters).unwrap();
@@ -159,7 +163,7 @@ fn the_base_is_in_memory_once() {
         folders.iter().map(|folder| LoadedAdapter::open(folder, &config).unwrap()).collect();
     let (grown, numbers) = (live() - loaded, adapters.iter().map(LoadedAdapter::memory_bytes).sum::<usize>());
     // Names and places of tensors come on top of the numbers: well under 1 KiB a tensor.
-    let tensors: usize = adapters.iter().map(|adapter| adapter.adapted().layout.entries().len()).sum();
+    let tensors: usize = adapters.iter().map(|adapter| adapter.fit().layout().entries().len()).sum();
     assert!(
         (numbers..numbers + 1024 * tensors).contains(&grown),
         "32 adapters of {numbers} bytes in {tensors} tensors took {grown}"
@@ -176,6 +180,7 @@ fn prompts_of_several_lengths_go_on_together_as_each_does_alone() {
     write_adapter(place.path(), &base, 1);
     let mut engine = Engine::load(options(&base, None), &mut |_| {}).unwrap();
     let adapter = LoadedAdapter::open(place.path(), engine.config()).unwrap();
+    engine.adapt(adapter.fit().clone());
     let greedy = SamplingOptions { temperature: 0.0, max_tokens: 10, ..SamplingOptions::default() };
     let request = |prompt: &[u32], options: &SamplingOptions| Request {
         prompt: prompt.to_vec(),
@@ -192,7 +197,7 @@ fn prompts_of_several_lengths_go_on_together_as_each_does_alone() {
     let mut alone = |request: &Request| {
         let requests = std::slice::from_ref(request);
         engine
-            .continue_all(Some(adapter.adapted()), requests, &mut |_, _| ControlFlow::Continue(()))
+            .continue_all(Some(adapter.parameters()), requests, &mut |_, _| ControlFlow::Continue(()))
             .unwrap()
             .remove(0)
     };
@@ -202,7 +207,7 @@ fn prompts_of_several_lengths_go_on_together_as_each_does_alone() {
     let expected: Vec<_> = requests.iter().map(&mut alone).collect();
     let mut heard = vec![Vec::new(); requests.len()];
     let together = engine
-        .continue_all(Some(adapter.adapted()), &requests, &mut |index, token| {
+        .continue_all(Some(adapter.parameters()), &requests, &mut |index, token| {
             heard[index].push(token);
             ControlFlow::Continue(())
         })

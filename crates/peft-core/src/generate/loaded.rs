@@ -2,9 +2,8 @@
 
 use std::path::Path;
 
-use super::Adapted;
 use crate::{
-    adapter::{AdapterFolder, LoraConfig, ParameterLayout},
+    adapter::{AdapterFolder, Fit},
     error::Result,
     model::ModelConfig,
 };
@@ -12,8 +11,7 @@ use crate::{
 /// An adapter in memory. Any number of them share one base: each takes its own numbers and nothing else.
 #[derive(Debug, Clone)]
 pub struct LoadedAdapter {
-    config: LoraConfig,
-    layout: ParameterLayout,
+    fit: Fit,
     parameters: Vec<f32>,
     dropped_keys: Vec<String>,
 }
@@ -25,21 +23,21 @@ impl LoadedAdapter {
     /// The folder is damaged, of a method or with options that are not supported, or does not fit the base.
     pub fn open(folder: &Path, base: &ModelConfig) -> Result<Self> {
         let folder = AdapterFolder::open(folder)?;
-        let (layout, _) = folder.config().layout(base)?;
-        let mut parameters = vec![0.0; layout.len()];
-        folder.read_into(&layout, &mut parameters)?;
-        let dropped_keys = folder.dropped_keys().to_vec();
-        Ok(Self { config: folder.config().clone(), layout, parameters, dropped_keys })
+        // Files hold what a network made, not the network.
+        let fit = folder.fit(base)?.without_network();
+        let mut parameters = vec![0.0; fit.layout().len()];
+        folder.read_into(fit.layout(), &mut parameters)?;
+        Ok(Self { fit, parameters, dropped_keys: folder.dropped_keys().to_vec() })
     }
 
-    /// What a pass over the base takes.
-    pub fn adapted(&self) -> Adapted<'_> {
-        Adapted { layout: &self.layout, parameters: &self.parameters }
+    /// Its method, fitted to the base: for [`crate::Engine::adapt`].
+    pub fn fit(&self) -> &Fit {
+        &self.fit
     }
 
-    /// Its settings.
-    pub fn config(&self) -> &LoraConfig {
-        &self.config
+    /// Its numbers.
+    pub fn parameters(&self) -> &[f32] {
+        &self.parameters
     }
 
     /// Keys of its settings that nothing here knows: worth a warning.

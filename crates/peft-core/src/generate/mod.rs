@@ -1,7 +1,7 @@
 //! Continuing prompts, token by token, with a cache of keys and values.
 //!
 //! Several prompts go on together: each is read alone, then all take a step at once. They share one adapter; who wants
-//! several adapters groups the prompts by adapter ([`Engine::continue_all`] once for each), and no base is loaded again.
+//! several groups the prompts by adapter and lays one after the other on the base ([`Engine::adapt`]), which stays as it is.
 
 mod loaded;
 mod sampling;
@@ -14,21 +14,12 @@ pub use sampling::{Sampler, SamplingOptions};
 use session::{Room, Session};
 
 use crate::{
-    adapter::ParameterLayout,
+    adapter::Branches,
     backend::Backend,
     engine::{Engine, Machine, Parts, StepError},
     error::Result,
     plan::PlanRequest,
 };
-
-/// Trained numbers and where each lies: an adapter, ready to be laid on a base.
-#[derive(Debug, Clone, Copy)]
-pub struct Adapted<'a> {
-    /// Where each tensor lies in `parameters`.
-    pub layout: &'a ParameterLayout,
-    /// The flat parameters.
-    pub parameters: &'a [f32],
-}
 
 /// A prompt and how it is to go on.
 #[derive(Debug, Clone, PartialEq)]
@@ -78,23 +69,21 @@ impl Engine {
         options: &SamplingOptions,
         on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Vec<u32>> {
-        let layout = self.layout().clone();
-        let adapter = parameters.map(|parameters| Adapted { layout: &layout, parameters });
         let request = Request { prompt: prompt.to_vec(), options: options.clone() };
-        let mut ends = self.continue_all(adapter, &[request], &mut |_, token| on_token(token))?;
+        let mut ends = self.continue_all(parameters, &[request], &mut |_, token| on_token(token))?;
         Ok(ends.pop().map_or_else(Vec::new, |end| end.tokens))
     }
 
-    /// Continues several prompts at once with one adapter, which need not be the engine's own, or with the bare base.
+    /// Continues several prompts at once with the adapter, or with the bare base without `parameters`.
     ///
     /// A request's tokens depend on its own prompt, options and seed. How many others go with it may change the last
     /// bit of a logit, as a product of other sizes rounds otherwise.
     ///
     /// # Errors
-    /// As [`Engine::generate`], or the adapter's numbers are not of its layout, or its layout is not of this base.
+    /// As [`Engine::generate`].
     pub fn continue_all(
         &mut self,
-        adapter: Option<Adapted<'_>>,
+        parameters: Option<&[f32]>,
         requests: &[Request],
         on_token: &mut Listener<'_>,
     ) -> Result<Vec<Continuation>> {
@@ -108,39 +97,26 @@ impl Engine {
         if requests.is_empty() {
             return Ok(Vec::new());
         }
-        check_adapter(adapter)?;
-        let parameters = adapter.map(|adapter| adapter.parameters);
-        let (machine, mut parts, request) = self.take_apart();
-        if let Some(adapter) = &adapter {
-            parts.layout = adapter.layout;
-        }
+        self.check_parameters(parameters)?;
+        let (machine, parts, request, parameters) = self.take_apart(parameters)?;
         match machine {
             Machine::Cpu(worker) => {
-                let (backend, parameters) = worker.lend(parameters)?;
-                continue_all(backend, parts, request, parameters, requests, on_token)
+                let (backend, branches, parameters) = worker.lend(parameters)?;
+                continue_all(backend, parts, request, (branches, parameters), requests, on_token)
             }
             Machine::Cuda(worker) => {
-                let (backend, parameters) = worker.lend(parameters)?;
-                continue_all(backend, parts, request, parameters, requests, on_token)
+                let (backend, branches, parameters) = worker.lend(parameters)?;
+                continue_all(backend, parts, request, (branches, parameters), requests, on_token)
             }
         }
     }
 
-    /// Logits of every token of `ids`, all of one length, with the engine's adapter or of the bare base:
+    /// Logits of every token of `ids`, all of one length, with the adapter or of the bare base:
     /// `[batch, tokens, vocabulary]`, row after row.
     ///
     /// # Errors
     /// Where the rows differ in length, exceed the base's context or hold an unknown token, or memory is short.
     pub fn logits(&mut self, parameters: Option<&[f32]>, ids: &[Vec<u32>]) -> Result<Vec<f32>> {
-        let layout = self.layout().clone();
-        self.logits_with(parameters.map(|parameters| Adapted { layout: &layout, parameters }), ids)
-    }
-
-    /// [`Engine::logits`] with an adapter that need not be the engine's own.
-    ///
-    /// # Errors
-    /// As [`Engine::logits`], or the adapter's numbers are not of its layout.
-    pub fn logits_with(&mut self, adapter: Option<Adapted<'_>>, ids: &[Vec<u32>]) -> Result<Vec<f32>> {
         let Some(tokens) = ids.first().map(Vec::len) else { return Ok(Vec::new()) };
         let positions = self.config().max_positions;
         if tokens > positions {
@@ -151,6 +127,7 @@ impl Engine {
         if row_length == 0 {
             return Ok(out);
         }
+        self.check_parameters(parameters)?;
         for (index, row) in ids.iter().enumerate() {
             if row.len() != tokens {
                 let reason = "rows of one call must have one length";
@@ -158,34 +135,23 @@ impl Engine {
             }
             self.check_tokens(index as u64, row)?;
         }
-        check_adapter(adapter)?;
-        let parameters = adapter.map(|adapter| adapter.parameters);
-        let (machine, mut parts, request) = self.take_apart();
-        if let Some(adapter) = &adapter {
-            parts.layout = adapter.layout;
-        }
+        let (machine, parts, request, parameters) = self.take_apart(parameters)?;
         match machine {
             Machine::Cpu(worker) => {
-                let (backend, parameters) = worker.lend(parameters)?;
-                all_logits(backend, parts, request, parameters, ids, &mut out)?;
+                let (backend, branches, parameters) = worker.lend(parameters)?;
+                all_logits(backend, parts, request, (branches, parameters), ids, &mut out)?;
             }
             Machine::Cuda(worker) => {
-                let (backend, parameters) = worker.lend(parameters)?;
-                all_logits(backend, parts, request, parameters, ids, &mut out)?;
+                let (backend, branches, parameters) = worker.lend(parameters)?;
+                all_logits(backend, parts, request, (branches, parameters), ids, &mut out)?;
             }
         }
         Ok(out)
     }
 }
 
-fn check_adapter(adapter: Option<Adapted<'_>>) -> Result<()> {
-    match adapter {
-        Some(Adapted { layout, parameters }) if parameters.len() != layout.len() => {
-            Err(StepError::FlatLength { found: parameters.len(), expected: layout.len() }.into())
-        }
-        _ => Ok(()),
-    }
-}
+/// What the adapter does beside each module, and its numbers; none on the bare base.
+type Worn<'a, B> = (&'a Branches<B>, Option<&'a <B as Backend>::Buffer>);
 
 /// A request on its way.
 struct Row<'a> {
@@ -221,7 +187,7 @@ fn continue_all<B: Backend>(
     backend: &B,
     mut parts: Parts<'_>,
     request: &PlanRequest,
-    parameters: Option<&B::Buffer>,
+    adapter: Worn<'_, B>,
     requests: &[Request],
     on_token: &mut Listener<'_>,
 ) -> Result<Vec<Continuation>> {
@@ -253,7 +219,7 @@ fn continue_all<B: Backend>(
             continue;
         }
         let logits = &mut logits[..vocabulary];
-        session.advance(backend, &mut parts, parameters, &[(index, prompt)], 1, logits)?;
+        session.advance(backend, &mut parts, adapter, &[(index, prompt)], 1, logits)?;
         if let Some(token) = row.take(logits, |token| on_token(index, token))? {
             going.push((index, [token]));
         }
@@ -261,7 +227,7 @@ fn continue_all<B: Backend>(
     while !going.is_empty() {
         let pieces: Vec<_> = going.iter().map(|(index, token)| (*index, &token[..])).collect();
         let logits = &mut logits[..pieces.len() * vocabulary];
-        session.advance(backend, &mut parts, parameters, &pieces, pieces.len(), logits)?;
+        session.advance(backend, &mut parts, adapter, &pieces, pieces.len(), logits)?;
         let mut next = Vec::with_capacity(going.len());
         for ((index, _), logits) in going.iter().zip(logits.chunks_exact(vocabulary)) {
             if let Some(token) = rows[*index].take(logits, |token| on_token(*index, token))? {
@@ -278,7 +244,7 @@ fn all_logits<B: Backend>(
     backend: &B,
     mut parts: Parts<'_>,
     request: &PlanRequest,
-    parameters: Option<&B::Buffer>,
+    adapter: Worn<'_, B>,
     ids: &[Vec<u32>],
     out: &mut [f32],
 ) -> Result<()> {
@@ -287,7 +253,7 @@ fn all_logits<B: Backend>(
     let mut session = Session::new(backend, &parts, request, room)?;
     let row_length = tokens * parts.config.vocabulary_size;
     for (row, out) in ids.iter().zip(out.chunks_exact_mut(row_length)) {
-        session.advance(backend, &mut parts, parameters, &[(0, row)], tokens, out)?;
+        session.advance(backend, &mut parts, adapter, &[(0, row)], tokens, out)?;
     }
     Ok(())
 }

@@ -1,11 +1,12 @@
 //! Sequences in progress: the keys and values of what came before, and memory for what comes next.
 
 use crate::{
+    adapter::Branches,
     backend::{Backend, View, ViewMut},
     batch::{PackedBatch, Span},
     engine::Parts,
     error::Result,
-    model::decoder::{Attend, Branches, Decoder},
+    model::decoder::{Attend, Decoder, Trained},
     nn::rope::RopeTable,
     plan::{Arena, PlanRequest, Recompute, Sizes},
 };
@@ -60,13 +61,13 @@ impl<B: Backend> Session<B> {
         })
     }
 
-    /// Appends tokens that the base knows to some sequences, each named once; writes the logits of the last `rows` of all of
+    /// Appends tokens that the base knows to some sequences, each named once, with the branches and parameters of an adapter; writes the logits of the last `rows` of all of
     /// them, as they come one after the other, to `out`.
     pub(crate) fn advance(
         &mut self,
         backend: &B,
         parts: &mut Parts<'_>,
-        parameters: Option<&B::Buffer>,
+        adapter: (&Branches<B>, Option<&B::Buffer>),
         pieces: &[Piece<'_>],
         rows: usize,
         out: &mut [f32],
@@ -78,9 +79,10 @@ impl<B: Backend> Session<B> {
 
         let Parts { config, base, layout } = parts;
         let features = config.key_value_heads * config.head_dim;
-        let branches = Branches { parameters, layout, dropout: None };
+        let (branches, parameters) = adapter;
+        let trained = Trained { parameters, layout, branches, dropout: None };
         let mut decoder =
-            Decoder { backend, config, base: &mut **base, branches, rope, arena, tokens, predicting: 0 };
+            Decoder { backend, config, base: &mut **base, trained, rope, arena, tokens, predicting: 0 };
         let (spans, lengths_before) = (&packed.spans, &*lengths);
         backend.run(|| {
             decoder.forward_with(|layer, attention, step| {
