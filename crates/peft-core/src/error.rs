@@ -6,7 +6,7 @@ use std::{io, path::PathBuf};
 
 use shanty_diagnostic::{Diagnose, Diagnostic, Kind};
 
-use crate::{backend::cuda::DeviceError, engine::StepError};
+use crate::{backend::cuda::DeviceError, engine::StepError, use_error::UseError};
 
 /// A result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -272,6 +272,9 @@ pub enum Error {
         /// The length it should have.
         expected: usize,
     },
+    /// An adapter cannot be used, combined, merged or exported as asked.
+    #[error(transparent)]
+    Use(#[from] UseError),
     /// A pass over rows failed.
     #[error(transparent)]
     Step(#[from] StepError),
@@ -324,6 +327,7 @@ impl Error {
             Self::AdapterPrefix { .. } => "SH0415",
             Self::Write { origin, .. } => origin.code("SH0314", "SH0409"),
             Self::Length { .. } => "SH0399",
+            Self::Use(error) => error.code(),
             Self::Step(error) => error.code(),
             Self::Device(error) => error.code(),
         }
@@ -350,6 +354,7 @@ impl Error {
             Self::AdapterSetting { file, .. }
             | Self::UnsupportedMethod { file, .. }
             | Self::UnsupportedOption { file, .. } => file.as_ref(),
+            Self::Use(error) => error.file(),
             _ => None,
         }
     }
@@ -365,6 +370,7 @@ impl Error {
                 _ => Kind::Transient,
             },
             Self::Length { .. } => Kind::Internal,
+            Self::Use(error) => error.kind(),
             Self::Step(error) => error.kind(),
             Self::Device(error) => error.kind(),
             _ => Kind::User,
@@ -373,6 +379,7 @@ impl Error {
 
     fn hint(&self) -> Option<String> {
         let hint = match self {
+            Self::Use(error) => return error.hint(),
             Self::Step(error) => return error.hint(),
             Self::Device(error) => return Some(error.hint()),
             Self::Read { origin: Origin::Base, .. } => {

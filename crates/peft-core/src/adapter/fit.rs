@@ -64,6 +64,13 @@ impl Fit {
         Self::default()
     }
 
+    /// As it is used rather than trained: the tensors themselves, without a network that made them.
+    #[must_use]
+    pub fn without_network(mut self) -> Self {
+        self.network = None;
+        self
+    }
+
     /// The method; none on the bare base.
     pub fn method(&self) -> Option<&SharedMethod> {
         self.method.as_ref()

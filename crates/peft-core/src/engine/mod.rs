@@ -147,18 +147,22 @@ impl Engine {
         }
         request.dropout = fit.dropout() > 0.0;
         let config = base.config().clone();
-        let sizes = |tokens| Sizes::new(&config, fit.layout(), tokens, request.max_length, &request);
-        let plan = MemoryPlan::choose(sizes, &request);
-        let sizes = sizes(plan.micro_batch_tokens);
+        let (plan, sizes) = plan_for(&config, &fit, &request);
         let packed = PackedBatch::with_capacity(plan.micro_batch_tokens);
-        let made = match fit.network() {
-            Some(_) => {
-                let length = fit.layout().len();
-                Made { parameters: vec![0.0; length], gradient: vec![0.0; length] }
-            }
-            None => Made::default(),
-        };
+        let made = Made::room_for(&fit);
         Ok(Self { machine, config, base, fit, made, request, sizes, plan, packed, base_hash: None })
+    }
+
+    /// Takes on another method, or none ([`Fit::bare`]): the base stays where it is. The memory of a step is planned anew,
+    /// and reserved by the next pass.
+    ///
+    /// `fit` must have been fitted to this engine's model.
+    pub fn adapt(&mut self, fit: Fit) {
+        self.machine.adapt(&fit, self.config.layers);
+        self.request.dropout = fit.dropout() > 0.0;
+        (self.plan, self.sizes) = plan_for(&self.config, &fit, &self.request);
+        self.made = Made::room_for(&fit);
+        self.fit = fit;
     }
 
     /// What the model is made of.
@@ -230,7 +234,24 @@ impl Engine {
     }
 }
 
+/// The memory plan of a method on a model.
+fn plan_for(config: &ModelConfig, fit: &Fit, request: &PlanRequest) -> (MemoryPlan, Sizes) {
+    let sizes = |tokens| Sizes::new(config, fit.layout(), tokens, request.max_length, request);
+    let plan = MemoryPlan::choose(sizes, request);
+    (plan, sizes(plan.micro_batch_tokens))
+}
+
 impl Made {
+    fn room_for(fit: &Fit) -> Self {
+        match fit.network() {
+            Some(_) => {
+                let length = fit.layout().len();
+                Self { parameters: vec![0.0; length], gradient: vec![0.0; length] }
+            }
+            None => Self::default(),
+        }
+    }
+
     /// The parameters as passes read them: what the network makes of the trained ones, where there is one.
     fn parameters<'a>(&'a mut self, fit: &Fit, trained: Option<&'a [f32]>) -> Result<Option<&'a [f32]>> {
         match (fit.network(), trained) {
