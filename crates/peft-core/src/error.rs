@@ -200,6 +200,12 @@ pub enum Error {
         /// Its value, as JSON.
         value: String,
     },
+    /// The network that an adapter is trained through cannot compute.
+    #[error("the network of the adapter failed: {reason}")]
+    Network {
+        /// Why.
+        reason: String,
+    },
     /// `target_modules` matches nothing.
     #[error("target_modules {pattern} matches no module of the model")]
     NoTarget {
@@ -327,6 +333,7 @@ impl Error {
             Self::AdapterPrefix { .. } => "SH0415",
             Self::Write { origin, .. } => origin.code("SH0314", "SH0409"),
             Self::Length { .. } => "SH0399",
+            Self::Network { .. } => "SH0440",
             Self::Use(error) => error.code(),
             Self::Step(error) => error.code(),
             Self::Device(error) => error.code(),
@@ -369,7 +376,7 @@ impl Error {
                 | io::ErrorKind::UnexpectedEof => Kind::User,
                 _ => Kind::Transient,
             },
-            Self::Length { .. } => Kind::Internal,
+            Self::Length { .. } | Self::Network { .. } => Kind::Internal,
             Self::Use(error) => error.kind(),
             Self::Step(error) => error.kind(),
             Self::Device(error) => error.kind(),

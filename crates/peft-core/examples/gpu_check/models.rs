@@ -246,7 +246,7 @@ pub(crate) fn train(report: &mut Report, repository: &Path) {
     let folder = repository.join("examples/tiny-llama-14m");
     let curve = |device| {
         let mut engine = engine(&folder, device, true, Recompute::Auto, 0.05);
-        let mut parameters = engine.initial_parameters(3);
+        let mut parameters = engine.initial_parameters(3).unwrap();
         let mut optimizer = AdamW::new(AdamWOptions::default(), parameters.len());
         let rows = rows(engine.config().vocabulary_size);
         let mut losses = Vec::new();

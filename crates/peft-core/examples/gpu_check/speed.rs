@@ -206,7 +206,7 @@ fn steps(lines: &mut Vec<String>) {
                 }
             };
             let loaded = begin.elapsed().as_secs_f64();
-            let parameters = engine.initial_parameters(1);
+            let parameters = engine.initial_parameters(1).unwrap();
             let mut gradient = vec![0.0; parameters.len()];
             let rows: Vec<Row> = (0..rows)
                 .map(|row| {

@@ -18,6 +18,7 @@ use crate::{
 #[derive(Debug, Clone, Default)]
 pub struct Fit {
     method: Option<SharedMethod>,
+    model: Option<ModelConfig>,
     layout: ParameterLayout,
     matched: Matched,
     network: Option<Network>,
@@ -51,12 +52,13 @@ impl Fit {
                 None => parts.push(Part { module, branch: false, needs: Default::default(), tensors }),
             }
         }
-        let layout = ParameterLayout::new(parts, method.input_tensors(model)?);
+        let inputs = method.input_tensors(model)?;
+        let layout = ParameterLayout::new(parts, inputs).with_virtual_tokens(method.virtual_tokens());
         let network = method.reparameterisation(model)?.map(|network| Network {
             layout: ParameterLayout::new(Vec::new(), network.tensors()),
             network: Arc::from(network),
         });
-        Ok(Self { method: Some(method), layout, matched, network })
+        Ok(Self { method: Some(method), model: Some(model.clone()), layout, matched, network })
     }
 
     /// The bare base: no method, nothing trained.
@@ -74,6 +76,11 @@ impl Fit {
     /// The method; none on the bare base.
     pub fn method(&self) -> Option<&SharedMethod> {
         self.method.as_ref()
+    }
+
+    /// The model that it is fitted to; none on the bare base.
+    pub fn model(&self) -> Option<&ModelConfig> {
+        self.model.as_ref()
     }
 
     /// Where each tensor lies that passes read: PEFT's tensors.

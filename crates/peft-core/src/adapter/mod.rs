@@ -12,8 +12,13 @@ pub mod fit;
 pub mod layout;
 pub mod lora;
 pub mod method;
+pub mod networks;
+pub mod p_tuning;
+pub mod prefix_tuning;
+pub mod prompt_tuning;
 pub mod registry;
 pub mod targets;
+pub mod virtual_tokens;
 
 pub use branch::{BranchScratch, EmbeddingBranch, EmbeddingSite, LinearBranch, LinearSite, PassDropout};
 pub use files::AdapterFolder;
@@ -21,8 +26,11 @@ pub use fit::{Branches, Fit};
 pub use layout::{ParameterEntry, ParameterLayout};
 pub use lora::LoraConfig;
 pub use method::{
-    AnyMethod, Method, MethodOn, Needs, Rate, Reparameterisation, Role, SharedMethod, Start, StepHook,
-    Tensor, VirtualTokens,
+    AnyMethod, Method, MethodOn, Needs, Rate, Reparameterisation, Role, SharedMethod, Start, StepHook, Tensor,
 };
+pub use p_tuning::{PTuningConfig, PromptEncoder};
+pub use prefix_tuning::{PrefixStart, PrefixTuningConfig};
+pub use prompt_tuning::{PromptStart, PromptTuningConfig};
 pub use registry::Registration;
 pub use targets::{Matched, TargetModules};
+pub use virtual_tokens::VirtualTokenConfig;

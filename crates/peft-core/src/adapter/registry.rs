@@ -1,6 +1,9 @@
 //! The methods that there are, one line each.
 
-use super::{config::Keys, lora::LoraConfig, method::SharedMethod};
+use super::{
+    config::Keys, lora::LoraConfig, method::SharedMethod, p_tuning::PTuningConfig,
+    prefix_tuning::PrefixTuningConfig, prompt_tuning::PromptTuningConfig,
+};
 use crate::error::Result;
 
 /// How a method is known to files.
@@ -13,4 +16,9 @@ pub struct Registration {
 }
 
 /// All methods of this crate.
-pub const METHODS: &[&Registration] = &[&LoraConfig::REGISTRATION];
+pub const METHODS: &[&Registration] = &[
+    &LoraConfig::REGISTRATION,
+    &PrefixTuningConfig::REGISTRATION,
+    &PromptTuningConfig::REGISTRATION,
+    &PTuningConfig::REGISTRATION,
+];

@@ -4,7 +4,7 @@
 //! the caller, as flat buffers of one [`ParameterLayout`]:
 //! ```text
 //! let mut engine = Engine::load(options, &mut |_| {})?;
-//! let mut parameters = engine.initial_parameters(seed);
+//! let mut parameters = engine.initial_parameters(seed)?;
 //! let sum = engine.forward_backward(&parameters, &rows, StepKey { seed, step: 1 }, &mut gradient, &mut NoSink)?;
 //! // … reduce, scale by 1 / tokens, clip, AdamW …
 //! ```
@@ -14,6 +14,7 @@ mod load;
 mod machine;
 mod options;
 mod passes;
+mod start;
 
 use std::ops::Range;
 
@@ -215,13 +216,6 @@ impl Engine {
         self.machine.card().map(|card| (card.card(), card.peak_bytes()))
     }
 
-    /// Flat parameters at their start, as the method says.
-    pub fn initial_parameters(&self, seed: u64) -> Vec<f32> {
-        let mut parameters = vec![0.0; self.layout().len()];
-        self.layout().initialise(seed, &mut parameters);
-        parameters
-    }
-
     /// What passes run on, taken apart: the machine, its parts, what plans are made for, and the parameters as passes read
     /// them.
     pub(crate) fn take_apart<'a>(
@@ -229,14 +223,14 @@ impl Engine {
         parameters: Option<&'a [f32]>,
     ) -> Result<(&'a mut Machine, Parts<'a>, &'a PlanRequest, Option<&'a [f32]>)> {
         let Self { machine, config, base, fit, made, request, .. } = self;
-        let parameters = made.parameters(fit, parameters)?;
+        let parameters = made.parameters(fit, parameters, None)?;
         Ok((machine, Parts { config, base: &mut **base, layout: fit.layout() }, request, parameters))
     }
 }
 
 /// The memory plan of a method on a model.
 fn plan_for(config: &ModelConfig, fit: &Fit, request: &PlanRequest) -> (MemoryPlan, Sizes) {
-    let sizes = |tokens| Sizes::new(config, fit.layout(), tokens, request.max_length, request);
+    let sizes = |tokens| Sizes::of(config, fit, tokens, request.max_length, request);
     let plan = MemoryPlan::choose(sizes, request);
     (plan, sizes(plan.micro_batch_tokens))
 }
@@ -253,10 +247,15 @@ impl Made {
     }
 
     /// The parameters as passes read them: what the network makes of the trained ones, where there is one.
-    fn parameters<'a>(&'a mut self, fit: &Fit, trained: Option<&'a [f32]>) -> Result<Option<&'a [f32]>> {
+    fn parameters<'a>(
+        &'a mut self,
+        fit: &Fit,
+        trained: Option<&'a [f32]>,
+        key: Option<StepKey>,
+    ) -> Result<Option<&'a [f32]>> {
         match (fit.network(), trained) {
             (Some(network), Some(trained)) => {
-                network.network.forward(trained, &mut self.parameters)?;
+                network.network.forward(trained, key, &mut self.parameters)?;
                 Ok(Some(&self.parameters))
             }
             (_, trained) => Ok(trained),

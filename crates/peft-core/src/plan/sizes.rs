@@ -2,7 +2,8 @@
 
 use super::{PlanRequest, Recompute};
 use crate::{
-    adapter::{Needs, ParameterLayout},
+    adapter::{Fit, Needs, ParameterLayout},
+    batch::VirtualTokens,
     model::{ModelConfig, ModuleKind, Projection},
 };
 
@@ -35,6 +36,11 @@ pub struct Sizes {
     pub queries: usize,
     /// Features of all key heads.
     pub keys: usize,
+    /// The same where keys and values are laid behind a prefix, else 0. With its virtual tokens a micro-batch has as many
+    /// keys as there is room for tokens.
+    pub joined: usize,
+    /// Numbers that a network in front of the adapter makes, and their gradient.
+    pub made: usize,
     /// Features inside the feed-forward half.
     pub intermediate: usize,
     /// Vocabulary.
@@ -98,6 +104,11 @@ impl Sizes {
             heads: config.attention_heads,
             queries,
             keys: config.key_value_heads * config.head_dim,
+            joined: match layout.virtual_tokens() {
+                VirtualTokens::Keys(_) => config.key_value_heads * config.head_dim,
+                VirtualTokens::None | VirtualTokens::Rows(_) => 0,
+            },
+            made: 0,
             intermediate,
             vocabulary: config.vocabulary_size,
             kept,
@@ -116,6 +127,19 @@ impl Sizes {
             },
             rope: max_length * config.head_dim,
         }
+    }
+
+    /// As [`Sizes::new`] for a fitted method: what is trained may be a network that makes what passes read.
+    pub fn of(
+        config: &ModelConfig,
+        fit: &Fit,
+        tokens: usize,
+        max_length: usize,
+        request: &PlanRequest,
+    ) -> Self {
+        let sizes = Self::new(config, fit.layout(), tokens, max_length, request);
+        let made = fit.network().map_or(0, |_| 2 * fit.layout().len());
+        Self { parameters: fit.trained().len(), made, ..sizes }
     }
 
     /// Features of the two widest scratch buffers.
@@ -144,7 +168,7 @@ impl Sizes {
     /// Numbers that operations work in.
     pub fn scratch(&self) -> usize {
         let branch = self.branch.wide + self.branch.narrow + self.branch.output;
-        let per_token = 3 * self.hidden + 2 * self.wide() + 2 * self.keys + branch;
+        let per_token = 3 * self.hidden + 2 * self.wide() + 2 * self.keys + 4 * self.joined + branch;
         let head = self.head_rows * (self.vocabulary + 4 * self.hidden + 2) + self.head_block * self.hidden;
         self.tokens * per_token
             + head
@@ -152,5 +176,6 @@ impl Sizes {
             + self.lanes
             + self.rope
             + self.branch.fixed
+            + self.made
     }
 }

@@ -254,9 +254,20 @@ impl Backend for Cuda {
     }
 
     fn put_virtual(&self, batch: &CudaBatch, at: SpanStart, from: View<'_, Self>, to: ViewMut<'_, Self>) {
-        let (grid, spans, count) = (grid(from.rows, from.columns), batch.spans.address, batch.span_count as u32);
+        let (grid, spans, count) =
+            (grid(from.rows, from.columns), batch.spans.address, batch.span_count as u32);
         let keys = u32::from(at == SpanStart::Keys);
-        launch!(self.device, "put_virtual", grid, [THREADS, 1], spans, count, keys, matrix(from), target(&to));
+        launch!(
+            self.device,
+            "put_virtual",
+            grid,
+            [THREADS, 1],
+            spans,
+            count,
+            keys,
+            matrix(from),
+            target(&to)
+        );
     }
 
     fn sum_virtual(&self, batch: &CudaBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
