@@ -12,6 +12,12 @@ use crate::{
 };
 
 impl Engine {
+    /// Whether [`Engine::initial_parameters`] computes with the base: the bits may then depend on the device.
+    pub fn computes_start(&self) -> bool {
+        let from_keys = self.fit.layout().virtual_tokens().keys() > 0;
+        from_keys && self.fit.method().is_some_and(|method| method.start_tokens(&self.config, 0).is_some())
+    }
+
     /// Flat parameters at their start, as the method says: a function of `seed`, method and base alone.
     ///
     /// # Errors
