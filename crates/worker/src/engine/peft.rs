@@ -13,7 +13,7 @@ use shanty_peft_core::{
 
 use crate::Error;
 
-use super::{EngineLoader, Facts, LoadRequest, Row, StepEngine, Sum};
+use super::{EngineLoader, Facts, LoadRequest, Row, StepEngine, Sum, virtual_tokens};
 
 /// Loads peft-core's engine.
 #[derive(Debug, Clone, Copy, Default)]
@@ -29,7 +29,7 @@ impl EngineLoader for PeftEngines {
         let options = EngineOptions {
             device: device(request.device, spec.cluster.device)?,
             memory_limit: request.memory_limit_bytes,
-            ..engine_options(spec, request.threads)
+            ..engine_options(spec, request.threads)?
         };
         let quantised = format!("{:?}", options.quantization);
         let engine = Engine::load(options, &mut |loaded| {
@@ -48,6 +48,7 @@ impl EngineLoader for PeftEngines {
             trainable_parameters: trainable,
             total_parameters: engine.config().parameters() as u64 + trainable,
             matched_modules: engine.matched().modules(),
+            computed_start: engine.computes_start(),
         };
         Ok(Box::new(PeftEngine { engine, facts }))
     }
@@ -74,10 +75,13 @@ fn device(name: &str, wanted: Device) -> Result<EngineDevice, Error> {
 }
 
 /// The engine that a job asks for, on the CPU and without a limit of memory.
-pub fn engine_options(spec: &JobSpec, threads: usize) -> EngineOptions {
-    EngineOptions {
+///
+/// # Errors
+/// Where the adapter begins as a text and the base's tokenizer cannot be used.
+pub fn engine_options(spec: &JobSpec, threads: usize) -> Result<EngineOptions, Error> {
+    Ok(EngineOptions {
         quantization: quantization(spec),
-        adapter: Some(method(spec)),
+        adapter: Some(method(spec)?),
         threads,
         recompute: match spec.train.recompute {
             job::Recompute::Auto => Recompute::Auto,
@@ -86,7 +90,7 @@ pub fn engine_options(spec: &JobSpec, threads: usize) -> EngineOptions {
         },
         micro_batch_rows: spec.train.micro_batch_size,
         ..EngineOptions::new(&spec.base.model, spec.data.max_length)
-    }
+    })
 }
 
 /// How a job keeps its base.
@@ -100,7 +104,10 @@ pub fn quantization(spec: &JobSpec) -> Option<Nf4Options> {
 }
 
 /// A job's adapter in the words of the numeric crate.
-fn method(spec: &JobSpec) -> SharedMethod {
+fn method(spec: &JobSpec) -> Result<SharedMethod, Error> {
+    if let Some(method) = virtual_tokens::method(spec)? {
+        return Ok(method);
+    }
     let adapter = &spec.adapter;
     let lora = LoraConfig {
         base_model_name_or_path: Some(spec.base.model.display().to_string()),
@@ -113,7 +120,7 @@ fn method(spec: &JobSpec) -> SharedMethod {
             job::TargetModules::Names(names) => TargetModules::Names(names.clone()),
         },
     };
-    lora.shared()
+    Ok(lora.shared())
 }
 
 /// A loaded engine with what its files need.

@@ -46,6 +46,7 @@ impl EngineLoader for ModelEngines {
             trainable_parameters: PARAMETERS as u64,
             total_parameters: 1000,
             matched_modules: vec!["layer.0".to_owned()],
+            computed_start: false,
         };
         Ok(Box::new(ModelEngine { facts, settings: self.clone() }))
     }
