@@ -119,7 +119,7 @@ impl Oracle<'_> {
         if config.embedding_scale.is_some() {
             x = (x * (config.hidden_size as f64).sqrt()).unwrap();
         }
-        let frequencies = config.rope.inverse_frequencies(dim);
+        let frequencies = config.rope.inverse_frequencies(dim, tokens);
         let angles: Vec<f32> =
             (0..tokens).flat_map(|t| frequencies.iter().map(move |f| t as f32 * f)).collect();
         let angles = Tensor::from_vec(angles, (tokens, dim / 2), &Device::Cpu).unwrap();

@@ -4,13 +4,16 @@
 //! fill it. Both ways of writing rotary settings are read: `rope_parameters` (transformers 5) and `rope_theta` with
 //! `rope_scaling` (transformers 4).
 
-use std::{fmt, fs, path::Path};
+use std::{
+    fmt, fs,
+    path::{Path, PathBuf},
+};
 
 use serde_json::Value;
 
 use crate::{
     error::{Error, Origin, Result},
-    model::families,
+    model::{families, gguf},
 };
 
 mod fields;
@@ -121,6 +124,21 @@ impl Norm {
     }
 }
 
+/// The text of a base's `config.json`, made from the metadata where the base is a GGUF file; and the file it comes from.
+///
+/// # Errors
+/// Unreadable, or a GGUF file that is damaged or of an unknown architecture.
+pub fn config_text(base: &Path) -> Result<(Vec<u8>, PathBuf)> {
+    if base.is_file() {
+        return Ok((gguf::config(base)?.to_string().into_bytes(), base.to_owned()));
+    }
+    let file = base.join("config.json");
+    match fs::read(&file) {
+        Ok(text) => Ok((text, file)),
+        Err(source) => Err(Error::Read { origin: Origin::Base, file, source }),
+    }
+}
+
 /// A decoder: embedding, equal layers of attention and gated MLP with norms ahead, norm, output head.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
@@ -183,18 +201,16 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// Reads `config.json` of a model's folder.
+    /// Reads `config.json` of a model's folder, or what a GGUF file says instead.
     ///
     /// # Errors
     /// Unreadable, not JSON, an unknown family, an option that is not there, an impossible value.
-    pub fn load(folder: &Path) -> Result<Self> {
-        let file = folder.join("config.json");
-        let text = fs::read(&file).map_err(|source| Error::Read {
-            origin: Origin::Base,
-            file: file.clone(),
-            source,
-        })?;
-        Self::from_json(&text, &file)
+    pub fn load(base: &Path) -> Result<Self> {
+        let (text, file) = config_text(base)?;
+        let config = Self::from_json(&text, &file)?;
+        // GGUF holds the scales of norms as they multiply.
+        let norms_less_one = config.norms_less_one && !base.is_file();
+        Ok(Self { norms_less_one, ..config })
     }
 
     /// Reads the text of a `config.json`; `file` is named in errors.

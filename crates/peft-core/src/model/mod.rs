@@ -8,6 +8,7 @@ pub mod config;
 pub mod decoder;
 pub mod export;
 pub mod families;
+pub mod gguf;
 pub mod resident;
 pub mod weights;
 

@@ -257,7 +257,7 @@ impl Reader<'_> {
             None => {
                 let mut hasher = blake3::Hasher::new();
                 hasher.update(
-                    format!("{} {:?} {:?}\n", tensor.name(), tensor.dtype(), tensor.shape()).as_bytes(),
+                    format!("{} {} {:?}\n", tensor.name(), tensor.stored_as(), tensor.shape()).as_bytes(),
                 );
                 self.hashers.entry(tensor.name().to_owned()).or_insert(hasher)
             }
