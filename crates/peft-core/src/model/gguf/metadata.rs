@@ -140,9 +140,10 @@ fn family(
             set("sliding_window", json!(window));
             set("attn_logit_softcapping", json!(metadata.number("attn_logit_softcapping")?));
             set("final_logit_softcapping", json!(metadata.number("final_logit_softcapping")?));
-            // The one of 27B alone scales by another number than the head's size; its file does not say so.
+            // The one of 27B alone scales by another number than the head's size; its file need not say so.
             let (layers, heads) = (metadata.size("block_count")?, metadata.size("attention.head_count")?);
-            let scalar = if layers == 46 { metadata.size("embedding_length")? / heads } else { head_dim };
+            let known = if layers == 46 { metadata.size("embedding_length")? / heads } else { head_dim };
+            let scalar = metadata.number("attention.scale")?.map_or(known as f64, |scale| scale.powi(-2));
             set("query_pre_attn_scalar", json!(scalar));
         }
         "phi3" => set("sliding_window", json!(window)),
