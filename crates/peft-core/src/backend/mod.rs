@@ -284,6 +284,41 @@ pub trait Backend: Sized + Send + Sync + 'static {
         dx: ViewMut<'_, Self>,
     );
 
+    /// `out[t, j] = alpha x[t, j] factors[0, j] + beta out[t, j]`; `beta` 0 never reads `out`.
+    fn scale_columns(
+        &self,
+        alpha: f32,
+        x: View<'_, Self>,
+        factors: View<'_, Self>,
+        beta: f32,
+        out: ViewMut<'_, Self>,
+    );
+    /// `out[0, j] += alpha sum over t of x[t, j]`.
+    fn column_sum(&self, alpha: f32, x: View<'_, Self>, out: ViewMut<'_, Self>);
+    /// `out[0, j] += sum over t of x[t, j] y[t, j]`.
+    fn column_dot(&self, x: View<'_, Self>, y: View<'_, Self>, out: ViewMut<'_, Self>);
+    /// `out[0, i] = alpha sum over j of x[i, j] y[i, j] + beta out[0, i]`; `beta` 0 never reads `out`.
+    fn row_dot(&self, alpha: f32, x: View<'_, Self>, y: View<'_, Self>, beta: f32, out: ViewMut<'_, Self>);
+    /// `to = 1 / sqrt(from)`.
+    fn reciprocal_root(&self, from: View<'_, Self>, to: ViewMut<'_, Self>);
+    /// Adds to `dweight` `[1, features]` the gradient of [`Backend::rms_norm`] with respect to `weight`:
+    /// `sum over t of dout[t, j] x[t, j] reciprocal[t]`.
+    fn rms_norm_weight_backward(
+        &self,
+        dout: View<'_, Self>,
+        x: View<'_, Self>,
+        reciprocal: View<'_, Self>,
+        dweight: ViewMut<'_, Self>,
+    );
+    /// `out[t, :] = table[ids[t], :]`, or `table[:, ids[t]]` if `columns` is set.
+    fn gather_ids(&self, batch: &Self::Batch, table: View<'_, Self>, columns: bool, out: ViewMut<'_, Self>);
+    /// `table[ids[t], :] += from[t, :]`, or `table[:, ids[t]]` if `columns` is set.
+    fn scatter_ids(&self, batch: &Self::Batch, from: View<'_, Self>, columns: bool, table: ViewMut<'_, Self>);
+    /// `out[t, :] = row[0, :]` where `ids[t]` is `id`; other rows stay.
+    fn set_rows_of(&self, batch: &Self::Batch, id: u32, row: View<'_, Self>, out: ViewMut<'_, Self>);
+    /// `row[0, :] += sum of from[t, :]` over all t where `ids[t]` is `id`.
+    fn sum_rows_of(&self, batch: &Self::Batch, id: u32, from: View<'_, Self>, row: ViewMut<'_, Self>);
+
     /// Returns the summed cross-entropy of `logits` `[rows, vocabulary]` against `targets[first ..]`, and
     /// overwrites the logits by its gradient where `gradient` is set. `losses` `[rows, 1]` gets each row's loss.
     /// With `soft_cap` the loss is that of `cap tanh(logit / cap)`, and so is the gradient of `logits`.

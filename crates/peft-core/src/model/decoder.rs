@@ -4,48 +4,77 @@
 //! says of each layer's part of the flat gradient when it is final, so that its reduction may begin.
 
 use crate::{
-    adapter::{
-        ParameterLayout,
-        lora::{Dropout, Lora},
-    },
+    adapter::{Branches, EmbeddingBranch, EmbeddingSite, ParameterLayout, PassDropout},
     backend::{AttentionShape, Backend, Ready, View, ViewMut},
     error::Result,
-    loss::head::Head,
-    model::{BaseSource, LayerWeights, LinearWeights, ModelConfig, Projection},
-    nn::{attention::Attention, embedding, linear::Linear, mlp::Mlp, rms_norm::RmsNorm, rope::RopeTable},
+    loss::head::{Head, HeadGradient, TrainedHead},
+    model::{BaseSource, LayerWeights, LinearWeights, ModelConfig, Norm, Place, Projection},
+    nn::{
+        attention::Attention,
+        embedding,
+        linear::{Branch, Linear, TrainedParts},
+        mlp::Mlp,
+        rms_norm::RmsNorm,
+        rope::RopeTable,
+    },
     plan::Arena,
-    random::DropoutKey,
 };
 
-/// The trained tensors as one pass sees them.
-pub struct Branches<'a, B: Backend> {
+/// What is trained, as one pass sees it.
+pub struct Trained<'a, B: Backend> {
     /// The flat parameters; none runs the bare base.
     pub parameters: Option<&'a B::Buffer>,
     /// Where each tensor lies.
     pub layout: &'a ParameterLayout,
+    /// What the method does beside each module.
+    pub branches: &'a Branches<B>,
     /// Dropout of this pass.
     pub dropout: Option<PassDropout>,
 }
 
-/// Dropout of one pass over the model.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct PassDropout {
-    /// Share of numbers set to 0.
-    pub p: f32,
-    /// The job's seed.
-    pub seed: u64,
-    /// The optimizer step.
-    pub step: u64,
-}
+impl<'a, B: Backend> Trained<'a, B> {
+    fn linear(&self, layer: usize, index: usize) -> Option<Branch<'a, B>> {
+        let branch = self.branches.linear(layer, index)?;
+        Some(Branch { branch, parameters: self.parameters?, dropout: self.dropout })
+    }
 
-impl<'a, B: Backend> Branches<'a, B> {
-    fn lora(&self, layer: usize, projection: Projection) -> Option<Lora<'a, B>> {
-        let pair = self.layout.pair(layer, projection)?;
-        let dropout = self.dropout.map(|pass| {
-            let module = (layer * Projection::ALL.len() + projection.index()) as u32;
-            Dropout { p: pass.p, key: DropoutKey { seed: pass.seed, step: pass.step, module } }
-        });
-        Some(Lora::new(self.parameters?, pair, dropout))
+    fn embedding(&self) -> Option<(&'a dyn EmbeddingBranch<B>, &'a B::Buffer)> {
+        Some((self.branches.embedding()?, self.parameters?))
+    }
+
+    /// The embedding itself in the parameters, where it is trained.
+    fn embedding_table(&self, config: &ModelConfig) -> Option<View<'a, B>> {
+        let at = self.branches.embedding_weight()?;
+        Some(View::at(self.parameters?, at, config.vocabulary_size, config.hidden_size))
+    }
+
+    /// A vector in the parameters where it is trained, else the base's.
+    fn vector<'c>(&self, backend: &'c B, trained: Option<usize>, base: &'c [f32]) -> View<'c, B>
+    where
+        'a: 'c,
+    {
+        match (trained, self.parameters) {
+            (Some(at), Some(parameters)) => View::at(parameters, at, 1, base.len()),
+            _ => backend.frozen_vector(base),
+        }
+    }
+
+    /// Where a gradient goes; nowhere on the bare base.
+    fn place(&self, trained: Option<usize>) -> Option<usize> {
+        trained.filter(|_| self.parameters.is_some())
+    }
+
+    fn head(&self, config: &ModelConfig) -> TrainedHead<'a, B> {
+        let Some(parameters) = self.parameters else { return TrainedHead::default() };
+        let (vocabulary, hidden) = (config.vocabulary_size, config.hidden_size);
+        let table = |at| View::at(parameters, at, vocabulary, hidden);
+        let dropout = self.dropout;
+        let rows = self.branches.rows().filter(|_| config.tied_embeddings);
+        TrainedHead {
+            table: self.branches.head_weight().map(table),
+            branch: self.branches.head().map(|branch| Branch { branch, parameters, dropout }),
+            rows: rows.map(|(ids, at)| (ids, View::at(parameters, at, ids.len(), hidden))),
+        }
     }
 }
 
@@ -58,7 +87,7 @@ pub struct Decoder<'a, B: Backend, S: BaseSource + ?Sized> {
     /// Frozen weights.
     pub base: &'a mut S,
     /// What is trained.
-    pub branches: Branches<'a, B>,
+    pub trained: Trained<'a, B>,
     /// Angles.
     pub rope: &'a RopeTable<B>,
     /// Memory.
@@ -94,7 +123,15 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         let arena = &mut *self.arena;
         let hidden = config.hidden_size;
         let first = ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden);
-        embedding::forward(backend, &arena.batch, &self.base.embedding(), first);
+        match self.trained.embedding_table(config) {
+            Some(table) => backend.gather_ids(&arena.batch, table, false, first),
+            None => embedding::forward(backend, &arena.batch, &self.base.embedding(), first),
+        }
+        if let Some((branch, parameters)) = self.trained.embedding() {
+            let site = EmbeddingSite { backend, batch: &arena.batch, parameters };
+            let first = ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden);
+            branch.forward(&site, first, &mut arena.scratch.branch);
+        }
         if let Some(scale) = config.embedding_scale {
             backend.scale(scale, ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden));
         }
@@ -103,7 +140,7 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
                 self.base.prefetch(layer + 1);
             }
             let weights = self.base.layer(layer)?;
-            let site = Site { backend, config, layer, branches: &self.branches, rope: self.rope };
+            let site = Site { backend, config, layer, trained: &self.trained, rope: self.rope };
             let (attention, mlp) = site.blocks(&weights, &mut arena.weights);
             let (inputs, next) = arena.inputs.split_at_mut(layer + 1);
             let x = View::<B>::new(&inputs[layer], tokens, hidden);
@@ -120,28 +157,33 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         Ok(())
     }
 
-    /// Summed loss; with `gradient`, that of the last hidden state is left in the arena.
-    pub fn loss(&mut self, gradient: bool) -> f64 {
+    /// Summed loss; with `flat`, the gradient of the last hidden state is left in the arena, and that of what is trained of
+    /// the head is added to `flat`.
+    pub fn loss(&mut self, flat: Option<&mut B::Buffer>) -> f64 {
         let (backend, tokens) = (self.backend, self.tokens);
         let (hidden, layers) = (self.config.hidden_size, self.config.layers);
-        let head = head(backend, &*self.base);
+        let head = head(backend, &*self.base, &self.trained);
         let arena = &mut *self.arena;
         let last = View::<B>::new(&arena.inputs[layers], tokens, hidden);
-        let gradient = gradient.then(|| ViewMut::<B>::new(&mut arena.scratch.gradient, tokens, hidden));
-        head.loss(backend, &arena.batch, self.predicting, last, &mut arena.head, gradient)
+        let gradient = flat.map(|flat| HeadGradient {
+            hidden: ViewMut::<B>::new(&mut arena.scratch.gradient, tokens, hidden),
+            flat,
+        });
+        let branch = &mut arena.scratch.branch;
+        head.loss(backend, &arena.batch, self.predicting, last, &mut arena.head, branch, gradient)
     }
 
     /// Logits of the last `rows` rows of the micro-batch, written to `out`.
     pub fn logits(&mut self, rows: usize, out: &mut [f32]) {
         let (backend, tokens) = (self.backend, self.tokens);
         let (hidden, layers) = (self.config.hidden_size, self.config.layers);
-        let head = head(backend, &*self.base);
+        let head = head(backend, &*self.base, &self.trained);
         let arena = &mut *self.arena;
         let last = View::<B>::new(&arena.inputs[layers], tokens, hidden).row_range(tokens - rows, rows);
-        head.logits(backend, last, &mut arena.head, out);
+        head.logits(backend, &arena.batch, last, &mut arena.head, &mut arena.scratch.branch, out);
     }
 
-    /// From the last hidden state's gradient down to the lowest trained layer; adds to `flat`.
+    /// From the last hidden state's gradient down to the lowest trained tensor; adds to `flat`.
     ///
     /// # Errors
     /// When a layer's weights cannot be had.
@@ -150,15 +192,23 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         let config = self.config;
         let hidden = config.hidden_size;
         let arena = &mut *self.arena;
-        let layout = self.branches.layout;
-        let Some(lowest) = layout.entries().iter().map(|entry| entry.layer).min() else { return Ok(()) };
+        let layout = self.trained.layout;
+        let head = layout.range(Place::Head);
+        if !head.is_empty() {
+            ready(head, flat);
+        }
+        let (lowest, through) = match layout.lowest() {
+            None | Some(Place::Head) => return Ok(()),
+            Some(Place::Layer(layer)) => (layer, false),
+            Some(Place::Input) => (0, true),
+        };
         let again = arena.work.len() == 1 && config.layers > 1;
         for layer in (lowest..config.layers).rev() {
             if layer > lowest {
                 self.base.prefetch(layer - 1);
             }
             let weights = self.base.layer(layer)?;
-            let site = Site { backend, config, layer, branches: &self.branches, rope: self.rope };
+            let site = Site { backend, config, layer, trained: &self.trained, rope: self.rope };
             let (attention, mlp) = site.blocks(&weights, &mut arena.weights);
             let x = View::<B>::new(&arena.inputs[layer], tokens, hidden);
             let (work, scratch) = (&mut arena.work[if again { 0 } else { layer }], &mut arena.scratch);
@@ -171,7 +221,7 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
                 mlp.expand(backend, &arena.batch, tokens, work, scratch);
                 again = !mlp.contract_again(backend, &arena.batch, tokens, work, scratch);
             }
-            let below = layer > lowest;
+            let below = layer > lowest || through;
             let into_attention = below || attention.is_adapted();
             mlp.backward(backend, &arena.batch, tokens, work, scratch, flat, again, into_attention);
             if into_attention {
@@ -181,6 +231,22 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
             if !range.is_empty() {
                 ready(range, flat);
             }
+        }
+        if through {
+            if let Some(scale) = config.embedding_scale {
+                backend.scale(scale, ViewMut::<B>::new(&mut arena.scratch.gradient, tokens, hidden));
+            }
+            if let Some(at) = self.trained.place(self.trained.branches.embedding_weight()) {
+                let gradient = View::<B>::new(&arena.scratch.gradient, tokens, hidden);
+                let table = ViewMut::<B>::at(&mut *flat, at, config.vocabulary_size, hidden);
+                backend.scatter_ids(&arena.batch, gradient, false, table);
+            }
+            if let Some((branch, parameters)) = self.trained.embedding() {
+                let site = EmbeddingSite { backend, batch: &arena.batch, parameters };
+                let gradient = View::<B>::new(&arena.scratch.gradient, tokens, hidden);
+                branch.backward(&site, gradient, flat, &mut arena.scratch.branch);
+            }
+            ready(layout.range(Place::Input), flat);
         }
         Ok(())
     }
@@ -200,11 +266,17 @@ pub struct Attend<'a, B: Backend> {
     pub attended: &'a mut crate::plan::Attended<B>,
 }
 
-fn head<'a, B: Backend, S: BaseSource + ?Sized>(backend: &'a B, base: &'a S) -> Head<'a, B> {
+fn head<'a, B: Backend, S: BaseSource + ?Sized>(
+    backend: &'a B,
+    base: &'a S,
+    trained: &Trained<'a, B>,
+) -> Head<'a, B> {
     let config = base.config();
-    let epsilon = config.norm_epsilon as f32;
-    let norm = RmsNorm { weight: backend.frozen_vector(base.final_norm()), epsilon };
-    Head { norm, table: base.head(), soft_cap: config.logits_soft_cap.map(|cap| cap as f32) }
+    let own = trained.place(trained.branches.final_norm());
+    let weight = trained.vector(backend, own, base.final_norm());
+    let norm = RmsNorm { weight, epsilon: config.norm_epsilon as f32, trained: own };
+    let soft_cap = config.logits_soft_cap.map(|cap| cap as f32);
+    Head { norm, table: base.head(), soft_cap, trained: trained.head(config) }
 }
 
 /// A place in the model.
@@ -212,7 +284,7 @@ struct Site<'a, 'b, B: Backend> {
     backend: &'a B,
     config: &'b ModelConfig,
     layer: usize,
-    branches: &'b Branches<'a, B>,
+    trained: &'b Trained<'a, B>,
     rope: &'a RopeTable<B>,
 }
 
@@ -226,25 +298,31 @@ impl<'a, B: Backend> Site<'a, '_, B> {
         'a: 'c,
     {
         let epsilon = self.config.norm_epsilon as f32;
-        let norm = |weight: &'c [f32]| RmsNorm { weight: self.backend.frozen_vector(weight), epsilon };
+        let norm = |kind: Norm, weight: &'c [f32]| {
+            let trained = self.trained.place(self.trained.branches.norm(self.layer, kind));
+            RmsNorm { weight: self.trained.vector(self.backend, trained, weight), epsilon, trained }
+        };
         let [q, k, v, o, gate, up, down] = scratch;
         let attention = Attention {
-            norm: norm(weights.input_norm),
+            norm: norm(Norm::AttentionInput, weights.input_norm),
             q: self.linear(Projection::Q, &weights.q, q),
             k: self.linear(Projection::K, &weights.k, k),
             v: self.linear(Projection::V, &weights.v, v),
             o: self.linear(Projection::O, &weights.o, o),
-            query_key_norms: weights.query_norm.zip(weights.key_norm).map(|(q, k)| [norm(q), norm(k)]),
-            output_norm: weights.attention_output_norm.map(norm),
+            query_key_norms: weights
+                .query_norm
+                .zip(weights.key_norm)
+                .map(|(q, k)| [norm(Norm::Query, q), norm(Norm::Key, k)]),
+            output_norm: weights.attention_output_norm.map(|weight| norm(Norm::AttentionOutput, weight)),
             shape: attention_shape(self.config, self.layer),
             rope: self.rope,
         };
         let mlp = Mlp {
-            norm: norm(weights.mlp_norm),
+            norm: norm(Norm::MlpInput, weights.mlp_norm),
             gate: self.linear(Projection::Gate, &weights.gate, gate),
             up: self.linear(Projection::Up, &weights.up, up),
             down: self.linear(Projection::Down, &weights.down, down),
-            output_norm: weights.mlp_output_norm.map(norm),
+            output_norm: weights.mlp_output_norm.map(|weight| norm(Norm::MlpOutput, weight)),
             activation: self.config.activation,
         };
         (attention, mlp)
@@ -259,10 +337,23 @@ impl<'a, B: Backend> Site<'a, '_, B> {
     where
         'a: 'c,
     {
+        let parts = self.trained.branches.trained_parts(self.layer, projection.index());
+        let parts = match self.trained.parameters {
+            Some(_) => parts,
+            None => TrainedParts::default(),
+        };
+        let weight = match (parts.weight, self.trained.parameters) {
+            (Some(at), Some(parameters)) => {
+                let [rows, columns] = self.config.shape(projection);
+                View::at(parameters, at, rows, columns)
+            }
+            _ => self.backend.frozen(&weights.weight, scratch),
+        };
         Linear {
-            weight: self.backend.frozen(&weights.weight, scratch),
-            bias: weights.bias.map(|bias| self.backend.frozen_vector(bias)),
-            lora: self.branches.lora(self.layer, projection),
+            weight,
+            bias: weights.bias.map(|bias| self.trained.vector(self.backend, parts.bias, bias)),
+            branch: self.trained.linear(self.layer, projection.index()),
+            trained: parts,
         }
     }
 }

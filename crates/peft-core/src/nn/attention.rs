@@ -7,7 +7,6 @@
 
 use super::{linear::Linear, rms_norm::RmsNorm, rope::RopeTable};
 use crate::{
-    adapter::lora::LoraScratch,
     backend::{AttentionShape, Backend, View, ViewMut},
     plan::{Attended, Scratch, Work},
 };
@@ -47,11 +46,19 @@ impl<B: Backend> Attention<'_, B> {
 
     /// Whether a part of this block is trained.
     pub fn is_adapted(&self) -> bool {
-        self.o.lora.is_some() || self.inputs_adapted()
+        let norms = self.norm.is_trained()
+            || self.heads_normed()
+            || self.output_norm.as_ref().is_some_and(RmsNorm::is_trained);
+        norms || self.o.is_trained() || self.inputs_adapted()
+    }
+
+    /// Whether a norm of queries or keys is trained.
+    fn heads_normed(&self) -> bool {
+        self.query_key_norms.as_ref().is_some_and(|norms| norms.iter().any(RmsNorm::is_trained))
     }
 
     fn inputs_adapted(&self) -> bool {
-        self.q.lora.is_some() || self.k.lora.is_some() || self.v.lora.is_some()
+        self.q.is_trained() || self.k.is_trained() || self.v.is_trained()
     }
 
     /// Norm, q, k, v, rotation; `x` `[T, hidden]`.
@@ -68,18 +75,18 @@ impl<B: Backend> Attention<'_, B> {
         let normed = ViewMut::<B>::new(&mut scratch.normed, tokens, hidden);
         self.norm.forward(backend, x, normed, ViewMut::<B>::new(&mut work.attention_norm, tokens, 1));
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
-        let [q_projected, k_projected, v_projected, ..] = &mut work.projected;
-        let wide = &mut scratch.lora_wide;
+        let [q_kept, k_kept, v_kept, ..] = &mut work.kept;
+        let branch = &mut scratch.branch;
         let (q, k) = match &self.query_key_norms {
             None => (&mut work.q, &mut work.k),
             Some(_) => (&mut work.query_key.q, &mut work.query_key.k),
         };
         let q = ViewMut::<B>::new(q, tokens, queries);
-        self.q.forward(backend, batch, normed, false, q, q_projected, wide);
+        self.q.forward(backend, batch, normed, false, q, q_kept, branch);
         let k = ViewMut::<B>::new(k, tokens, keys);
-        self.k.forward(backend, batch, normed, false, k, k_projected, wide);
+        self.k.forward(backend, batch, normed, false, k, k_kept, branch);
         let v = ViewMut::<B>::new(&mut work.v, tokens, keys);
-        self.v.forward(backend, batch, normed, false, v, v_projected, wide);
+        self.v.forward(backend, batch, normed, false, v, v_kept, branch);
         if let Some([query_norm, key_norm]) = &self.query_key_norms {
             let (dim, kept) = (self.shape.head_dim, &mut work.query_key);
             let by_head = |norm: &RmsNorm<'_, B>, heads, x: &B::Buffer, y, reciprocal| {
@@ -145,13 +152,13 @@ impl<B: Backend> Attention<'_, B> {
         backend.copy(x, ViewMut::<B>::new(&mut work.middle, tokens, hidden));
         let out = View::<B>::new(&attended.out, tokens, self.query_features());
         let middle = ViewMut::<B>::new(&mut work.middle, tokens, hidden);
-        let [_, _, _, o_projected, ..] = &mut work.projected;
-        let wide = &mut scratch.lora_wide;
+        let [_, _, _, o_kept, ..] = &mut work.kept;
+        let branch = &mut scratch.branch;
         let Some(norm) = &self.output_norm else {
-            return self.o.forward(backend, batch, out, true, middle, o_projected, wide);
+            return self.o.forward(backend, batch, out, true, middle, o_kept, branch);
         };
         let y = ViewMut::<B>::new(&mut work.attention_output.x, tokens, hidden);
-        self.o.forward(backend, batch, out, false, y, o_projected, wide);
+        self.o.forward(backend, batch, out, false, y, o_kept, branch);
         norm.add(backend, &mut work.attention_output, &mut scratch.normed, middle);
     }
 
@@ -171,22 +178,23 @@ impl<B: Backend> Attention<'_, B> {
     ) {
         let (tokens, hidden) = (x.rows, x.columns);
         let (queries, keys) = (self.query_features(), self.key_features());
-        let attend_gradient = input_gradient || self.inputs_adapted();
-        let [q_projected, k_projected, v_projected, o_projected, ..] = &work.projected;
+        let into_norm = input_gradient || self.norm.is_trained();
+        let attend_gradient = into_norm || self.heads_normed() || self.inputs_adapted();
+        let [q_kept, k_kept, v_kept, o_kept, ..] = &work.kept;
 
         let out = View::<B>::new(&attended.out, tokens, queries);
         let doutput = match &self.output_norm {
             None => &scratch.gradient,
             Some(norm) => {
                 let dmiddle = View::<B>::new(&scratch.gradient, tokens, hidden);
-                norm.add_backward(backend, dmiddle, &work.attention_output, &mut scratch.dnormed);
+                norm.add_backward(backend, dmiddle, &work.attention_output, &mut scratch.dnormed, flat);
                 &scratch.dnormed
             }
         };
         let doutput = View::<B>::new(doutput, tokens, hidden);
         let dout = attend_gradient.then(|| ViewMut::<B>::new(&mut scratch.wide_b, tokens, queries));
-        let lora = LoraScratch::<B> { wide: &mut scratch.lora_wide, narrow: &mut scratch.lora_narrow };
-        self.o.backward(backend, batch, out, o_projected, doutput, false, dout, flat, lora);
+
+        self.o.backward(backend, batch, out, o_kept, doutput, false, dout, flat, &mut scratch.branch);
         if !attend_gradient {
             return;
         }
@@ -209,18 +217,19 @@ impl<B: Backend> Attention<'_, B> {
         let (dq, dk) = match &self.query_key_norms {
             None => (&scratch.wide_a, &scratch.dk),
             Some([query_norm, key_norm]) => {
-                let (dim, kept) = (self.shape.head_dim, &work.query_key);
-                let by_head =
-                    |norm: &RmsNorm<'_, B>, heads, dy: &B::Buffer, x: &B::Buffer, factor: &B::Buffer, dx| {
-                        let rows = tokens * heads;
-                        let mut dx = ViewMut::<B>::new(dx, rows, dim);
-                        backend.fill(0.0, dx.reborrow());
-                        let (dy, x) = (View::<B>::new(dy, rows, dim), View::<B>::new(x, rows, dim));
-                        norm.backward(backend, dy, x, View::<B>::new(factor, rows, 1), dx);
-                    };
-                let shape = self.shape;
-                by_head(query_norm, shape.heads, &scratch.wide_a, &kept.q, &kept.q_norm, &mut scratch.wide_b);
-                by_head(key_norm, shape.kv_heads, &scratch.dk, &kept.k, &kept.k_norm, &mut scratch.dk_normed);
+                let (kept, shape) = (&work.query_key, self.shape);
+                let (dim, heads) =
+                    (shape.head_dim, [shape.heads, shape.kv_heads].map(|heads| heads * tokens));
+                let parts = [
+                    (query_norm, heads[0], &scratch.wide_a, &kept.q, &kept.q_norm, &mut scratch.wide_b),
+                    (key_norm, heads[1], &scratch.dk, &kept.k, &kept.k_norm, &mut scratch.dk_normed),
+                ];
+                for (norm, rows, dy, x, factor, dx) in parts {
+                    let mut dx = ViewMut::<B>::new(dx, rows, dim);
+                    backend.fill(0.0, dx.reborrow());
+                    let (dy, x) = (View::<B>::new(dy, rows, dim), View::<B>::new(x, rows, dim));
+                    norm.backward(backend, dy, x, View::<B>::new(factor, rows, 1), dx, flat);
+                }
                 (&scratch.wide_b, &scratch.dk_normed)
             }
         };
@@ -231,16 +240,15 @@ impl<B: Backend> Attention<'_, B> {
         }
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
         let parts = [
-            (&self.v, v_projected, View::<B>::new(&scratch.dv, tokens, keys)),
-            (&self.k, k_projected, View::<B>::new(dk, tokens, keys)),
-            (&self.q, q_projected, View::<B>::new(dq, tokens, queries)),
+            (&self.v, v_kept, View::<B>::new(&scratch.dv, tokens, keys)),
+            (&self.k, k_kept, View::<B>::new(dk, tokens, keys)),
+            (&self.q, q_kept, View::<B>::new(dq, tokens, queries)),
         ];
-        for (index, (linear, projected, dy)) in parts.into_iter().enumerate() {
-            let dnormed = input_gradient.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));
-            let lora = LoraScratch::<B> { wide: &mut scratch.lora_wide, narrow: &mut scratch.lora_narrow };
-            linear.backward(backend, batch, normed, projected, dy, index > 0, dnormed, flat, lora);
+        for (index, (linear, kept, dy)) in parts.into_iter().enumerate() {
+            let dnormed = into_norm.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));
+            linear.backward(backend, batch, normed, kept, dy, index > 0, dnormed, flat, &mut scratch.branch);
         }
-        if input_gradient {
+        if into_norm {
             let dnormed = View::<B>::new(&scratch.dnormed, tokens, hidden);
             let reciprocal = View::<B>::new(&work.attention_norm, tokens, 1);
             self.norm.backward(
@@ -249,6 +257,7 @@ impl<B: Backend> Attention<'_, B> {
                 x,
                 reciprocal,
                 ViewMut::<B>::new(&mut scratch.gradient, tokens, hidden),
+                flat,
             );
         }
     }

@@ -2,6 +2,7 @@
 
 use super::{Recompute, Sizes};
 use crate::{
+    adapter::BranchScratch,
     backend::{Backend, BatchRoom},
     error::Result,
 };
@@ -38,8 +39,8 @@ pub struct Work<B: Backend> {
     pub gate: B::Owned,
     /// `[T, intermediate]`; its gradient after the backward pass.
     pub up: B::Owned,
-    /// Each branch's `drop(x) Aᵀ`, `[T, r]`, in the order of [`crate::model::Projection::ALL`].
-    pub projected: [B::Owned; 7],
+    /// What each branch keeps, in the order of [`crate::model::Projection::ALL`].
+    pub kept: [B::Owned; 7],
 }
 
 /// What norms of queries and keys read in the backward pass.
@@ -80,10 +81,8 @@ pub struct Scratch<B: Backend> {
     pub dv: B::Owned,
     /// Gradient of the keys ahead of their norm, `[T, kv_heads * head_dim]`; empty where there is none.
     pub dk_normed: B::Owned,
-    /// A branch's input after dropout, `[T, widest]`; empty where dropout is off.
-    pub lora_wide: B::Owned,
-    /// The gradient of a branch's projection, `[T, r]`.
-    pub lora_narrow: B::Owned,
+    /// What branches work in.
+    pub branch: BranchScratch<B>,
 }
 
 /// What the head works in: one chunk of rows.
@@ -104,6 +103,10 @@ pub struct HeadScratch<B: Backend> {
     pub losses: B::Owned,
     /// Rows of the head, widened.
     pub block: B::Owned,
+    /// What the head's branch keeps.
+    pub kept: B::Owned,
+    /// `[rows, tokens whose rows are trained]`.
+    pub few: B::Owned,
     /// Rows in a chunk.
     pub rows: usize,
     /// Rows of the head in a block; the whole vocabulary where it is read in place.
@@ -154,15 +157,19 @@ impl<B: Backend> Arena<B> {
                 dk: rows(sizes.keys)?,
                 dv: rows(sizes.keys)?,
                 dk_normed: rows(sizes.normed_keys)?,
-                lora_wide: rows(sizes.dropout_columns)?,
-                lora_narrow: rows(sizes.rank())?,
+                branch: BranchScratch {
+                    wide: rows(sizes.branch.wide)?,
+                    narrow: rows(sizes.branch.narrow)?,
+                    output: rows(sizes.branch.output)?,
+                    fixed: each(sizes.branch.fixed, |length| backend.allocate(length))?,
+                },
             },
             head: HeadScratch::new(backend, sizes)?,
             weights: each(sizes.weights, |length| backend.allocate(length))?,
             batch: backend.allocate_batch(BatchRoom {
                 tokens,
                 longest_span: sizes.max_length,
-                widest: sizes.dropout_columns,
+                widest: sizes.branch.wide,
                 heads: sizes.heads,
             })?,
         })
@@ -189,7 +196,7 @@ impl<B: Backend> Work<B> {
             mlp_norm: rows(1)?,
             gate: rows(sizes.intermediate)?,
             up: rows(sizes.intermediate)?,
-            projected: each(sizes.ranks, rows)?,
+            kept: each(sizes.kept, rows)?,
         })
     }
 }
@@ -206,22 +213,19 @@ impl<B: Backend> HeadScratch<B> {
             logits: rows(sizes.vocabulary)?,
             losses: rows(1)?,
             block: backend.allocate(sizes.head_block * sizes.hidden)?,
+            kept: rows(sizes.head_kept)?,
+            few: rows(sizes.head_few)?,
             rows: sizes.head_rows,
             block_rows: if sizes.head_block == 0 { sizes.vocabulary } else { sizes.head_block },
         })
     }
 }
 
-/// Seven buffers of the given lengths.
-fn each<T>(lengths: [usize; 7], allocate: impl Fn(usize) -> Result<T>) -> Result<[T; 7]> {
-    let [q, k, v, o, gate, up, down] = lengths;
-    Ok([
-        allocate(q)?,
-        allocate(k)?,
-        allocate(v)?,
-        allocate(o)?,
-        allocate(gate)?,
-        allocate(up)?,
-        allocate(down)?,
-    ])
+/// Buffers of the given lengths.
+fn each<T, const COUNT: usize>(
+    lengths: [usize; COUNT],
+    allocate: impl Fn(usize) -> Result<T>,
+) -> Result<[T; COUNT]> {
+    let all: Vec<T> = lengths.into_iter().map(allocate).collect::<Result<_>>()?;
+    Ok(all.try_into().unwrap_or_else(|_| unreachable!("as many buffers as lengths")))
 }

@@ -3,9 +3,10 @@
 use candle_core::{Device, Tensor};
 use candle_nn::RmsNorm as Oracle;
 use shanty_peft_core::{
+    adapter::BranchScratch,
     backend::{Backend, View, cpu::Cpu},
     batch::{PackedBatch, Row},
-    loss::head::Head,
+    loss::head::{Head, HeadGradient, TrainedHead},
     model::EmbeddingView,
     nn::rms_norm::RmsNorm,
     plan::HeadScratch,
@@ -35,7 +36,15 @@ fn scratch(rows: usize, features: usize, vocabulary: usize, block_rows: usize) -
         block: vec![f32::NAN; block_rows * features],
         rows,
         block_rows,
+        kept: Vec::new(),
+        few: Vec::new(),
     }
+}
+
+/// The scratch of a head without a branch.
+fn no_branch() -> BranchScratch<Cpu> {
+    let (wide, narrow, output) = (Vec::new(), Vec::new(), Vec::new());
+    BranchScratch { wide, narrow, output, fixed: std::array::from_fn(|_| Vec::new()) }
 }
 
 /// `chunk` rows of logits at a time, `block_rows` rows of the table.
@@ -78,13 +87,15 @@ fn check_bounded(
         Some(_) => EmbeddingView::from_bf16(&bf16, features),
         None => EmbeddingView::from_f32(&table, features),
     };
-    let norm = RmsNorm { weight: View::<Cpu>::new(&weight, 1, features), epsilon: EPSILON };
-    let head = Head { norm, table: view, soft_cap };
+    let norm = RmsNorm { weight: View::<Cpu>::new(&weight, 1, features), epsilon: EPSILON, trained: None };
+    let head = Head { norm, table: view, soft_cap, trained: TrainedHead::default() };
     let hidden = Field::holding(&hidden, tokens, features);
     let block_rows = short.unwrap_or(vocabulary);
     let mut memory = scratch(chunk, features, vocabulary, block_rows);
     let mut dx = Field::poisoned(tokens, features);
-    let loss = head.loss(&cpu, &batch, count, hidden.view(), &mut memory, Some(dx.view_mut()));
+    let mut branch = no_branch();
+    let gradient = HeadGradient::<Cpu> { hidden: dx.view_mut(), flat: &mut [] };
+    let loss = head.loss(&cpu, &batch, count, hidden.view(), &mut memory, &mut branch, Some(gradient));
     assert_near("loss", &[loss as f32], &sum, SUM);
     let dx = dx.numbers();
     assert_near("dx", &dx, &wanted, SUM);
@@ -94,7 +105,7 @@ fn check_bounded(
     }
 
     let mut memory = scratch(chunk, features, vocabulary, block_rows);
-    let alone = head.loss(&cpu, &batch, count, hidden.view(), &mut memory, None);
+    let alone = head.loss(&cpu, &batch, count, hidden.view(), &mut memory, &mut branch, None);
     assert_near("loss without gradient", &[alone as f32], &sum, SUM);
 }
 

@@ -24,7 +24,7 @@ fn rms_norm() {
         let (x, dy) = (random.numbers(rows * features, 2.0), random.numbers(rows * features, 1.0));
         let (weight, before) = (random.around_one(features), random.numbers(rows * features, 1.0));
         let epsilon = 1e-2;
-        let norm = RmsNorm::<Cpu> { weight: View::<Cpu>::new(&weight, 1, features), epsilon };
+        let norm = RmsNorm::<Cpu> { weight: View::<Cpu>::new(&weight, 1, features), epsilon, trained: None };
 
         let input = variable(&x, rows, features);
         let oracle = Oracle::new(constant(&weight, 1, features).squeeze(0).unwrap(), f64::from(epsilon));
@@ -37,7 +37,7 @@ fn rms_norm() {
         assert_near("y", &y.numbers(), &wanted, SUM);
         let dy = Field::holding(&dy, rows, features);
         let mut dx = Field::holding(&before, rows, features);
-        norm.backward(&cpu, dy.view(), x.view(), reciprocal.view(), dx.view_mut());
+        norm.backward(&cpu, dy.view(), x.view(), reciprocal.view(), dx.view_mut(), &mut []);
         assert_near("dx", &dx.added_to(&before), &wanted_dx, SUM);
     }
 }
