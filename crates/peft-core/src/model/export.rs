@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::{
     error::{Error, Origin, Result},
     model::{
-        BaseSource, ModelConfig, Projection, ResidentBase,
+        BaseSource, ModelConfig, ResidentBase,
         base::Matrix,
         config::config_text,
         weights::{ModelFiles, SINGLE_FILE},
@@ -39,7 +39,7 @@ pub fn save_nf4(source: &Path, target: &Path, options: Nf4Options) -> Result<()>
     let mut done = std::collections::BTreeSet::new();
     let mut dtype = None;
     for layer in 0..base.config().layers {
-        for projection in Projection::ALL {
+        for &projection in base.config().projections() {
             let name = format!("{}.weight", projection.module(layer));
             let Matrix::Nf4(view) = base.weights(layer).linear(projection).weight else { continue };
             let original = if bitsandbytes::is_stored(&files, &name) {

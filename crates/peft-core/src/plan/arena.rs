@@ -79,6 +79,8 @@ pub struct Scratch<B: Backend> {
     pub dk: B::Owned,
     /// Gradient of the values, `[T, kv_heads * head_dim]`.
     pub dv: B::Owned,
+    /// A product that is cut into parts, or its gradient, `[T, parts]`; empty where there is none.
+    pub fused: B::Owned,
     /// Gradient of the keys ahead of their norm, `[T, kv_heads * head_dim]`; empty where there is none.
     pub dk_normed: B::Owned,
     /// What branches work in.
@@ -157,6 +159,7 @@ impl<B: Backend> Arena<B> {
                 dk: rows(sizes.keys)?,
                 dv: rows(sizes.keys)?,
                 dk_normed: rows(sizes.normed_keys)?,
+                fused: rows(sizes.fused)?,
                 branch: BranchScratch {
                     wide: rows(sizes.branch.wide)?,
                     narrow: rows(sizes.branch.narrow)?,

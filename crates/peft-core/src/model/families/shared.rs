@@ -79,6 +79,7 @@ pub(super) fn decoder(fields: &Fields<'_>, family: &Family, defaults: Defaults) 
         logits_soft_cap: None,
         query_key_norms: false,
         output_norms: false,
+        fused: false,
         norms_less_one: false,
         query_key_value_bias: false,
         output_bias: false,
