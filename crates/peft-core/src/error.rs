@@ -6,7 +6,7 @@ use std::{io, path::PathBuf};
 
 use shanty_diagnostic::{Diagnose, Diagnostic, Kind};
 
-use crate::{backend::cuda::DeviceError, engine::StepError};
+use crate::{backend::cuda::DeviceError, engine::StepError, use_error::UseError};
 
 /// A result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -228,6 +228,12 @@ pub enum Error {
         /// Its value, as JSON.
         value: String,
     },
+    /// The network that an adapter is trained through cannot compute.
+    #[error("the network of the adapter failed: {reason}")]
+    Network {
+        /// Why.
+        reason: String,
+    },
     /// `target_modules` matches nothing.
     #[error("target_modules {pattern} matches no module of the model")]
     NoTarget {
@@ -336,6 +342,9 @@ pub enum Error {
         /// The length it should have.
         expected: usize,
     },
+    /// An adapter cannot be used, combined, merged or exported as asked.
+    #[error(transparent)]
+    Use(#[from] UseError),
     /// A pass over rows failed.
     #[error(transparent)]
     Step(#[from] StepError),
@@ -396,6 +405,8 @@ impl Error {
             Self::AdapterPrefix { .. } => "SH0415",
             Self::Write { origin, .. } => origin.code("SH0314", "SH0409"),
             Self::Length { .. } => "SH0399",
+            Self::Network { .. } => "SH0440",
+            Self::Use(error) => error.code(),
             Self::Step(error) => error.code(),
             Self::Device(error) => error.code(),
         }
@@ -425,6 +436,7 @@ impl Error {
             Self::AdapterSetting { file, .. }
             | Self::UnsupportedMethod { file, .. }
             | Self::UnsupportedOption { file, .. } => file.as_ref(),
+            Self::Use(error) => error.file(),
             _ => None,
         }
     }
@@ -439,7 +451,8 @@ impl Error {
                 | io::ErrorKind::UnexpectedEof => Kind::User,
                 _ => Kind::Transient,
             },
-            Self::Length { .. } => Kind::Internal,
+            Self::Length { .. } | Self::Network { .. } => Kind::Internal,
+            Self::Use(error) => error.kind(),
             Self::Step(error) => error.kind(),
             Self::Device(error) => error.kind(),
             _ => Kind::User,
@@ -448,6 +461,7 @@ impl Error {
 
     fn hint(&self) -> Option<String> {
         let hint = match self {
+            Self::Use(error) => return error.hint(),
             Self::Step(error) => return error.hint(),
             Self::Device(error) => return Some(error.hint()),
             Self::Read { origin: Origin::Base, .. } => {

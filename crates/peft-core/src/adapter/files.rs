@@ -180,7 +180,7 @@ pub fn contents(fit: &Fit, parameters: &[f32], state: &[f32]) -> Result<Vec<(Str
     let effective = match fit.network() {
         Some(network) => {
             made.resize(fit.layout().len(), 0.0);
-            network.network.forward(parameters, &mut made)?;
+            network.network.forward(parameters, None, &mut made)?;
             &made[..]
         }
         None => parameters,
@@ -188,7 +188,11 @@ pub fn contents(fit: &Fit, parameters: &[f32], state: &[f32]) -> Result<Vec<(Str
     let saved = method.saved(fit.layout(), effective, state)?;
     let tensors =
         serialise(&saved).map_err(|error| unwritable(Path::new(TENSORS_FILE), io::Error::other(error)))?;
-    let settings = config::to_json(&**method, fit.layout(), state).into_bytes();
+    let settings = match fit.model() {
+        Some(model) => config::to_json_on(&**method, model, fit.layout(), state),
+        None => config::to_json(&**method, fit.layout(), state),
+    }
+    .into_bytes();
     Ok(vec![(TENSORS_FILE.to_owned(), tensors), (CONFIG_FILE.to_owned(), settings)])
 }
 

@@ -19,6 +19,7 @@ use crate::{
 #[derive(Debug, Clone, Default)]
 pub struct Fit {
     method: Option<SharedMethod>,
+    model: Option<ModelConfig>,
     layout: ParameterLayout,
     matched: Matched,
     network: Option<Network>,
@@ -56,12 +57,13 @@ impl Fit {
             let norms = parts.iter_mut().filter(|part| part.module.kind == ModuleKind::Norm);
             norms.flat_map(|part| &mut part.tensors).for_each(|tensor| tensor.shift = 1.0);
         }
-        let layout = ParameterLayout::new(parts, method.input_tensors(model)?);
+        let inputs = method.input_tensors(model)?;
+        let layout = ParameterLayout::new(parts, inputs).with_virtual_tokens(method.virtual_tokens());
         let network = method.reparameterisation(model)?.map(|network| Network {
             layout: ParameterLayout::new(Vec::new(), network.tensors()),
             network: Arc::from(network),
         });
-        Ok(Self { method: Some(method), layout, matched, network })
+        Ok(Self { method: Some(method), model: Some(model.clone()), layout, matched, network })
     }
 
     /// The bare base: no method, nothing trained.
@@ -69,9 +71,21 @@ impl Fit {
         Self::default()
     }
 
+    /// As it is used rather than trained: the tensors themselves, without a network that made them.
+    #[must_use]
+    pub fn without_network(mut self) -> Self {
+        self.network = None;
+        self
+    }
+
     /// The method; none on the bare base.
     pub fn method(&self) -> Option<&SharedMethod> {
         self.method.as_ref()
+    }
+
+    /// The model that it is fitted to; none on the bare base.
+    pub fn model(&self) -> Option<&ModelConfig> {
+        self.model.as_ref()
     }
 
     /// Where each tensor lies that passes read: PEFT's tensors.

@@ -20,6 +20,8 @@ use super::{
 };
 use crate::{
     backend::{Backend, cpu::Cpu, cuda::Cuda},
+    batch::VirtualTokens,
+    engine::StepKey,
     error::Result,
     model::{ModelConfig, Module},
 };
@@ -165,18 +167,6 @@ impl Needs {
     }
 }
 
-/// What stands before the tokens of a sample.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum VirtualTokens {
-    /// Nothing.
-    #[default]
-    None,
-    /// So many keys and values in every layer (prefix tuning).
-    Keys(usize),
-    /// So many rows before the token embeddings (prompt tuning, p-tuning).
-    Rows(usize),
-}
-
 /// A step, as the hooks of a method see it. All buffers are of the layout that is trained.
 #[derive(Debug)]
 pub struct StepHook<'a> {
@@ -260,6 +250,12 @@ pub trait Method: Debug + Send + Sync {
         VirtualTokens::None
     }
 
+    /// The base's tokens that the virtual tokens begin as: its embeddings of them, or its keys and values of them as a text.
+    /// None where they begin as their tensors say.
+    fn start_tokens(&self, _model: &ModelConfig, _seed: u64) -> Option<Vec<u32>> {
+        None
+    }
+
     /// A small network that makes the tensors above out of others, which are trained in their place.
     ///
     /// # Errors
@@ -310,6 +306,16 @@ pub trait Method: Debug + Send + Sync {
             values: parameters[entry.range.clone()].iter().map(|value| value - entry.shift).collect(),
         });
         Ok(saved.collect())
+    }
+
+    /// As [`Method::settings`], where they depend on the model.
+    fn settings_on(
+        &self,
+        _model: &ModelConfig,
+        layout: &ParameterLayout,
+        state: &[f32],
+    ) -> Map<String, Value> {
+        self.settings(layout, state)
     }
 
     /// Numbers that the method carries from step to step besides its parameters; checkpoints keep them.
@@ -363,11 +369,12 @@ pub trait Reparameterisation: Debug + Send + Sync {
     /// The trained tensors; they stand in no module and are named by their suffix alone.
     fn tensors(&self) -> Vec<Tensor>;
 
-    /// `trained` is of the layout of [`Self::tensors`], `effective` of the method's own tensors.
+    /// `trained` is of the layout of [`Self::tensors`], `effective` of the method's own tensors. `key` is that of a training
+    /// step, for dropout inside of the network; none leaves nothing out.
     ///
     /// # Errors
     /// Where the network cannot compute.
-    fn forward(&self, trained: &[f32], effective: &mut [f32]) -> Result<()>;
+    fn forward(&self, trained: &[f32], key: Option<StepKey>, effective: &mut [f32]) -> Result<()>;
 
     /// Adds to `trained_gradient` what `effective_gradient` means for the trained tensors.
     ///
@@ -376,7 +383,17 @@ pub trait Reparameterisation: Debug + Send + Sync {
     fn backward(
         &self,
         trained: &[f32],
+        key: Option<StepKey>,
         effective_gradient: &[f32],
         trained_gradient: &mut [f32],
     ) -> Result<()>;
+
+    /// Changes `trained`, which holds a start, so that the network gives `effective`, as nearly as it can. False where the
+    /// network cannot be made to give anything in particular; `trained` is then as it was.
+    ///
+    /// # Errors
+    /// Where the network cannot compute.
+    fn reach(&self, _effective: &[f32], _trained: &mut [f32]) -> Result<bool> {
+        Ok(false)
+    }
 }

@@ -100,9 +100,9 @@ impl<B: Backend> Worker<B> {
             Some(parameters) => Some(backend.lend(parameters, place)?),
             None => None,
         };
-        let (tokens, predicting) = (packed.tokens(), packed.predicting.len());
-        let trained = Trained { parameters, layout, branches, dropout };
-        let mut decoder = Decoder { backend, config, base, trained, rope, arena, tokens, predicting };
+        let (tokens, keys, predicting) = (packed.tokens(), packed.keys(), packed.predicting.len());
+        let trained = Trained { parameters, layout, branches, dropout, begins: true };
+        let mut decoder = Decoder { backend, config, base, trained, rope, arena, tokens, keys, predicting };
         let loss = backend.run(|| {
             if predicting == 0 {
                 if let Some((gradient, sink)) = training {

@@ -43,10 +43,8 @@ impl<B: Backend> MethodOn<B> for OutputScale {
     }
 }
 
-struct Scale {
-    at: usize,
-    len: usize,
-}
+#[rustfmt::skip]
+struct Scale { at: usize, len: usize }
 
 impl<B: Backend> LinearBranch<B> for Scale {
     #[rustfmt::skip]
