@@ -302,7 +302,8 @@ fn parts_learn_at_rates_of_their_own() {
 fn peft_opens_every_folder() {
     const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../cli/tests/it/open_in_peft.py");
     let python = std::env::var("SHANTY_PYTHON").unwrap_or_else(|_| "python3".to_owned());
-    let imports = std::process::Command::new(&python).args(["-c", "import peft, torch, transformers"]).output();
+    let imports =
+        std::process::Command::new(&python).args(["-c", "import peft, torch, transformers"]).output();
     if !imports.is_ok_and(|output| output.status.success()) {
         assert!(std::env::var_os("SHANTY_REQUIRE_PYTHON").is_none(), "`{python}` cannot import peft");
         eprintln!("SKIPPED: `{python}` cannot import peft, torch and transformers; nothing was compared");
@@ -326,7 +327,8 @@ fn peft_opens_every_folder() {
         let shape = (ids.len(), ids[0].len(), engine.config().vocabulary_size);
         let logits = candle_core::Tensor::from_vec(logits, shape, &candle_core::Device::Cpu).unwrap();
         let file = folder.join("logits.safetensors");
-        candle_core::safetensors::save(&std::collections::HashMap::from([("logits", logits)]), &file).unwrap();
+        candle_core::safetensors::save(&std::collections::HashMap::from([("logits", logits)]), &file)
+            .unwrap();
         cases.push(serde_json::json!({"model": reference(base), "adapter": folder, "logits": file}));
     }
     let list = place.path().join("cases.json");
@@ -338,7 +340,8 @@ fn peft_opens_every_folder() {
         .args(["--ids", &serde_json::to_string(&ids).unwrap(), "--tolerance", "1e-4"])
         .output()
         .unwrap();
-    let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (said, complained) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{said}\n{complained}");
     assert_eq!(said.lines().count(), cases.len(), "{said}");
 }
