@@ -112,7 +112,11 @@ impl BaseSource for RandomBase {
         };
         Ok(LayerWeights {
             input_norm: &self.norm,
-            post_attention_norm: &self.norm,
+            query_norm: None,
+            key_norm: None,
+            attention_output_norm: None,
+            mlp_norm: &self.norm,
+            mlp_output_norm: None,
             q: linear(Projection::Q),
             k: linear(Projection::K),
             v: linear(Projection::V),
