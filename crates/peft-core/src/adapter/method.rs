@@ -288,16 +288,6 @@ pub trait Method: Debug + Send + Sync {
         Map::new()
     }
 
-    /// As [`Method::settings`], where they depend on the model.
-    fn settings_on(
-        &self,
-        _model: &ModelConfig,
-        layout: &ParameterLayout,
-        state: &[f32],
-    ) -> Map<String, Value> {
-        self.settings(layout, state)
-    }
-
     /// Tokens whose rows of the embedding are trained, in the order of the tensor of [`Role::Rows`].
     fn trained_tokens(&self) -> &[u32] {
         &[]
@@ -316,6 +306,16 @@ pub trait Method: Debug + Send + Sync {
             values: parameters[entry.range.clone()].iter().map(|value| value - entry.shift).collect(),
         });
         Ok(saved.collect())
+    }
+
+    /// As [`Method::settings`], where they depend on the model.
+    fn settings_on(
+        &self,
+        _model: &ModelConfig,
+        layout: &ParameterLayout,
+        state: &[f32],
+    ) -> Map<String, Value> {
+        self.settings(layout, state)
     }
 
     /// Numbers that the method carries from step to step besides its parameters; checkpoints keep them.

@@ -9,13 +9,13 @@
 //! // … reduce, scale by 1 / tokens, clip, AdamW …
 //! ```
 
+mod base_start;
 mod error;
 mod load;
 mod machine;
 mod options;
 mod passes;
 mod start;
-mod virtual_start;
 
 use std::ops::Range;
 
@@ -215,22 +215,6 @@ impl Engine {
     /// The card that computes, and the most memory of it that was ever reserved; none on the processor.
     pub fn card(&self) -> Option<(&str, u64)> {
         self.machine.card().map(|card| (card.card(), card.peak_bytes()))
-    }
-
-    /// Flat parameters at their start, as the method says; those that follow from the base are read from it, or computed with
-    /// it. A function of `seed`, method and base alone.
-    ///
-    /// # Errors
-    /// Where a layer's weights cannot be had, a start that is computed ahead is not there, or virtual tokens begin as tokens
-    /// that the base does not know.
-    pub fn initial_parameters(&mut self, seed: u64) -> Result<Vec<f32>> {
-        let mut parameters = vec![0.0; self.layout().len()];
-        self.layout().initialise(seed, &mut parameters);
-        if self.fit.network().is_none() {
-            start::from_base(&self.fit, &self.config, &mut *self.base, &mut parameters)?;
-        }
-        self.start_virtual_tokens(seed, &mut parameters)?;
-        Ok(parameters)
     }
 
     /// What passes run on, taken apart: the machine, its parts, what plans are made for, and the parameters as passes read

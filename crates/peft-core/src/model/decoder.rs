@@ -45,34 +45,6 @@ impl<'a, B: Backend> Trained<'a, B> {
         Some((self.branches.embedding()?, self.parameters?))
     }
 
-    /// Virtual tokens of this pass: none on the bare base.
-    pub fn virtual_tokens(&self) -> VirtualTokens {
-        self.parameters.map_or(VirtualTokens::None, |_| self.layout.virtual_tokens())
-    }
-
-    /// Columns `first ..` of the virtual tokens, `[count, columns]`.
-    fn virtual_columns(&self, first: usize, columns: usize) -> Option<View<'a, B>> {
-        let entry = self.layout.virtual_tensor()?;
-        let whole = View::<B>::at(self.parameters?, entry.range.start, entry.rows(), entry.columns());
-        Some(whole.column_range(first, columns))
-    }
-
-    /// Virtual rows, `[count, hidden]`.
-    pub fn virtual_rows(&self, hidden: usize) -> Option<View<'a, B>> {
-        let put = self.begins && matches!(self.virtual_tokens(), VirtualTokens::Rows(_));
-        put.then(|| self.virtual_columns(0, hidden))?
-    }
-
-    /// Virtual keys and values of a layer, `[count, kv_heads * head_dim]` each: PEFT lays out
-    /// `[layer 0 K | layer 0 V | layer 1 K | …]`.
-    pub fn virtual_keys(&self, layer: usize, features: usize) -> Option<[View<'a, B>; 2]> {
-        if !matches!(self.virtual_tokens(), VirtualTokens::Keys(_)) {
-            return None;
-        }
-        let part = |index: usize| self.virtual_columns((2 * layer + index) * features, features);
-        Some([part(0)?, part(1)?])
-    }
-
     /// The embedding itself in the parameters, where it is trained.
     fn embedding_table(&self, config: &ModelConfig) -> Option<View<'a, B>> {
         let at = self.branches.embedding_weight()?;
@@ -106,6 +78,34 @@ impl<'a, B: Backend> Trained<'a, B> {
             branch: self.branches.head().map(|branch| Branch { branch, parameters, dropout }),
             rows: rows.map(|(ids, at)| (ids, View::at(parameters, at, ids.len(), hidden))),
         }
+    }
+
+    /// Virtual tokens of this pass: none on the bare base.
+    pub fn virtual_tokens(&self) -> VirtualTokens {
+        self.parameters.map_or(VirtualTokens::None, |_| self.layout.virtual_tokens())
+    }
+
+    /// Columns `first ..` of the virtual tokens, `[count, columns]`.
+    fn virtual_columns(&self, first: usize, columns: usize) -> Option<View<'a, B>> {
+        let entry = self.layout.virtual_tensor()?;
+        let whole = View::<B>::at(self.parameters?, entry.range.start, entry.rows(), entry.columns());
+        Some(whole.column_range(first, columns))
+    }
+
+    /// Virtual rows, `[count, hidden]`.
+    pub fn virtual_rows(&self, hidden: usize) -> Option<View<'a, B>> {
+        let put = self.begins && matches!(self.virtual_tokens(), VirtualTokens::Rows(_));
+        put.then(|| self.virtual_columns(0, hidden))?
+    }
+
+    /// Virtual keys and values of a layer, `[count, kv_heads * head_dim]` each: PEFT lays out
+    /// `[layer 0 K | layer 0 V | layer 1 K | …]`.
+    pub fn virtual_keys(&self, layer: usize, features: usize) -> Option<[View<'a, B>; 2]> {
+        if !matches!(self.virtual_tokens(), VirtualTokens::Keys(_)) {
+            return None;
+        }
+        let part = |index: usize| self.virtual_columns((2 * layer + index) * features, features);
+        Some([part(0)?, part(1)?])
     }
 }
 
@@ -275,6 +275,10 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
             }
         }
         if through {
+            if let Some(rows) = self.trained.virtual_rows(hidden) {
+                let gradient = View::<B>::new(&arena.scratch.gradient, tokens, hidden);
+                backend.sum_virtual(&arena.batch, gradient, rows.of(flat));
+            }
             if let Some(scale) = config.embedding_scale {
                 backend.scale(scale, ViewMut::<B>::new(&mut arena.scratch.gradient, tokens, hidden));
             }
@@ -287,10 +291,6 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
                 let site = EmbeddingSite { backend, batch: &arena.batch, parameters };
                 let gradient = View::<B>::new(&arena.scratch.gradient, tokens, hidden);
                 branch.backward(&site, gradient, flat, &mut arena.scratch.branch);
-            }
-            if let Some(rows) = self.trained.virtual_rows(hidden) {
-                let gradient = View::<B>::new(&arena.scratch.gradient, tokens, hidden);
-                backend.sum_virtual(&arena.batch, gradient, rows.of(flat));
             }
         }
         let input = layout.range(Place::Input);

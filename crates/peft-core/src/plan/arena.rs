@@ -79,10 +79,10 @@ pub struct Scratch<B: Backend> {
     pub dk: B::Owned,
     /// Gradient of the values, `[T, kv_heads * head_dim]`.
     pub dv: B::Owned,
-    /// Keys and values behind a prefix.
-    pub joined: Joined<B>,
     /// Gradient of the keys ahead of their norm, `[T, kv_heads * head_dim]`; empty where there is none.
     pub dk_normed: B::Owned,
+    /// Keys and values behind a prefix.
+    pub joined: Joined<B>,
     /// What branches work in.
     pub branch: BranchScratch<B>,
 }
@@ -171,13 +171,13 @@ impl<B: Backend> Arena<B> {
                 wide_b: rows(sizes.wide())?,
                 dk: rows(sizes.keys)?,
                 dv: rows(sizes.keys)?,
+                dk_normed: rows(sizes.normed_keys)?,
                 joined: Joined {
                     keys: rows(sizes.joined)?,
                     values: rows(sizes.joined)?,
                     dkeys: rows(sizes.joined)?,
                     dvalues: rows(sizes.joined)?,
                 },
-                dk_normed: rows(sizes.normed_keys)?,
                 branch: BranchScratch {
                     wide: rows(sizes.branch.wide)?,
                     narrow: rows(sizes.branch.narrow)?,

@@ -38,17 +38,17 @@ pub struct Sizes {
     pub queries: usize,
     /// Features of all key heads.
     pub keys: usize,
-    /// The same where keys and values are laid behind a prefix, else 0. With its virtual tokens a micro-batch has as many
-    /// keys as there is room for tokens.
-    pub joined: usize,
-    /// Numbers that a network in front of the adapter makes, and their gradient.
-    pub made: usize,
     /// Features of all query heads where a norm of theirs keeps them; 0 where there is none.
     pub normed_queries: usize,
     /// The same of the key heads.
     pub normed_keys: usize,
     /// Features of the residual stream where norms of the blocks' outputs keep them; 0 where there are none.
     pub normed_output: usize,
+    /// The same where keys and values are laid behind a prefix, else 0. With its virtual tokens a micro-batch has as many
+    /// keys as there is room for tokens.
+    pub joined: usize,
+    /// Numbers that a network in front of the adapter makes, and their gradient.
+    pub made: usize,
     /// Features inside the feed-forward half.
     pub intermediate: usize,
     /// Vocabulary.
@@ -121,14 +121,14 @@ impl Sizes {
             head_dim: config.head_dim,
             queries,
             keys,
+            normed_queries: if config.query_key_norms { queries } else { 0 },
+            normed_keys: if config.query_key_norms { keys } else { 0 },
+            normed_output: if config.output_norms { hidden } else { 0 },
             joined: match layout.virtual_tokens() {
                 VirtualTokens::Keys(_) => config.key_value_heads * config.head_dim,
                 VirtualTokens::None | VirtualTokens::Rows(_) => 0,
             },
             made: 0,
-            normed_queries: if config.query_key_norms { queries } else { 0 },
-            normed_keys: if config.query_key_norms { keys } else { 0 },
-            normed_output: if config.output_norms { hidden } else { 0 },
             intermediate,
             vocabulary: config.vocabulary_size,
             kept,

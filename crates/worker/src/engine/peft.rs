@@ -119,6 +119,7 @@ fn method(spec: &JobSpec) -> Result<SharedMethod, Error> {
             job::TargetModules::Pattern(pattern) => TargetModules::Pattern(pattern.clone()),
             job::TargetModules::Names(names) => TargetModules::Names(names.clone()),
         },
+        ..LoraConfig::default()
     };
     Ok(lora.shared())
 }

@@ -77,8 +77,8 @@ impl AttentionTiles {
 impl Unit {
     /// Everything but attention.
     pub fn general() -> Self {
-        let source = [COMMON, ELEMENTWISE, ROWS, VECTORS, VIRTUAL_TOKENS, NF4].concat();
-        Self { source, options: Vec::new() }
+        let parts = [COMMON, ELEMENTWISE, ROWS, VECTORS, VIRTUAL_TOKENS, NF4];
+        Self { source: parts.concat(), options: Vec::new() }
     }
 
     /// Attention for heads of `head_dim` features.
