@@ -119,7 +119,9 @@ fn a_step_allocates_nothing_after_the_first() {
     // steps of these take so much, whatever the micro-batch.
     let projected = PrefixTuningConfig { prefix_projection: true, encoder_hidden_size: Some(24), ..prefix };
     let mlp = PTuningConfig { common, encoder_hidden_size: Some(40), ..PTuningConfig::default() };
-    for (method, weights) in [(projected.shared(), 20 * 32 + 24 * 33 + 128 * 25), (mlp.shared(), 20 * 64 + 40 * 170)] {
+    for (method, weights) in
+        [(projected.shared(), 20 * 32 + 24 * 33 + 128 * 25), (mlp.shared(), 20 * 64 + 40 * 170)]
+    {
         let (_, bytes) = steps(&method, Recompute::Never);
         // Forward and backward each copy the weights; gradients and temporaries take some times that again.
         let allowed = 3 * 4 * (16 * weights + 40 * 20 * 128);

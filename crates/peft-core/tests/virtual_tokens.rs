@@ -129,8 +129,7 @@ fn micro_batches_add_up_to_the_whole() {
         let (whole, expected) = step(&mut engine, &rows);
         for split in [vec![1, 3], vec![1, 1, 1, 1]] {
             let layout = engine.layout().clone();
-            let (mut gradient, mut sum, mut rest) =
-                (vec![0.0; layout.len()], LossSum::default(), &rows[..]);
+            let (mut gradient, mut sum, mut rest) = (vec![0.0; layout.len()], LossSum::default(), &rows[..]);
             for count in split {
                 let (now, later) = rest.split_at(count);
                 let parameters = parameters(&layout);
@@ -259,10 +258,12 @@ fn rows_without_room_for_their_virtual_tokens_are_refused() {
         let mut engine = Setup { max_length: 96 + COUNT, ..setup(&method) }.engine(base());
         let layout = engine.layout().clone();
         let mut gradient = vec![0.0; layout.len()];
-        let mut run = |row: Row| engine.forward_backward(&parameters(&layout), &[row], KEY, &mut gradient, &mut NoSink);
+        let mut run =
+            |row: Row| engine.forward_backward(&parameters(&layout), &[row], KEY, &mut gradient, &mut NoSink);
         run(rows().remove(0)).unwrap();
         let error = run(rows().remove(1)).unwrap_err();
-        let malformed = matches!(error, shanty_peft_core::Error::Step(StepError::MalformedRow { row: 1, .. }));
+        let malformed =
+            matches!(error, shanty_peft_core::Error::Step(StepError::MalformedRow { row: 1, .. }));
         assert!(malformed, "{name}: 91 tokens and three times 5 virtual ones are more than 101: {error}");
     }
 }

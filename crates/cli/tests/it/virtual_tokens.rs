@@ -11,19 +11,34 @@ const PROJECTED: &str =
 const LSTM: &str = "method = \"p_tuning\"\nnum_virtual_tokens = 6\nencoder_reparameterization_type = \"LSTM\"\n\
     encoder_hidden_size = 12\nencoder_dropout = 0.2";
 const PREFIX: &str = "method = \"prefix_tuning\"\nnum_virtual_tokens = 6";
-const PROMPT: &str = "method = \"prompt_tuning\"\nnum_virtual_tokens = 6\nprompt_tuning_init_text = \"Haul away:\"";
+const PROMPT: &str =
+    "method = \"prompt_tuning\"\nnum_virtual_tokens = 6\nprompt_tuning_init_text = \"Haul away:\"";
 
 const RESUME: &[&str] = &["resume", "job.toml", "--workers", "2", "--threads", "1", "--output", "json"];
 
 fn job(adapter: &'static str, steps: u64) -> TinyJob {
-    TinyJob { adapter: Some(adapter), max_length: 64, learning_rate: 2e-2, steps, every_steps: 6, ..TinyJob::default() }
+    TinyJob {
+        adapter: Some(adapter),
+        max_length: 64,
+        learning_rate: 2e-2,
+        steps,
+        every_steps: 6,
+        ..TinyJob::default()
+    }
 }
 
 #[test]
 fn plan_counts_what_is_trained_and_leaves_room_for_virtual_tokens() {
     let plan = |adapter| {
         let place = Place::new(job(adapter, 12)).unwrap();
-        place.shanty.run(&["plan", "job.toml", "--output", "json"]).unwrap().expect_code(0).unwrap().object().unwrap()
+        place
+            .shanty
+            .run(&["plan", "job.toml", "--output", "json"])
+            .unwrap()
+            .expect_code(0)
+            .unwrap()
+            .object()
+            .unwrap()
     };
     // Two layers, two key heads of 16 features, 64 features a token.
     assert_eq!(plan(PREFIX)["trainable_parameters"], 6 * 2 * 2 * 32);
@@ -49,7 +64,17 @@ fn every_method_lowers_the_loss_and_can_be_used() {
         let folder = folder.to_str().unwrap();
         let said = place
             .shanty
-            .run(&["generate", "--model", "model", "--adapter", folder, "--prompt", "haul", "--max-tokens", "4"])
+            .run(&[
+                "generate",
+                "--model",
+                "model",
+                "--adapter",
+                folder,
+                "--prompt",
+                "haul",
+                "--max-tokens",
+                "4",
+            ])
             .unwrap();
         said.expect_code(0).unwrap();
         place.check_exactly_once().unwrap();

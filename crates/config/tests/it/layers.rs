@@ -63,7 +63,7 @@ fn values_from_outside_are_read_as_their_key_wants() {
     assert_eq!(job.base.quantization, Quantization::None);
     assert!(!job.base.double_quantization);
     let names = ["q_proj", "v_proj"].map(str::to_owned).to_vec();
-    assert_eq!(job.adapter.target_modules, TargetModules::Names(names));
+    assert_eq!(job.adapter.target_modules, Some(TargetModules::Names(names)));
     assert_eq!((job.cluster.workers.min, job.cluster.workers.max), (2, 4));
     assert_eq!(job.sample.prompt.as_deref(), Some("a\nb"));
 }

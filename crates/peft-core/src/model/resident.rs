@@ -96,9 +96,9 @@ enum Weight {
 struct ResidentLayer {
     /// By [`Norm::index`]; empty where there is none.
     norms: [Vec<f32>; Norm::ALL.len()],
-    /// By [`Projection::index`].
+    /// In the order of [`ModelConfig::projections`].
     weights: Vec<Weight>,
-    /// By [`Projection::index`].
+    /// In the order of [`ModelConfig::projections`].
     biases: Vec<Option<Vec<f32>>>,
     packed: PackedLayer,
 }
@@ -166,15 +166,17 @@ impl ResidentBase {
     /// If there is no such layer: a defect of the caller.
     pub fn weights(&self, layer: usize) -> LayerWeights<'_> {
         let resident = &self.layers[layer];
+        let mut stored = resident.weights.iter().zip(&resident.biases);
         let linear = |projection: Projection| {
-            let weight = match &resident.weights[projection.index()] {
+            let (weight, bias) = stored.next().expect("a layer is loaded with all its projections");
+            let weight = match weight {
                 Weight::Dense(data) => {
                     let [rows, columns] = self.config.shape(projection);
                     Matrix::Dense(DenseView::new(data, rows, columns))
                 }
                 Weight::Packed(index) => Matrix::Nf4(resident.packed.view(*index)),
             };
-            LinearWeights { weight, bias: resident.biases[projection.index()].as_deref() }
+            LinearWeights { weight, bias: bias.as_deref() }
         };
         let norm = |norm: Norm| resident.norms[norm.index()].as_slice();
         let some = |of: Norm| Some(norm(of)).filter(|weight| !weight.is_empty());
@@ -185,13 +187,7 @@ impl ResidentBase {
             attention_output_norm: some(Norm::AttentionOutput),
             mlp_norm: norm(Norm::MlpInput),
             mlp_output_norm: some(Norm::MlpOutput),
-            q: linear(Projection::Q),
-            k: linear(Projection::K),
-            v: linear(Projection::V),
-            o: linear(Projection::O),
-            gate: linear(Projection::Gate),
-            up: linear(Projection::Up),
-            down: linear(Projection::Down),
+            linears: LayerWeights::by_projection(&self.config, linear),
         }
     }
 
@@ -257,7 +253,7 @@ impl Reader<'_> {
             None => {
                 let mut hasher = blake3::Hasher::new();
                 hasher.update(
-                    format!("{} {:?} {:?}\n", tensor.name(), tensor.dtype(), tensor.shape()).as_bytes(),
+                    format!("{} {} {:?}\n", tensor.name(), tensor.stored_as(), tensor.shape()).as_bytes(),
                 );
                 self.hashers.entry(tensor.name().to_owned()).or_insert(hasher)
             }
