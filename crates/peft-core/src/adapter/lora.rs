@@ -9,6 +9,7 @@
 
 use std::{path::Path, sync::Arc};
 
+use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -197,6 +198,31 @@ impl Method for LoraConfig {
     fn needs(&self, module: &Module) -> Needs {
         let wide = if self.lora_dropout > 0.0 { module.shape[1] } else { 0 };
         Needs { kept: self.r, wide, narrow: self.r, ..Needs::default() }
+    }
+
+    fn fold(
+        &self,
+        _module: &Module,
+        tensors: &[ParameterEntry],
+        parameters: &[f32],
+        weight: &mut [f32],
+    ) -> bool {
+        let [a, b] = tensors else { return false };
+        let (rank, input) = (a.rows(), a.columns());
+        if a.suffix != "lora_A.weight" || b.suffix != "lora_B.weight" || b.columns() != rank {
+            return false;
+        }
+        let (scale, a) = (self.scale(), &parameters[a.range.clone()]);
+        let rows = weight.par_chunks_exact_mut(input).zip(parameters[b.range.clone()].par_chunks_exact(rank));
+        rows.for_each(|(weight, b)| {
+            let mut change = vec![0.0; input];
+            for (b, a) in b.iter().zip(a.chunks_exact(input)) {
+                change.iter_mut().zip(a).for_each(|(change, a)| *change += b * a);
+            }
+            // As PEFT rounds: the product, its scale, the sum.
+            weight.iter_mut().zip(&change).for_each(|(weight, change)| *weight += scale * change);
+        });
+        true
     }
 
     fn dropout(&self) -> f32 {

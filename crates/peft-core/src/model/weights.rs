@@ -225,6 +225,22 @@ impl<'a> Tensor<'a> {
         Ok(())
     }
 
+    /// Reads all bytes as they are and hands them on in pieces.
+    ///
+    /// # Errors
+    /// Unreadable.
+    pub fn pieces(&self, take: &mut Witness<'_>) -> Result<()> {
+        let mut piece = vec![0; (4 * PIECE).min(self.bytes())];
+        let mut done = 0;
+        while done < self.bytes() {
+            let piece = &mut piece[..(4 * PIECE).min(self.bytes() - done)];
+            self.read_at(done, piece)?;
+            take(piece);
+            done += piece.len();
+        }
+        Ok(())
+    }
+
     /// Reads the numbers as f32 and hands them on in pieces of [`PIECE`].
     ///
     /// # Errors
