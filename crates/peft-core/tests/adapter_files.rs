@@ -11,7 +11,8 @@ use serde_json::json;
 use shanty_diagnostic::Diagnose;
 use shanty_peft_core::{
     adapter_files::{
-        Combination, KeyStyle, Renaming, StoredAdapter, combine, compare, convert_keys, module_changes, rename,
+        Combination, KeyStyle, Renaming, StoredAdapter, combine, compare, convert_keys, module_changes,
+        rename,
     },
     generate::LoadedAdapter,
     model::ModelConfig,
@@ -68,7 +69,8 @@ fn cat_is_the_weighted_sum_and_svd_its_best_cut() {
     let adapters = [(open(ALL), 0.7), (open(QV), -1.3)];
     let both = modules(&[&adapters[0].0, &adapters[1].0]);
     let cat = combine(&adapters, Combination::Cat).unwrap();
-    let ranks: usize = adapters.iter().map(|(adapter, _)| adapter.config["r"].as_u64().unwrap() as usize).sum();
+    let ranks: usize =
+        adapters.iter().map(|(adapter, _)| adapter.config["r"].as_u64().unwrap() as usize).sum();
     assert_eq!((&cat.config["r"], &cat.config["lora_alpha"]), (&json!(ranks), &json!(ranks)));
     let full = combine(&adapters, Combination::Svd(Some(ranks))).unwrap();
     let cut = combine(&adapters, Combination::Svd(Some(3))).unwrap();
@@ -80,9 +82,10 @@ fn cat_is_the_weighted_sum_and_svd_its_best_cut() {
         // What the cut leaves out is orthogonal to what it keeps, and smaller than any it keeps.
         let kept = change(&cut, module).unwrap();
         let rest: Vec<f64> = expected.iter().zip(&kept).map(|(all, kept)| all - kept).collect();
-        let (inner, sizes) = kept.iter().zip(&rest).fold((0.0, (0.0, 0.0)), |(inner, (k, r)), (a, b)| {
-            (inner + a * b, (k + a * a, r + b * b))
-        });
+        let (inner, sizes) = kept
+            .iter()
+            .zip(&rest)
+            .fold((0.0, (0.0, 0.0)), |(inner, (k, r)), (a, b)| (inner + a * b, (k + a * a, r + b * b)));
         assert!(inner.abs() <= 1e-6 * (sizes.0 + sizes.1), "{module}: {inner}");
         assert!(sizes.1 < sizes.0, "{module}: {sizes:?}");
     }
@@ -168,7 +171,8 @@ fn names_of_every_style_are_read_and_written() {
     let stored = tensors(&file);
     let (name, tensor) = stored.iter().next().unwrap();
     let twin = name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.");
-    let view = || safetensors::tensor::TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.bytes).unwrap();
+    let view =
+        || safetensors::tensor::TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.bytes).unwrap();
     let bytes = safetensors::serialize([(name.as_str(), view()), (twin.as_str(), view())], None).unwrap();
     fs::write(&file, bytes).unwrap();
     assert_eq!(StoredAdapter::open(&small).unwrap_err().diagnostic().code, "SH0454");

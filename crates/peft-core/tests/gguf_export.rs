@@ -156,8 +156,12 @@ fn an_adapter_alone_has_the_merged_models_change() {
         let _ = fs::remove_file(&out);
         gguf_export::adapter(&stored, &config, &out, Encoding::F32).unwrap();
         let bare = tensors(&export(&base, None, Encoding::F32, &format!("{}.bare", name.replace('/', "-"))));
-        let merged =
-            tensors(&export(&base, Some(&loaded), Encoding::F32, &format!("{}.merged", name.replace('/', "-"))));
+        let merged = tensors(&export(
+            &base,
+            Some(&loaded),
+            Encoding::F32,
+            &format!("{}.merged", name.replace('/', "-")),
+        ));
         let mut reader = File::open(&out).unwrap();
         let content = Content::read(&mut reader).unwrap();
         let text = |key: &str| content.metadata[key].to_string().unwrap().clone();
@@ -174,7 +178,8 @@ fn an_adapter_alone_has_the_merged_models_change() {
             let scale = alpha / rank as f32;
             let laid: Vec<f32> = (0..shape[0] * columns)
                 .map(|at| {
-                    let sum: f32 = (0..rank).map(|k| b[at / columns * rank + k] * a[k * columns + at % columns]).sum();
+                    let sum: f32 =
+                        (0..rank).map(|k| b[at / columns * rank + k] * a[k * columns + at % columns]).sum();
                     values[at] + scale * sum
                 })
                 .collect();
@@ -208,7 +213,11 @@ fn what_llama_cpp_cannot_hold_is_refused() {
     let (place, base) = base("models/llama");
     let config = ModelConfig::load(&base).unwrap();
     let out = place.path().join("out.gguf");
-    for name in ["adapters/dora/llama/adapter", "adapters/ia3/llama/adapter", "adapters/lora_modules_to_save/llama/adapter"] {
+    for name in [
+        "adapters/dora/llama/adapter",
+        "adapters/ia3/llama/adapter",
+        "adapters/lora_modules_to_save/llama/adapter",
+    ] {
         let stored = StoredAdapter::open(&reference(name)).unwrap();
         let error = gguf_export::adapter(&stored, &config, &out, Encoding::F32).unwrap_err();
         assert_eq!(error.diagnostic().code, "SH0451", "{name}: {error}");

@@ -27,6 +27,8 @@ use crate::{
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// Tensors.
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
+/// Key of the metadata of [`TENSORS_FILE`] under which the base's hash lies; PEFT passes over it.
+pub const BASE_HASH: &str = "shanty.base";
 
 /// An adapter's folder, its settings read and its tensors not yet.
 #[derive(Debug)]
@@ -76,6 +78,11 @@ impl AdapterFolder {
     /// Its settings do not fit the model.
     pub fn fit(&self, model: &ModelConfig) -> Result<Fit> {
         Fit::new(self.method.clone(), model)
+    }
+
+    /// Hash of the base that it was trained on, where its file says it.
+    pub fn base_hash(&self) -> Option<&str> {
+        self.tensors.metadata(BASE_HASH)
     }
 
     /// Keys of its settings that nothing here knows, sorted: worth a warning.
@@ -174,13 +181,13 @@ pub fn contents(fit: &Fit, parameters: &[f32], state: &[f32]) -> Result<Vec<(Str
         }
         None => parameters,
     };
-    let tensors = serialise(fit.layout(), effective)
+    let tensors = serialise(fit, effective)
         .map_err(|error| unwritable(Path::new(TENSORS_FILE), io::Error::other(error)))?;
     let settings = config::to_json(&**method, fit.layout(), state).into_bytes();
     Ok(vec![(TENSORS_FILE.to_owned(), tensors), (CONFIG_FILE.to_owned(), settings)])
 }
 
-fn serialise(layout: &ParameterLayout, parameters: &[f32]) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+fn serialise(fit: &Fit, parameters: &[f32]) -> Result<Vec<u8>, safetensors::SafeTensorError> {
     let little_endian: Vec<u8>;
     let bytes: &[u8] = if cfg!(target_endian = "little") {
         bytemuck::cast_slice(parameters)
@@ -188,7 +195,8 @@ fn serialise(layout: &ParameterLayout, parameters: &[f32]) -> Result<Vec<u8>, sa
         little_endian = parameters.iter().flat_map(|value| value.to_le_bytes()).collect();
         &little_endian
     };
-    let views = layout
+    let views = fit
+        .layout()
         .entries()
         .iter()
         .map(|entry| {
@@ -196,7 +204,9 @@ fn serialise(layout: &ParameterLayout, parameters: &[f32]) -> Result<Vec<u8>, sa
             Ok((entry.peft_name.as_str(), TensorView::new(Dtype::F32, entry.shape.clone(), bytes)?))
         })
         .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
-    safetensors::serialize(views, Some(HashMap::from([("format".to_owned(), "pt".to_owned())])))
+    let mut metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    metadata.extend(fit.base_hash().map(|hash| (BASE_HASH.to_owned(), hash.to_hex().to_string())));
+    safetensors::serialize(views, Some(metadata))
 }
 
 fn unwritable(file: &Path, source: io::Error) -> Error {

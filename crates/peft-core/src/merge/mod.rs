@@ -385,8 +385,8 @@ pub fn verify(model: &FoldedModel<'_>, merged: &Path) -> Result<Vec<Unmerged>> {
                 return Err(UseError::NotMergeable { method: "NF4".to_owned(), reason }.into());
             }
             // Half a step of each format, and a few roundings of f32.
-            (false, Dtype::BF16) => 2f64.powi(-9),
-            (false, Dtype::F16) => 2f64.powi(-12),
+            (false, Dtype::BF16) => 2f64.powi(-8),
+            (false, Dtype::F16) => 2f64.powi(-11),
             (false, _) => 0.0,
         } + 1e-6;
         let (base, values) = (model.base(tensor)?, merged.base(found)?);
