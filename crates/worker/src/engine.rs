@@ -44,7 +44,7 @@ pub trait StepEngine: Send {
     ///
     /// # Errors
     /// As the engine says.
-    fn initial_parameters(&self, seed: u64) -> Result<Vec<f32>, Error>;
+    fn initial_parameters(&mut self, seed: u64) -> Result<Vec<f32>, Error>;
 
     /// The most rows of one micro-batch.
     fn micro_batch_rows(&self) -> usize;

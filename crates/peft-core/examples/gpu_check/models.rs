@@ -112,7 +112,11 @@ impl BaseSource for RandomBase {
         };
         Ok(LayerWeights {
             input_norm: &self.norm,
-            post_attention_norm: &self.norm,
+            query_norm: None,
+            key_norm: None,
+            attention_output_norm: None,
+            mlp_norm: &self.norm,
+            mlp_output_norm: None,
             q: linear(Projection::Q),
             k: linear(Projection::K),
             v: linear(Projection::V),
@@ -246,7 +250,7 @@ pub(crate) fn train(report: &mut Report, repository: &Path) {
     let folder = repository.join("examples/tiny-llama-14m");
     let curve = |device| {
         let mut engine = engine(&folder, device, true, Recompute::Auto, 0.05);
-        let mut parameters = engine.initial_parameters(3);
+        let mut parameters = engine.initial_parameters(3).unwrap();
         let mut optimizer = AdamW::new(AdamWOptions::default(), parameters.len());
         let rows = rows(engine.config().vocabulary_size);
         let mut losses = Vec::new();

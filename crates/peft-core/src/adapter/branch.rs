@@ -94,7 +94,7 @@ pub struct BranchScratch<B: Backend> {
     /// For each token, as wide as an output.
     pub output: B::Owned,
     /// Whatever the number of tokens.
-    pub fixed: B::Owned,
+    pub fixed: [B::Owned; 4],
 }
 
 /// What stands beside a linear layer. `T` is the number of tokens.

@@ -20,8 +20,14 @@ use crate::error::{Error, Origin, Result};
 pub const PEFT_VERSION: &str = "0.21.2";
 
 /// Keys that every method has and that change nothing of a trained adapter.
-const WITHOUT_EFFECT: &[&str] =
-    &["auto_mapping", "inference_mode", "peft_version", "revision", "runtime_config"];
+const WITHOUT_EFFECT: &[&str] = &[
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "runtime_config",
+];
 
 /// Reads the text of an `adapter_config.json`; `file` is named in errors.
 ///
@@ -247,6 +253,6 @@ impl<'a> Keys<'a> {
     }
 }
 
-fn texts(value: &Value) -> Option<Vec<String>> {
+pub(super) fn texts(value: &Value) -> Option<Vec<String>> {
     value.as_array()?.iter().map(|name| name.as_str().map(str::to_owned)).collect()
 }

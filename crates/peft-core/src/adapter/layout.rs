@@ -39,6 +39,8 @@ pub struct ParameterEntry {
     pub rate: Rate,
     /// What it is to its module.
     pub role: Role,
+    /// What the numbers in memory are more than those in files.
+    pub shift: f32,
 }
 
 impl ParameterEntry {
@@ -108,7 +110,7 @@ impl ParameterLayout {
     }
 
     fn push(&mut self, peft_name: String, module: String, place: Place, tensor: Tensor) {
-        let Tensor { suffix, shape, start, rate, role } = tensor;
+        let Tensor { suffix, shape, start, rate, role, shift } = tensor;
         let range = self.length..self.length + shape.iter().product::<usize>();
         self.length = range.end.next_multiple_of(ALIGNMENT);
         self.entries.push(ParameterEntry {
@@ -121,6 +123,7 @@ impl ParameterLayout {
             start,
             rate,
             role,
+            shift,
         });
     }
 

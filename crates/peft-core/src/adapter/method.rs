@@ -69,6 +69,8 @@ pub enum Role {
     Weight,
     /// It takes the place of the module's bias (`bias`, `modules_to_save`).
     Bias,
+    /// It takes the place of the embedding's rows of [`Method::trained_tokens`]; of the head's, too, where they are one.
+    Rows,
 }
 
 /// A tensor that a method adds to a module.
@@ -84,6 +86,19 @@ pub struct Tensor {
     pub rate: Rate,
     /// What it is to its module.
     pub role: Role,
+    /// What the numbers in memory are more than those in files.
+    pub shift: f32,
+}
+
+/// A tensor as a file holds it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SavedTensor {
+    /// Name in PEFT's files.
+    pub name: String,
+    /// One or two lengths.
+    pub shape: Vec<usize>,
+    /// Row after row.
+    pub values: Vec<f32>,
 }
 
 impl Tensor {
@@ -95,6 +110,7 @@ impl Tensor {
             start: Start::Constant(0.0),
             rate: Rate::Job,
             role: Role::Branch,
+            shift: 0.0,
         }
     }
 
@@ -131,8 +147,8 @@ pub struct Needs {
     pub narrow: usize,
     /// For each token, in [`super::branch::BranchScratch::output`].
     pub output: usize,
-    /// Whatever the number of tokens, in [`super::branch::BranchScratch::fixed`].
-    pub fixed: usize,
+    /// Whatever the number of tokens, in each of [`super::branch::BranchScratch::fixed`].
+    pub fixed: [usize; 4],
 }
 
 impl Needs {
@@ -144,7 +160,7 @@ impl Needs {
             wide: self.wide.max(other.wide),
             narrow: self.narrow.max(other.narrow),
             output: self.output.max(other.output),
-            fixed: self.fixed.max(other.fixed),
+            fixed: std::array::from_fn(|at| self.fixed[at].max(other.fixed[at])),
         }
     }
 }
@@ -172,6 +188,25 @@ pub struct StepHook<'a> {
     pub total_steps: u64,
     /// The gradient of the mean loss is the reduced gradient times this; clipping included once it is known.
     pub scale: f64,
+}
+
+/// A module whose tensors are to begin, as [`Method::start`] sees it.
+pub struct ModuleStart<'a> {
+    /// The module.
+    pub module: &'a Module,
+    /// Its tensors.
+    pub tensors: &'a [ParameterEntry],
+    /// The base's weight, row after row; dequantised where it is kept in 4 bits.
+    pub weight: &'a [f32],
+    /// The flat parameters.
+    pub parameters: &'a mut [f32],
+}
+
+impl ModuleStart<'_> {
+    /// The place of a tensor in the flat parameters, by its suffix.
+    pub fn range(&self, suffix: &str) -> Option<std::ops::Range<usize>> {
+        self.tensors.iter().find(|entry| entry.suffix == suffix).map(|entry| entry.range.clone())
+    }
 }
 
 /// A method of adaptation, without what depends on where it computes.
@@ -233,6 +268,14 @@ pub trait Method: Debug + Send + Sync {
         Ok(None)
     }
 
+    /// Fills in the starts that are [`Start::Computed`] of one module; the others are there already.
+    ///
+    /// # Errors
+    /// Where the base's numbers cannot be had, or the start cannot be computed.
+    fn start(&self, _start: &mut ModuleStart<'_>) -> Result<()> {
+        Ok(())
+    }
+
     /// What a pass needs for a module.
     fn needs(&self, _module: &Module) -> Needs {
         Needs::default()
@@ -259,6 +302,26 @@ pub trait Method: Debug + Send + Sync {
     /// `state` is that of [`Method::state`].
     fn settings(&self, _layout: &ParameterLayout, _state: &[f32]) -> Map<String, Value> {
         Map::new()
+    }
+
+    /// Tokens whose rows of the embedding are trained, in the order of the tensor of [`Role::Rows`].
+    fn trained_tokens(&self) -> &[u32] {
+        &[]
+    }
+
+    /// The tensors as they are saved, where these are not simply those of the layout; [`SavedTensor`]s are in its order.
+    fn saved(
+        &self,
+        layout: &ParameterLayout,
+        parameters: &[f32],
+        _state: &[f32],
+    ) -> Result<Vec<SavedTensor>> {
+        let saved = layout.entries().iter().map(|entry| SavedTensor {
+            name: entry.peft_name.clone(),
+            shape: entry.shape.clone(),
+            values: parameters[entry.range.clone()].iter().map(|value| value - entry.shift).collect(),
+        });
+        Ok(saved.collect())
     }
 
     /// Numbers that the method carries from step to step besides its parameters; checkpoints keep them.

@@ -111,13 +111,12 @@ impl<B: Backend> Worker<B> {
                 return Ok(0.0);
             }
             decoder.forward()?;
-            let loss = decoder.loss(training.is_some());
-            if let Some((gradient, sink)) = training {
-                backend.with_gradient(gradient, gradient_place, staging, sink, |flat, ready| {
-                    decoder.backward(flat, ready)
-                })?;
-            }
-            Ok::<_, Error>(loss)
+            let Some((gradient, sink)) = training else { return Ok::<_, Error>(decoder.loss(None)) };
+            backend.with_gradient(gradient, gradient_place, staging, sink, |flat, ready| {
+                let loss = decoder.loss(Some(&mut *flat));
+                decoder.backward(flat, ready)?;
+                Ok(loss)
+            })
         })?;
         backend.settle()?;
         Ok(loss)

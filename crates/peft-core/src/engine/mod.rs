@@ -14,6 +14,7 @@ mod load;
 mod machine;
 mod options;
 mod passes;
+mod start;
 
 use std::ops::Range;
 
@@ -215,11 +216,17 @@ impl Engine {
         self.machine.card().map(|card| (card.card(), card.peak_bytes()))
     }
 
-    /// Flat parameters at their start, as the method says.
-    pub fn initial_parameters(&self, seed: u64) -> Vec<f32> {
+    /// Flat parameters at their start, as the method says; those that follow from the base are read from it.
+    ///
+    /// # Errors
+    /// Where a layer's weights cannot be had, or a start that is computed ahead is not there.
+    pub fn initial_parameters(&mut self, seed: u64) -> Result<Vec<f32>> {
         let mut parameters = vec![0.0; self.layout().len()];
         self.layout().initialise(seed, &mut parameters);
-        parameters
+        if self.fit.network().is_none() {
+            start::from_base(&self.fit, &self.config, &mut *self.base, &mut parameters)?;
+        }
+        Ok(parameters)
     }
 
     /// What passes run on, taken apart: the machine, its parts, what plans are made for, and the parameters as passes read

@@ -58,9 +58,7 @@ pub fn model(
     let config = model.config();
     let architecture = Architecture::of(config)?;
     let tensors = model.tensors()?;
-    if config.tied_embeddings
-        && tensors.iter().any(|tensor| tensor.name == "model.embed_tokens.weight" && tensor.changed)
-    {
+    if model.splits_tied_head() {
         let reason = "the adapter changes the embedding but not the head, which is the same tensor; \
                       `shanty merge` first, which makes two of it"
             .to_owned();

@@ -59,7 +59,8 @@ impl<'a> Folder<'a> {
         let mut parts = BTreeMap::new();
         for (index, adapted) in layout.modules().iter().enumerate() {
             let path = &adapted.module.path;
-            if adapted.branch {
+            let entries = &layout.entries()[adapted.entries.clone()];
+            if adapted.branch || entries.iter().any(|entry| entry.role == Role::Rows) {
                 parts.insert(format!("{path}.weight"), Part::Weight(index));
                 if adapted.module.bias {
                     parts.insert(format!("{path}.bias"), Part::Bias(index));
@@ -67,13 +68,23 @@ impl<'a> Folder<'a> {
             }
             for entry in adapted.entries.clone() {
                 match layout.entries()[entry].role {
-                    Role::Branch => {}
+                    Role::Branch | Role::Rows => {}
                     Role::Weight => drop(parts.insert(format!("{path}.weight"), Part::Replaced(entry))),
                     Role::Bias => drop(parts.insert(format!("{path}.bias"), Part::Replaced(entry))),
                 }
             }
         }
         Ok(Self { adapter, cpu: Cpu::new(threads)?, branches: fit.branches(config.layers), parts })
+    }
+
+    /// Whether embedding and head, which are one tensor, become two: one of them changes and the other does not.
+    pub(super) fn splits_tied_head(&self) -> bool {
+        let own = |entry: &ParameterEntry| matches!(entry.role, Role::Branch | Role::Weight);
+        self.adapter.fit().layout().modules().iter().any(|adapted| match adapted.module.kind {
+            ModuleKind::Head => true,
+            ModuleKind::Embedding => self.adapter.fit().layout().tensors(adapted).iter().any(own),
+            _ => false,
+        })
     }
 
     /// What the adapter is to a tensor.
@@ -100,7 +111,7 @@ impl<'a> Folder<'a> {
 
     fn fold_weight(&self, adapted: &AdaptedModule, weight: &mut [f32]) -> Result<()> {
         let fit = self.adapter.fit();
-        let own = |entry: &&ParameterEntry| entry.role == Role::Branch;
+        let own = |entry: &&ParameterEntry| matches!(entry.role, Role::Branch | Role::Rows);
         let tensors: Vec<ParameterEntry> =
             fit.layout().tensors(adapted).iter().filter(own).cloned().collect();
         let short = fit.method().is_some_and(|method| {
@@ -135,12 +146,29 @@ impl<'a> Folder<'a> {
             wide: room(needs.wide)?,
             narrow: room(needs.narrow)?,
             output: room(needs.output)?,
-            fixed: self.cpu.allocate(needs.fixed)?,
+            fixed: {
+                let [a, b, c, d] = needs.fixed;
+                let room = |numbers| self.cpu.allocate(numbers);
+                [room(a)?, room(b)?, room(c)?, room(d)?]
+            },
         };
         Ok((room(needs.kept)?, scratch))
     }
 
-    /// Sends the identity through a branch, some rows at a time: row `i` of what comes out is column `i` of the weight.
+    /// What a branch makes of 0: a bias of its own, which must have a place in the base.
+    fn of_zero(&self, branch: &dyn LinearBranch<Cpu>, adapted: &AdaptedModule) -> Result<Vec<f32>> {
+        let mut bias = vec![0.0; adapted.module.shape[0]];
+        self.send_zero(branch, adapted, None, &mut bias)?;
+        if bias.iter().any(|value| *value != 0.0) && !adapted.module.bias {
+            let method = self.adapter.fit().method().map_or("none", |method| method.peft_type()).to_owned();
+            let reason = format!("it adds a bias to `{}`, which has none", adapted.module.path);
+            return Err(UseError::NotMergeable { method, reason }.into());
+        }
+        Ok(bias)
+    }
+
+    /// Sends the identity through a branch, some rows at a time: row `i` of what comes out, less what 0 gives, is column `i`
+    /// of the weight.
     fn through(
         &self,
         branch: &dyn LinearBranch<Cpu>,
@@ -149,6 +177,7 @@ impl<'a> Folder<'a> {
     ) -> Result<()> {
         let [output, input] = adapted.module.shape;
         let frozen = weight.to_vec();
+        let of_zero = self.of_zero(branch, adapted)?;
         let most = ROWS.min(input);
         let (mut kept, mut scratch) = self.scratch(adapted, most)?;
         let (mut x, mut y) = (vec![0.0; most * input], vec![0.0; most * output]);
@@ -163,7 +192,9 @@ impl<'a> Folder<'a> {
                 branch.forward(&site, View::<Cpu>::new(&x, rows, input), false, y, &mut kept, &mut scratch);
             });
             for (row, y) in y.chunks_exact(output).take(rows).enumerate() {
-                y.iter().enumerate().for_each(|(out, value)| weight[out * input + first + row] = *value);
+                for (out, (value, zero)) in y.iter().zip(&of_zero).enumerate() {
+                    weight[out * input + first + row] = value - zero;
+                }
             }
         }
         Ok(())
@@ -172,17 +203,25 @@ impl<'a> Folder<'a> {
     /// Sends 0 through a branch: what comes out is the bias.
     fn fold_bias(&self, adapted: &AdaptedModule, bias: &mut [f32]) -> Result<()> {
         let Some(branch) = self.branch(adapted) else { return Ok(()) };
+        let frozen = bias.to_vec();
+        self.send_zero(branch, adapted, Some(View::<Cpu>::new(&frozen, 1, frozen.len())), bias)
+    }
+
+    fn send_zero(
+        &self,
+        branch: &dyn LinearBranch<Cpu>,
+        adapted: &AdaptedModule,
+        bias: Option<View<'_, Cpu>>,
+        out: &mut [f32],
+    ) -> Result<()> {
         let [output, input] = adapted.module.shape;
         let (mut kept, mut scratch) = self.scratch(adapted, 1)?;
-        let (x, weight, frozen) = (vec![0.0; input], vec![0.0; output * input], bias.to_vec());
+        // A weight of ones: what a method divides by its length must not be 0.
+        let (x, weight) = (vec![0.0; input], vec![1.0; output * input]);
         let batch = self.batch(1, &[])?;
-        let site = self.site(
-            &batch,
-            View::<Cpu>::new(&weight, output, input),
-            Some(View::<Cpu>::new(&frozen, 1, output)),
-        );
+        let site = self.site(&batch, View::<Cpu>::new(&weight, output, input), bias);
         self.cpu.run(|| {
-            let y = ViewMut::<Cpu>::new(bias, 1, output);
+            let y = ViewMut::<Cpu>::new(out, 1, output);
             branch.forward(&site, View::<Cpu>::new(&x, 1, input), false, y, &mut kept, &mut scratch);
         });
         Ok(())

@@ -68,6 +68,11 @@ impl<'a> FoldedModel<'a> {
         &self.config
     }
 
+    /// Whether embedding and head, which are one tensor in the base, are two in the folded model.
+    pub fn splits_tied_head(&self) -> bool {
+        self.config.tied_embeddings && self.folder.as_ref().is_some_and(Folder::splits_tied_head)
+    }
+
     /// All tensors, in the order of their names.
     ///
     /// # Errors
@@ -118,7 +123,7 @@ impl<'a> FoldedModel<'a> {
         }
     }
 
-    fn part(&self, name: &str) -> Option<Part> {
+    pub(super) fn part(&self, name: &str) -> Option<Part> {
         self.folder.as_ref()?.part(name)
     }
 

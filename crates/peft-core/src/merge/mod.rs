@@ -93,8 +93,8 @@ pub fn merge(
     }
     fs::create_dir_all(out).map_err(|source| unwritable(out, source))?;
     let mut tensors = model.tensors()?;
-    let split = splits_tied_head(model, &tensors);
-    if let Some(head) = split.then(|| head_of(&tensors)).flatten() {
+    let split = model.splits_tied_head();
+    if let Some(head) = split.then(|| head_of(model, &tensors)).flatten() {
         tensors.push(head);
     }
     let mut report = MergeReport::default();
@@ -112,16 +112,11 @@ pub fn merge(
     Ok(report)
 }
 
-/// Whether the embedding changes while the head, which is the same tensor, does not: they become two.
-fn splits_tied_head(model: &FoldedModel<'_>, tensors: &[FoldedTensor]) -> bool {
-    let changed = |name: &str| tensors.iter().any(|tensor| tensor.name == name && tensor.changed);
-    model.config().tied_embeddings && changed("model.embed_tokens.weight")
-}
-
-/// The head that the embedding was: the base's numbers.
-fn head_of(tensors: &[FoldedTensor]) -> Option<FoldedTensor> {
+/// The head that the embedding was: the base's numbers, changed by what is put on the head.
+fn head_of(model: &FoldedModel<'_>, tensors: &[FoldedTensor]) -> Option<FoldedTensor> {
     let embedding = tensors.iter().find(|tensor| tensor.name == "model.embed_tokens.weight")?;
-    Some(FoldedTensor { name: HEAD.to_owned(), changed: false, ..embedding.clone() })
+    let changed = model.part(HEAD).is_some();
+    Some(FoldedTensor { name: HEAD.to_owned(), changed, ..embedding.clone() })
 }
 
 const HEAD: &str = "lm_head.weight";
@@ -216,7 +211,7 @@ fn write_floats(
 /// The base's tensor that `tensor` is made of: itself, but for a head that was the embedding.
 fn source(tensor: &FoldedTensor, model: &FoldedModel<'_>) -> FoldedTensor {
     let name = match tensor.name.as_str() {
-        HEAD if model.config().tied_embeddings => "model.embed_tokens.weight",
+        HEAD if model.splits_tied_head() => "model.embed_tokens.weight",
         own => own,
     };
     FoldedTensor { name: name.to_owned(), ..tensor.clone() }

@@ -7,12 +7,12 @@ use crate::{
     adapter::{Branches, EmbeddingBranch, EmbeddingSite, ParameterLayout, PassDropout},
     backend::{AttentionShape, Backend, Ready, View, ViewMut},
     error::Result,
-    loss::head::Head,
-    model::{BaseSource, LayerWeights, LinearWeights, ModelConfig, Place, Projection},
+    loss::head::{Head, HeadGradient, TrainedHead},
+    model::{BaseSource, LayerWeights, LinearWeights, ModelConfig, Norm, Place, Projection},
     nn::{
         attention::Attention,
         embedding,
-        linear::{Branch, Linear},
+        linear::{Branch, Linear, TrainedParts},
         mlp::Mlp,
         rms_norm::RmsNorm,
         rope::RopeTable,
@@ -40,6 +40,41 @@ impl<'a, B: Backend> Trained<'a, B> {
 
     fn embedding(&self) -> Option<(&'a dyn EmbeddingBranch<B>, &'a B::Buffer)> {
         Some((self.branches.embedding()?, self.parameters?))
+    }
+
+    /// The embedding itself in the parameters, where it is trained.
+    fn embedding_table(&self, config: &ModelConfig) -> Option<View<'a, B>> {
+        let at = self.branches.embedding_weight()?;
+        Some(View::at(self.parameters?, at, config.vocabulary_size, config.hidden_size))
+    }
+
+    /// A vector in the parameters where it is trained, else the base's.
+    fn vector<'c>(&self, backend: &'c B, trained: Option<usize>, base: &'c [f32]) -> View<'c, B>
+    where
+        'a: 'c,
+    {
+        match (trained, self.parameters) {
+            (Some(at), Some(parameters)) => View::at(parameters, at, 1, base.len()),
+            _ => backend.frozen_vector(base),
+        }
+    }
+
+    /// Where a gradient goes; nowhere on the bare base.
+    fn place(&self, trained: Option<usize>) -> Option<usize> {
+        trained.filter(|_| self.parameters.is_some())
+    }
+
+    fn head(&self, config: &ModelConfig) -> TrainedHead<'a, B> {
+        let Some(parameters) = self.parameters else { return TrainedHead::default() };
+        let (vocabulary, hidden) = (config.vocabulary_size, config.hidden_size);
+        let table = |at| View::at(parameters, at, vocabulary, hidden);
+        let dropout = self.dropout;
+        let rows = self.branches.rows().filter(|_| config.tied_embeddings);
+        TrainedHead {
+            table: self.branches.head_weight().map(table),
+            branch: self.branches.head().map(|branch| Branch { branch, parameters, dropout }),
+            rows: rows.map(|(ids, at)| (ids, View::at(parameters, at, ids.len(), hidden))),
+        }
     }
 }
 
@@ -88,11 +123,17 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         let arena = &mut *self.arena;
         let hidden = config.hidden_size;
         let first = ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden);
-        embedding::forward(backend, &arena.batch, &self.base.embedding(), first);
+        match self.trained.embedding_table(config) {
+            Some(table) => backend.gather_ids(&arena.batch, table, false, first),
+            None => embedding::forward(backend, &arena.batch, &self.base.embedding(), first),
+        }
         if let Some((branch, parameters)) = self.trained.embedding() {
             let site = EmbeddingSite { backend, batch: &arena.batch, parameters };
             let first = ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden);
             branch.forward(&site, first, &mut arena.scratch.branch);
+        }
+        if let Some(scale) = config.embedding_scale {
+            backend.scale(scale, ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden));
         }
         for layer in 0..config.layers {
             if layer + 1 < config.layers {
@@ -116,25 +157,30 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         Ok(())
     }
 
-    /// Summed loss; with `gradient`, that of the last hidden state is left in the arena.
-    pub fn loss(&mut self, gradient: bool) -> f64 {
+    /// Summed loss; with `flat`, the gradient of the last hidden state is left in the arena, and that of what is trained of
+    /// the head is added to `flat`.
+    pub fn loss(&mut self, flat: Option<&mut B::Buffer>) -> f64 {
         let (backend, tokens) = (self.backend, self.tokens);
         let (hidden, layers) = (self.config.hidden_size, self.config.layers);
-        let head = head(backend, &*self.base);
+        let head = head(backend, &*self.base, &self.trained);
         let arena = &mut *self.arena;
         let last = View::<B>::new(&arena.inputs[layers], tokens, hidden);
-        let gradient = gradient.then(|| ViewMut::<B>::new(&mut arena.scratch.gradient, tokens, hidden));
-        head.loss(backend, &arena.batch, self.predicting, last, &mut arena.head, gradient)
+        let gradient = flat.map(|flat| HeadGradient {
+            hidden: ViewMut::<B>::new(&mut arena.scratch.gradient, tokens, hidden),
+            flat,
+        });
+        let branch = &mut arena.scratch.branch;
+        head.loss(backend, &arena.batch, self.predicting, last, &mut arena.head, branch, gradient)
     }
 
     /// Logits of the last `rows` rows of the micro-batch, written to `out`.
     pub fn logits(&mut self, rows: usize, out: &mut [f32]) {
         let (backend, tokens) = (self.backend, self.tokens);
         let (hidden, layers) = (self.config.hidden_size, self.config.layers);
-        let head = head(backend, &*self.base);
+        let head = head(backend, &*self.base, &self.trained);
         let arena = &mut *self.arena;
         let last = View::<B>::new(&arena.inputs[layers], tokens, hidden).row_range(tokens - rows, rows);
-        head.logits(backend, last, &mut arena.head, out);
+        head.logits(backend, &arena.batch, last, &mut arena.head, &mut arena.scratch.branch, out);
     }
 
     /// From the last hidden state's gradient down to the lowest trained tensor; adds to `flat`.
@@ -168,11 +214,12 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
             let (work, scratch) = (&mut arena.work[if again { 0 } else { layer }], &mut arena.scratch);
             let attended = &arena.attended[layer];
             // The last layer's work is still there from the forward pass.
-            let again = again && layer + 1 < config.layers;
+            let mut again = again && layer + 1 < config.layers;
             if again {
                 attention.project(backend, &arena.batch, x, work, scratch);
                 attention.output(backend, &arena.batch, x, attended, work, scratch);
                 mlp.expand(backend, &arena.batch, tokens, work, scratch);
+                again = !mlp.contract_again(backend, &arena.batch, tokens, work, scratch);
             }
             let below = layer > lowest || through;
             let into_attention = below || attention.is_adapted();
@@ -186,6 +233,14 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
             }
         }
         if through {
+            if let Some(scale) = config.embedding_scale {
+                backend.scale(scale, ViewMut::<B>::new(&mut arena.scratch.gradient, tokens, hidden));
+            }
+            if let Some(at) = self.trained.place(self.trained.branches.embedding_weight()) {
+                let gradient = View::<B>::new(&arena.scratch.gradient, tokens, hidden);
+                let table = ViewMut::<B>::at(&mut *flat, at, config.vocabulary_size, hidden);
+                backend.scatter_ids(&arena.batch, gradient, false, table);
+            }
             if let Some((branch, parameters)) = self.trained.embedding() {
                 let site = EmbeddingSite { backend, batch: &arena.batch, parameters };
                 let gradient = View::<B>::new(&arena.scratch.gradient, tokens, hidden);
@@ -211,10 +266,17 @@ pub struct Attend<'a, B: Backend> {
     pub attended: &'a mut crate::plan::Attended<B>,
 }
 
-fn head<'a, B: Backend, S: BaseSource + ?Sized>(backend: &'a B, base: &'a S) -> Head<'a, B> {
-    let epsilon = base.config().norm_epsilon as f32;
-    let norm = RmsNorm { weight: backend.frozen_vector(base.final_norm()), epsilon };
-    Head { norm, table: base.head() }
+fn head<'a, B: Backend, S: BaseSource + ?Sized>(
+    backend: &'a B,
+    base: &'a S,
+    trained: &Trained<'a, B>,
+) -> Head<'a, B> {
+    let config = base.config();
+    let own = trained.place(trained.branches.final_norm());
+    let weight = trained.vector(backend, own, base.final_norm());
+    let norm = RmsNorm { weight, epsilon: config.norm_epsilon as f32, trained: own };
+    let soft_cap = config.logits_soft_cap.map(|cap| cap as f32);
+    Head { norm, table: base.head(), soft_cap, trained: trained.head(config) }
 }
 
 /// A place in the model.
@@ -236,22 +298,32 @@ impl<'a, B: Backend> Site<'a, '_, B> {
         'a: 'c,
     {
         let epsilon = self.config.norm_epsilon as f32;
-        let norm = |weight: &'c [f32]| RmsNorm { weight: self.backend.frozen_vector(weight), epsilon };
+        let norm = |kind: Norm, weight: &'c [f32]| {
+            let trained = self.trained.place(self.trained.branches.norm(self.layer, kind));
+            RmsNorm { weight: self.trained.vector(self.backend, trained, weight), epsilon, trained }
+        };
         let [q, k, v, o, gate, up, down] = scratch;
         let attention = Attention {
-            norm: norm(weights.input_norm),
+            norm: norm(Norm::AttentionInput, weights.input_norm),
             q: self.linear(Projection::Q, &weights.q, q),
             k: self.linear(Projection::K, &weights.k, k),
             v: self.linear(Projection::V, &weights.v, v),
             o: self.linear(Projection::O, &weights.o, o),
-            shape: attention_shape(self.config),
+            query_key_norms: weights
+                .query_norm
+                .zip(weights.key_norm)
+                .map(|(q, k)| [norm(Norm::Query, q), norm(Norm::Key, k)]),
+            output_norm: weights.attention_output_norm.map(|weight| norm(Norm::AttentionOutput, weight)),
+            shape: attention_shape(self.config, self.layer),
             rope: self.rope,
         };
         let mlp = Mlp {
-            norm: norm(weights.post_attention_norm),
+            norm: norm(Norm::MlpInput, weights.mlp_norm),
             gate: self.linear(Projection::Gate, &weights.gate, gate),
             up: self.linear(Projection::Up, &weights.up, up),
             down: self.linear(Projection::Down, &weights.down, down),
+            output_norm: weights.mlp_output_norm.map(|weight| norm(Norm::MlpOutput, weight)),
+            activation: self.config.activation,
         };
         (attention, mlp)
     }
@@ -265,20 +337,35 @@ impl<'a, B: Backend> Site<'a, '_, B> {
     where
         'a: 'c,
     {
+        let parts = self.trained.branches.trained_parts(self.layer, projection.index());
+        let parts = match self.trained.parameters {
+            Some(_) => parts,
+            None => TrainedParts::default(),
+        };
+        let weight = match (parts.weight, self.trained.parameters) {
+            (Some(at), Some(parameters)) => {
+                let [rows, columns] = self.config.shape(projection);
+                View::at(parameters, at, rows, columns)
+            }
+            _ => self.backend.frozen(&weights.weight, scratch),
+        };
         Linear {
-            weight: self.backend.frozen(&weights.weight, scratch),
-            bias: weights.bias.map(|bias| self.backend.frozen_vector(bias)),
+            weight,
+            bias: weights.bias.map(|bias| self.trained.vector(self.backend, parts.bias, bias)),
             branch: self.trained.linear(self.layer, projection.index()),
+            trained: parts,
         }
     }
 }
 
-/// The shape of attention in a model.
-pub fn attention_shape(config: &ModelConfig) -> AttentionShape {
+/// The shape of attention in a layer of a model.
+pub fn attention_shape(config: &ModelConfig, layer: usize) -> AttentionShape {
     AttentionShape {
         heads: config.attention_heads,
         kv_heads: config.key_value_heads,
         head_dim: config.head_dim,
-        scale: 1.0 / (config.head_dim as f32).sqrt(),
+        scale: config.attention_scale as f32,
+        window: config.windows[layer],
+        soft_cap: config.attention_soft_cap.map(|cap| cap as f32),
     }
 }

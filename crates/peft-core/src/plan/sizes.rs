@@ -2,7 +2,7 @@
 
 use super::{PlanRequest, Recompute};
 use crate::{
-    adapter::{Needs, ParameterLayout},
+    adapter::{Needs, ParameterLayout, Role},
     model::{ModelConfig, ModuleKind, Projection},
 };
 
@@ -31,10 +31,18 @@ pub struct Sizes {
     pub hidden: usize,
     /// Query heads.
     pub heads: usize,
+    /// Features of a head.
+    pub head_dim: usize,
     /// Features of all query heads.
     pub queries: usize,
     /// Features of all key heads.
     pub keys: usize,
+    /// Features of all query heads where a norm of theirs keeps them; 0 where there is none.
+    pub normed_queries: usize,
+    /// The same of the key heads.
+    pub normed_keys: usize,
+    /// Features of the residual stream where norms of the blocks' outputs keep them; 0 where there are none.
+    pub normed_output: usize,
     /// Features inside the feed-forward half.
     pub intermediate: usize,
     /// Vocabulary.
@@ -50,6 +58,10 @@ pub struct Sizes {
     pub head_rows: usize,
     /// Rows of the head widened at once; 0 where it is read in place.
     pub head_block: usize,
+    /// What the branch of the head keeps for each row.
+    pub head_kept: usize,
+    /// Tokens whose rows of the head are trained.
+    pub head_few: usize,
     /// Numbers in the threads' own scratch.
     pub lanes: usize,
     /// Numbers in the table of angles.
@@ -78,12 +90,16 @@ impl Sizes {
         let weights = if request.dequantised { Projection::ALL.map(size) } else { [0; 7] };
         let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
         let queries = config.attention_heads * config.head_dim;
+        let keys = config.key_value_heads * config.head_dim;
         let (logits, most_rows) = match request.accelerated {
             true => (LOGITS_ACCELERATED, HEAD_ROWS_ACCELERATED),
             false => (LOGITS, HEAD_ROWS),
         };
         let head_rows = (logits / config.vocabulary_size).clamp(1, most_rows).min(tokens.max(1));
-        let head_block = match request.accelerated {
+        let head_branch = layout.modules().iter().find(|adapted| adapted.module.kind == ModuleKind::Head);
+        let rows = layout.entries().iter().find(|entry| entry.role == Role::Rows);
+        let head_branch = head_branch.filter(|adapted| adapted.branch);
+        let head_block = match request.accelerated || head_branch.is_some() {
             true => config.vocabulary_size,
             false => (HEAD_BLOCK / hidden).clamp(1, config.vocabulary_size),
         };
@@ -96,8 +112,12 @@ impl Sizes {
             max_length,
             hidden,
             heads: config.attention_heads,
+            head_dim: config.head_dim,
             queries,
-            keys: config.key_value_heads * config.head_dim,
+            keys,
+            normed_queries: if config.query_key_norms { queries } else { 0 },
+            normed_keys: if config.query_key_norms { keys } else { 0 },
+            normed_output: if config.output_norms { hidden } else { 0 },
             intermediate,
             vocabulary: config.vocabulary_size,
             kept,
@@ -105,6 +125,8 @@ impl Sizes {
             weights,
             head_rows,
             head_block: if request.head_widened { head_block } else { 0 },
+            head_kept: head_branch.map_or(0, |adapted| adapted.needs.kept),
+            head_few: if config.tied_embeddings { rows.map_or(0, |entry| entry.rows()) } else { 0 },
             lanes: match request.accelerated {
                 // Ids and the like, attention's sums by head, the larger operand of a product rounded to 2 bytes.
                 true => {
@@ -123,6 +145,11 @@ impl Sizes {
         self.intermediate.max(self.queries)
     }
 
+    /// Factors a token of the norm of a block's output.
+    pub(super) fn output_norm(&self) -> usize {
+        usize::from(self.normed_output > 0)
+    }
+
     /// Kept for each layer whatever the plan: its input, attention's output and logarithms.
     fn kept_always(&self) -> usize {
         self.hidden + self.queries + self.heads
@@ -131,7 +158,9 @@ impl Sizes {
     /// Kept for each layer, or once for the layer at work: q, k, v, middle, gate, up, norms, branches.
     fn work(&self) -> usize {
         let kept: usize = self.kept.iter().sum();
-        self.queries + 2 * self.keys + self.hidden + 2 * self.intermediate + 2 + kept
+        let query_key = self.normed_queries + self.normed_keys;
+        let norms = query_key + query_key / self.head_dim + 2 * (self.normed_output + self.output_norm());
+        self.queries + 2 * self.keys + self.hidden + 2 * self.intermediate + 2 + norms + kept
     }
 
     /// Numbers that the forward pass keeps.
@@ -144,13 +173,14 @@ impl Sizes {
     /// Numbers that operations work in.
     pub fn scratch(&self) -> usize {
         let branch = self.branch.wide + self.branch.narrow + self.branch.output;
-        let per_token = 3 * self.hidden + 2 * self.wide() + 2 * self.keys + branch;
-        let head = self.head_rows * (self.vocabulary + 4 * self.hidden + 2) + self.head_block * self.hidden;
+        let per_token = 3 * self.hidden + 2 * self.wide() + 2 * self.keys + self.normed_keys + branch;
+        let head = self.head_rows * (self.vocabulary + 4 * self.hidden + 2 + self.head_kept + self.head_few)
+            + self.head_block * self.hidden;
         self.tokens * per_token
             + head
             + self.weights.iter().sum::<usize>()
             + self.lanes
             + self.rope
-            + self.branch.fixed
+            + self.branch.fixed.iter().sum::<usize>()
     }
 }

@@ -136,8 +136,8 @@ impl StepEngine for PeftEngine {
         &self.facts
     }
 
-    fn initial_parameters(&self, seed: u64) -> Result<Vec<f32>, Error> {
-        Ok(self.engine.initial_parameters(seed))
+    fn initial_parameters(&mut self, seed: u64) -> Result<Vec<f32>, Error> {
+        self.engine.initial_parameters(seed).map_err(|error| Error::part(&error))
     }
 
     fn micro_batch_rows(&self) -> usize {

@@ -79,7 +79,7 @@ impl StepEngine for ModelEngine {
         &self.facts
     }
 
-    fn initial_parameters(&self, seed: u64) -> Result<Vec<f32>, Error> {
+    fn initial_parameters(&mut self, seed: u64) -> Result<Vec<f32>, Error> {
         Ok((0..PARAMETERS).map(|i| uniform(seed ^ (i as u64) << 20)).collect())
     }
 
