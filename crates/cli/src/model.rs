@@ -195,6 +195,14 @@ impl Model {
         Ok(self.engine.logits(parameters, rows)?)
     }
 
+    /// Summed loss of each row.
+    pub(crate) fn row_losses(&mut self, choice: Choice, rows: &[batch::Row]) -> CommandResult<Vec<f64>> {
+        self.wear(choice);
+        let parameters = choice.map(|index| self.adapters[index].1.parameters());
+        let sums = self.engine.row_losses(parameters, rows)?;
+        Ok(sums.into_iter().map(|sum| sum.loss).collect())
+    }
+
     /// Summed loss of all trained tokens, and how many there are.
     pub(crate) fn evaluate(&mut self, choice: Choice, rows: &[batch::Row]) -> CommandResult<(f64, u64)> {
         self.wear(choice);

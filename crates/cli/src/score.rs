@@ -91,7 +91,10 @@ fn scored(question: &Question, tokenizer: &Tokenizer, max_length: usize) -> Comm
     Ok(Scored { rows: rows.collect::<CommandResult<_>>()?, right })
 }
 
-/// How often the right choice scores highest. Of equals the first counts, so that a model that knows nothing is not right.
+/// Questions that go through the model together.
+const TOGETHER: usize = 16;
+
+/// How often the right choice scores higher than all others. Of equals none counts: a model that knows nothing is not right.
 pub(crate) fn accuracy(
     model: &mut Model,
     choice: Choice,
@@ -99,24 +102,24 @@ pub(crate) fn accuracy(
     bar: &Bar,
 ) -> CommandResult<Share> {
     let (mut right, mut chance) = (0, 0.0);
-    for (index, question) in questions.iter().enumerate() {
-        let mut losses = Vec::with_capacity(question.rows.len());
-        for row in &question.rows {
-            losses.push(model.evaluate(choice, std::slice::from_ref(row))?.0);
+    for (group, group_of) in questions.chunks(TOGETHER).enumerate() {
+        let rows: Vec<Row> = group_of.iter().flat_map(|question| question.rows.clone()).collect();
+        let all = model.row_losses(choice, &rows)?;
+        let mut losses = all.as_slice();
+        for question in group_of {
+            let (own, rest) = losses.split_at(question.rows.len());
+            losses = rest;
+            let mine = own[question.right];
+            let best = |(other, loss): (usize, &f64)| other == question.right || *loss > mine;
+            right += u64::from(own.iter().enumerate().all(best));
+            chance += 1.0 / own.len() as f64;
         }
-        let best = losses.iter().copied().fold(f64::INFINITY, f64::min);
-        let others = losses.iter().enumerate().filter(|(other, _)| *other != question.right);
-        let alone = others.into_iter().all(|(_, loss)| *loss > best);
-        right += u64::from(losses[question.right] == best && alone);
-        chance += 1.0 / question.rows.len() as f64;
-        bar.at(index as u64 + 1, questions.len() as u64);
+        bar.at((group * TOGETHER + group_of.len()) as u64, questions.len() as u64);
     }
     let rows = questions.len() as u64;
     Ok(Share { right, rows, chance: chance / rows.max(1) as f64 })
 }
 
-/// Prompts that are continued together.
-const TOGETHER: usize = 16;
 /// Tokens that an answer may take beyond those of the completion: enough to see that it goes on.
 const BEYOND: usize = 4;
 

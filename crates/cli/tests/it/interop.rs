@@ -79,9 +79,11 @@ fn peft_opens_what_was_trained_on_a_4_bit_base() {
 fn peft_combines_adapters_to_the_same_change() {
     let Some(python) = python() else { return };
     let place = Place::new(TinyJob::default()).unwrap();
-    for (name, adapter) in
-        [("a", "adapters/lora_all_linear/llama/adapter"), ("b", "adapters/lora_qv/llama/adapter"), ("c", "adapters/rslora/llama/adapter")]
-    {
+    for (name, adapter) in [
+        ("a", "adapters/lora_all_linear/llama/adapter"),
+        ("b", "adapters/lora_qv/llama/adapter"),
+        ("c", "adapters/rslora/llama/adapter"),
+    ] {
         fixtures::copy_folder(&fixtures::reference(adapter), &place.path(name)).unwrap();
     }
     // Ranks: cat and svd take any, linear needs one: the first with itself and its opposite half.
@@ -95,7 +97,8 @@ fn peft_combines_adapters_to_the_same_change() {
     for (index, (how, weights, adapters)) in cases.iter().enumerate() {
         let out = format!("combined-{index}");
         let arguments =
-            [&["adapters", "combine"][..], adapters, &["--how", how, "--weights", weights, "--out", &out]].concat();
+            [&["adapters", "combine"][..], adapters, &["--how", how, "--weights", weights, "--out", &out]]
+                .concat();
         place.shanty.run(&arguments).unwrap().expect_code(0).unwrap();
         let check = Command::new(&python)
             .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/combine_in_peft.py"))
@@ -104,7 +107,8 @@ fn peft_combines_adapters_to_the_same_change() {
             .current_dir(place.folder.path())
             .output()
             .unwrap();
-        let (said, complained) = (String::from_utf8_lossy(&check.stdout), String::from_utf8_lossy(&check.stderr));
+        let (said, complained) =
+            (String::from_utf8_lossy(&check.stdout), String::from_utf8_lossy(&check.stderr));
         assert!(check.status.success(), "{how} {adapters:?}: {said}\n{complained}");
     }
 }

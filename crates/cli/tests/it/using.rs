@@ -15,7 +15,9 @@ use crate::support::Place;
 /// A place with two adapters of one base: `a` and `b`.
 fn place() -> Place {
     let place = Place::new(TinyJob::default()).unwrap();
-    for (name, adapter) in [("a", "adapters/lora_all_linear/llama/adapter"), ("b", "adapters/lora_qv/llama/adapter")] {
+    for (name, adapter) in
+        [("a", "adapters/lora_all_linear/llama/adapter"), ("b", "adapters/lora_qv/llama/adapter")]
+    {
         fixtures::copy_folder(&fixtures::reference(adapter), &place.path(name)).unwrap();
     }
     place
@@ -122,7 +124,10 @@ fn wrong_use_of_adapters_is_answered() {
         (vec!["adapters", "rename", "a", "--out", "c"], "SH0901"),
         (vec!["adapters", "rename", "a", "--module", "absent=x", "--out", "c"], "SH0454"),
         (vec!["adapters", "inspect", "model"], "SH0401"),
-        (vec!["export", "gguf", "--model", "model", "--adapter", "a", "--out", "model/config.json"], "SH0456"),
+        (
+            vec!["export", "gguf", "--model", "model", "--adapter", "a", "--out", "model/config.json"],
+            "SH0456",
+        ),
         (vec!["export", "gguf", "--model", "model", "--adapter-only", "--out", "x.gguf"], "SH0901"),
     ] {
         assert_eq!(code(&place, &arguments), expected, "{arguments:?}");
@@ -140,7 +145,13 @@ fn a_conversation_switches_adapters_and_is_saved() {
     let input = "haul\n/adapter gnome\nha\\\nul\n/adapter\n/adapter elf\n/nonsense\n/save talk.jsonl\n/save talk.jsonl\n/reset\nhaul\n/quit\nnever read\n";
     let (stdout, stderr) = with_input(&place, &[&chat[..], BOTH].concat(), input);
     assert_eq!(stdout.lines().count(), 3, "one answer a line of the user: {stdout:?}");
-    for told in ["gnome answers from now on", "* gnome", "no adapter is called `elf`", "there is no /nonsense", "begins anew"] {
+    for told in [
+        "gnome answers from now on",
+        "* gnome",
+        "no adapter is called `elf`",
+        "there is no /nonsense",
+        "begins anew",
+    ] {
         assert!(stderr.contains(told), "{told}: {stderr}");
     }
     let saved: Value = serde_json::from_str(&fs::read_to_string(place.path("talk.jsonl")).unwrap()).unwrap();
@@ -182,9 +193,16 @@ fn eval_scores_choices_and_compares_adapters() {
     assert_eq!(text.lines().count(), 3, "{text}");
 
     // The log likelihood that decides is that of the logits.
-    fs::write(place.path("wrong.jsonl"), "{\"prompt\": \"a\", \"completion\": \"b\", \"choices\": [\"c\", \"d\"]}\n").unwrap();
+    fs::write(
+        place.path("wrong.jsonl"),
+        "{\"prompt\": \"a\", \"completion\": \"b\", \"choices\": [\"c\", \"d\"]}\n",
+    )
+    .unwrap();
     assert_eq!(code(&place, &["eval", "--model", "model", "--data", "wrong.jsonl"]), "SH0923");
-    assert_eq!(code(&place, &["eval", "--model", "model", "--data", "train.jsonl", "--exact-match"]), "SH0901");
+    assert_eq!(
+        code(&place, &["eval", "--model", "model", "--data", "train.jsonl", "--exact-match"]),
+        "SH0901"
+    );
 }
 
 #[test]
@@ -195,7 +213,8 @@ fn a_merged_model_says_what_base_and_adapter_say() {
         ok(&place, &[&["logits"], arguments, &ids].concat());
         fs::read(place.path(out)).unwrap()
     };
-    let merge = ["merge", "--model", "model", "--adapter", "a", "--check", "--out", "merged", "--eval", "eval.jsonl"];
+    let merge =
+        ["merge", "--model", "model", "--adapter", "a", "--check", "--out", "merged", "--eval", "eval.jsonl"];
     let said = ok(&place, &merge).stdout;
     assert!(said.contains("14 tensors changed by `a`"), "{said}");
     assert!(said.contains("checked: 14 tensors"), "{said}");
@@ -211,7 +230,21 @@ fn a_merged_model_says_what_base_and_adapter_say() {
 
     let lossy = ok(
         &place,
-        &["merge", "--model", "model", "--adapter", "a", "--form", "nf4", "--out", "small", "--eval", "eval.jsonl", "--output", "json"],
+        &[
+            "merge",
+            "--model",
+            "model",
+            "--adapter",
+            "a",
+            "--form",
+            "nf4",
+            "--out",
+            "small",
+            "--eval",
+            "eval.jsonl",
+            "--output",
+            "json",
+        ],
     );
     let lossy = lossy.object().unwrap();
     let lost = lossy["loss_mean"].as_f64().unwrap();
@@ -278,7 +311,8 @@ fn adapters_are_looked_at_combined_and_converted() {
     assert!(config.contains("somewhere/else"), "{config}");
     let logits = |adapter: &str| -> Vec<u8> {
         let out = format!("{adapter}.safetensors");
-        let arguments = ["logits", "--model", "model", "--adapter", adapter, "--ids", "[[5,17,33]]", "--out", &out];
+        let arguments =
+            ["logits", "--model", "model", "--adapter", adapter, "--ids", "[[5,17,33]]", "--out", &out];
         ok(&place, &arguments);
         fs::read(place.path(&out)).unwrap()
     };
@@ -316,7 +350,9 @@ fn a_closed_pipe_is_no_reason_to_panic() {
 fn llama_cpp() -> Option<PathBuf> {
     let python = std::env::var_os("SHANTY_LLAMA_CPP_PYTHON").map(PathBuf::from);
     if python.is_none() {
-        eprintln!("SKIPPED: SHANTY_LLAMA_CPP_PYTHON names no Python with llama-cpp-python; nothing was compared");
+        eprintln!(
+            "SKIPPED: SHANTY_LLAMA_CPP_PYTHON names no Python with llama-cpp-python; nothing was compared"
+        );
     }
     python
 }
@@ -346,7 +382,19 @@ fn llama_cpp_reads_what_is_exported() {
     let ids = serde_json::json!([tokenizer.encode(text, false).unwrap()]).to_string();
     ok(
         &place,
-        &["logits", "--model", base, "--adapter", adapter, "--quantization", "none", "--ids", &ids, "--out", "ours.safetensors"],
+        &[
+            "logits",
+            "--model",
+            base,
+            "--adapter",
+            adapter,
+            "--quantization",
+            "none",
+            "--ids",
+            &ids,
+            "--out",
+            "ours.safetensors",
+        ],
     );
     let check = Command::new(python)
         .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/open_in_llama_cpp.py"))

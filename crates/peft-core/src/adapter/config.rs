@@ -64,7 +64,11 @@ pub(super) fn parse(text: &[u8], file: &Path) -> Result<Value> {
 
 /// The text of an `adapter_config.json` as PEFT 0.21.2 writes it.
 pub fn to_json(method: &dyn Method, layout: &ParameterLayout, state: &[f32]) -> String {
-    let mut map = method.settings(layout, state);
+    complete(method, method.settings(layout, state))
+}
+
+/// The text with the keys that every method has added to `map`.
+pub(super) fn complete(method: &dyn Method, mut map: Map<String, Value>) -> String {
     for (key, value) in [
         ("auto_mapping", Value::Null),
         ("base_model_name_or_path", json!(method.base_model())),

@@ -82,7 +82,7 @@ impl AdapterFolder {
     }
 
     /// Hash of the base that it was trained on, where its file says it.
-    pub fn base_hash(&self) -> Option<&str> {
+    pub fn base_hash(&self) -> Option<String> {
         self.tensors.metadata(BASE_HASH)
     }
 
@@ -187,15 +187,25 @@ pub fn contents(fit: &Fit, parameters: &[f32], state: &[f32]) -> Result<Vec<(Str
     let effective = match fit.network() {
         Some(network) => {
             made.resize(fit.layout().len(), 0.0);
-            network.network.forward(parameters, &mut made)?;
+            network.network.forward(parameters, None, &mut made)?;
             &made[..]
         }
         None => parameters,
     };
-    let saved = method.saved(fit.layout(), effective, state)?;
+    let converted = fit.start().and_then(|start| method.converted(fit.layout(), effective, start));
+    let (settings, saved) = match converted {
+        Some(converted) => converted,
+        None => {
+            let settings = match fit.model() {
+                Some(model) => method.settings_on(model, fit.layout(), state),
+                None => method.settings(fit.layout(), state),
+            };
+            (settings, method.saved(fit.layout(), effective, state)?)
+        }
+    };
     let tensors = serialise(fit, &saved)
         .map_err(|error| unwritable(Path::new(TENSORS_FILE), io::Error::other(error)))?;
-    let settings = config::to_json(&**method, fit.layout(), state).into_bytes();
+    let settings = config::complete(&**method, settings).into_bytes();
     Ok(vec![(TENSORS_FILE.to_owned(), tensors), (CONFIG_FILE.to_owned(), settings)])
 }
 

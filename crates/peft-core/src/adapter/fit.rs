@@ -19,10 +19,13 @@ use crate::{
 #[derive(Debug, Clone, Default)]
 pub struct Fit {
     method: Option<SharedMethod>,
+    model: Option<ModelConfig>,
     layout: ParameterLayout,
     matched: Matched,
     network: Option<Network>,
     base_hash: Option<blake3::Hash>,
+    /// Parameters that a start computed from the base began with, where the base was changed or the start prepared.
+    start: Option<Arc<[f32]>>,
 }
 
 /// A small network in front of a method's tensors.
@@ -57,12 +60,21 @@ impl Fit {
             let norms = parts.iter_mut().filter(|part| part.module.kind == ModuleKind::Norm);
             norms.flat_map(|part| &mut part.tensors).for_each(|tensor| tensor.shift = 1.0);
         }
-        let layout = ParameterLayout::new(parts, method.input_tensors(model)?);
+        let inputs = method.input_tensors(model)?;
+        let layout = ParameterLayout::new(parts, inputs).with_virtual_tokens(method.virtual_tokens());
         let network = method.reparameterisation(model)?.map(|network| Network {
             layout: ParameterLayout::new(Vec::new(), network.tensors()),
             network: Arc::from(network),
         });
-        Ok(Self { method: Some(method), layout, matched, network, base_hash: None })
+        Ok(Self {
+            method: Some(method),
+            model: Some(model.clone()),
+            layout,
+            matched,
+            network,
+            base_hash: None,
+            start: None,
+        })
     }
 
     /// The bare base: no method, nothing trained.
@@ -92,6 +104,11 @@ impl Fit {
         self.method.as_ref()
     }
 
+    /// The model that it is fitted to; none on the bare base.
+    pub fn model(&self) -> Option<&ModelConfig> {
+        self.model.as_ref()
+    }
+
     /// Where each tensor lies that passes read: PEFT's tensors.
     pub fn layout(&self) -> &ParameterLayout {
         &self.layout
@@ -105,6 +122,15 @@ impl Fit {
     /// The network in front of the tensors, where there is one.
     pub fn network(&self) -> Option<&Network> {
         self.network.as_ref()
+    }
+
+    /// What a start that was computed from the base put into the flat parameters; 0 where it puts nothing.
+    pub fn start(&self) -> Option<&[f32]> {
+        self.start.as_deref()
+    }
+
+    pub(crate) fn set_start(&mut self, start: Vec<f32>) {
+        self.start = Some(start.into());
     }
 
     /// The modules that are adapted.

@@ -20,6 +20,8 @@ use super::{
 };
 use crate::{
     backend::{Backend, cpu::Cpu, cuda::Cuda},
+    batch::VirtualTokens,
+    engine::StepKey,
     error::Result,
     model::{ModelConfig, Module},
 };
@@ -165,18 +167,6 @@ impl Needs {
     }
 }
 
-/// What stands before the tokens of a sample.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum VirtualTokens {
-    /// Nothing.
-    #[default]
-    None,
-    /// So many keys and values in every layer (prefix tuning).
-    Keys(usize),
-    /// So many rows before the token embeddings (prompt tuning, p-tuning).
-    Rows(usize),
-}
-
 /// A step, as the hooks of a method see it. All buffers are of the layout that is trained.
 #[derive(Debug)]
 pub struct StepHook<'a> {
@@ -188,6 +178,15 @@ pub struct StepHook<'a> {
     pub total_steps: u64,
     /// The gradient of the mean loss is the reduced gradient times this; clipping included once it is known.
     pub scale: f64,
+}
+
+/// What a start computes for a module.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct PreparedModule {
+    /// Suffix, shape and numbers of tensors.
+    pub tensors: Vec<(&'static str, Vec<usize>, Vec<f32>)>,
+    /// The weight that stands for the base's from now on.
+    pub residual: Option<Vec<f32>>,
 }
 
 /// A module whose tensors are to begin, as [`Method::start`] sees it.
@@ -260,6 +259,12 @@ pub trait Method: Debug + Send + Sync {
         VirtualTokens::None
     }
 
+    /// The base's tokens that the virtual tokens begin as: its embeddings of them, or its keys and values of them as a text.
+    /// None where they begin as their tensors say.
+    fn start_tokens(&self, _model: &ModelConfig, _seed: u64) -> Option<Vec<u32>> {
+        None
+    }
+
     /// A small network that makes the tensors above out of others, which are trained in their place.
     ///
     /// # Errors
@@ -274,6 +279,38 @@ pub trait Method: Debug + Send + Sync {
     /// Where the base's numbers cannot be had, or the start cannot be computed.
     fn start(&self, _start: &mut ModuleStart<'_>) -> Result<()> {
         Ok(())
+    }
+
+    /// PEFT's word for a start whose tensors are computed from the base as it is on disk, once and for all workers, by
+    /// [`Method::prepare`]; none where there is no such start.
+    fn prepared_start(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// Computes such a start for a module: `weight` is the base's, row after row, `lost` what 4 bits lose of it (empty where
+    /// the base is not quantised).
+    ///
+    /// # Errors
+    /// Where it cannot be computed.
+    fn prepare(
+        &self,
+        _cpu: &Cpu,
+        _module: &Module,
+        _weight: &[f32],
+        _lost: &[f32],
+    ) -> Result<PreparedModule> {
+        Ok(PreparedModule::default())
+    }
+
+    /// Settings and tensors as they are saved for the base on disk, where a start changed the base that is trained on; none where
+    /// it did not. `start` is [`super::Fit::start`].
+    fn converted(
+        &self,
+        _layout: &ParameterLayout,
+        _parameters: &[f32],
+        _start: &[f32],
+    ) -> Option<(Map<String, Value>, Vec<SavedTensor>)> {
+        None
     }
 
     /// What a pass needs for a module.
@@ -322,6 +359,16 @@ pub trait Method: Debug + Send + Sync {
             values: parameters[entry.range.clone()].iter().map(|value| value - entry.shift).collect(),
         });
         Ok(saved.collect())
+    }
+
+    /// As [`Method::settings`], where they depend on the model.
+    fn settings_on(
+        &self,
+        _model: &ModelConfig,
+        layout: &ParameterLayout,
+        state: &[f32],
+    ) -> Map<String, Value> {
+        self.settings(layout, state)
     }
 
     /// Numbers that the method carries from step to step besides its parameters; checkpoints keep them.
@@ -375,11 +422,12 @@ pub trait Reparameterisation: Debug + Send + Sync {
     /// The trained tensors; they stand in no module and are named by their suffix alone.
     fn tensors(&self) -> Vec<Tensor>;
 
-    /// `trained` is of the layout of [`Self::tensors`], `effective` of the method's own tensors.
+    /// `trained` is of the layout of [`Self::tensors`], `effective` of the method's own tensors. `key` is that of a training
+    /// step, for dropout inside of the network; none leaves nothing out.
     ///
     /// # Errors
     /// Where the network cannot compute.
-    fn forward(&self, trained: &[f32], effective: &mut [f32]) -> Result<()>;
+    fn forward(&self, trained: &[f32], key: Option<StepKey>, effective: &mut [f32]) -> Result<()>;
 
     /// Adds to `trained_gradient` what `effective_gradient` means for the trained tensors.
     ///
@@ -388,7 +436,17 @@ pub trait Reparameterisation: Debug + Send + Sync {
     fn backward(
         &self,
         trained: &[f32],
+        key: Option<StepKey>,
         effective_gradient: &[f32],
         trained_gradient: &mut [f32],
     ) -> Result<()>;
+
+    /// Changes `trained`, which holds a start, so that the network gives `effective`, as nearly as it can. False where the
+    /// network cannot be made to give anything in particular; `trained` is then as it was.
+    ///
+    /// # Errors
+    /// Where the network cannot compute.
+    fn reach(&self, _effective: &[f32], _trained: &mut [f32]) -> Result<bool> {
+        Ok(false)
+    }
 }

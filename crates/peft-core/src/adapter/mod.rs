@@ -14,9 +14,14 @@ pub mod ia3;
 pub mod layout;
 pub mod lora;
 pub mod method;
+pub mod networks;
+pub mod p_tuning;
+pub mod prefix_tuning;
+pub mod prompt_tuning;
 pub mod registry;
 pub mod select;
 pub mod targets;
+pub mod virtual_tokens;
 
 pub use adalora::AdaLoraConfig;
 pub use branch::{BranchScratch, EmbeddingBranch, EmbeddingSite, LinearBranch, LinearSite, PassDropout};
@@ -26,9 +31,13 @@ pub use ia3::Ia3Config;
 pub use layout::{ParameterEntry, ParameterLayout};
 pub use lora::{Bias, LoraConfig, LoraStart};
 pub use method::{
-    AnyMethod, Method, MethodOn, ModuleStart, Needs, Rate, Reparameterisation, Role, SavedTensor,
-    SharedMethod, Start, StepHook, Tensor, VirtualTokens,
+    AnyMethod, Method, MethodOn, ModuleStart, Needs, PreparedModule, Rate, Reparameterisation, Role,
+    SavedTensor, SharedMethod, Start, StepHook, Tensor,
 };
+pub use p_tuning::{PTuningConfig, PromptEncoder};
+pub use prefix_tuning::{PrefixStart, PrefixTuningConfig};
+pub use prompt_tuning::{PromptStart, PromptTuningConfig};
 pub use registry::Registration;
 pub use select::Selection;
 pub use targets::{Matched, TargetModules};
+pub use virtual_tokens::VirtualTokenConfig;

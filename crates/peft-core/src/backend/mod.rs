@@ -16,7 +16,7 @@ use std::ops::{DerefMut, Range};
 pub use view::{View, ViewMut};
 
 use crate::{
-    batch::PackedBatch,
+    batch::{PackedBatch, Span},
     engine::GradientSink,
     error::Result,
     model::{EmbeddingView, Matrix},
@@ -62,12 +62,31 @@ pub struct Product<'a, B: Backend> {
     pub transpose_b: bool,
 }
 
+/// What of a span begins where.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SpanStart {
+    /// Its queries: rows of the batch.
+    Queries,
+    /// Its keys: rows of the keys and values.
+    Keys,
+}
+
+impl SpanStart {
+    /// The first row.
+    pub fn of(self, span: &Span) -> usize {
+        match self {
+            Self::Queries => span.query_start,
+            Self::Keys => span.key_start,
+        }
+    }
+}
+
 /// How large a micro-batch may get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchRoom {
     /// Tokens of all rows.
     pub tokens: usize,
-    /// Keys of the longest span.
+    /// Keys of the longest span, virtual ones included.
     pub longest_span: usize,
     /// Columns of the widest matrix that dropout is applied to.
     pub widest: usize,
@@ -195,6 +214,16 @@ pub trait Backend: Sized + Send + Sync + 'static {
         x: View<'_, Self>,
         out: ViewMut<'_, Self>,
     );
+
+    /// Writes the virtual tokens `from` `[count, columns]` to the front of every span of `to`: `to[start + i, :] = from[i, :]`.
+    fn put_virtual(&self, batch: &Self::Batch, at: SpanStart, from: View<'_, Self>, to: ViewMut<'_, Self>);
+    /// Adds up what lies at the front of every span of `from`, whose rows are keys of the batch, span by span:
+    /// `to[i, :] += from[span.key_start + i, :]`. `to` `[count, columns]`.
+    fn sum_virtual(&self, batch: &Self::Batch, from: View<'_, Self>, to: ViewMut<'_, Self>);
+    /// Writes the rows of `from` `[T, columns]` behind the virtual keys of their span in `to` `[keys, columns]`.
+    fn rows_to_keys(&self, batch: &Self::Batch, from: View<'_, Self>, to: ViewMut<'_, Self>);
+    /// The reverse of [`Backend::rows_to_keys`]: `to` `[T, columns]` gets the keys that stand for rows.
+    fn keys_to_rows(&self, batch: &Self::Batch, from: View<'_, Self>, to: ViewMut<'_, Self>);
 
     /// `out = x / sqrt(mean(x^2) + epsilon) * weight`; the factor of each row is kept in `reciprocal` `[T, 1]`.
     fn rms_norm(

@@ -4,16 +4,18 @@
 //! the caller, as flat buffers of one [`ParameterLayout`]:
 //! ```text
 //! let mut engine = Engine::load(options, &mut |_| {})?;
-//! let mut parameters = engine.initial_parameters(seed);
+//! let mut parameters = engine.initial_parameters(seed)?;
 //! let sum = engine.forward_backward(&parameters, &rows, StepKey { seed, step: 1 }, &mut gradient, &mut NoSink)?;
 //! // … reduce, scale by 1 / tokens, clip, AdamW …
 //! ```
 
+mod base_start;
 mod error;
 mod load;
 mod machine;
 mod options;
 mod passes;
+mod prepared;
 mod start;
 
 use std::ops::Range;
@@ -216,19 +218,6 @@ impl Engine {
         self.machine.card().map(|card| (card.card(), card.peak_bytes()))
     }
 
-    /// Flat parameters at their start, as the method says; those that follow from the base are read from it.
-    ///
-    /// # Errors
-    /// Where a layer's weights cannot be had, or a start that is computed ahead is not there.
-    pub fn initial_parameters(&mut self, seed: u64) -> Result<Vec<f32>> {
-        let mut parameters = vec![0.0; self.layout().len()];
-        self.layout().initialise(seed, &mut parameters);
-        if self.fit.network().is_none() {
-            start::from_base(&self.fit, &self.config, &mut *self.base, &mut parameters)?;
-        }
-        Ok(parameters)
-    }
-
     /// What passes run on, taken apart: the machine, its parts, what plans are made for, and the parameters as passes read
     /// them.
     pub(crate) fn take_apart<'a>(
@@ -236,14 +225,14 @@ impl Engine {
         parameters: Option<&'a [f32]>,
     ) -> Result<(&'a mut Machine, Parts<'a>, &'a PlanRequest, Option<&'a [f32]>)> {
         let Self { machine, config, base, fit, made, request, .. } = self;
-        let parameters = made.parameters(fit, parameters)?;
+        let parameters = made.parameters(fit, parameters, None)?;
         Ok((machine, Parts { config, base: &mut **base, layout: fit.layout() }, request, parameters))
     }
 }
 
 /// The memory plan of a method on a model.
 fn plan_for(config: &ModelConfig, fit: &Fit, request: &PlanRequest) -> (MemoryPlan, Sizes) {
-    let sizes = |tokens| Sizes::new(config, fit.layout(), tokens, request.max_length, request);
+    let sizes = |tokens| Sizes::of(config, fit, tokens, request.max_length, request);
     let plan = MemoryPlan::choose(sizes, request);
     (plan, sizes(plan.micro_batch_tokens))
 }
@@ -260,10 +249,15 @@ impl Made {
     }
 
     /// The parameters as passes read them: what the network makes of the trained ones, where there is one.
-    fn parameters<'a>(&'a mut self, fit: &Fit, trained: Option<&'a [f32]>) -> Result<Option<&'a [f32]>> {
+    fn parameters<'a>(
+        &'a mut self,
+        fit: &Fit,
+        trained: Option<&'a [f32]>,
+        key: Option<StepKey>,
+    ) -> Result<Option<&'a [f32]>> {
         match (fit.network(), trained) {
             (Some(network), Some(trained)) => {
-                network.network.forward(trained, &mut self.parameters)?;
+                network.network.forward(trained, key, &mut self.parameters)?;
                 Ok(Some(&self.parameters))
             }
             (_, trained) => Ok(trained),

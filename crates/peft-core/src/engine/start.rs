@@ -1,89 +1,101 @@
-//! Starts of trained tensors that follow from the base.
+//! Parameters before the first step.
 
+use super::{Engine, Machine, Parts, base_start};
 use crate::{
-    adapter::{AnyMethod, Fit, ModuleStart, ParameterEntry, Role, Start},
+    adapter::Branches,
+    backend::Backend,
+    batch::VirtualTokens,
     error::Result,
-    model::{BaseSource, LayerWeights, ModelConfig, Module, ModuleKind, Norm, Place, Projection},
+    generate::{Room, Session},
+    model::BaseSource,
+    plan::PlanRequest,
 };
 
-/// Fills in what is [`Start::Base`] or [`Start::Computed`].
-pub(super) fn from_base(
-    fit: &Fit,
-    config: &ModelConfig,
-    base: &mut dyn BaseSource,
-    parameters: &mut [f32],
-) -> Result<()> {
-    let Some(method) = fit.method() else { return Ok(()) };
-    let layout = fit.layout();
-    for adapted in layout.modules() {
-        let (module, tensors) = (&adapted.module, layout.tensors(adapted));
-        if tensors.iter().all(|entry| !matches!(entry.start, Start::Base | Start::Computed)) {
-            continue;
-        }
-        for entry in tensors.iter().filter(|entry| entry.start == Start::Base) {
-            copy(&**method, config, base, module, entry, &mut parameters[entry.range.clone()])?;
-        }
-        if adapted.branch && tensors.iter().any(|entry| entry.start == Start::Computed) {
-            let weight = weight(base, module)?;
-            method.start(&mut ModuleStart { module, tensors, weight: &weight, parameters })?;
-        }
+impl Engine {
+    /// Whether [`Engine::initial_parameters`] computes with the base: the bits may then depend on the device.
+    pub fn computes_start(&self) -> bool {
+        let from_keys = self.fit.layout().virtual_tokens().keys() > 0;
+        from_keys && self.fit.method().is_some_and(|method| method.start_tokens(&self.config, 0).is_some())
     }
-    Ok(())
-}
 
-/// A module's weight, row after row.
-fn weight(base: &mut dyn BaseSource, module: &Module) -> Result<Vec<f32>> {
-    let mut weight = vec![0.0; module.shape[0] * module.shape[1]];
-    match (module.place, module.kind) {
-        (Place::Layer(layer), ModuleKind::Linear) => {
-            let weights = base.layer(layer)?;
-            weights.linear(Projection::ALL[module.index]).weight.write_f32(&mut weight);
+    /// Flat parameters at their start, as the method says: a function of `seed`, method and base alone.
+    ///
+    /// # Errors
+    /// Where the method begins from what the base makes of some tokens: an unknown token, memory is short, or a layer's weights
+    /// cannot be had.
+    pub fn initial_parameters(&mut self, seed: u64) -> Result<Vec<f32>> {
+        let mut parameters = vec![0.0; self.layout().len()];
+        self.layout().initialise(seed, &mut parameters);
+        if self.fit.network().is_none() {
+            base_start::fill(&self.fit, &self.config, &mut *self.base, &mut parameters)?;
         }
-        (Place::Layer(layer), ModuleKind::Norm) => {
-            weight.copy_from_slice(norm(&base.layer(layer)?, Norm::ALL[module.index]));
+        let tokens = self.fit.method().and_then(|method| method.start_tokens(&self.config, seed));
+        let Some(tokens) = tokens else { return Ok(parameters) };
+        self.check_tokens(0, &tokens)?;
+        let mut effective = vec![0.0; self.fit.layout().len()];
+        match self.fit.layout().virtual_tokens() {
+            VirtualTokens::None => return Ok(parameters),
+            VirtualTokens::Rows(_) => embed(&*self.base, &tokens, &mut effective),
+            VirtualTokens::Keys(_) => self.keys_and_values(&tokens, &mut effective)?,
         }
-        (_, ModuleKind::Norm) => weight.copy_from_slice(base.final_norm()),
-        (_, ModuleKind::Head) => base.head().rows_f32(0..module.shape[0], &mut weight),
-        (_, ModuleKind::Embedding) => base.embedding().rows_f32(0..module.shape[0], &mut weight),
-        _ => {}
+        match self.fit.network() {
+            Some(network) => {
+                network.network.reach(&effective, &mut parameters)?;
+            }
+            None => parameters = effective,
+        }
+        Ok(parameters)
     }
-    Ok(weight)
-}
 
-fn norm<'a>(weights: &LayerWeights<'a>, norm: Norm) -> &'a [f32] {
-    let of = |norm: Option<&'a [f32]>| norm.unwrap_or_default();
-    match norm {
-        Norm::AttentionInput => weights.input_norm,
-        Norm::Query => of(weights.query_norm),
-        Norm::Key => of(weights.key_norm),
-        Norm::AttentionOutput => of(weights.attention_output_norm),
-        Norm::MlpInput => weights.mlp_norm,
-        Norm::MlpOutput => of(weights.mlp_output_norm),
-    }
-}
-
-fn copy(
-    method: &dyn AnyMethod,
-    config: &ModelConfig,
-    base: &mut dyn BaseSource,
-    module: &Module,
-    entry: &ParameterEntry,
-    out: &mut [f32],
-) -> Result<()> {
-    match (entry.role, module.place) {
-        (Role::Rows, _) => {
-            let table = base.embedding();
-            for (row, token) in out.chunks_exact_mut(config.hidden_size).zip(method.trained_tokens()) {
-                table.gather_row(*token as usize, row);
+    /// What the bare base computes for `tokens` as a text, in PEFT's layout: a token is a row
+    /// `[layer 0 K | layer 0 V | layer 1 K | …]`, K as it lies in a cache.
+    fn keys_and_values(&mut self, tokens: &[u32], out: &mut [f32]) -> Result<()> {
+        let (layers, features) = (self.config.layers, self.config.key_value_heads * self.config.head_dim);
+        let (machine, mut parts, request, _) = self.take_apart(None)?;
+        let mut caches = vec![0.0; 2 * layers * tokens.len() * features];
+        match machine {
+            Machine::Cpu(worker) => {
+                let (backend, branches, _) = worker.lend(None)?;
+                read(backend, &mut parts, request, branches, tokens, &mut caches)?;
+            }
+            Machine::Cuda(worker) => {
+                let (backend, branches, _) = worker.lend(None)?;
+                read(backend, &mut parts, request, branches, tokens, &mut caches)?;
             }
         }
-        (Role::Bias, Place::Layer(layer)) => {
-            let weights = base.layer(layer)?;
-            if let Some(bias) = weights.linear(Projection::ALL[module.index]).bias {
-                out.copy_from_slice(bias);
+        for (part, numbers) in caches.chunks_exact(tokens.len() * features).enumerate() {
+            for (token, numbers) in numbers.chunks_exact(features).enumerate() {
+                let start = (token * 2 * layers + part) * features;
+                out[start..start + features].copy_from_slice(numbers);
             }
         }
-        _ => out.copy_from_slice(&weight(base, module)?),
+        Ok(())
     }
-    Ok(())
+}
+
+/// Runs the bare base over `tokens`, and takes the keys and values of every layer.
+fn read<B: Backend>(
+    backend: &B,
+    parts: &mut Parts<'_>,
+    request: &PlanRequest,
+    branches: &Branches<B>,
+    tokens: &[u32],
+    caches: &mut [f32],
+) -> Result<()> {
+    let count = tokens.len();
+    let features = parts.config.key_value_heads * parts.config.head_dim;
+    let room = Room { rows: 1, positions: count, tokens: count, cached: true };
+    let mut session = Session::new(backend, parts, request, room)?;
+    let mut logits = vec![0.0; parts.config.vocabulary_size];
+    session.advance(backend, parts, (branches, None), &[(0, tokens)], 1, &mut logits)?;
+    session.download(backend, count, features, caches);
+    backend.settle()
+}
+
+/// The base's embeddings of `tokens`, a row each.
+fn embed(base: &(dyn BaseSource + Send + Sync), tokens: &[u32], out: &mut [f32]) {
+    let table = base.embedding();
+    for (token, row) in tokens.iter().zip(out.chunks_exact_mut(table.columns())) {
+        table.gather_row(*token as usize, row);
+    }
 }

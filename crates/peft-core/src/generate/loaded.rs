@@ -29,7 +29,7 @@ impl LoadedAdapter {
         let fit = folder.fit(base)?.without_network();
         let mut parameters = vec![0.0; fit.layout().len()];
         folder.read_into(fit.layout(), &mut parameters)?;
-        let base_hash = folder.base_hash().map(str::to_owned);
+        let base_hash = folder.base_hash();
         Ok(Self { fit, parameters, base_hash, dropped_keys: folder.dropped_keys().to_vec() })
     }
 

@@ -11,7 +11,7 @@ use std::ops::ControlFlow;
 
 pub use loaded::LoadedAdapter;
 pub use sampling::{Sampler, SamplingOptions};
-use session::{Room, Session};
+pub(crate) use session::{Room, Session};
 
 use crate::{
     adapter::Branches,
@@ -87,7 +87,7 @@ impl Engine {
         requests: &[Request],
         on_token: &mut Listener<'_>,
     ) -> Result<Vec<Continuation>> {
-        let context = self.config().max_positions;
+        let context = self.context(parameters.is_some());
         for (index, Request { prompt, .. }) in requests.iter().enumerate() {
             if prompt.is_empty() || prompt.len() > context {
                 return Err(StepError::ContextTooLong { tokens: prompt.len(), positions: context }.into());
@@ -118,7 +118,7 @@ impl Engine {
     /// Where the rows differ in length, exceed the base's context or hold an unknown token, or memory is short.
     pub fn logits(&mut self, parameters: Option<&[f32]>, ids: &[Vec<u32>]) -> Result<Vec<f32>> {
         let Some(tokens) = ids.first().map(Vec::len) else { return Ok(Vec::new()) };
-        let positions = self.config().max_positions;
+        let positions = self.context(parameters.is_some());
         if tokens > positions {
             return Err(StepError::ContextTooLong { tokens, positions }.into());
         }
@@ -147,6 +147,14 @@ impl Engine {
             }
         }
         Ok(out)
+    }
+}
+
+impl Engine {
+    /// Tokens that the base's context has room for, behind the adapter's virtual tokens.
+    fn context(&self, adapted: bool) -> usize {
+        let ahead = if adapted { self.fit.layout().virtual_tokens().count() } else { 0 };
+        self.config().max_positions.saturating_sub(ahead)
     }
 }
 
@@ -191,7 +199,9 @@ fn continue_all<B: Backend>(
     requests: &[Request],
     on_token: &mut Listener<'_>,
 ) -> Result<Vec<Continuation>> {
-    let (context, vocabulary) = (parts.config.max_positions, parts.config.vocabulary_size);
+    let vocabulary = parts.config.vocabulary_size;
+    let ahead = adapter.1.map_or(0, |_| parts.layout.virtual_tokens().count());
+    let context = parts.config.max_positions.saturating_sub(ahead);
     let longest = requests.iter().map(|request| request.prompt.len()).max().unwrap_or(1);
     let positions = requests.iter().map(|request| request.prompt.len() + request.options.max_tokens);
     let positions = positions.max().unwrap_or(1).min(context);
@@ -253,6 +263,7 @@ fn all_logits<B: Backend>(
     let mut session = Session::new(backend, &parts, request, room)?;
     let row_length = tokens * parts.config.vocabulary_size;
     for (row, out) in ids.iter().zip(out.chunks_exact_mut(row_length)) {
+        session.restart();
         session.advance(backend, &mut parts, adapter, &[(0, row)], tokens, out)?;
     }
     Ok(())

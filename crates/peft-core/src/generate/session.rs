@@ -2,8 +2,8 @@
 
 use crate::{
     adapter::Branches,
-    backend::{Backend, View, ViewMut},
-    batch::{PackedBatch, Span},
+    backend::{Backend, SpanStart, View, ViewMut},
+    batch::{PackedBatch, Span, VirtualTokens},
     engine::Parts,
     error::Result,
     model::decoder::{Attend, Decoder, Trained},
@@ -47,7 +47,14 @@ pub(crate) struct Session<B: Backend> {
 impl<B: Backend> Session<B> {
     /// Reserves memory.
     pub(crate) fn new(backend: &B, parts: &Parts<'_>, request: &PlanRequest, room: Room) -> Result<Self> {
-        let sizes = Sizes::new(parts.config, parts.layout, room.tokens, room.positions, request);
+        // Every sequence begins with its virtual tokens.
+        let virtual_tokens = parts.layout.virtual_tokens();
+        let positions = room.positions + virtual_tokens.count();
+        let tokens = room.tokens + virtual_tokens.rows();
+        // What lies behind virtual keys is attended to where they lie: in the cache.
+        let cached = room.cached || virtual_tokens.keys() > 0;
+        let room = Room { positions, tokens, cached, ..room };
+        let sizes = Sizes::new(parts.config, parts.layout, tokens, positions, request);
         let layers = if room.cached { sizes.layers } else { 0 };
         let length = room.rows * room.positions * sizes.keys;
         let cache = || Ok(Cache { keys: backend.allocate(length)?, values: backend.allocate(length)? });
@@ -61,6 +68,11 @@ impl<B: Backend> Session<B> {
         })
     }
 
+    /// Begins all sequences anew.
+    pub(crate) fn restart(&mut self) {
+        self.lengths.fill(0);
+    }
+
     /// Appends tokens that the base knows to some sequences, each named once, with the branches and parameters of an adapter; writes the logits of the last `rows` of all of
     /// them, as they come one after the other, to `out`.
     pub(crate) fn advance(
@@ -72,33 +84,47 @@ impl<B: Backend> Session<B> {
         rows: usize,
         out: &mut [f32],
     ) -> Result<()> {
-        self.pack(pieces);
+        let (branches, parameters) = adapter;
+        let Parts { config, base, layout } = parts;
+        let begins = pieces.iter().all(|(row, _)| self.lengths[*row] == 0);
+        debug_assert!(
+            begins || pieces.iter().all(|(row, _)| self.lengths[*row] > 0),
+            "sequences that begin and sequences that go on do not go together"
+        );
+        let trained = Trained { parameters, layout, branches, dropout: None, begins };
+        let virtual_tokens = if begins { trained.virtual_tokens() } else { VirtualTokens::None };
+        self.pack(pieces, virtual_tokens);
         let Self { arena, rope, caches, packed, room, lengths } = self;
         let tokens = packed.tokens();
         backend.load_batch(packed, &mut arena.batch);
 
-        let Parts { config, base, layout } = parts;
         let features = config.key_value_heads * config.head_dim;
-        let (branches, parameters) = adapter;
-        let trained = Trained { parameters, layout, branches, dropout: None };
+        let kept = room.rows * room.positions;
+        for (layer, cache) in caches.iter_mut().enumerate().filter(|_| virtual_tokens.keys() > 0) {
+            let Some(parts) = trained.virtual_keys(layer, features) else { continue };
+            for (part, place) in parts.into_iter().zip([&mut cache.keys, &mut cache.values]) {
+                let to = ViewMut::<B>::new(place, kept, features);
+                backend.put_virtual(&arena.batch, SpanStart::Keys, part, to);
+            }
+        }
+        let (base, keys) = (&mut **base, packed.keys());
         let mut decoder =
-            Decoder { backend, config, base: &mut **base, trained, rope, arena, tokens, predicting: 0 };
-        let (spans, lengths_before) = (&packed.spans, &*lengths);
+            Decoder { backend, config, base, trained, rope, arena, tokens, keys, predicting: 0 };
+        let spans = &packed.spans;
         backend.run(|| {
             decoder.forward_with(|layer, attention, step| {
-                let Attend { backend, batch, tokens, work, attended } = step;
+                let Attend { backend, batch, tokens, work, joined, attended } = step;
                 let Some(cache) = caches.get_mut(layer) else {
-                    return attention.attend(backend, batch, tokens, work, attended);
+                    return attention.attend(backend, batch, tokens, work, joined, attended);
                 };
-                for (span, (row, _)) in spans.iter().zip(pieces) {
-                    let start = (row * room.positions + lengths_before[*row]) * features;
+                for span in spans {
+                    let start = (span.key_start + span.keys - span.queries) * features;
                     for (new, kept) in [(&work.k, &mut cache.keys), (&work.v, &mut cache.values)] {
                         let new =
                             View::<B>::new(new, tokens, features).row_range(span.query_start, span.queries);
                         backend.copy(new, ViewMut::<B>::at(kept, start, span.queries, features));
                     }
                 }
-                let kept = room.rows * room.positions;
                 let keys = View::<B>::new(&cache.keys, kept, features);
                 let values = View::<B>::new(&cache.values, kept, features);
                 attention.attend_to(backend, batch, tokens, work, keys, values, attended);
@@ -108,25 +134,36 @@ impl<B: Backend> Session<B> {
         })?;
         backend.settle()?;
         if room.cached {
-            pieces.iter().for_each(|(row, ids)| lengths[*row] += ids.len());
+            pieces.iter().for_each(|(row, ids)| lengths[*row] += virtual_tokens.count() + ids.len());
         }
         Ok(())
     }
 
-    /// Lays new tokens end to end, each at its position, each seeing its own sequence alone.
-    fn pack(&mut self, pieces: &[Piece<'_>]) {
+    /// The keys, then the values of the first sequence, layer by layer: `[tokens, kv_heads * head_dim]` each.
+    pub(crate) fn download(&self, backend: &B, tokens: usize, features: usize, out: &mut [f32]) {
+        let parts = self.caches.iter().flat_map(|cache| [&cache.keys, &cache.values]);
+        for (part, out) in parts.zip(out.chunks_exact_mut(tokens * features)) {
+            backend.download(View::<B>::new(part, tokens, features), out);
+        }
+    }
+
+    /// Lays new tokens end to end, each at its position, each seeing its own sequence alone; `ahead` of them come virtual
+    /// tokens.
+    fn pack(&mut self, pieces: &[Piece<'_>], ahead: VirtualTokens) {
         let Self { packed, room, lengths, .. } = self;
         packed.clear();
         for (row, ids) in pieces {
-            let (past, query_start) = (lengths[*row], packed.tokens());
+            let (past, query_start) = (lengths[*row] + ahead.keys(), packed.tokens());
+            let queries = ahead.rows() + ids.len();
+            packed.token_ids.extend(std::iter::repeat_n(0, ahead.rows()));
             packed.token_ids.extend_from_slice(ids);
-            packed.positions.extend((past..past + ids.len()).map(|position| position as u32));
+            packed.positions.extend((past..past + queries).map(|position| position as u32));
             packed.sample_ids.resize(packed.token_ids.len(), *row as u64);
             packed.spans.push(Span {
                 query_start,
-                queries: ids.len(),
+                queries,
                 key_start: if room.cached { row * room.positions } else { query_start },
-                keys: past + ids.len(),
+                keys: past + queries,
             });
         }
     }

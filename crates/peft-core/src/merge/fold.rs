@@ -9,10 +9,10 @@ use std::collections::BTreeMap;
 use crate::{
     adapter::{
         BranchScratch, Branches, EmbeddingBranch, EmbeddingSite, LinearBranch, LinearSite, ParameterEntry,
-        VirtualTokens, layout::AdaptedModule, method::Role,
+        layout::AdaptedModule, method::Role,
     },
     backend::{Backend, BatchRoom, View, ViewMut, cpu::Cpu},
-    batch::{PackedBatch, Span},
+    batch::{PackedBatch, Span, VirtualTokens},
     error::Result,
     generate::LoadedAdapter,
     model::{ModelConfig, ModuleKind, Place},
@@ -100,8 +100,9 @@ impl<'a> Folder<'a> {
     pub(super) fn fold(&self, part: Part, values: &mut [f32]) -> Result<()> {
         match part {
             Part::Replaced(entry) => {
-                let range = self.adapter.fit().layout().entries()[entry].range.clone();
-                values.copy_from_slice(&self.adapter.parameters()[range]);
+                let entry = &self.adapter.fit().layout().entries()[entry];
+                let own = &self.adapter.parameters()[entry.range.clone()];
+                values.iter_mut().zip(own).for_each(|(value, own)| *value = own - entry.shift);
                 Ok(())
             }
             Part::Weight(index) => self.fold_weight(self.module(index), values),

@@ -232,7 +232,7 @@ fn write_tensor(
                 failed = writer.write(bytes).err();
             }
         };
-        if raw.dtype() == dtype {
+        if raw.dtype() == dtype && raw.is_plain() {
             raw.pieces(&mut put)?;
         } else {
             raw.pieces_f32(&mut |_| {}, |piece| put(&to_bytes(dtype, piece)))?;

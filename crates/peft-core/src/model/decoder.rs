@@ -5,13 +5,15 @@
 
 use crate::{
     adapter::{Branches, EmbeddingBranch, EmbeddingSite, ParameterLayout, PassDropout},
-    backend::{AttentionShape, Backend, Ready, View, ViewMut},
+    backend::{AttentionShape, Backend, Ready, SpanStart, View, ViewMut},
+    batch::VirtualTokens,
     error::Result,
     loss::head::{Head, HeadGradient, TrainedHead},
     model::{BaseSource, LayerWeights, LinearWeights, ModelConfig, Norm, Place, Projection},
     nn::{
-        attention::Attention,
+        attention::{Attention, Prefix},
         embedding,
+        inputs::Inputs,
         linear::{Branch, Linear, TrainedParts},
         mlp::Mlp,
         rms_norm::RmsNorm,
@@ -30,6 +32,8 @@ pub struct Trained<'a, B: Backend> {
     pub branches: &'a Branches<B>,
     /// Dropout of this pass.
     pub dropout: Option<PassDropout>,
+    /// Whether spans begin here, with their virtual tokens; they do not where a cached sequence goes on.
+    pub begins: bool,
 }
 
 impl<'a, B: Backend> Trained<'a, B> {
@@ -76,6 +80,34 @@ impl<'a, B: Backend> Trained<'a, B> {
             rows: rows.map(|(ids, at)| (ids, View::at(parameters, at, ids.len(), hidden))),
         }
     }
+
+    /// Virtual tokens of this pass: none on the bare base.
+    pub fn virtual_tokens(&self) -> VirtualTokens {
+        self.parameters.map_or(VirtualTokens::None, |_| self.layout.virtual_tokens())
+    }
+
+    /// Columns `first ..` of the virtual tokens, `[count, columns]`.
+    fn virtual_columns(&self, first: usize, columns: usize) -> Option<View<'a, B>> {
+        let entry = self.layout.virtual_tensor()?;
+        let whole = View::<B>::at(self.parameters?, entry.range.start, entry.rows(), entry.columns());
+        Some(whole.column_range(first, columns))
+    }
+
+    /// Virtual rows, `[count, hidden]`.
+    pub fn virtual_rows(&self, hidden: usize) -> Option<View<'a, B>> {
+        let put = self.begins && matches!(self.virtual_tokens(), VirtualTokens::Rows(_));
+        put.then(|| self.virtual_columns(0, hidden))?
+    }
+
+    /// Virtual keys and values of a layer, `[count, kv_heads * head_dim]` each: PEFT lays out
+    /// `[layer 0 K | layer 0 V | layer 1 K | …]`.
+    pub fn virtual_keys(&self, layer: usize, features: usize) -> Option<[View<'a, B>; 2]> {
+        if !matches!(self.virtual_tokens(), VirtualTokens::Keys(_)) {
+            return None;
+        }
+        let part = |index: usize| self.virtual_columns((2 * layer + index) * features, features);
+        Some([part(0)?, part(1)?])
+    }
 }
 
 /// A decoder at work on one micro-batch.
@@ -94,6 +126,8 @@ pub struct Decoder<'a, B: Backend, S: BaseSource + ?Sized> {
     pub arena: &'a mut Arena<B>,
     /// Tokens of the micro-batch that is loaded.
     pub tokens: usize,
+    /// Its keys, virtual ones included.
+    pub keys: usize,
     /// Rows of it that predict a trained token.
     pub predicting: usize,
 }
@@ -105,8 +139,8 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
     /// When a layer's weights cannot be had.
     pub fn forward(&mut self) -> Result<()> {
         self.forward_with(|_, attention, step| {
-            let Attend { backend, batch, tokens, work, attended } = step;
-            attention.attend(backend, batch, tokens, work, attended);
+            let Attend { backend, batch, tokens, work, joined, attended } = step;
+            attention.attend(backend, batch, tokens, work, joined, attended);
         })
     }
 
@@ -135,12 +169,17 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         if let Some(scale) = config.embedding_scale {
             backend.scale(scale, ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden));
         }
+        if let Some(rows) = self.trained.virtual_rows(hidden) {
+            let first = ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden);
+            backend.put_virtual(&arena.batch, SpanStart::Queries, rows, first);
+        }
         for layer in 0..config.layers {
             if layer + 1 < config.layers {
                 self.base.prefetch(layer + 1);
             }
             let weights = self.base.layer(layer)?;
-            let site = Site { backend, config, layer, trained: &self.trained, rope: self.rope };
+            let (trained, keys) = (&self.trained, self.keys);
+            let site = Site { backend, config, layer, trained, rope: self.rope, keys };
             let (attention, mlp) = site.blocks(&weights, &mut arena.weights);
             let (inputs, next) = arena.inputs.split_at_mut(layer + 1);
             let x = View::<B>::new(&inputs[layer], tokens, hidden);
@@ -148,7 +187,8 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
             let (work, scratch) = (&mut arena.work[index], &mut arena.scratch);
             let attended = &mut arena.attended[layer];
             attention.project(backend, &arena.batch, x, work, scratch);
-            attend(layer, &attention, Attend { backend, batch: &arena.batch, tokens, work, attended });
+            let (batch, joined) = (&arena.batch, &mut scratch.joined);
+            attend(layer, &attention, Attend { backend, batch, tokens, work, joined, attended });
             attention.output(backend, &arena.batch, x, attended, work, scratch);
             mlp.expand(backend, &arena.batch, tokens, work, scratch);
             let next = ViewMut::<B>::new(&mut next[0], tokens, hidden);
@@ -171,6 +211,16 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         });
         let branch = &mut arena.scratch.branch;
         head.loss(backend, &arena.batch, self.predicting, last, &mut arena.head, branch, gradient)
+    }
+
+    /// Loss of each row that predicts a trained token, in their order.
+    pub fn losses(&mut self, out: &mut [f32]) {
+        let (backend, tokens) = (self.backend, self.tokens);
+        let (hidden, layers) = (self.config.hidden_size, self.config.layers);
+        let head = head(backend, &*self.base, &self.trained);
+        let arena = &mut *self.arena;
+        let last = View::<B>::new(&arena.inputs[layers], tokens, hidden);
+        head.losses(backend, &arena.batch, last, &mut arena.head, &mut arena.scratch.branch, out);
     }
 
     /// Logits of the last `rows` rows of the micro-batch, written to `out`.
@@ -197,10 +247,12 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         if !head.is_empty() {
             ready(head, flat);
         }
+        let virtual_tokens = self.trained.virtual_tokens();
         let (lowest, through) = match layout.lowest() {
             None | Some(Place::Head) => return Ok(()),
             Some(Place::Layer(layer)) => (layer, false),
-            Some(Place::Input) => (0, true),
+            // Virtual keys are inputs of every layer; nothing is trained below the first.
+            Some(Place::Input) => (0, virtual_tokens.keys() == 0),
         };
         let again = arena.work.len() == 1 && config.layers > 1;
         for layer in (lowest..config.layers).rev() {
@@ -208,7 +260,8 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
                 self.base.prefetch(layer - 1);
             }
             let weights = self.base.layer(layer)?;
-            let site = Site { backend, config, layer, trained: &self.trained, rope: self.rope };
+            let (trained, keys) = (&self.trained, self.keys);
+            let site = Site { backend, config, layer, trained, rope: self.rope, keys };
             let (attention, mlp) = site.blocks(&weights, &mut arena.weights);
             let x = View::<B>::new(&arena.inputs[layer], tokens, hidden);
             let (work, scratch) = (&mut arena.work[if again { 0 } else { layer }], &mut arena.scratch);
@@ -233,6 +286,10 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
             }
         }
         if through {
+            if let Some(rows) = self.trained.virtual_rows(hidden) {
+                let gradient = View::<B>::new(&arena.scratch.gradient, tokens, hidden);
+                backend.sum_virtual(&arena.batch, gradient, rows.of(flat));
+            }
             if let Some(scale) = config.embedding_scale {
                 backend.scale(scale, ViewMut::<B>::new(&mut arena.scratch.gradient, tokens, hidden));
             }
@@ -246,7 +303,10 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
                 let gradient = View::<B>::new(&arena.scratch.gradient, tokens, hidden);
                 branch.backward(&site, gradient, flat, &mut arena.scratch.branch);
             }
-            ready(layout.range(Place::Input), flat);
+        }
+        let input = layout.range(Place::Input);
+        if !input.is_empty() {
+            ready(input, flat);
         }
         Ok(())
     }
@@ -262,6 +322,8 @@ pub struct Attend<'a, B: Backend> {
     pub tokens: usize,
     /// q, k, v.
     pub work: &'a crate::plan::Work<B>,
+    /// Where keys and values lie behind virtual ones.
+    pub joined: &'a mut crate::plan::Joined<B>,
     /// Where the result goes.
     pub attended: &'a mut crate::plan::Attended<B>,
 }
@@ -286,6 +348,8 @@ struct Site<'a, 'b, B: Backend> {
     layer: usize,
     trained: &'b Trained<'a, B>,
     rope: &'a RopeTable<B>,
+    /// Keys of the batch.
+    keys: usize,
 }
 
 impl<'a, B: Backend> Site<'a, '_, B> {
@@ -302,13 +366,21 @@ impl<'a, B: Backend> Site<'a, '_, B> {
             let trained = self.trained.place(self.trained.branches.norm(self.layer, kind));
             RmsNorm { weight: self.trained.vector(self.backend, trained, weight), epsilon, trained }
         };
+        let linear = |projection: Projection, scratch: &'c mut B::Owned| {
+            self.linear(projection, weights.linear(projection), scratch)
+        };
         let [q, k, v, o, gate, up, down] = scratch;
         let attention = Attention {
             norm: norm(Norm::AttentionInput, weights.input_norm),
-            q: self.linear(Projection::Q, &weights.q, q),
-            k: self.linear(Projection::K, &weights.k, k),
-            v: self.linear(Projection::V, &weights.v, v),
-            o: self.linear(Projection::O, &weights.o, o),
+            inputs: match self.config.fused {
+                true => Inputs::Fused(linear(Projection::QueryKeyValue, q)),
+                false => Inputs::Apart([
+                    linear(Projection::Q, q),
+                    linear(Projection::K, k),
+                    linear(Projection::V, v),
+                ]),
+            },
+            o: linear(Projection::O, o),
             query_key_norms: weights
                 .query_norm
                 .zip(weights.key_norm)
@@ -316,12 +388,18 @@ impl<'a, B: Backend> Site<'a, '_, B> {
             output_norm: weights.attention_output_norm.map(|weight| norm(Norm::AttentionOutput, weight)),
             shape: attention_shape(self.config, self.layer),
             rope: self.rope,
+            prefix: self
+                .trained
+                .virtual_keys(self.layer, self.config.key_value_heads * self.config.head_dim)
+                .map(|[keys, values]| Prefix { keys, values, rows: self.keys }),
         };
         let mlp = Mlp {
             norm: norm(Norm::MlpInput, weights.mlp_norm),
-            gate: self.linear(Projection::Gate, &weights.gate, gate),
-            up: self.linear(Projection::Up, &weights.up, up),
-            down: self.linear(Projection::Down, &weights.down, down),
+            inputs: match self.config.fused {
+                true => Inputs::Fused(linear(Projection::GateUp, gate)),
+                false => Inputs::Apart([linear(Projection::Gate, gate), linear(Projection::Up, up)]),
+            },
+            down: linear(Projection::Down, down),
             output_norm: weights.mlp_output_norm.map(|weight| norm(Norm::MlpOutput, weight)),
             activation: self.config.activation,
         };

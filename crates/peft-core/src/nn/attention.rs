@@ -5,22 +5,18 @@
 //! attention's output and the logarithm of each row's sum. Everything but the last two can be computed again by
 //! [`Attention::project`] and [`Attention::output`], without attending again.
 
-use super::{linear::Linear, rms_norm::RmsNorm, rope::RopeTable};
+use super::{inputs::Inputs, linear::Linear, rms_norm::RmsNorm, rope::RopeTable};
 use crate::{
-    backend::{AttentionShape, Backend, View, ViewMut},
-    plan::{Attended, Scratch, Work},
+    backend::{AttentionShape, Backend, SpanStart, View, ViewMut},
+    plan::{Attended, Joined, Scratch, Work},
 };
 
 /// Weights and shape of an attention block.
 pub struct Attention<'a, B: Backend> {
     /// The norm ahead.
     pub norm: RmsNorm<'a, B>,
-    /// Queries.
-    pub q: Linear<'a, B>,
-    /// Keys.
-    pub k: Linear<'a, B>,
-    /// Values.
-    pub v: Linear<'a, B>,
+    /// Queries, keys and values.
+    pub inputs: Inputs<'a, B, 3>,
     /// Output.
     pub o: Linear<'a, B>,
     /// The norms of each head's queries and keys.
@@ -31,6 +27,18 @@ pub struct Attention<'a, B: Backend> {
     pub shape: AttentionShape,
     /// Angles.
     pub rope: &'a RopeTable<B>,
+    /// Trained keys and values ahead of those of every span.
+    pub prefix: Option<Prefix<'a, B>>,
+}
+
+/// Keys and values ahead of those of every span: not rotated, the same for all spans.
+pub struct Prefix<'a, B: Backend> {
+    /// `[count, kv_heads * head_dim]`.
+    pub keys: View<'a, B>,
+    /// `[count, kv_heads * head_dim]`.
+    pub values: View<'a, B>,
+    /// Keys of the batch, these of every span included.
+    pub rows: usize,
 }
 
 impl<B: Backend> Attention<'_, B> {
@@ -49,7 +57,7 @@ impl<B: Backend> Attention<'_, B> {
         let norms = self.norm.is_trained()
             || self.heads_normed()
             || self.output_norm.as_ref().is_some_and(RmsNorm::is_trained);
-        norms || self.o.is_trained() || self.inputs_adapted()
+        norms || self.o.is_trained() || self.inputs_adapted() || self.prefix.is_some()
     }
 
     /// Whether a norm of queries or keys is trained.
@@ -58,7 +66,7 @@ impl<B: Backend> Attention<'_, B> {
     }
 
     fn inputs_adapted(&self) -> bool {
-        self.q.is_trained() || self.k.is_trained() || self.v.is_trained()
+        self.inputs.is_trained()
     }
 
     /// Norm, q, k, v, rotation; `x` `[T, hidden]`.
@@ -76,17 +84,16 @@ impl<B: Backend> Attention<'_, B> {
         self.norm.forward(backend, x, normed, ViewMut::<B>::new(&mut work.attention_norm, tokens, 1));
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
         let [q_kept, k_kept, v_kept, ..] = &mut work.kept;
-        let branch = &mut scratch.branch;
         let (q, k) = match &self.query_key_norms {
             None => (&mut work.q, &mut work.k),
             Some(_) => (&mut work.query_key.q, &mut work.query_key.k),
         };
-        let q = ViewMut::<B>::new(q, tokens, queries);
-        self.q.forward(backend, batch, normed, false, q, q_kept, branch);
-        let k = ViewMut::<B>::new(k, tokens, keys);
-        self.k.forward(backend, batch, normed, false, k, k_kept, branch);
-        let v = ViewMut::<B>::new(&mut work.v, tokens, keys);
-        self.v.forward(backend, batch, normed, false, v, v_kept, branch);
+        let parts = [
+            (ViewMut::<B>::new(q, tokens, queries), q_kept),
+            (ViewMut::<B>::new(k, tokens, keys), k_kept),
+            (ViewMut::<B>::new(&mut work.v, tokens, keys), v_kept),
+        ];
+        self.inputs.forward(backend, batch, normed, parts, &mut scratch.fused, &mut scratch.branch);
         if let Some([query_norm, key_norm]) = &self.query_key_norms {
             let (dim, kept) = (self.shape.head_dim, &mut work.query_key);
             let by_head = |norm: &RmsNorm<'_, B>, heads, x: &B::Buffer, y, reciprocal| {
@@ -106,18 +113,45 @@ impl<B: Backend> Attention<'_, B> {
         self.rope.forward(backend, batch, ViewMut::<B>::new(&mut work.k, tokens, keys));
     }
 
-    /// Attends over the keys and values of the batch itself.
+    /// Attends over the keys and values of the batch itself, behind those of the prefix.
     pub fn attend(
         &self,
         backend: &B,
         batch: &B::Batch,
         tokens: usize,
         work: &Work<B>,
+        joined: &mut Joined<B>,
         attended: &mut Attended<B>,
     ) {
-        let keys = View::<B>::new(&work.k, tokens, self.key_features());
-        let values = View::<B>::new(&work.v, tokens, self.key_features());
+        let features = self.key_features();
+        if let Some(prefix) = &self.prefix {
+            self.join(backend, batch, tokens, prefix, work, joined);
+            let keys = View::<B>::new(&joined.keys, prefix.rows, features);
+            let values = View::<B>::new(&joined.values, prefix.rows, features);
+            return self.attend_to(backend, batch, tokens, work, keys, values, attended);
+        }
+        let keys = View::<B>::new(&work.k, tokens, features);
+        let values = View::<B>::new(&work.v, tokens, features);
         self.attend_to(backend, batch, tokens, work, keys, values, attended);
+    }
+
+    /// Lays the prefix ahead of the keys and values of every span.
+    fn join(
+        &self,
+        backend: &B,
+        batch: &B::Batch,
+        tokens: usize,
+        prefix: &Prefix<'_, B>,
+        work: &Work<B>,
+        joined: &mut Joined<B>,
+    ) {
+        let features = self.key_features();
+        let parts = [(prefix.keys, &work.k, &mut joined.keys), (prefix.values, &work.v, &mut joined.values)];
+        for (ahead, own, to) in parts {
+            backend.put_virtual(batch, SpanStart::Keys, ahead, ViewMut::<B>::new(to, prefix.rows, features));
+            let own = View::<B>::new(own, tokens, features);
+            backend.rows_to_keys(batch, own, ViewMut::<B>::new(to, prefix.rows, features));
+        }
     }
 
     /// Attends over `keys` and `values`, such as those of a cache.
@@ -179,7 +213,8 @@ impl<B: Backend> Attention<'_, B> {
         let (tokens, hidden) = (x.rows, x.columns);
         let (queries, keys) = (self.query_features(), self.key_features());
         let into_norm = input_gradient || self.norm.is_trained();
-        let attend_gradient = into_norm || self.heads_normed() || self.inputs_adapted();
+        let attend_gradient =
+            into_norm || self.heads_normed() || self.inputs_adapted() || self.prefix.is_some();
         let [q_kept, k_kept, v_kept, o_kept, ..] = &work.kept;
 
         let out = View::<B>::new(&attended.out, tokens, queries);
@@ -199,19 +234,26 @@ impl<B: Backend> Attention<'_, B> {
             return;
         }
 
-        backend.attention_backward(
-            batch,
-            self.shape,
-            View::<B>::new(&work.q, tokens, queries),
-            View::<B>::new(&work.k, tokens, keys),
-            View::<B>::new(&work.v, tokens, keys),
-            out,
-            View::<B>::new(&attended.log_sum, tokens, self.shape.heads),
-            View::<B>::new(&scratch.wide_b, tokens, queries),
-            ViewMut::<B>::new(&mut scratch.wide_a, tokens, queries),
-            ViewMut::<B>::new(&mut scratch.dk, tokens, keys),
-            ViewMut::<B>::new(&mut scratch.dv, tokens, keys),
-        );
+        match &self.prefix {
+            Some(prefix) => {
+                self.attend_backward_joined(backend, batch, tokens, prefix, attended, work, scratch, flat);
+            }
+            None => {
+                backend.attention_backward(
+                    batch,
+                    self.shape,
+                    View::<B>::new(&work.q, tokens, queries),
+                    View::<B>::new(&work.k, tokens, keys),
+                    View::<B>::new(&work.v, tokens, keys),
+                    out,
+                    View::<B>::new(&attended.log_sum, tokens, self.shape.heads),
+                    View::<B>::new(&scratch.wide_b, tokens, queries),
+                    ViewMut::<B>::new(&mut scratch.wide_a, tokens, queries),
+                    ViewMut::<B>::new(&mut scratch.dk, tokens, keys),
+                    ViewMut::<B>::new(&mut scratch.dv, tokens, keys),
+                );
+            }
+        }
         self.rope.backward(backend, batch, ViewMut::<B>::new(&mut scratch.wide_a, tokens, queries));
         self.rope.backward(backend, batch, ViewMut::<B>::new(&mut scratch.dk, tokens, keys));
         let (dq, dk) = match &self.query_key_norms {
@@ -240,14 +282,13 @@ impl<B: Backend> Attention<'_, B> {
         }
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
         let parts = [
-            (&self.v, v_kept, View::<B>::new(&scratch.dv, tokens, keys)),
-            (&self.k, k_kept, View::<B>::new(dk, tokens, keys)),
-            (&self.q, q_kept, View::<B>::new(dq, tokens, queries)),
+            (View::<B>::new(dq, tokens, queries), q_kept),
+            (View::<B>::new(dk, tokens, keys), k_kept),
+            (View::<B>::new(&scratch.dv, tokens, keys), v_kept),
         ];
-        for (index, (linear, kept, dy)) in parts.into_iter().enumerate() {
-            let dnormed = into_norm.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));
-            linear.backward(backend, batch, normed, kept, dy, index > 0, dnormed, flat, &mut scratch.branch);
-        }
+        let dnormed = into_norm.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));
+        let (fused, branch) = (&mut scratch.fused, &mut scratch.branch);
+        self.inputs.backward(backend, batch, normed, parts, dnormed, fused, flat, branch);
         if into_norm {
             let dnormed = View::<B>::new(&scratch.dnormed, tokens, hidden);
             let reciprocal = View::<B>::new(&work.attention_norm, tokens, 1);
@@ -259,6 +300,43 @@ impl<B: Backend> Attention<'_, B> {
                 ViewMut::<B>::new(&mut scratch.gradient, tokens, hidden),
                 flat,
             );
+        }
+    }
+
+    /// The backward pass of attention behind a prefix, whose gradient is summed over all spans.
+    #[expect(clippy::too_many_arguments, reason = "what the forward pass kept, and where gradients go")]
+    fn attend_backward_joined(
+        &self,
+        backend: &B,
+        batch: &B::Batch,
+        tokens: usize,
+        prefix: &Prefix<'_, B>,
+        attended: &Attended<B>,
+        work: &Work<B>,
+        scratch: &mut Scratch<B>,
+        flat: &mut B::Buffer,
+    ) {
+        let (queries, features, rows) = (self.query_features(), self.key_features(), prefix.rows);
+        self.join(backend, batch, tokens, prefix, work, &mut scratch.joined);
+        let Joined { keys, values, dkeys, dvalues } = &mut scratch.joined;
+        backend.attention_backward(
+            batch,
+            self.shape,
+            View::<B>::new(&work.q, tokens, queries),
+            View::<B>::new(keys, rows, features),
+            View::<B>::new(values, rows, features),
+            View::<B>::new(&attended.out, tokens, queries),
+            View::<B>::new(&attended.log_sum, tokens, self.shape.heads),
+            View::<B>::new(&scratch.wide_b, tokens, queries),
+            ViewMut::<B>::new(&mut scratch.wide_a, tokens, queries),
+            ViewMut::<B>::new(dkeys, rows, features),
+            ViewMut::<B>::new(dvalues, rows, features),
+        );
+        let parts = [(prefix.keys, &*dkeys, &mut scratch.dk), (prefix.values, &*dvalues, &mut scratch.dv)];
+        for (ahead, gradient, own) in parts {
+            let gradient = View::<B>::new(gradient, rows, features);
+            backend.sum_virtual(batch, gradient, ahead.of(flat));
+            backend.keys_to_rows(batch, gradient, ViewMut::<B>::new(own, tokens, features));
         }
     }
 }

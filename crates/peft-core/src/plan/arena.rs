@@ -79,10 +79,27 @@ pub struct Scratch<B: Backend> {
     pub dk: B::Owned,
     /// Gradient of the values, `[T, kv_heads * head_dim]`.
     pub dv: B::Owned,
+    /// A product that is cut into parts, or its gradient, `[T, parts]`; empty where there is none.
+    pub fused: B::Owned,
     /// Gradient of the keys ahead of their norm, `[T, kv_heads * head_dim]`; empty where there is none.
     pub dk_normed: B::Owned,
+    /// Keys and values behind a prefix.
+    pub joined: Joined<B>,
     /// What branches work in.
     pub branch: BranchScratch<B>,
+}
+
+/// Keys and values of the layer at work behind those of a prefix, and their gradients, `[keys, kv_heads * head_dim]`; empty where
+/// there is no prefix.
+pub struct Joined<B: Backend> {
+    /// Keys.
+    pub keys: B::Owned,
+    /// Values.
+    pub values: B::Owned,
+    /// The gradient of the keys.
+    pub dkeys: B::Owned,
+    /// The gradient of the values.
+    pub dvalues: B::Owned,
 }
 
 /// What the head works in: one chunk of rows.
@@ -157,6 +174,13 @@ impl<B: Backend> Arena<B> {
                 dk: rows(sizes.keys)?,
                 dv: rows(sizes.keys)?,
                 dk_normed: rows(sizes.normed_keys)?,
+                fused: rows(sizes.fused)?,
+                joined: Joined {
+                    keys: rows(sizes.joined)?,
+                    values: rows(sizes.joined)?,
+                    dkeys: rows(sizes.joined)?,
+                    dvalues: rows(sizes.joined)?,
+                },
                 branch: BranchScratch {
                     wide: rows(sizes.branch.wide)?,
                     narrow: rows(sizes.branch.narrow)?,

@@ -9,7 +9,7 @@ mod sizes;
 
 use serde::{Deserialize, Serialize};
 
-pub use arena::{Arena, Attended, HeadScratch, Output, QueryKey, Scratch, Work};
+pub use arena::{Arena, Attended, HeadScratch, Joined, Output, QueryKey, Scratch, Work};
 pub use sizes::Sizes;
 
 /// What becomes of activations between forward and backward.

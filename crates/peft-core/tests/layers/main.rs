@@ -15,12 +15,14 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot set its scene should fail")]
 
 mod attention;
+mod dora;
 mod head;
 mod linear;
 #[path = "../memory/mod.rs"]
 mod memory;
 mod rows;
 mod scene;
+mod virtual_tokens;
 
 /// Largest difference allowed where each number is worked on alone.
 const SINGLE: f64 = 2e-6;

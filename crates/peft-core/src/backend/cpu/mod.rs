@@ -10,6 +10,7 @@ mod gemm;
 mod math;
 mod profile;
 mod vectors;
+mod virtual_tokens;
 
 use std::sync::{Mutex, PoisonError};
 
@@ -20,7 +21,7 @@ pub use self::{
     gemm::in_product,
     profile::{NARROW, Operation, Spent},
 };
-use super::{AttentionShape, Backend, BatchRoom, Product, Ready, View, ViewMut};
+use super::{AttentionShape, Backend, BatchRoom, Product, Ready, SpanStart, View, ViewMut};
 use crate::{
     batch::PackedBatch,
     engine::{GradientSink, StepError},
@@ -244,6 +245,22 @@ impl Backend for Cpu {
             let start = out.offset + batch.packed.predicting[first + row] as usize * out.stride;
             out.data[start..start + out.columns].copy_from_slice(row_of(x, row));
         }
+    }
+
+    fn put_virtual(&self, batch: &CpuBatch, at: SpanStart, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || self.put_virtual_rows(batch, at, from, to));
+    }
+
+    fn sum_virtual(&self, batch: &CpuBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || self.sum_virtual_rows(batch, from, to));
+    }
+
+    fn rows_to_keys(&self, batch: &CpuBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || self.copy_rows_to_keys(batch, from, to));
+    }
+
+    fn keys_to_rows(&self, batch: &CpuBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || self.copy_keys_to_rows(batch, from, to));
     }
 
     fn rms_norm(

@@ -25,7 +25,7 @@ use super::{
 /// Bytes that products may work in.
 const WORKSPACE: usize = 32 << 20;
 /// Kernels outside attention.
-const GENERAL: [&str; 32] = [
+const GENERAL: [&str; 36] = [
     "fill",
     "copy",
     "add",
@@ -33,6 +33,10 @@ const GENERAL: [&str; 32] = [
     "gather_f32",
     "gather_bf16",
     "gather_rows",
+    "put_virtual",
+    "sum_virtual",
+    "rows_to_keys",
+    "keys_to_rows",
     "scatter_rows",
     "widen",
     "narrow",

@@ -7,7 +7,7 @@ use super::{
     grid, launch, matrix, target,
 };
 use crate::{
-    backend::{AttentionShape, Backend, BatchRoom, Ready, View, ViewMut, cuda::Precision},
+    backend::{AttentionShape, Backend, BatchRoom, Ready, SpanStart, View, ViewMut, cuda::Precision},
     batch::PackedBatch,
     engine::GradientSink,
     error::Result,
@@ -255,6 +255,39 @@ impl Backend for Cuda {
             matrix(x),
             target(&out)
         );
+    }
+
+    fn put_virtual(&self, batch: &CudaBatch, at: SpanStart, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        let (grid, spans, count) =
+            (grid(from.rows, from.columns), batch.spans.address, batch.span_count as u32);
+        let keys = u32::from(at == SpanStart::Keys);
+        launch!(
+            self.device,
+            "put_virtual",
+            grid,
+            [THREADS, 1],
+            spans,
+            count,
+            keys,
+            matrix(from),
+            target(&to)
+        );
+    }
+
+    fn sum_virtual(&self, batch: &CudaBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        let (grid, spans, count) = (grid(to.rows, to.columns), batch.spans.address, batch.span_count as u32);
+        launch!(self.device, "sum_virtual", grid, [THREADS, 1], spans, count, matrix(from), target(&to));
+    }
+
+    fn rows_to_keys(&self, batch: &CudaBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        let (grid, spans, count) =
+            (grid(from.rows, from.columns), batch.spans.address, batch.span_count as u32);
+        launch!(self.device, "rows_to_keys", grid, [THREADS, 1], spans, count, matrix(from), target(&to));
+    }
+
+    fn keys_to_rows(&self, batch: &CudaBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        let (grid, spans, count) = (grid(to.rows, to.columns), batch.spans.address, batch.span_count as u32);
+        launch!(self.device, "keys_to_rows", grid, [THREADS, 1], spans, count, matrix(from), target(&to));
     }
 
     fn rms_norm(
