@@ -1,6 +1,9 @@
 //! A whole base in memory.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use half::bf16;
 use safetensors::tensor::Dtype;
@@ -10,7 +13,7 @@ use crate::{
     model::{
         base::{BaseSource, DenseView, EmbeddingView, LayerWeights, LinearWeights, Matrix},
         config::{ModelConfig, Norm, Projection},
-        weights::{ModelFiles, Tensor},
+        weights::{ModelFiles, Tensor, TensorFile},
     },
     quant::{
         Nf4Options, double, nf4,
@@ -129,8 +132,24 @@ impl ResidentBase {
         nf4: Option<Nf4Options>,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self> {
+        Self::load_over(folder, &[], nf4, progress)
+    }
+
+    /// As [`ResidentBase::load`], with tensors of the safetensors `over` in the place of the folder's.
+    ///
+    /// # Errors
+    /// As [`ResidentBase::load`].
+    pub fn load_over(
+        folder: &Path,
+        over: &[PathBuf],
+        nf4: Option<Nf4Options>,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self> {
         let config = ModelConfig::load(folder)?;
-        let files = ModelFiles::open(folder)?;
+        let mut files = ModelFiles::open(folder)?;
+        for file in over {
+            files.put_over(TensorFile::open(file, Origin::Adapter)?);
+        }
         let plan = BasePlan::new(&files, &config, nf4)?;
         let total_bytes = plan.tensors().iter().map(|tensor| tensor.bytes() as u64).sum();
         let mut reader = Reader { hashers: BTreeMap::new(), done_bytes: 0, total_bytes, progress };
@@ -236,6 +255,23 @@ impl BaseSource for ResidentBase {
     fn head(&self) -> EmbeddingView<'_> {
         self.head.as_ref().unwrap_or(&self.embedding).view(self.config.hidden_size)
     }
+}
+
+/// The hash of a folder's base, as [`ResidentBase::content_hash`] has it, without keeping the base.
+///
+/// # Errors
+/// As [`ResidentBase::load`], but for numbers that are damaged.
+pub fn content_hash(folder: &Path, progress: &mut dyn FnMut(LoadProgress)) -> Result<blake3::Hash> {
+    let config = ModelConfig::load(folder)?;
+    let files = ModelFiles::open(folder)?;
+    let plan = BasePlan::new(&files, &config, None)?;
+    let tensors = plan.tensors();
+    let total_bytes = tensors.iter().map(|tensor| tensor.bytes() as u64).sum();
+    let mut reader = Reader { hashers: BTreeMap::new(), done_bytes: 0, total_bytes, progress };
+    for tensor in &tensors {
+        tensor.pieces(&mut |bytes| reader.see(tensor, bytes))?;
+    }
+    Ok(reader.content_hash(&config))
 }
 
 /// Reads tensors once, hashing and counting what passes.

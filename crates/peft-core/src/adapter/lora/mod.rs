@@ -18,6 +18,7 @@ pub mod start;
 
 use std::{path::Path, sync::Arc};
 
+use rayon::prelude::*;
 use serde_json::{Map, Value};
 
 pub use branch::Lora;
@@ -30,12 +31,16 @@ use super::{
     config::Keys,
     fit::Fit,
     layout::{ParameterEntry, ParameterLayout},
-    method::{Method, MethodOn, ModuleStart, Needs, Rate, Role, SharedMethod, Start, Tensor},
+    method::{
+        Method, MethodOn, ModuleStart, Needs, PreparedModule, Rate, Role, SavedTensor, SharedMethod, Start,
+        Tensor,
+    },
     registry::Registration,
+    select::Pattern,
     targets::Matched,
 };
 use crate::{
-    backend::Backend,
+    backend::{Backend, cpu::Cpu},
     error::{Error, Result},
     model::{ModelConfig, Module, ModuleKind, Place},
 };
@@ -205,6 +210,67 @@ impl Method for LoraConfig {
         start::fill(self, start)
     }
 
+    fn prepared_start(&self) -> Option<&'static str> {
+        match self.init_lora_weights {
+            LoraStart::Pissa => Some("pissa"),
+            LoraStart::Olora => Some("olora"),
+            LoraStart::Loftq => Some("loftq"),
+            LoraStart::Default | LoraStart::Gaussian | LoraStart::Random => None,
+        }
+    }
+
+    fn prepare(&self, cpu: &Cpu, module: &Module, weight: &[f32], lost: &[f32]) -> Result<PreparedModule> {
+        let ([out, input], (r, scale)) = (module.shape, self.of_module(&module.path));
+        let how = self.init_lora_weights;
+        if how == LoraStart::Loftq && lost.is_empty() {
+            let problem = "makes up for what 4 bits lose, and the base is not quantised".to_owned();
+            return Err(self.refuse("init_lora_weights", problem));
+        }
+        let factors = start::factors(cpu, how, module.shape, (r, scale), weight, lost)?;
+        let residual = how.changes_base().then(|| start::residual(weight, module.shape, r, scale, &factors));
+        let tensors = vec![(A, vec![r, input], factors.a), (B, vec![out, r], factors.b)];
+        Ok(PreparedModule { tensors, residual })
+    }
+
+    /// `W + s (B A - B0 A0)`: twice the rank, as PEFT converts it.
+    fn converted(
+        &self,
+        layout: &ParameterLayout,
+        parameters: &[f32],
+        start: &[f32],
+    ) -> Option<(Map<String, Value>, Vec<SavedTensor>)> {
+        if !self.init_lora_weights.changes_base() {
+            return None;
+        }
+        let growth = if self.use_rslora { 2.0_f64.sqrt() } else { 2.0 };
+        let twice = Self {
+            r: 2 * self.r,
+            lora_alpha: growth * self.lora_alpha,
+            rank_pattern: Pattern(
+                self.rank_pattern.0.iter().map(|(name, r)| (name.clone(), 2 * r)).collect(),
+            ),
+            alpha_pattern: Pattern(
+                self.alpha_pattern.0.iter().map(|(name, alpha)| (name.clone(), growth * alpha)).collect(),
+            ),
+            ..self.clone()
+        };
+        let mut saved = self.saved(layout, parameters, &[]).ok()?;
+        for (tensor, entry) in saved.iter_mut().zip(layout.entries()) {
+            let begun = &start[entry.range.clone()];
+            if entry.suffix == A {
+                tensor.values.extend_from_slice(begun);
+                tensor.shape[0] *= 2;
+            } else if entry.suffix == B {
+                let rows = tensor.values.chunks(entry.columns()).zip(begun.chunks(entry.columns()));
+                let values =
+                    rows.flat_map(|(now, begun)| now.iter().copied().chain(begun.iter().map(|b| -b)));
+                tensor.values = values.collect();
+                tensor.shape[1] *= 2;
+            }
+        }
+        Some((twice.write(layout), saved))
+    }
+
     fn needs(&self, module: &Module) -> Needs {
         let [out, input] = module.shape;
         let (r, _) = self.of_module(&module.path);
@@ -218,6 +284,31 @@ impl Method for LoraConfig {
         }
         let fixed = [if self.lora_bias { out } else { 0 }, 0, 0, 0];
         Needs { kept: r, wide, narrow: r, fixed, ..Needs::default() }
+    }
+
+    fn fold(
+        &self,
+        module: &Module,
+        tensors: &[ParameterEntry],
+        parameters: &[f32],
+        weight: &mut [f32],
+    ) -> bool {
+        let [a, b] = tensors else { return false };
+        let (rank, input) = (a.rows(), a.columns());
+        if a.suffix != A || b.suffix != B || b.columns() != rank {
+            return false;
+        }
+        let (scale, a) = (self.of_module(&module.path).1, &parameters[a.range.clone()]);
+        let rows = weight.par_chunks_exact_mut(input).zip(parameters[b.range.clone()].par_chunks_exact(rank));
+        rows.for_each(|(weight, b)| {
+            let mut change = vec![0.0; input];
+            for (b, a) in b.iter().zip(a.chunks_exact(input)) {
+                change.iter_mut().zip(a).for_each(|(change, a)| *change += b * a);
+            }
+            // As PEFT rounds: the product, its scale, the sum.
+            weight.iter_mut().zip(&change).for_each(|(weight, change)| *weight += scale * change);
+        });
+        true
     }
 
     fn dropout(&self) -> f32 {
