@@ -11,5 +11,8 @@ mod resume;
 mod run;
 mod support;
 mod tools;
+
+mod using;
+mod virtual_tokens;
 mod worker_death;
 mod world_size;
