@@ -34,7 +34,9 @@ fn adalora_resumes_in_the_middle_of_pruning() {
 
 #[test]
 fn a_start_from_the_base_is_computed_once() {
-    killed_and_resumed_is_bit_equal("r = 4\nlora_alpha = 4\ninit_lora_weights = \"pissa\"\nlora_dropout = 0.1");
+    killed_and_resumed_is_bit_equal(
+        "r = 4\nlora_alpha = 4\ninit_lora_weights = \"pissa\"\nlora_dropout = 0.1",
+    );
 }
 
 #[test]
@@ -68,8 +70,8 @@ fn what_is_wrong_is_shown_at_its_key() {
         ("method = \"dora\"\ntarget_modules = [\"lm_head\"]", "SH0403", "adapter"),
     ] {
         let place = Place::new(TinyJob { adapter: Some(adapter), ..TinyJob::default() }).unwrap();
-        let refused = place.shanty.run(&["plan", "job.toml"]).unwrap().expect_code(1).unwrap();
-        let shown = refused.stderr();
+        let refused = place.shanty.run(&["plan", "job.toml"]).unwrap().expect_code(2).unwrap();
+        let shown = refused.stderr;
         assert!(shown.contains(code) && shown.contains(key), "{adapter}: {shown}");
     }
 }
