@@ -203,14 +203,13 @@ impl Sizes {
     /// Numbers that operations work in.
     pub fn scratch(&self) -> usize {
         let branch = self.branch.wide + self.branch.narrow + self.branch.output;
-        let per_token =
-            3 * self.hidden
-                + 2 * self.wide()
-                + 2 * self.keys
-                + self.normed_keys
-                + self.fused
-                + 4 * self.joined
-                + branch;
+        let per_token = 3 * self.hidden
+            + 2 * self.wide()
+            + 2 * self.keys
+            + self.normed_keys
+            + self.fused
+            + 4 * self.joined
+            + branch;
         let head = self.head_rows * (self.vocabulary + 4 * self.hidden + 2 + self.head_kept + self.head_few)
             + self.head_block * self.hidden;
         self.tokens * per_token
