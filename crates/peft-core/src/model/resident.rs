@@ -1,6 +1,9 @@
 //! A whole base in memory.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use half::bf16;
 use safetensors::tensor::Dtype;
@@ -10,7 +13,7 @@ use crate::{
     model::{
         base::{BaseSource, DenseView, EmbeddingView, LayerWeights, LinearWeights, Matrix},
         config::{ModelConfig, Norm, Projection},
-        weights::{ModelFiles, Tensor},
+        weights::{ModelFiles, Tensor, TensorFile},
     },
     quant::{
         Nf4Options, double, nf4,
@@ -129,8 +132,24 @@ impl ResidentBase {
         nf4: Option<Nf4Options>,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self> {
+        Self::load_over(folder, &[], nf4, progress)
+    }
+
+    /// As [`ResidentBase::load`], with tensors of the safetensors `over` in the place of the folder's.
+    ///
+    /// # Errors
+    /// As [`ResidentBase::load`].
+    pub fn load_over(
+        folder: &Path,
+        over: &[PathBuf],
+        nf4: Option<Nf4Options>,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self> {
         let config = ModelConfig::load(folder)?;
-        let files = ModelFiles::open(folder)?;
+        let mut files = ModelFiles::open(folder)?;
+        for file in over {
+            files.put_over(TensorFile::open(file, Origin::Adapter)?);
+        }
         let plan = BasePlan::new(&files, &config, nf4)?;
         let total_bytes = plan.tensors().iter().map(|tensor| tensor.bytes() as u64).sum();
         let mut reader = Reader { hashers: BTreeMap::new(), done_bytes: 0, total_bytes, progress };

@@ -74,6 +74,17 @@ impl ModelFiles {
         Self { folder: folder.to_owned(), files: vec![file], places }
     }
 
+    /// Takes tensors of `file` in the place of those of their names; others of it are left.
+    pub(crate) fn put_over(&mut self, file: TensorFile) {
+        let index = self.files.len();
+        for name in file.names() {
+            if let Some(place) = self.places.get_mut(name) {
+                *place = index;
+            }
+        }
+        self.files.push(file);
+    }
+
     fn sharded(folder: &Path, index: &Path, text: &[u8]) -> Result<Self> {
         let wrong = |problem: String| Error::Index { file: index.to_owned(), problem };
         let Index { weight_map } = serde_json::from_slice(text).map_err(|source| Error::Json {
