@@ -10,5 +10,6 @@ mod resume;
 mod run;
 mod support;
 mod tools;
+mod virtual_tokens;
 mod worker_death;
 mod world_size;
