@@ -73,7 +73,11 @@ pub(crate) enum Command {
     #[command(hide = true)]
     PrepareData(commands::prepare_data::Args),
     Generate(commands::generate::Args),
+    Chat(commands::chat::Args),
     Eval(commands::eval::Args),
+    Merge(commands::merge::Args),
+    Export(commands::export::Args),
+    Adapters(commands::adapters::Args),
     Logits(commands::logits::Args),
     Bench(commands::bench::Args),
     Doctor(commands::doctor::Args),

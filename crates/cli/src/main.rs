@@ -5,10 +5,12 @@
 use std::process::ExitCode;
 
 mod args;
+mod bar;
 mod client;
 mod commands;
 mod error;
 mod failure;
+mod flags;
 mod format;
 mod job_file;
 mod model;
@@ -17,6 +19,8 @@ mod prepared;
 mod progress;
 mod run;
 mod sample;
+mod score;
+mod stream;
 mod ui;
 mod watch;
 

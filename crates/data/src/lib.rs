@@ -13,6 +13,7 @@ mod format;
 pub mod order;
 mod pack;
 mod prepare;
+mod question;
 mod row;
 mod sample;
 mod source;
@@ -24,6 +25,7 @@ pub use crate::{
     error::{Error, Place},
     format::Format,
     prepare::{PrepareOptions, Progress, Stage, prepare},
+    question::{Question, questions},
     row::{Row, SampleSource, Segment, Split},
     summary::{Dropped, SplitSummary, Summary},
     tokenizer::{Encoded, Message, Rendered, Tokenizer},

@@ -23,6 +23,7 @@ pub struct Fit {
     layout: ParameterLayout,
     matched: Matched,
     network: Option<Network>,
+    base_hash: Option<blake3::Hash>,
     /// Parameters that a start computed from the base began with, where the base was changed or the start prepared.
     start: Option<Arc<[f32]>>,
 }
@@ -65,12 +66,30 @@ impl Fit {
             layout: ParameterLayout::new(Vec::new(), network.tensors()),
             network: Arc::from(network),
         });
-        Ok(Self { method: Some(method), model: Some(model.clone()), layout, matched, network, start: None })
+        Ok(Self {
+            method: Some(method),
+            model: Some(model.clone()),
+            layout,
+            matched,
+            network,
+            base_hash: None,
+            start: None,
+        })
     }
 
     /// The bare base: no method, nothing trained.
     pub fn bare() -> Self {
         Self::default()
+    }
+
+    /// Says which base it is trained on: its files carry the hash, so that another base can be told from it.
+    pub fn on_base(&mut self, hash: blake3::Hash) {
+        self.base_hash = Some(hash);
+    }
+
+    /// Hash of the base that it is trained on, where that is known.
+    pub fn base_hash(&self) -> Option<blake3::Hash> {
+        self.base_hash
     }
 
     /// As it is used rather than trained: the tensors themselves, without a network that made them.

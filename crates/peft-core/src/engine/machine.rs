@@ -52,6 +52,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) parameters: Option<&'a [f32]>,
     pub(crate) dropout: Option<PassDropout>,
     pub(crate) training: Option<(&'a mut [f32], &'a mut dyn GradientSink)>,
+    /// Where the loss of each trained token goes, where that is wanted and no gradient is.
+    pub(crate) each: Option<&'a mut Vec<f32>>,
 }
 
 impl<B: Backend> Worker<B> {
@@ -86,7 +88,7 @@ impl<B: Backend> Worker<B> {
     fn pass(&mut self, parts: Parts<'_>, pass: Pass<'_>) -> Result<f64> {
         let Self { backend, branches, memory, parameters: place, gradient: gradient_place, staging } = self;
         let Parts { config, base, layout } = parts;
-        let Pass { packed, sizes, recompute, parameters, dropout, training } = pass;
+        let Pass { packed, sizes, recompute, parameters, dropout, training, each } = pass;
         let StepMemory { arena, rope } = match memory {
             Some(memory) => memory,
             None => memory.insert(StepMemory {
@@ -111,6 +113,11 @@ impl<B: Backend> Worker<B> {
                 return Ok(0.0);
             }
             decoder.forward()?;
+            if let Some(each) = each {
+                each.resize(predicting, 0.0);
+                decoder.losses(each);
+                return Ok(each.iter().map(|loss| f64::from(*loss)).sum());
+            }
             let Some((gradient, sink)) = training else { return Ok::<_, Error>(decoder.loss(None)) };
             backend.with_gradient(gradient, gradient_place, staging, sink, |flat, ready| {
                 let loss = decoder.loss(Some(&mut *flat));

@@ -157,6 +157,36 @@ impl<B: Backend> Head<'_, B> {
         loss
     }
 
+    /// Cross-entropy of each of the batch's `out.len()` predicting rows of `hidden` `[T, hidden]`, in their order.
+    pub fn losses(
+        &self,
+        backend: &B,
+        batch: &B::Batch,
+        hidden: View<'_, B>,
+        scratch: &mut HeadScratch<B>,
+        branch: &mut BranchScratch<B>,
+        out: &mut [f32],
+    ) {
+        let (features, vocabulary) = (hidden.columns, self.table.rows());
+        let HeadScratch { x, normed, reciprocal, logits, losses, block, rows, block_rows, kept, .. } =
+            scratch;
+        let block_rows = self.block_rows(*block_rows);
+        let mut table = self.table(backend, block, block_rows);
+        for (index, out) in out.chunks_mut(*rows).enumerate() {
+            let (first, rows) = (index * *rows, out.len());
+            backend.gather_predicting(batch, first, hidden, ViewMut::<B>::new(&mut *x, rows, features));
+            let x = View::<B>::new(&*x, rows, features);
+            let normed_view = ViewMut::<B>::new(&mut *normed, rows, features);
+            self.norm.forward(backend, x, normed_view, ViewMut::<B>::new(&mut *reciprocal, rows, 1));
+            let normed = View::<B>::new(&*normed, rows, features);
+            self.multiply(backend, batch, &mut table, block_rows, normed, logits, kept, branch);
+            let logits = ViewMut::<B>::new(&mut *logits, rows, vocabulary);
+            let each = ViewMut::<B>::new(&mut *losses, rows, 1);
+            backend.cross_entropy(batch, first, false, self.soft_cap, logits, each);
+            backend.download(View::<B>::new(&*losses, rows, 1), out);
+        }
+    }
+
     /// Logits of every row of `hidden`, written to `out` row after row.
     pub fn logits(
         &self,

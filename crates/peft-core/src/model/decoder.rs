@@ -213,6 +213,16 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         head.loss(backend, &arena.batch, self.predicting, last, &mut arena.head, branch, gradient)
     }
 
+    /// Loss of each row that predicts a trained token, in their order.
+    pub fn losses(&mut self, out: &mut [f32]) {
+        let (backend, tokens) = (self.backend, self.tokens);
+        let (hidden, layers) = (self.config.hidden_size, self.config.layers);
+        let head = head(backend, &*self.base, &self.trained);
+        let arena = &mut *self.arena;
+        let last = View::<B>::new(&arena.inputs[layers], tokens, hidden);
+        head.losses(backend, &arena.batch, last, &mut arena.head, &mut arena.scratch.branch, out);
+    }
+
     /// Logits of the last `rows` rows of the micro-batch, written to `out`.
     pub fn logits(&mut self, rows: usize, out: &mut [f32]) {
         let (backend, tokens) = (self.backend, self.tokens);
