@@ -77,6 +77,12 @@ fn every_method_lowers_the_loss_and_can_be_used() {
             ])
             .unwrap();
         said.expect_code(0).unwrap();
+        let eval =
+            ["eval", "--model", "model", "--adapter", folder, "--data", "eval.jsonl", "--max-length", "64"];
+        let found = place.shanty.run(&[&eval[..], &["--output", "json"]].concat()).unwrap();
+        let loss = found.expect_code(0).unwrap().object().unwrap()["loss"].as_f64().unwrap();
+        // The same samples on the same quantised base as at the end of the run.
+        assert!((loss - after).abs() < 1e-4, "{adapter}: eval says {loss}, the run {after}");
         place.check_exactly_once().unwrap();
     }
 }
