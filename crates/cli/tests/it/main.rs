@@ -6,6 +6,7 @@ mod bad_input;
 mod coordinator;
 mod help;
 mod interop;
+mod methods;
 mod resume;
 mod run;
 mod support;
