@@ -322,6 +322,28 @@ fn adapters_are_looked_at_combined_and_converted() {
     assert!(close(&logits("renamed"), &sum, 2e-2) && !close(&logits("a"), &sum, 2e-2));
 }
 
+/// What people see, whole. Numbers of the reference adapters never change.
+#[test]
+fn what_is_shown_of_adapters() {
+    let place = place();
+    insta::assert_snapshot!("inspect", ok(&place, &["adapters", "inspect", "a"]).stdout);
+    insta::assert_snapshot!("diff", ok(&place, &["adapters", "diff", "a", "b"]).stdout);
+    insta::assert_snapshot!("check", ok(&place, &["adapters", "check", "b", "--model", "model"]).stdout);
+    let merge = [
+        "merge",
+        "--model",
+        "model",
+        "--adapter",
+        "pirate=a",
+        "--form",
+        "bf16",
+        "--check",
+        "--out",
+        "merged",
+    ];
+    insta::assert_snapshot!("merge", ok(&place, &merge).stdout);
+}
+
 #[test]
 fn a_closed_pipe_is_no_reason_to_panic() {
     let place = place();
