@@ -26,6 +26,11 @@ impl Packer {
         Self { max_length: max_length as usize, packing, open: Vec::new(), next_row: 0, next_sample: 0 }
     }
 
+    /// How many rows were closed so far.
+    pub(crate) fn rows(&self) -> u64 {
+        self.next_row
+    }
+
     /// Takes the next sample; gives a row if one is full now.
     pub(crate) fn push(&mut self, sample: Sample) -> Option<Row> {
         debug_assert!((SHORTEST..=self.max_length).contains(&sample.ids.len()));

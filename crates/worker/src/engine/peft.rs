@@ -104,7 +104,7 @@ pub fn quantization(spec: &JobSpec) -> Option<Nf4Options> {
 fn lora(spec: &JobSpec) -> LoraConfig {
     let adapter = &spec.adapter;
     LoraConfig {
-        base_model_name_or_path: Some(spec.base.model.display().to_string()),
+        base_model_name_or_path: Some(shanty_remote::hub::public_name(&spec.base.model)),
         r: adapter.r,
         lora_alpha: adapter.lora_alpha,
         lora_dropout: adapter.lora_dropout,
