@@ -193,3 +193,30 @@ pub fn serve_file(request: &Request, bytes: &[u8], etag: &str) -> Reply {
     let range = format!("bytes {start}-{}/{}", end - 1, bytes.len());
     file(206, &bytes[start..end]).with("Content-Range", range)
 }
+
+/// Answers as the hub does for one model, whose files (name, bytes) all are small enough to come from the hub itself.
+pub fn serve_model(request: &Request, id: &str, commit: &str, files: &[(String, Vec<u8>)]) -> Reply {
+    let path = request.path();
+    if path.starts_with(&format!("/api/models/{id}/revision/")) {
+        let siblings: Vec<serde_json::Value> = files
+            .iter()
+            .map(|(name, bytes)| {
+                serde_json::json!({"rfilename": name, "size": bytes.len(), "blobId": git_hash(bytes)})
+            })
+            .collect();
+        return Reply::new(200, serde_json::json!({"sha": commit, "siblings": siblings}).to_string());
+    }
+    let name = path.strip_prefix(&format!("/{id}/resolve/{commit}/"));
+    match files.iter().find(|(known, _)| Some(known.as_str()) == name) {
+        Some((_, bytes)) => serve_file(request, bytes, &git_hash(bytes)).with("X-Repo-Commit", commit),
+        None => Reply::new(404, "").with("X-Error-Code", "EntryNotFound"),
+    }
+}
+
+/// What `git hash-object` says of bytes.
+pub fn git_hash(bytes: &[u8]) -> String {
+    let mut context = ring::digest::Context::new(&ring::digest::SHA1_FOR_LEGACY_USE_ONLY);
+    context.update(format!("blob {}\0", bytes.len()).as_bytes());
+    context.update(bytes);
+    context.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+}

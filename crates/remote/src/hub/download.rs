@@ -112,16 +112,17 @@ struct Announced {
 
 impl Fetch {
     async fn file(&self, file: &RemoteFile, counts: &Counts) -> Result<(), Error> {
+        let reached = AtomicU64::new(0);
         let mut tried = 0;
         let mut damaged = 0;
         loop {
-            let before = counts.bytes.load(Ordering::Relaxed);
-            let error = match self.once(file, counts).await {
+            let before = reached.load(Ordering::Relaxed);
+            let error = match self.once(file, counts, &reached).await {
                 Ok(()) => return Ok(()),
                 Err(error) => error,
             };
             // A try that brought something on is no failure of the hub: only those in a row without any count.
-            tried = if counts.bytes.load(Ordering::Relaxed) > before { 1 } else { tried + 1 };
+            tried = if reached.load(Ordering::Relaxed) > before { 1 } else { tried + 1 };
             match error {
                 Error::HubUnreachable { .. } if tried < TRIES => {
                     self.note(counts, Some(format!("{}: {error}; tries again", file.name)));
@@ -144,7 +145,7 @@ impl Fetch {
     }
 
     /// One try at a file.
-    async fn once(&self, file: &RemoteFile, counts: &Counts) -> Result<(), Error> {
+    async fn once(&self, file: &RemoteFile, counts: &Counts, reached: &AtomicU64) -> Result<(), Error> {
         let announced = self.announced(&file.name).await?;
         let etag = &announced.etag;
         let (cache, waiting) = (self.cache.clone(), etag.clone());
@@ -156,7 +157,7 @@ impl Fetch {
             counts.bytes.fetch_add(file.size, Ordering::Relaxed);
         } else {
             let path = self.cache.incomplete(etag);
-            self.receive(file, &announced, &path, counts).await?;
+            self.receive(file, &announced, &path, counts, reached).await?;
             self.check(file, &announced, &path, counts)?;
             fs::rename(&path, &blob).map_err(failed(&blob))?;
         }
@@ -232,6 +233,7 @@ impl Fetch {
         announced: &Announced,
         path: &Path,
         counts: &Counts,
+        reached: &AtomicU64,
     ) -> Result<(), Error> {
         let mut output = File::options().create(true).append(true).open(path).map_err(failed(path))?;
         let mut have = output.metadata().map_err(failed(path))?.len();
@@ -239,6 +241,7 @@ impl Fetch {
             output.set_len(0).map_err(failed(path))?;
             have = 0;
         }
+        // Counts itself back if this ends early: the next try counts anew what lies on disk.
         let mut counted = Counted { counts, bytes: 0 };
         counted.add(have);
         if announced.size == Some(have) && have > 0 {
@@ -254,26 +257,17 @@ impl Fetch {
         }
         store_tag(path, text(answer.headers(), ETAG.as_str()));
         let mut pieces = answer.bytes_stream();
-        loop {
-            let piece = match pieces.next().await {
-                Some(Ok(piece)) => piece,
-                Some(Err(source)) => {
-                    counted.keep_if(output.sync_data().is_ok());
-                    return Err(self.unreachable(format!(
-                        "`{}` broke off after {have} bytes: {}",
-                        file.name,
-                        words(&source)
-                    )));
-                }
-                None => break,
-            };
+        while let Some(piece) = pieces.next().await {
+            let piece = piece.map_err(|source| {
+                self.unreachable(format!("`{}` broke off after {have} bytes: {}", file.name, words(&source)))
+            })?;
             output.write_all(&piece).map_err(failed(path))?;
             have += piece.len() as u64;
             counted.add(piece.len() as u64);
+            reached.fetch_max(have, Ordering::Relaxed);
         }
         output.sync_all().map_err(failed(path))?;
         if let Some(size) = announced.size.filter(|size| have < *size) {
-            counted.keep();
             return Err(self.unreachable(format!("`{}` ended after {have} of {size} bytes", file.name)));
         }
         counted.keep();
@@ -340,7 +334,7 @@ impl Fetch {
     }
 }
 
-/// Bytes that a try has counted; taken back when it fails before they are safe on disk.
+/// Bytes that a try has counted; taken back when it ends early.
 struct Counted<'a> {
     counts: &'a Counts,
     bytes: u64,
@@ -357,16 +351,14 @@ impl Counted<'_> {
         self.bytes = 0;
     }
 
-    /// They stay counted; the next try counts what lies on disk anew.
     fn keep(&mut self) {
         self.bytes = 0;
     }
+}
 
-    fn keep_if(&mut self, safe: bool) {
-        if !safe {
-            self.forget();
-        }
-        self.keep();
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.forget();
     }
 }
 
