@@ -72,7 +72,7 @@ impl Model {
         let adapter = adapter.map(AdapterFolder::open).transpose()?;
         let options = EngineOptions {
             quantization: nf4,
-            lora: adapter.as_ref().map(|adapter| adapter.config().clone()),
+            adapter: adapter.as_ref().map(|adapter| adapter.method().clone()),
             threads,
             recompute: Recompute::Layers,
             ..EngineOptions::new(folder, max_length.unwrap_or(context))
@@ -114,6 +114,7 @@ impl Model {
             temperature: sampling.temperature,
             top_k: sampling.top_k,
             top_p: sampling.top_p,
+            repetition_penalty: 1.0,
             seed: sampling.seed,
             max_tokens: sampling.max_tokens,
             stop_ids: tokenizer.stop_ids().to_vec(),

@@ -24,6 +24,7 @@ mod json;
 mod layers;
 mod load;
 mod loaded;
+mod methods;
 mod paths;
 mod place;
 mod read;

@@ -44,6 +44,7 @@ pub fn options(spec: &JobSpec, out: PathBuf) -> PrepareOptions {
         require_end_token: data.require_end_token,
         max_length: u32::try_from(data.max_length).unwrap_or(u32::MAX),
         packing: data.packing,
+        virtual_tokens: u32::try_from(spec.adapter.virtual_tokens()).unwrap_or(u32::MAX),
         ..PrepareOptions::new(
             &spec.base.model,
             TrainData(data.train.sources().into_iter().map(source).collect()),

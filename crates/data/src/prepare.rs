@@ -38,6 +38,8 @@ pub struct PrepareOptions {
     pub max_length: u32,
     /// Whether several samples share a row.
     pub packing: bool,
+    /// Virtual tokens that an adapter puts in front of every sample; they count towards `max_length`.
+    pub virtual_tokens: u32,
     /// The time that chat templates see as now, in seconds since the Unix epoch (UTC). Absent: templates have no clock
     /// (`strftime_now` is undefined, and templates fall back to the date that they carry), so that the
     /// same data gives the same tokens on every day.
@@ -85,6 +87,7 @@ impl PrepareOptions {
             require_end_token: true,
             max_length: 2048,
             packing: true,
+            virtual_tokens: 0,
             template_time: None,
             out: out.into(),
             threads: 0,
@@ -94,11 +97,13 @@ impl PrepareOptions {
     /// Refuses what leaves nothing sensible to do.
     fn check(&self) -> Result<(), Error> {
         let refuse = |option, reason: String| Err(Error::Impossible { option, reason });
-        if self.max_length < 2 {
-            return refuse(
-                "max_length",
-                "a row needs two tokens: one to predict from, one to predict".to_owned(),
-            );
+        if self.max_length < 2u32.saturating_add(self.virtual_tokens) {
+            let besides = match self.virtual_tokens {
+                0 => String::new(),
+                count => format!(" besides its {count} virtual ones"),
+            };
+            let reason = format!("a row needs two tokens{besides}: one to predict from, one to predict");
+            return refuse("max_length", reason);
         }
         let sources = &self.train.0;
         if sources.is_empty() {

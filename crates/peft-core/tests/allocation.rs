@@ -57,16 +57,15 @@ static ALLOCATOR: Counting = Counting;
 fn a_step_allocates_nothing_after_the_first() {
     for recompute in [Recompute::Never, Recompute::Layers] {
         let lora = LoraConfig {
-            base_model_name_or_path: None,
             r: 4,
             lora_alpha: 8.0,
             lora_dropout: 0.1,
-            use_rslora: false,
             target_modules: TargetModules::all_linear(),
+            ..LoraConfig::default()
         };
         let options = EngineOptions {
             quantization: Some(Nf4Options::default()),
-            lora: Some(lora),
+            adapter: Some(lora.shared()),
             threads: 2,
             recompute,
             micro_batch_rows: Some(4),
@@ -78,7 +77,7 @@ fn a_step_allocates_nothing_after_the_first() {
             (0..4).map(|id| Row::whole(id, (0..128 - shift).map(|_| random.below(288)).collect())).collect()
         };
         let (first, second) = (rows(0), rows(9));
-        let parameters = engine.initial_parameters(1);
+        let parameters = engine.initial_parameters(1).unwrap();
         let mut gradient = vec![0.0; parameters.len()];
         let mut step = |step: u64, rows: &[Row]| {
             engine

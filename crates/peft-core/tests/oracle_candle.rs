@@ -1,5 +1,5 @@
-//! Every gradient of a whole decoder beside candle's autograd: random weights, random non-zero A and B, biases, grouped
-//! heads, packed rows of unequal trained tokens, dropout on with the same masks.
+//! Every gradient of a whole decoder of every family beside candle's autograd: random weights, random non-zero A and B,
+//! biases, grouped heads, packed rows of unequal trained tokens, dropout on with the same masks.
 //!
 //! The oracle uses differentiable operations only (`RmsNorm::forward_diff`, `ops::softmax`, `rope_slow`): several of
 //! candle's stock operations cut gradients without a word.
@@ -10,12 +10,12 @@ mod memory;
 
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_nn::{Module, ops, rotary_emb::rope_slow};
-use memory::{MemoryBase, Random, Setup, all_targets, assert_close, floats};
+use memory::{MemoryBase, Random, Setup, assert_close, floats, lora};
 use shanty_peft_core::{
     NoSink, StepKey,
-    adapter::{Kind, ParameterLayout, layout::Target},
+    adapter::TargetModules,
     batch::{Row, Segment},
-    model::{ModelConfig, Projection},
+    model::{Activation, ModelConfig, Norm, Projection},
     plan::Recompute,
     random::{DropoutKey, dropout_scales},
 };
@@ -29,6 +29,26 @@ fn config(bias: bool) -> ModelConfig {
             "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
             "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "hidden_act": "silu", "rope_theta": 10000.0,
             "tie_word_embeddings": false, "attention_bias": {bias}, "mlp_bias": {bias}}}"#
+    );
+    ModelConfig::from_json(text.as_bytes(), "config.json".as_ref()).unwrap()
+}
+
+/// Small windows, so that rows are longer, and caps that bend most scores and logits.
+const FAMILIES: [&str; 6] = [
+    r#""model_type": "mistral", "sliding_window": 7"#,
+    r#""model_type": "qwen2", "use_sliding_window": true, "sliding_window": 40, "max_window_layers": 1"#,
+    r#""model_type": "qwen3""#,
+    r#""model_type": "qwen3", "attention_bias": true, "tie_word_embeddings": true"#,
+    r#""model_type": "gemma", "hidden_act": "gelu""#,
+    r#""model_type": "gemma2", "sliding_window": 9, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 5"#,
+];
+
+fn family(special: &str) -> ModelConfig {
+    let text = format!(
+        r#"{{"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+            "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 512, {special}}}"#
     );
     ModelConfig::from_json(text.as_bytes(), "config.json".as_ref()).unwrap()
 }
@@ -52,7 +72,7 @@ fn rows(random: &mut Random) -> Vec<Row> {
 /// The decoder in candle; dropout by the engine's own masks, drawn for each token of its sample.
 struct Oracle<'a> {
     base: &'a MemoryBase,
-    parameters: &'a [(Target, Var, Var)],
+    parameters: &'a [(String, Var, Var)],
     scale: f64,
     dropout: f32,
     key: StepKey,
@@ -71,8 +91,7 @@ impl Oracle<'_> {
         if self.base.config.has_bias(projection) {
             y = y.broadcast_add(&self.tensor(&format!("{name}.bias"), &shape[..1])).unwrap();
         }
-        let target = Target { layer, projection };
-        let Some((_, a, b)) = self.parameters.iter().find(|(found, ..)| *found == target) else { return y };
+        let Some((_, a, b)) = self.parameters.iter().find(|(found, ..)| *found == name) else { return y };
         let module = (layer * 7 + projection.index()) as u32;
         let key = DropoutKey { seed: self.key.seed, step: self.key.step, module };
         let mut mask = vec![0.0; segment.length as usize * shape[1]];
@@ -85,7 +104,7 @@ impl Oracle<'_> {
     }
 
     fn norm(&self, name: &str, x: &Tensor) -> Tensor {
-        let weight = self.tensor(name, &[self.base.config.hidden_size]);
+        let weight = self.tensor(name, &[x.dims().last().copied().unwrap()]);
         candle_nn::RmsNorm::new(weight, self.base.config.norm_epsilon).forward_diff(x).unwrap()
     }
 
@@ -95,26 +114,39 @@ impl Oracle<'_> {
         let (tokens, dim) = (ids.len(), config.head_dim);
         let table = self.tensor("model.embed_tokens.weight", &[config.vocabulary_size, config.hidden_size]);
         let ids = Tensor::from_slice(ids, tokens, &Device::Cpu).unwrap();
-        let mut x = candle_nn::Embedding::new(table, config.hidden_size).forward(&ids).unwrap();
+        let mut x = candle_nn::Embedding::new(table.clone(), config.hidden_size).forward(&ids).unwrap();
+        if config.embedding_scale.is_some() {
+            x = (x * (config.hidden_size as f64).sqrt()).unwrap();
+        }
         let frequencies = config.rope.inverse_frequencies(dim);
         let angles: Vec<f32> =
             (0..tokens).flat_map(|t| frequencies.iter().map(move |f| t as f32 * f)).collect();
         let angles = Tensor::from_vec(angles, (tokens, dim / 2), &Device::Cpu).unwrap();
         let (cosines, sines) = (angles.cos().unwrap(), angles.sin().unwrap());
-        let unseen: Vec<f32> = (0..tokens)
-            .flat_map(|q| (0..tokens).map(move |k| if k > q { f32::NEG_INFINITY } else { 0.0 }))
-            .collect();
-        let unseen = Tensor::from_vec(unseen, (tokens, tokens), &Device::Cpu).unwrap();
+        let unseen = |window: Option<usize>| {
+            let all = (0..tokens).flat_map(|query| (0..tokens).map(move |key| (query, key)));
+            let of = |(query, key)| match key <= query && window.is_none_or(|window| query - key < window) {
+                true => 0.0,
+                false => f32::NEG_INFINITY,
+            };
+            Tensor::from_vec(all.map(of).collect::<Vec<f32>>(), (tokens, tokens), &Device::Cpu).unwrap()
+        };
         let group = config.attention_heads / config.key_value_heads;
         let heads = |x: Tensor, heads: usize| {
             x.reshape((1, tokens, heads, dim)).unwrap().transpose(1, 2).unwrap().contiguous().unwrap()
         };
         for layer in 0..config.layers {
             let linear = |projection, x: &Tensor| self.linear(layer, projection, segment, x);
-            let normed = self.norm(&format!("model.layers.{layer}.input_layernorm.weight"), &x);
+            let norm = |norm, x: Tensor| match config.norms().any(|there| there == norm) {
+                true => self
+                    .norm(&format!("{}.weight", config.norm_module(layer, norm)), &x.contiguous().unwrap()),
+                false => x,
+            };
+            let normed = norm(Norm::AttentionInput, x.clone());
             let rotate = |x: Tensor| rope_slow(&x, &cosines, &sines).unwrap();
-            let q = rotate(heads(linear(Projection::Q, &normed), config.attention_heads));
-            let k = rotate(heads(linear(Projection::K, &normed), config.key_value_heads));
+            let q = heads(linear(Projection::Q, &normed), config.attention_heads);
+            let k = heads(linear(Projection::K, &normed), config.key_value_heads);
+            let (q, k) = (rotate(norm(Norm::Query, q)), rotate(norm(Norm::Key, k)));
             let v = heads(linear(Projection::V, &normed), config.key_value_heads);
             let repeat = |x: Tensor| {
                 let shape = (1, config.key_value_heads, group, tokens, dim);
@@ -128,18 +160,27 @@ impl Oracle<'_> {
                     .unwrap()
             };
             let (k, v) = (repeat(k), repeat(v));
-            let scores =
-                (q.matmul(&k.t().unwrap().contiguous().unwrap()).unwrap() / (dim as f64).sqrt()).unwrap();
-            let weights = ops::softmax(&scores.broadcast_add(&unseen).unwrap(), D::Minus1).unwrap();
+            let scores = q.matmul(&k.t().unwrap().contiguous().unwrap()).unwrap();
+            let scores = bounded((scores * config.attention_scale).unwrap(), config.attention_soft_cap);
+            let scores = scores.broadcast_add(&unseen(config.windows[layer])).unwrap();
+            let weights = ops::softmax(&scores, D::Minus1).unwrap();
             let out = weights.matmul(&v).unwrap().transpose(1, 2).unwrap().reshape((tokens, ())).unwrap();
-            x = (x + linear(Projection::O, &out)).unwrap();
-            let normed = self.norm(&format!("model.layers.{layer}.post_attention_layernorm.weight"), &x);
-            let gate = ops::silu(&linear(Projection::Gate, &normed)).unwrap();
+            x = (x + norm(Norm::AttentionOutput, linear(Projection::O, &out))).unwrap();
+            let normed = norm(Norm::MlpInput, x.clone());
+            let gate = linear(Projection::Gate, &normed);
+            let gate = match config.activation {
+                Activation::Silu => ops::silu(&gate).unwrap(),
+                Activation::GeluTanh => gelu(&gate),
+            };
             let activated = (gate * linear(Projection::Up, &normed)).unwrap();
-            x = (x + linear(Projection::Down, &activated)).unwrap();
+            x = (x + norm(Norm::MlpOutput, linear(Projection::Down, &activated))).unwrap();
         }
-        let head = self.tensor("lm_head.weight", &[config.vocabulary_size, config.hidden_size]);
-        self.norm("model.norm.weight", &x).matmul(&head.t().unwrap()).unwrap()
+        let head = match config.tied_embeddings {
+            true => table,
+            false => self.tensor("lm_head.weight", &[config.vocabulary_size, config.hidden_size]),
+        };
+        let logits = self.norm("model.norm.weight", &x).matmul(&head.t().unwrap()).unwrap();
+        bounded(logits, config.logits_soft_cap)
     }
 
     fn loss(&self, rows: &[Row]) -> Tensor {
@@ -173,11 +214,29 @@ impl Oracle<'_> {
     }
 }
 
-fn check(bias: bool, targets: &[Target], dropout: f32, recompute: Recompute) {
-    let mut random = Random::new(7 + u64::from(bias));
-    let config = config(bias);
-    let (r, scale) = (5, 0.7);
-    let layout = ParameterLayout::lora(&config, targets, r, scale);
+fn bounded(x: Tensor, cap: Option<f64>) -> Tensor {
+    match cap {
+        Some(cap) => ((x / cap).unwrap().tanh().unwrap() * cap).unwrap(),
+        None => x,
+    }
+}
+
+fn gelu(x: &Tensor) -> Tensor {
+    let cube = ((x * x).unwrap() * x).unwrap();
+    let inner = ((x + (cube * 0.044_715).unwrap()).unwrap() * (2.0 / std::f64::consts::PI).sqrt()).unwrap();
+    ((x * (inner.tanh().unwrap() + 1.0).unwrap()).unwrap() * 0.5).unwrap()
+}
+
+fn check(bias: bool, targets: TargetModules, dropout: f32, recompute: Recompute) {
+    check_config(config(bias), targets, dropout, recompute);
+}
+
+fn check_config(config: ModelConfig, targets: TargetModules, dropout: f32, recompute: Recompute) {
+    let mut random = Random::new(7);
+    let (r, scale) = (5, 0.7_f32);
+    let method = lora(targets, r, f64::from(scale), dropout);
+    let fit = method.fit(&config).unwrap();
+    let layout = fit.layout().clone();
     let mut parameters = vec![0.0; layout.len()];
     for entry in layout.entries() {
         parameters[entry.range.clone()].copy_from_slice(&random.numbers(entry.range.len(), 0.4));
@@ -186,15 +245,18 @@ fn check(bias: bool, targets: &[Target], dropout: f32, recompute: Recompute) {
     let key = StepKey { seed: 99, step: 3 };
 
     let variable = |entry: &shanty_peft_core::adapter::ParameterEntry| {
-        let [rows, columns] = entry.shape;
+        let (rows, columns) = (entry.rows(), entry.columns());
         let numbers = &parameters[entry.range.clone()];
         Var::from_tensor(&Tensor::from_slice(numbers, (rows, columns), &Device::Cpu).unwrap()).unwrap()
     };
-    let variables: Vec<(Target, Var, Var)> = targets
+    let pair =
+        |module: &str| ["lora_A.weight", "lora_B.weight"].map(|suffix| layout.find(module, suffix).unwrap());
+    let modules = fit.matched().modules();
+    let variables: Vec<(String, Var, Var)> = modules
         .iter()
-        .map(|target| {
-            let (a, b) = layout.pair(target.layer, target.projection).unwrap();
-            (*target, variable(a), variable(b))
+        .map(|module| {
+            let [a, b] = pair(module).map(variable);
+            (module.clone(), a, b)
         })
         .collect();
     let base = MemoryBase::random(config.clone(), 5);
@@ -202,7 +264,7 @@ fn check(bias: bool, targets: &[Target], dropout: f32, recompute: Recompute) {
     let expected_loss = oracle.loss(&rows);
     let gradients = expected_loss.backward().unwrap();
 
-    let setup = Setup { dropout, recompute, rows: 3, max_length: 160, ..Setup::new(layout.clone()) };
+    let setup = Setup { recompute, rows: 3, max_length: 160, ..Setup::new(Some(method.shared())) };
     let mut engine = setup.engine(MemoryBase::random(config, 5));
     // A gradient that is there already must be added to, not overwritten.
     let mut gradient = vec![1.0; layout.len()];
@@ -210,8 +272,8 @@ fn check(bias: bool, targets: &[Target], dropout: f32, recompute: Recompute) {
     assert_eq!(sum.tokens, 149 + 19 + 1);
     let expected_loss = floats(&expected_loss);
     assert_close("loss", &[sum.loss as f32], &expected_loss, 1e-5);
-    for (target, a, b) in &variables {
-        let (a_entry, b_entry) = layout.pair(target.layer, target.projection).unwrap();
+    for (module, a, b) in &variables {
+        let [a_entry, b_entry] = pair(module);
         for (entry, variable) in [(a_entry, a), (b_entry, b)] {
             let wanted = floats(gradients.get(variable).expect("the oracle reaches every variable"));
             assert!(
@@ -223,30 +285,51 @@ fn check(bias: bool, targets: &[Target], dropout: f32, recompute: Recompute) {
             assert_close(&entry.peft_name, &got, &wanted, TOLERANCE);
         }
     }
-    assert_eq!(layout.entries().iter().filter(|entry| entry.kind == Kind::A).count(), variables.len());
+    assert_eq!(layout.entries().len(), 2 * variables.len());
 }
 
 #[test]
 fn every_gradient_with_dropout_and_biases() {
-    check(true, &all_targets(&config(true)), 0.3, Recompute::Never);
+    check(true, TargetModules::all_linear(), 0.3, Recompute::Never);
 }
 
 #[test]
 fn every_gradient_computed_again() {
-    check(true, &all_targets(&config(true)), 0.3, Recompute::Layers);
+    check(true, TargetModules::all_linear(), 0.3, Recompute::Layers);
 }
 
 #[test]
 fn every_gradient_without_dropout() {
-    check(false, &all_targets(&config(false)), 0.0, Recompute::Never);
+    check(false, TargetModules::all_linear(), 0.0, Recompute::Never);
 }
 
 #[test]
 fn each_projection_alone_in_the_upper_layers() {
     for projection in Projection::ALL {
         for recompute in [Recompute::Never, Recompute::Layers] {
-            let targets = [Target { layer: 1, projection }, Target { layer: 2, projection }];
-            check(false, &targets, 0.2, recompute);
+            let targets = [1, 2].map(|layer| projection.module(layer)).to_vec();
+            check(false, TargetModules::Names(targets), 0.2, recompute);
+        }
+    }
+}
+
+#[test]
+fn every_gradient_of_every_family() {
+    for special in FAMILIES {
+        let config = family(special);
+        for recompute in [Recompute::Never, Recompute::Layers] {
+            check_config(config.clone(), TargetModules::all_linear(), 0.2, recompute);
+        }
+    }
+}
+
+#[test]
+fn each_projection_alone_behind_the_norms_of_every_family() {
+    for special in FAMILIES {
+        for projection in Projection::ALL {
+            let config = family(special);
+            let targets = TargetModules::Names(vec![projection.module(1)]);
+            check_config(config, targets, 0.0, Recompute::Layers);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What the step loop needs of a numeric engine. peft-core has the real one; tests have a small one.
 
 mod peft;
+mod virtual_tokens;
 
 use shanty_config::job::JobSpec;
 
@@ -32,6 +33,8 @@ pub struct Facts {
     pub total_parameters: u64,
     /// Modules that got an adapter.
     pub matched_modules: Vec<String>,
+    /// Whether the start is computed with the base, so that its bits may depend on the device.
+    pub computed_start: bool,
 }
 
 /// Forward and backward over a frozen base with a trained adapter. The adapter's parameters are one flat vector
@@ -44,7 +47,7 @@ pub trait StepEngine: Send {
     ///
     /// # Errors
     /// As the engine says.
-    fn initial_parameters(&self, seed: u64) -> Result<Vec<f32>, Error>;
+    fn initial_parameters(&mut self, seed: u64) -> Result<Vec<f32>, Error>;
 
     /// The most rows of one micro-batch.
     fn micro_batch_rows(&self) -> usize;

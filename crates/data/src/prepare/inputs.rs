@@ -37,6 +37,7 @@ pub(super) fn gather(
         format: options.format,
         max_length: options.max_length,
         packing: options.packing,
+        virtual_tokens: options.virtual_tokens,
         template_time: options.template_time,
         recipe: Recipe {
             train_on: options.train_on,

@@ -79,12 +79,18 @@ impl<'a> SplitBuilder<'a> {
             tokenizer,
             split,
             writer,
-            packer: Packer::new(options.max_length, options.packing),
+            packer: Packer::new(options.max_length, options.packing)
+                .with_virtual_tokens(options.virtual_tokens),
             summary: SplitSummary::default(),
             answers: Answers::default(),
             forms: Vec::new(),
             files_before: 0,
         }
+    }
+
+    /// Longest sample, tokens: what a row has room for besides an adapter's virtual tokens.
+    fn longest(&self) -> u32 {
+        self.options.max_length - self.options.virtual_tokens
     }
 
     /// Reads all sources, at most so many records of each; says whether it saw all of them.
@@ -114,7 +120,7 @@ impl<'a> SplitBuilder<'a> {
                     let reason = format!(
                         "`{}` gives no row: {}",
                         source.path,
-                        drops(&self.summary, self.options.max_length)
+                        drops(&self.summary, self.longest())
                     );
                     return Err(Error::NothingToTrain { split: self.split, reason });
                 }
@@ -208,7 +214,7 @@ impl<'a> SplitBuilder<'a> {
 
     fn build(mut self) -> Result<Built, Error> {
         self.summary.form = self.forms.iter().map(|form| form.name()).collect::<Vec<_>>().join(" + ");
-        self.summary.set_padding(self.options.max_length);
+        self.summary.set_padding(self.options.max_length, self.options.virtual_tokens);
         let weights: Vec<(u64, f64)> =
             self.summary.sources.iter().filter_map(|source| Some((source.rows, source.weight?))).collect();
         for (source, part) in self.summary.sources.iter_mut().zip(mix::deal(&weights)) {
@@ -226,7 +232,7 @@ impl<'a> SplitBuilder<'a> {
     fn refusal(&self) -> Option<Error> {
         let (split, summary) = (self.split, &self.summary);
         if summary.rows == 0 {
-            let reason = drops(summary, self.options.max_length);
+            let reason = drops(summary, self.longest());
             let dropped = &summary.dropped;
             return Some(match dropped.no_answer + dropped.unweighted {
                 masked if masked > 0 && dropped.truncated_away == 0 => Error::AllMasked { split, reason },
@@ -256,7 +262,7 @@ impl<'a> SplitBuilder<'a> {
         let pads = pads.map(|pad| format!(" ({} is the padding token too)", name(pad))).unwrap_or_default();
         let ends = ends.join(", ");
         if self.summary.truncated > 0 && self.answers.without_end < self.answers.conversations.max(1) {
-            let (cut, length) = (self.summary.truncated, self.options.max_length);
+            let (cut, length) = (self.summary.truncated, self.longest());
             return format!("{cut} records lost their end ({ends}) beyond {length} tokens{pads}");
         }
         format!("the chat template ends answers with none of {ends}{pads}")
@@ -278,7 +284,7 @@ impl<'a> SplitBuilder<'a> {
     }
 
     fn record(&self, raw: Raw, reading: Reading, place: impl Fn() -> Place) -> Result<Outcome, Error> {
-        self.record_of_length(raw, reading, self.options.max_length as usize, place)
+        self.record_of_length(raw, reading, self.longest() as usize, place)
     }
 
     fn record_of_length(
@@ -321,7 +327,7 @@ impl<'a> SplitBuilder<'a> {
         /// Longer than any record, and far from where sums overflow.
         const WHOLE: usize = u32::MAX as usize;
         let outcome = self.record_of_length(raw, reading, WHOLE, || place.clone())?;
-        let max_length = self.options.max_length;
+        let max_length = self.longest();
         let Some(sample) = outcome.samples.into_iter().next() else {
             let what = outcome.dropped.map_or("empty", DropReason::name).to_owned();
             return Ok(Looked { place, what, token_ids: outcome.left_out, trained: Vec::new() });
@@ -390,12 +396,12 @@ impl<'a> SplitBuilder<'a> {
         let (split, summary) = (self.split, &self.summary);
         let mut warnings = Vec::new();
         if summary.dropped.total() > 0 {
-            warnings.push(format!("{split}: {}", drops(summary, self.options.max_length)));
+            warnings.push(format!("{split}: {}", drops(summary, self.longest())));
         }
         if summary.truncated_trained_tokens > 0 {
             warnings.push(format!(
                 "{split}: {} of {} records are longer than {} tokens and lost their end, with {} tokens to be trained",
-                summary.truncated, summary.records, self.options.max_length, summary.truncated_trained_tokens
+                summary.truncated, summary.records, self.longest(), summary.truncated_trained_tokens
             ));
         }
         if self.answers.without_end > 0 {

@@ -112,7 +112,11 @@ impl BaseSource for RandomBase {
         };
         Ok(LayerWeights {
             input_norm: &self.norm,
-            post_attention_norm: &self.norm,
+            query_norm: None,
+            key_norm: None,
+            attention_output_norm: None,
+            mlp_norm: &self.norm,
+            mlp_output_norm: None,
             q: linear(Projection::Q),
             k: linear(Projection::K),
             v: linear(Projection::V),
@@ -138,12 +142,11 @@ impl BaseSource for RandomBase {
 
 pub(crate) fn lora(r: usize, dropout: f32) -> LoraConfig {
     LoraConfig {
-        base_model_name_or_path: None,
         r,
         lora_alpha: 2.0 * r as f64,
         lora_dropout: dropout,
-        use_rslora: false,
         target_modules: TargetModules::all_linear(),
+        ..LoraConfig::default()
     }
 }
 
@@ -158,7 +161,7 @@ const CARDS: [(EngineDevice, f64); 3] = [
 fn engine(folder: &Path, device: EngineDevice, nf4: bool, recompute: Recompute, dropout: f32) -> Engine {
     let options = EngineOptions {
         quantization: nf4.then(Nf4Options::default),
-        lora: Some(lora(8, dropout)),
+        adapter: Some(lora(8, dropout).shared()),
         device,
         recompute,
         micro_batch_rows: Some(8),
@@ -247,7 +250,7 @@ pub(crate) fn train(report: &mut Report, repository: &Path) {
     let folder = repository.join("examples/tiny-llama-14m");
     let curve = |device| {
         let mut engine = engine(&folder, device, true, Recompute::Auto, 0.05);
-        let mut parameters = engine.initial_parameters(3);
+        let mut parameters = engine.initial_parameters(3).unwrap();
         let mut optimizer = AdamW::new(AdamWOptions::default(), parameters.len());
         let rows = rows(engine.config().vocabulary_size);
         let mut losses = Vec::new();

@@ -139,16 +139,32 @@ impl Operation for Elementwise {
         let (g, u) = (View::<B>::new(&gate, rows, columns), View::<B>::new(&up, rows, columns));
         backend.swiglu(g, u, whole::<B>(&mut activated, shape));
         let activated = get(backend, &activated, rows, columns);
+        let mut geglu = poisoned(backend, count);
+        let (g, u) = (View::<B>::new(&gate, rows, columns), View::<B>::new(&up, rows, columns));
+        backend.geglu(g, u, whole::<B>(&mut geglu, shape));
+        let (mut gate_again, mut up_again) = (put(backend, &scaled), put(backend, &numbers("up", count)));
+        backend.geglu_backward(
+            View::<B>::new(&x, rows, columns),
+            whole::<B>(&mut gate_again, shape),
+            whole::<B>(&mut up_again, shape),
+        );
         backend.swiglu_backward(
             View::<B>::new(&x, rows, columns),
             whole::<B>(&mut gate, shape),
             whole::<B>(&mut up, shape),
         );
+        let mut capped = put(backend, &scaled);
+        backend.scale(1.75, whole::<B>(&mut capped, shape));
+        backend.soft_cap(3.0, whole::<B>(&mut capped, shape));
         vec![
             filled,
             get(backend, &copied, rows, columns),
             get(backend, &out, rows, columns),
             activated,
+            get(backend, &geglu, rows, columns),
+            get(backend, &gate_again, rows, columns),
+            get(backend, &up_again, rows, columns),
+            get(backend, &capped, rows, columns),
             get(backend, &gate, rows, columns),
             get(backend, &up, rows, columns),
         ]
@@ -215,6 +231,7 @@ impl Operation for Rows<'_> {
 struct CrossEntropy<'a> {
     batch: &'a PackedBatch,
     vocabulary: usize,
+    soft_cap: Option<f32>,
 }
 
 impl Operation for CrossEntropy<'_> {
@@ -225,10 +242,11 @@ impl Operation for CrossEntropy<'_> {
         let mut logits = put(backend, &scaled);
         let mut losses = poisoned(backend, rows);
         let mut sums = Vec::new();
-        for gradient in [false, true] {
+        for (gradient, cap) in [(false, None), (false, Some(6.0)), (true, self.soft_cap)] {
+            backend.upload(&scaled, &mut logits);
             let view = ViewMut::<B>::new(&mut logits, rows, self.vocabulary);
             let losses = ViewMut::<B>::new(&mut losses, rows, 1);
-            sums.push(backend.cross_entropy(&batch, 1, gradient, view, losses) as f32);
+            sums.push(backend.cross_entropy(&batch, 1, gradient, cap, view, losses) as f32);
         }
         vec![get(backend, &logits, rows, self.vocabulary), get(backend, &losses, rows, 1), sums]
     }
@@ -328,8 +346,11 @@ pub(crate) fn check(report: &mut Report) {
     }
     for vocabulary in [128_256, 1000] {
         let batch = packed(&[100, 33], vocabulary as u32);
-        let operation = CrossEntropy { batch: &batch, vocabulary };
-        sides.compare(report, &format!("cross-entropy {vocabulary}"), &operation, false);
+        for soft_cap in [None, Some(5.0)] {
+            let operation = CrossEntropy { batch: &batch, vocabulary, soft_cap };
+            let name = format!("cross-entropy {vocabulary}, cap {soft_cap:?}");
+            sides.compare(report, &name, &operation, false);
+        }
     }
     for (lengths, heads, kv_heads, head_dim) in [
         (&[2048][..], 32, 8, 128),
@@ -339,7 +360,7 @@ pub(crate) fn check(report: &mut Report) {
         (&[150, 33], 2, 1, 256),
     ] {
         let batch = packed(lengths, 1000);
-        let shape = AttentionShape { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() };
+        let shape = AttentionShape::new(heads, kv_heads, head_dim);
         let name = format!("attention {lengths:?} heads {heads}/{kv_heads} of {head_dim}");
         sides.compare(report, &name, &Attention { batch: &batch, shape }, true);
     }
@@ -347,7 +368,7 @@ pub(crate) fn check(report: &mut Report) {
     for queries in [1, 37] {
         let mut batch = packed(&[queries], 1000);
         batch.spans[0].keys = 301;
-        let shape = AttentionShape { heads: 8, kv_heads: 2, head_dim: 64, scale: 0.125 };
+        let shape = AttentionShape::new(8, 2, 64);
         let name = format!("attention of {queries} queries to 301 keys");
         sides.compare(report, &name, &Attention { batch: &batch, shape }, true);
     }

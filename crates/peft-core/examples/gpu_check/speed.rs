@@ -90,7 +90,7 @@ fn operations(lines: &mut Vec<String>) {
             continue;
         }
         let batch = load(&cuda, &packed(&[2048; 4], 1000), 32, 1);
-        let shape = AttentionShape { heads: 32, kv_heads: 8, head_dim: 128, scale: 0.088 };
+        let shape = AttentionShape::new(32, 8, 128);
         let q = put(&cuda, &numbers("q", tokens * 4096));
         let k = put(&cuda, &numbers("k", tokens * 1024));
         let (q, k) = (View::<Cuda>::new(&q, tokens, 4096), View::<Cuda>::new(&k, tokens, 1024));
@@ -182,7 +182,6 @@ fn steps(lines: &mut Vec<String>) {
             let begin = Instant::now();
             let base = RandomBase::new(hidden, inner, layers, vocabulary, heads, 64);
             let made = begin.elapsed().as_secs_f64();
-            let (layout, _) = lora(16, 0.0).layout(base.config()).unwrap();
             let packed_bytes = layers * (hidden * hidden * 5 / 2 + 3 * hidden * inner) / 2;
             let request = PlanRequest {
                 micro_batch_rows: Some(rows),
@@ -198,7 +197,7 @@ fn steps(lines: &mut Vec<String>) {
             };
             let device = EngineDevice::Cuda { index: 0, precision: Precision::Bf16 };
             let begin = Instant::now();
-            let parts = EngineParts { layout, dropout: 0.0, request };
+            let parts = EngineParts { adapter: Some(lora(16, 0.0).shared()), request };
             let mut engine = match Engine::with_base_on(device, Box::new(base), parts) {
                 Ok(engine) => engine,
                 Err(error) => {
@@ -207,7 +206,7 @@ fn steps(lines: &mut Vec<String>) {
                 }
             };
             let loaded = begin.elapsed().as_secs_f64();
-            let parameters = engine.initial_parameters(1);
+            let parameters = engine.initial_parameters(1).unwrap();
             let mut gradient = vec![0.0; parameters.len()];
             let rows: Vec<Row> = (0..rows)
                 .map(|row| {

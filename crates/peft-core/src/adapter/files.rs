@@ -3,6 +3,7 @@
 //! PEFT warns, and goes on with random or unused numbers, where names do not fit. Here that is an error.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, HashMap},
     fs::{self, File},
     io::{self, Write},
@@ -11,23 +12,27 @@ use std::{
 
 use safetensors::tensor::{Dtype, TensorView};
 
+use super::{
+    config,
+    fit::Fit,
+    layout::{PREFIX, ParameterLayout},
+    method::{SavedTensor, SharedMethod},
+    registry::{METHODS, Registration},
+};
 use crate::{
-    adapter::{config::LoraConfig, layout::ParameterLayout},
     error::{Error, Origin, Result},
-    model::weights::TensorFile,
+    model::{ModelConfig, weights::TensorFile},
 };
 
 /// Settings.
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// Tensors.
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
-/// What every name in [`TENSORS_FILE`] begins with.
-pub const PREFIX: &str = "base_model.model.";
 
 /// An adapter's folder, its settings read and its tensors not yet.
 #[derive(Debug)]
 pub struct AdapterFolder {
-    config: LoraConfig,
+    method: SharedMethod,
     dropped: Vec<String>,
     tensors: TensorFile,
 }
@@ -38,23 +43,40 @@ impl AdapterFolder {
     /// # Errors
     /// A file is missing or damaged, or the settings are not supported.
     pub fn open(folder: &Path) -> Result<Self> {
+        Self::open_with(folder, &[])
+    }
+
+    /// As [`Self::open`], with methods of other crates besides those that there are here.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_with(folder: &Path, methods: &[&Registration]) -> Result<Self> {
         let file = folder.join(CONFIG_FILE);
         let text = fs::read(&file).map_err(|source| Error::Read {
             origin: Origin::Adapter,
             file: file.clone(),
             source,
         })?;
-        let (config, dropped) = LoraConfig::from_json(&text, &file)?;
+        let known: Vec<&Registration> = METHODS.iter().chain(methods).copied().collect();
+        let (method, dropped) = config::read(&text, &file, &known)?;
         let tensors = folder.join(TENSORS_FILE);
         if !tensors.exists() && folder.join("adapter_model.bin").exists() {
             return Err(Error::OnlyPickles { origin: Origin::Adapter, folder: folder.to_owned() });
         }
-        Ok(Self { config, dropped, tensors: TensorFile::open(&tensors, Origin::Adapter)? })
+        Ok(Self { method, dropped, tensors: TensorFile::open(&tensors, Origin::Adapter)? })
     }
 
-    /// Its settings.
-    pub fn config(&self) -> &LoraConfig {
-        &self.config
+    /// Its method, with its settings.
+    pub fn method(&self) -> &SharedMethod {
+        &self.method
+    }
+
+    /// Fits it to a model.
+    ///
+    /// # Errors
+    /// Its settings do not fit the model.
+    pub fn fit(&self, model: &ModelConfig) -> Result<Fit> {
+        Fit::new(self.method.clone(), model)
     }
 
     /// Keys of its settings that nothing here knows, sorted: worth a warning.
@@ -69,11 +91,6 @@ impl AdapterFolder {
     pub fn read_into(&self, layout: &ParameterLayout, parameters: &mut [f32]) -> Result<()> {
         expect_length(parameters, layout)?;
         let file = || self.tensors.path().to_owned();
-        let without_prefix: Vec<String> =
-            self.tensors.names().filter(|name| !name.starts_with(PREFIX)).map(str::to_owned).collect();
-        if !without_prefix.is_empty() {
-            return Err(Error::AdapterPrefix { file: file(), tensors: without_prefix });
-        }
         let mut stored: BTreeMap<String, &str> = BTreeMap::new();
         let mut unexpected = Vec::new();
         for name in self.tensors.names() {
@@ -88,6 +105,13 @@ impl AdapterFolder {
                 Some(tensor) => found.push((entry, tensor)),
                 None => missing.push(entry.peft_name.clone()),
             }
+        }
+        // PEFT keeps the frozen embedding itself beside an update of it; it is that of the base.
+        stored.retain(|name, _| !is_frozen_embedding(name));
+        let without_prefix: Vec<String> =
+            stored.values().filter(|name| !name.starts_with(PREFIX)).map(|name| (*name).to_owned()).collect();
+        if !without_prefix.is_empty() {
+            return Err(Error::AdapterPrefix { file: file(), tensors: without_prefix });
         }
         unexpected.extend(stored.into_values().map(str::to_owned));
         if !missing.is_empty() {
@@ -104,7 +128,11 @@ impl AdapterFolder {
         }
         parameters.fill(0.0);
         for (entry, tensor) in found {
-            tensor.read_f32(&mut parameters[entry.range.clone()], &mut |_| {})?;
+            let values = &mut parameters[entry.range.clone()];
+            tensor.read_f32(values, &mut |_| {})?;
+            if entry.shift != 0.0 {
+                values.iter_mut().for_each(|value| *value += entry.shift);
+            }
         }
         Ok(())
     }
@@ -112,12 +140,14 @@ impl AdapterFolder {
 
 /// `….lora_A.default.weight`, which other programs write, is `….lora_A.weight`.
 fn without_adapter_name(name: &str) -> String {
-    for kind in ["lora_A", "lora_B"] {
-        if let Some(module) = name.strip_suffix(&format!(".{kind}.default.weight")) {
-            return format!("{module}.{kind}.weight");
-        }
+    match name.strip_suffix(".default") {
+        Some(rest) => rest.to_owned(),
+        None => name.replacen(".default.", ".", 1),
     }
-    name.to_owned()
+}
+
+fn is_frozen_embedding(name: &str) -> bool {
+    ["embed_tokens.base_layer.weight", "lm_head.base_layer.weight"].iter().any(|end| name.ends_with(end))
 }
 
 fn expect_length(parameters: &[f32], layout: &ParameterLayout) -> Result<()> {
@@ -131,46 +161,54 @@ fn expect_length(parameters: &[f32], layout: &ParameterLayout) -> Result<()> {
 ///
 /// # Errors
 /// The disk is full, the folder cannot be written, or `parameters` is not of `layout`.
-pub fn write(folder: &Path, config: &LoraConfig, layout: &ParameterLayout, parameters: &[f32]) -> Result<()> {
-    let files = contents(config, layout, parameters)?;
+pub fn write(folder: &Path, fit: &Fit, parameters: &[f32], state: &[f32]) -> Result<()> {
+    let files = contents(fit, parameters, state)?;
     fs::create_dir_all(folder).map_err(|source| unwritable(folder, source))?;
     files.iter().try_for_each(|(name, content)| write_whole(&folder.join(name), content))
 }
 
-/// The files of such a folder, name and content, in the order in which they are to be written.
+/// The files of such a folder, name and content, in the order in which they are to be written. `parameters` is of
+/// [`Fit::trained`], `state` of [`super::Method::state`]; the bare base has no files.
 ///
 /// # Errors
-/// An impossible setting, or `parameters` is not of `layout`.
-pub fn contents(
-    config: &LoraConfig,
-    layout: &ParameterLayout,
-    parameters: &[f32],
-) -> Result<Vec<(String, Vec<u8>)>> {
-    config.check()?;
-    expect_length(parameters, layout)?;
-    let tensors = serialise(layout, parameters)
-        .map_err(|error| unwritable(Path::new(TENSORS_FILE), io::Error::other(error)))?;
-    let mut modules: Vec<String> = layout.entries().iter().map(|entry| entry.module.clone()).collect();
-    modules.sort();
-    modules.dedup();
-    let settings = config.to_json(&modules).into_bytes();
+/// An impossible setting, or `parameters` is not of the fitted method.
+pub fn contents(fit: &Fit, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>> {
+    let Some(method) = fit.method() else { return Ok(Vec::new()) };
+    method.check()?;
+    expect_length(parameters, fit.trained())?;
+    let mut made = Vec::new();
+    let effective = match fit.network() {
+        Some(network) => {
+            made.resize(fit.layout().len(), 0.0);
+            network.network.forward(parameters, None, &mut made)?;
+            &made[..]
+        }
+        None => parameters,
+    };
+    let saved = method.saved(fit.layout(), effective, state)?;
+    let tensors =
+        serialise(&saved).map_err(|error| unwritable(Path::new(TENSORS_FILE), io::Error::other(error)))?;
+    let settings = match fit.model() {
+        Some(model) => config::to_json_on(&**method, model, fit.layout(), state),
+        None => config::to_json(&**method, fit.layout(), state),
+    }
+    .into_bytes();
     Ok(vec![(TENSORS_FILE.to_owned(), tensors), (CONFIG_FILE.to_owned(), settings)])
 }
 
-fn serialise(layout: &ParameterLayout, parameters: &[f32]) -> Result<Vec<u8>, safetensors::SafeTensorError> {
-    let little_endian: Vec<u8>;
-    let bytes: &[u8] = if cfg!(target_endian = "little") {
-        bytemuck::cast_slice(parameters)
-    } else {
-        little_endian = parameters.iter().flat_map(|value| value.to_le_bytes()).collect();
-        &little_endian
-    };
-    let views = layout
-        .entries()
+fn serialise(saved: &[SavedTensor]) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+    let bytes: Vec<Cow<'_, [u8]>> = saved
         .iter()
-        .map(|entry| {
-            let bytes = &bytes[4 * entry.range.start..4 * entry.range.end];
-            Ok((entry.peft_name.as_str(), TensorView::new(Dtype::F32, entry.shape.to_vec(), bytes)?))
+        .map(|tensor| match cfg!(target_endian = "little") {
+            true => Cow::Borrowed(bytemuck::cast_slice(&tensor.values)),
+            false => Cow::Owned(tensor.values.iter().flat_map(|value| value.to_le_bytes()).collect()),
+        })
+        .collect();
+    let views = saved
+        .iter()
+        .zip(&bytes)
+        .map(|(tensor, bytes)| {
+            Ok((tensor.name.as_str(), TensorView::new(Dtype::F32, tensor.shape.clone(), bytes)?))
         })
         .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
     safetensors::serialize(views, Some(HashMap::from([("format".to_owned(), "pt".to_owned())])))

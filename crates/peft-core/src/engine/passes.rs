@@ -1,10 +1,14 @@
 //! Passes over rows: training, evaluation, logits.
 
 use super::{
-    Engine, GradientSink, LossSum, StepError, StepKey,
+    Engine, GradientSink, LossSum, NoSink, StepError, StepKey,
     machine::{Parts, Pass},
 };
-use crate::{batch::Row, error::Result, model::decoder::PassDropout};
+use crate::{
+    adapter::PassDropout,
+    batch::{Row, VirtualTokens},
+    error::Result,
+};
 
 impl Engine {
     /// Runs one micro-batch forward and backward: returns the summed loss of its trained tokens and **adds** the
@@ -24,9 +28,22 @@ impl Engine {
         sink: &mut dyn GradientSink,
     ) -> Result<LossSum> {
         self.check_flat(gradient.len())?;
-        let p = self.dropout;
+        let p = self.fit.dropout();
         let dropout = (p > 0.0).then_some(PassDropout { p, seed: key.seed, step: key.step });
-        self.pass(Some(parameters), rows, dropout, Some((gradient, sink)))
+        let Some(network) = self.fit.network().cloned() else {
+            return self.pass(Some(parameters), rows, Some(key), dropout, Some((gradient, sink)));
+        };
+        // The gradient of what the network makes is whole before any of the trained tensors' is known.
+        let mut made = std::mem::take(&mut self.made.gradient);
+        made.fill(0.0);
+        let sum = self.pass(Some(parameters), rows, Some(key), dropout, Some((&mut made, &mut NoSink)));
+        let sum = sum.and_then(|sum| {
+            network.network.backward(parameters, Some(key), &made, gradient)?;
+            Ok(sum)
+        });
+        self.made.gradient = made;
+        sink.ready(0..gradient.len(), gradient);
+        sum
     }
 
     /// Summed loss of any number of rows, without dropout.
@@ -48,7 +65,7 @@ impl Engine {
     fn sum_losses(&mut self, parameters: Option<&[f32]>, rows: &[Row]) -> Result<LossSum> {
         let mut sum = LossSum::default();
         for rows in rows.chunks(self.plan.micro_batch_rows) {
-            sum.add(self.pass(parameters, rows, None, None)?);
+            sum.add(self.pass(parameters, rows, None, None, None)?);
         }
         Ok(sum)
     }
@@ -57,14 +74,17 @@ impl Engine {
         &'a mut self,
         parameters: Option<&'a [f32]>,
         rows: &[Row],
+        key: Option<StepKey>,
         dropout: Option<PassDropout>,
         training: Option<(&'a mut [f32], &'a mut dyn GradientSink)>,
     ) -> Result<LossSum> {
         self.check_parameters(parameters)?;
-        self.check_rows(rows)?;
-        self.packed.fill(rows)?;
-        let Self { machine, config, base, layout, packed, sizes, plan, .. } = self;
-        let parts = Parts { config, base: &mut **base, layout };
+        let virtual_tokens = parameters.map_or(VirtualTokens::None, |_| self.fit.layout().virtual_tokens());
+        self.check_rows(rows, virtual_tokens)?;
+        self.packed.fill_behind(virtual_tokens, rows)?;
+        let Self { machine, config, base, fit, made, packed, sizes, plan, .. } = self;
+        let parameters = made.parameters(fit, parameters, key)?;
+        let parts = Parts { config, base: &mut **base, layout: fit.layout() };
         let tokens = packed.predicting.len() as u64;
         let recompute = plan.recompute;
         let loss = machine.pass(parts, Pass { packed, sizes, recompute, parameters, dropout, training })?;
@@ -76,13 +96,13 @@ impl Engine {
     }
 
     fn check_flat(&self, found: usize) -> Result<()> {
-        let expected = self.layout.len();
+        let expected = self.layout().len();
         if found == expected { Ok(()) } else { Err(StepError::FlatLength { found, expected }.into()) }
     }
 
-    fn check_rows(&self, rows: &[Row]) -> Result<()> {
+    fn check_rows(&self, rows: &[Row], virtual_tokens: VirtualTokens) -> Result<()> {
         let plan = &self.plan;
-        let tokens: usize = rows.iter().map(|row| row.token_ids.len()).sum();
+        let tokens: usize = rows.iter().map(|row| virtual_tokens.positions(row)).sum();
         if rows.len() > plan.micro_batch_rows || tokens > plan.micro_batch_tokens {
             return Err(StepError::MicroBatchTooLarge {
                 rows: rows.len(),
@@ -93,10 +113,9 @@ impl Engine {
             .into());
         }
         for row in rows {
-            if row.token_ids.len() > self.sizes.max_length {
-                return Err(
-                    StepError::MalformedRow { row: row.id, reason: "it is longer than max_length" }.into()
-                );
+            if virtual_tokens.positions(row) > self.sizes.max_length {
+                let reason = "with its virtual tokens it is longer than max_length";
+                return Err(StepError::MalformedRow { row: row.id, reason }.into());
             }
             self.check_tokens(row.id, &row.token_ids)?;
         }

@@ -4,48 +4,108 @@
 //! says of each layer's part of the flat gradient when it is final, so that its reduction may begin.
 
 use crate::{
-    adapter::{
-        ParameterLayout,
-        lora::{Dropout, Lora},
-    },
-    backend::{AttentionShape, Backend, Ready, View, ViewMut},
+    adapter::{Branches, EmbeddingBranch, EmbeddingSite, ParameterLayout, PassDropout},
+    backend::{AttentionShape, Backend, Ready, SpanStart, View, ViewMut},
+    batch::VirtualTokens,
     error::Result,
-    loss::head::Head,
-    model::{BaseSource, LayerWeights, LinearWeights, ModelConfig, Projection},
-    nn::{attention::Attention, embedding, linear::Linear, mlp::Mlp, rms_norm::RmsNorm, rope::RopeTable},
+    loss::head::{Head, HeadGradient, TrainedHead},
+    model::{BaseSource, LayerWeights, LinearWeights, ModelConfig, Norm, Place, Projection},
+    nn::{
+        attention::{Attention, Prefix},
+        embedding,
+        linear::{Branch, Linear, TrainedParts},
+        mlp::Mlp,
+        rms_norm::RmsNorm,
+        rope::RopeTable,
+    },
     plan::Arena,
-    random::DropoutKey,
 };
 
-/// The trained tensors as one pass sees them.
-pub struct Branches<'a, B: Backend> {
+/// What is trained, as one pass sees it.
+pub struct Trained<'a, B: Backend> {
     /// The flat parameters; none runs the bare base.
     pub parameters: Option<&'a B::Buffer>,
     /// Where each tensor lies.
     pub layout: &'a ParameterLayout,
+    /// What the method does beside each module.
+    pub branches: &'a Branches<B>,
     /// Dropout of this pass.
     pub dropout: Option<PassDropout>,
+    /// Whether spans begin here, with their virtual tokens; they do not where a cached sequence goes on.
+    pub begins: bool,
 }
 
-/// Dropout of one pass over the model.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct PassDropout {
-    /// Share of numbers set to 0.
-    pub p: f32,
-    /// The job's seed.
-    pub seed: u64,
-    /// The optimizer step.
-    pub step: u64,
-}
+impl<'a, B: Backend> Trained<'a, B> {
+    fn linear(&self, layer: usize, index: usize) -> Option<Branch<'a, B>> {
+        let branch = self.branches.linear(layer, index)?;
+        Some(Branch { branch, parameters: self.parameters?, dropout: self.dropout })
+    }
 
-impl<'a, B: Backend> Branches<'a, B> {
-    fn lora(&self, layer: usize, projection: Projection) -> Option<Lora<'a, B>> {
-        let pair = self.layout.pair(layer, projection)?;
-        let dropout = self.dropout.map(|pass| {
-            let module = (layer * Projection::ALL.len() + projection.index()) as u32;
-            Dropout { p: pass.p, key: DropoutKey { seed: pass.seed, step: pass.step, module } }
-        });
-        Some(Lora::new(self.parameters?, pair, dropout))
+    fn embedding(&self) -> Option<(&'a dyn EmbeddingBranch<B>, &'a B::Buffer)> {
+        Some((self.branches.embedding()?, self.parameters?))
+    }
+
+    /// The embedding itself in the parameters, where it is trained.
+    fn embedding_table(&self, config: &ModelConfig) -> Option<View<'a, B>> {
+        let at = self.branches.embedding_weight()?;
+        Some(View::at(self.parameters?, at, config.vocabulary_size, config.hidden_size))
+    }
+
+    /// A vector in the parameters where it is trained, else the base's.
+    fn vector<'c>(&self, backend: &'c B, trained: Option<usize>, base: &'c [f32]) -> View<'c, B>
+    where
+        'a: 'c,
+    {
+        match (trained, self.parameters) {
+            (Some(at), Some(parameters)) => View::at(parameters, at, 1, base.len()),
+            _ => backend.frozen_vector(base),
+        }
+    }
+
+    /// Where a gradient goes; nowhere on the bare base.
+    fn place(&self, trained: Option<usize>) -> Option<usize> {
+        trained.filter(|_| self.parameters.is_some())
+    }
+
+    fn head(&self, config: &ModelConfig) -> TrainedHead<'a, B> {
+        let Some(parameters) = self.parameters else { return TrainedHead::default() };
+        let (vocabulary, hidden) = (config.vocabulary_size, config.hidden_size);
+        let table = |at| View::at(parameters, at, vocabulary, hidden);
+        let dropout = self.dropout;
+        let rows = self.branches.rows().filter(|_| config.tied_embeddings);
+        TrainedHead {
+            table: self.branches.head_weight().map(table),
+            branch: self.branches.head().map(|branch| Branch { branch, parameters, dropout }),
+            rows: rows.map(|(ids, at)| (ids, View::at(parameters, at, ids.len(), hidden))),
+        }
+    }
+
+    /// Virtual tokens of this pass: none on the bare base.
+    pub fn virtual_tokens(&self) -> VirtualTokens {
+        self.parameters.map_or(VirtualTokens::None, |_| self.layout.virtual_tokens())
+    }
+
+    /// Columns `first ..` of the virtual tokens, `[count, columns]`.
+    fn virtual_columns(&self, first: usize, columns: usize) -> Option<View<'a, B>> {
+        let entry = self.layout.virtual_tensor()?;
+        let whole = View::<B>::at(self.parameters?, entry.range.start, entry.rows(), entry.columns());
+        Some(whole.column_range(first, columns))
+    }
+
+    /// Virtual rows, `[count, hidden]`.
+    pub fn virtual_rows(&self, hidden: usize) -> Option<View<'a, B>> {
+        let put = self.begins && matches!(self.virtual_tokens(), VirtualTokens::Rows(_));
+        put.then(|| self.virtual_columns(0, hidden))?
+    }
+
+    /// Virtual keys and values of a layer, `[count, kv_heads * head_dim]` each: PEFT lays out
+    /// `[layer 0 K | layer 0 V | layer 1 K | …]`.
+    pub fn virtual_keys(&self, layer: usize, features: usize) -> Option<[View<'a, B>; 2]> {
+        if !matches!(self.virtual_tokens(), VirtualTokens::Keys(_)) {
+            return None;
+        }
+        let part = |index: usize| self.virtual_columns((2 * layer + index) * features, features);
+        Some([part(0)?, part(1)?])
     }
 }
 
@@ -58,13 +118,15 @@ pub struct Decoder<'a, B: Backend, S: BaseSource + ?Sized> {
     /// Frozen weights.
     pub base: &'a mut S,
     /// What is trained.
-    pub branches: Branches<'a, B>,
+    pub trained: Trained<'a, B>,
     /// Angles.
     pub rope: &'a RopeTable<B>,
     /// Memory.
     pub arena: &'a mut Arena<B>,
     /// Tokens of the micro-batch that is loaded.
     pub tokens: usize,
+    /// Its keys, virtual ones included.
+    pub keys: usize,
     /// Rows of it that predict a trained token.
     pub predicting: usize,
 }
@@ -76,8 +138,8 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
     /// When a layer's weights cannot be had.
     pub fn forward(&mut self) -> Result<()> {
         self.forward_with(|_, attention, step| {
-            let Attend { backend, batch, tokens, work, attended } = step;
-            attention.attend(backend, batch, tokens, work, attended);
+            let Attend { backend, batch, tokens, work, joined, attended } = step;
+            attention.attend(backend, batch, tokens, work, joined, attended);
         })
     }
 
@@ -94,13 +156,29 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         let arena = &mut *self.arena;
         let hidden = config.hidden_size;
         let first = ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden);
-        embedding::forward(backend, &arena.batch, &self.base.embedding(), first);
+        match self.trained.embedding_table(config) {
+            Some(table) => backend.gather_ids(&arena.batch, table, false, first),
+            None => embedding::forward(backend, &arena.batch, &self.base.embedding(), first),
+        }
+        if let Some((branch, parameters)) = self.trained.embedding() {
+            let site = EmbeddingSite { backend, batch: &arena.batch, parameters };
+            let first = ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden);
+            branch.forward(&site, first, &mut arena.scratch.branch);
+        }
+        if let Some(scale) = config.embedding_scale {
+            backend.scale(scale, ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden));
+        }
+        if let Some(rows) = self.trained.virtual_rows(hidden) {
+            let first = ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden);
+            backend.put_virtual(&arena.batch, SpanStart::Queries, rows, first);
+        }
         for layer in 0..config.layers {
             if layer + 1 < config.layers {
                 self.base.prefetch(layer + 1);
             }
             let weights = self.base.layer(layer)?;
-            let site = Site { backend, config, layer, branches: &self.branches, rope: self.rope };
+            let (trained, keys) = (&self.trained, self.keys);
+            let site = Site { backend, config, layer, trained, rope: self.rope, keys };
             let (attention, mlp) = site.blocks(&weights, &mut arena.weights);
             let (inputs, next) = arena.inputs.split_at_mut(layer + 1);
             let x = View::<B>::new(&inputs[layer], tokens, hidden);
@@ -108,7 +186,8 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
             let (work, scratch) = (&mut arena.work[index], &mut arena.scratch);
             let attended = &mut arena.attended[layer];
             attention.project(backend, &arena.batch, x, work, scratch);
-            attend(layer, &attention, Attend { backend, batch: &arena.batch, tokens, work, attended });
+            let (batch, joined) = (&arena.batch, &mut scratch.joined);
+            attend(layer, &attention, Attend { backend, batch, tokens, work, joined, attended });
             attention.output(backend, &arena.batch, x, attended, work, scratch);
             mlp.expand(backend, &arena.batch, tokens, work, scratch);
             let next = ViewMut::<B>::new(&mut next[0], tokens, hidden);
@@ -117,28 +196,33 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         Ok(())
     }
 
-    /// Summed loss; with `gradient`, that of the last hidden state is left in the arena.
-    pub fn loss(&mut self, gradient: bool) -> f64 {
+    /// Summed loss; with `flat`, the gradient of the last hidden state is left in the arena, and that of what is trained of
+    /// the head is added to `flat`.
+    pub fn loss(&mut self, flat: Option<&mut B::Buffer>) -> f64 {
         let (backend, tokens) = (self.backend, self.tokens);
         let (hidden, layers) = (self.config.hidden_size, self.config.layers);
-        let head = head(backend, &*self.base);
+        let head = head(backend, &*self.base, &self.trained);
         let arena = &mut *self.arena;
         let last = View::<B>::new(&arena.inputs[layers], tokens, hidden);
-        let gradient = gradient.then(|| ViewMut::<B>::new(&mut arena.scratch.gradient, tokens, hidden));
-        head.loss(backend, &arena.batch, self.predicting, last, &mut arena.head, gradient)
+        let gradient = flat.map(|flat| HeadGradient {
+            hidden: ViewMut::<B>::new(&mut arena.scratch.gradient, tokens, hidden),
+            flat,
+        });
+        let branch = &mut arena.scratch.branch;
+        head.loss(backend, &arena.batch, self.predicting, last, &mut arena.head, branch, gradient)
     }
 
     /// Logits of the last `rows` rows of the micro-batch, written to `out`.
     pub fn logits(&mut self, rows: usize, out: &mut [f32]) {
         let (backend, tokens) = (self.backend, self.tokens);
         let (hidden, layers) = (self.config.hidden_size, self.config.layers);
-        let head = head(backend, &*self.base);
+        let head = head(backend, &*self.base, &self.trained);
         let arena = &mut *self.arena;
         let last = View::<B>::new(&arena.inputs[layers], tokens, hidden).row_range(tokens - rows, rows);
-        head.logits(backend, last, &mut arena.head, out);
+        head.logits(backend, &arena.batch, last, &mut arena.head, &mut arena.scratch.branch, out);
     }
 
-    /// From the last hidden state's gradient down to the lowest trained layer; adds to `flat`.
+    /// From the last hidden state's gradient down to the lowest trained tensor; adds to `flat`.
     ///
     /// # Errors
     /// When a layer's weights cannot be had.
@@ -147,27 +231,39 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         let config = self.config;
         let hidden = config.hidden_size;
         let arena = &mut *self.arena;
-        let layout = self.branches.layout;
-        let Some(lowest) = layout.entries().iter().map(|entry| entry.layer).min() else { return Ok(()) };
+        let layout = self.trained.layout;
+        let head = layout.range(Place::Head);
+        if !head.is_empty() {
+            ready(head, flat);
+        }
+        let virtual_tokens = self.trained.virtual_tokens();
+        let (lowest, through) = match layout.lowest() {
+            None | Some(Place::Head) => return Ok(()),
+            Some(Place::Layer(layer)) => (layer, false),
+            // Virtual keys are inputs of every layer; nothing is trained below the first.
+            Some(Place::Input) => (0, virtual_tokens.keys() == 0),
+        };
         let again = arena.work.len() == 1 && config.layers > 1;
         for layer in (lowest..config.layers).rev() {
             if layer > lowest {
                 self.base.prefetch(layer - 1);
             }
             let weights = self.base.layer(layer)?;
-            let site = Site { backend, config, layer, branches: &self.branches, rope: self.rope };
+            let (trained, keys) = (&self.trained, self.keys);
+            let site = Site { backend, config, layer, trained, rope: self.rope, keys };
             let (attention, mlp) = site.blocks(&weights, &mut arena.weights);
             let x = View::<B>::new(&arena.inputs[layer], tokens, hidden);
             let (work, scratch) = (&mut arena.work[if again { 0 } else { layer }], &mut arena.scratch);
             let attended = &arena.attended[layer];
             // The last layer's work is still there from the forward pass.
-            let again = again && layer + 1 < config.layers;
+            let mut again = again && layer + 1 < config.layers;
             if again {
                 attention.project(backend, &arena.batch, x, work, scratch);
                 attention.output(backend, &arena.batch, x, attended, work, scratch);
                 mlp.expand(backend, &arena.batch, tokens, work, scratch);
+                again = !mlp.contract_again(backend, &arena.batch, tokens, work, scratch);
             }
-            let below = layer > lowest;
+            let below = layer > lowest || through;
             let into_attention = below || attention.is_adapted();
             mlp.backward(backend, &arena.batch, tokens, work, scratch, flat, again, into_attention);
             if into_attention {
@@ -177,6 +273,29 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
             if !range.is_empty() {
                 ready(range, flat);
             }
+        }
+        if through {
+            if let Some(rows) = self.trained.virtual_rows(hidden) {
+                let gradient = View::<B>::new(&arena.scratch.gradient, tokens, hidden);
+                backend.sum_virtual(&arena.batch, gradient, rows.of(flat));
+            }
+            if let Some(scale) = config.embedding_scale {
+                backend.scale(scale, ViewMut::<B>::new(&mut arena.scratch.gradient, tokens, hidden));
+            }
+            if let Some(at) = self.trained.place(self.trained.branches.embedding_weight()) {
+                let gradient = View::<B>::new(&arena.scratch.gradient, tokens, hidden);
+                let table = ViewMut::<B>::at(&mut *flat, at, config.vocabulary_size, hidden);
+                backend.scatter_ids(&arena.batch, gradient, false, table);
+            }
+            if let Some((branch, parameters)) = self.trained.embedding() {
+                let site = EmbeddingSite { backend, batch: &arena.batch, parameters };
+                let gradient = View::<B>::new(&arena.scratch.gradient, tokens, hidden);
+                branch.backward(&site, gradient, flat, &mut arena.scratch.branch);
+            }
+        }
+        let input = layout.range(Place::Input);
+        if !input.is_empty() {
+            ready(input, flat);
         }
         Ok(())
     }
@@ -192,14 +311,23 @@ pub struct Attend<'a, B: Backend> {
     pub tokens: usize,
     /// q, k, v.
     pub work: &'a crate::plan::Work<B>,
+    /// Where keys and values lie behind virtual ones.
+    pub joined: &'a mut crate::plan::Joined<B>,
     /// Where the result goes.
     pub attended: &'a mut crate::plan::Attended<B>,
 }
 
-fn head<'a, B: Backend, S: BaseSource + ?Sized>(backend: &'a B, base: &'a S) -> Head<'a, B> {
-    let epsilon = base.config().norm_epsilon as f32;
-    let norm = RmsNorm { weight: backend.frozen_vector(base.final_norm()), epsilon };
-    Head { norm, table: base.head() }
+fn head<'a, B: Backend, S: BaseSource + ?Sized>(
+    backend: &'a B,
+    base: &'a S,
+    trained: &Trained<'a, B>,
+) -> Head<'a, B> {
+    let config = base.config();
+    let own = trained.place(trained.branches.final_norm());
+    let weight = trained.vector(backend, own, base.final_norm());
+    let norm = RmsNorm { weight, epsilon: config.norm_epsilon as f32, trained: own };
+    let soft_cap = config.logits_soft_cap.map(|cap| cap as f32);
+    Head { norm, table: base.head(), soft_cap, trained: trained.head(config) }
 }
 
 /// A place in the model.
@@ -207,8 +335,10 @@ struct Site<'a, 'b, B: Backend> {
     backend: &'a B,
     config: &'b ModelConfig,
     layer: usize,
-    branches: &'b Branches<'a, B>,
+    trained: &'b Trained<'a, B>,
     rope: &'a RopeTable<B>,
+    /// Keys of the batch.
+    keys: usize,
 }
 
 impl<'a, B: Backend> Site<'a, '_, B> {
@@ -221,22 +351,36 @@ impl<'a, B: Backend> Site<'a, '_, B> {
         'a: 'c,
     {
         let epsilon = self.config.norm_epsilon as f32;
-        let norm = |weight: &'c [f32]| RmsNorm { weight: self.backend.frozen_vector(weight), epsilon };
+        let norm = |kind: Norm, weight: &'c [f32]| {
+            let trained = self.trained.place(self.trained.branches.norm(self.layer, kind));
+            RmsNorm { weight: self.trained.vector(self.backend, trained, weight), epsilon, trained }
+        };
         let [q, k, v, o, gate, up, down] = scratch;
         let attention = Attention {
-            norm: norm(weights.input_norm),
+            norm: norm(Norm::AttentionInput, weights.input_norm),
             q: self.linear(Projection::Q, &weights.q, q),
             k: self.linear(Projection::K, &weights.k, k),
             v: self.linear(Projection::V, &weights.v, v),
             o: self.linear(Projection::O, &weights.o, o),
-            shape: attention_shape(self.config),
+            query_key_norms: weights
+                .query_norm
+                .zip(weights.key_norm)
+                .map(|(q, k)| [norm(Norm::Query, q), norm(Norm::Key, k)]),
+            output_norm: weights.attention_output_norm.map(|weight| norm(Norm::AttentionOutput, weight)),
+            shape: attention_shape(self.config, self.layer),
             rope: self.rope,
+            prefix: self
+                .trained
+                .virtual_keys(self.layer, self.config.key_value_heads * self.config.head_dim)
+                .map(|[keys, values]| Prefix { keys, values, rows: self.keys }),
         };
         let mlp = Mlp {
-            norm: norm(weights.post_attention_norm),
+            norm: norm(Norm::MlpInput, weights.mlp_norm),
             gate: self.linear(Projection::Gate, &weights.gate, gate),
             up: self.linear(Projection::Up, &weights.up, up),
             down: self.linear(Projection::Down, &weights.down, down),
+            output_norm: weights.mlp_output_norm.map(|weight| norm(Norm::MlpOutput, weight)),
+            activation: self.config.activation,
         };
         (attention, mlp)
     }
@@ -250,20 +394,35 @@ impl<'a, B: Backend> Site<'a, '_, B> {
     where
         'a: 'c,
     {
+        let parts = self.trained.branches.trained_parts(self.layer, projection.index());
+        let parts = match self.trained.parameters {
+            Some(_) => parts,
+            None => TrainedParts::default(),
+        };
+        let weight = match (parts.weight, self.trained.parameters) {
+            (Some(at), Some(parameters)) => {
+                let [rows, columns] = self.config.shape(projection);
+                View::at(parameters, at, rows, columns)
+            }
+            _ => self.backend.frozen(&weights.weight, scratch),
+        };
         Linear {
-            weight: self.backend.frozen(&weights.weight, scratch),
-            bias: weights.bias.map(|bias| self.backend.frozen_vector(bias)),
-            lora: self.branches.lora(self.layer, projection),
+            weight,
+            bias: weights.bias.map(|bias| self.trained.vector(self.backend, parts.bias, bias)),
+            branch: self.trained.linear(self.layer, projection.index()),
+            trained: parts,
         }
     }
 }
 
-/// The shape of attention in a model.
-pub fn attention_shape(config: &ModelConfig) -> AttentionShape {
+/// The shape of attention in a layer of a model.
+pub fn attention_shape(config: &ModelConfig, layer: usize) -> AttentionShape {
     AttentionShape {
         heads: config.attention_heads,
         kv_heads: config.key_value_heads,
         head_dim: config.head_dim,
-        scale: 1.0 / (config.head_dim as f32).sqrt(),
+        scale: config.attention_scale as f32,
+        window: config.windows[layer],
+        soft_cap: config.attention_soft_cap.map(|cap| cap as f32),
     }
 }

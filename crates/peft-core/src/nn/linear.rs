@@ -1,11 +1,11 @@
-//! A frozen linear layer, with a LoRA branch where it is adapted.
+//! A frozen linear layer, with a branch where it is adapted.
 //!
-//! `y = x Wᵀ + b + branch`. Backward `dx = dy W + branch`; W is frozen and the product for its gradient is never made.
-//! The backward pass needs x where there is a branch, and the branch's projection.
+//! `y = x Wᵀ + b`, changed by the branch. Backward `dx = dy W` and what the branch adds. Where W is frozen the product for
+//! its gradient is never made. The backward pass needs x where anything is trained, and what the branch keeps.
 
 use crate::{
-    adapter::lora::{Lora, LoraScratch},
-    backend::{Backend, Product, View, ViewMut},
+    adapter::{BranchScratch, LinearBranch, LinearSite, PassDropout},
+    backend::{Backend, View, ViewMut},
 };
 
 /// Weights of a linear layer, ready for use.
@@ -14,13 +14,39 @@ pub struct Linear<'a, B: Backend> {
     pub weight: View<'a, B>,
     /// b, `[1, out]`.
     pub bias: Option<View<'a, B>>,
-    /// The trained branch.
-    pub lora: Option<Lora<'a, B>>,
+    /// What is trained beside it.
+    pub branch: Option<Branch<'a, B>>,
+    /// Where the gradients of W and b lie, where these are trained themselves.
+    pub trained: TrainedParts,
+}
+
+/// Where weight and bias of a module lie in the flat buffers, where they are trained themselves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TrainedParts {
+    /// The weight.
+    pub weight: Option<usize>,
+    /// The bias.
+    pub bias: Option<usize>,
+}
+
+/// A branch in a pass.
+pub struct Branch<'a, B: Backend> {
+    /// What it does.
+    pub branch: &'a dyn LinearBranch<B>,
+    /// The flat parameters.
+    pub parameters: &'a B::Buffer,
+    /// Dropout of this pass.
+    pub dropout: Option<PassDropout>,
 }
 
 impl<B: Backend> Linear<'_, B> {
-    /// `y = x Wᵀ + b + branch`, or `y += …` with `accumulate`. `x` `[T, in]`, `y` `[T, out]`.
-    /// `projected` `[T, r]` keeps what the branch's backward pass needs; `wide` is scratch `[T, in]`.
+    /// Whether anything here is trained.
+    pub fn is_trained(&self) -> bool {
+        self.branch.is_some() || self.trained != TrainedParts::default()
+    }
+
+    /// `y = x Wᵀ + b` and the branch, or `y += …` with `accumulate`. `x` `[T, in]`, `y` `[T, out]`.
+    /// `kept` holds what the branch's backward pass needs.
     #[expect(clippy::too_many_arguments, reason = "inputs, outputs and scratch of a layer without memory")]
     pub fn forward(
         &self,
@@ -29,24 +55,35 @@ impl<B: Backend> Linear<'_, B> {
         x: View<'_, B>,
         accumulate: bool,
         mut y: ViewMut<'_, B>,
-        projected: &mut B::Buffer,
-        wide: &mut B::Buffer,
+        kept: &mut B::Buffer,
+        scratch: &mut BranchScratch<B>,
     ) {
-        let beta = if accumulate { 1.0 } else { 0.0 };
-        let frozen = Product { alpha: 1.0, a: x, transpose_a: false, b: self.weight, transpose_b: true };
-        if let Some(lora) = &self.lora {
-            lora.project(backend, batch, x, wide, ViewMut::<B>::new(&mut *projected, x.rows, lora.rank()));
-            let branch = lora.expansion(View::<B>::new(projected, x.rows, lora.rank()));
-            backend.gemm_pair(frozen, branch, beta, y.reborrow());
-        } else {
-            backend.gemm(1.0, x, false, self.weight, true, beta, y.reborrow());
+        if let Some(branch) = &self.branch {
+            let site = self.site(backend, batch, branch);
+            return branch.branch.forward(&site, x, accumulate, y, kept, scratch);
         }
+        let beta = if accumulate { 1.0 } else { 0.0 };
+        backend.gemm(1.0, x, false, self.weight, true, beta, y.reborrow());
         if let Some(bias) = self.bias {
             backend.add_bias(bias, y);
         }
     }
 
-    /// Adds the branch's gradients to `flat`, and writes `dx`, or adds to it with `accumulate`; without `dx` no
+    /// Fills `kept` as the forward pass does, without y.
+    pub fn keep_again(
+        &self,
+        backend: &B,
+        batch: &B::Batch,
+        x: View<'_, B>,
+        kept: &mut B::Buffer,
+        scratch: &mut BranchScratch<B>,
+    ) {
+        if let Some(branch) = &self.branch {
+            branch.branch.keep_again(&self.site(backend, batch, branch), x, kept, scratch);
+        }
+    }
+
+    /// Adds the gradients of what is trained to `flat`, and writes `dx`, or adds to it with `accumulate`; without `dx` no
     /// gradient of the input is made.
     #[expect(clippy::too_many_arguments, reason = "inputs, outputs and scratch of a layer without memory")]
     pub fn backward(
@@ -54,31 +91,42 @@ impl<B: Backend> Linear<'_, B> {
         backend: &B,
         batch: &B::Batch,
         x: View<'_, B>,
-        projected: &B::Buffer,
+        kept: &B::Buffer,
         dy: View<'_, B>,
         accumulate: bool,
         dx: Option<ViewMut<'_, B>>,
         flat: &mut B::Buffer,
-        mut scratch: LoraScratch<'_, B>,
+        scratch: &mut BranchScratch<B>,
     ) {
-        if let Some(lora) = &self.lora {
-            let projected = View::<B>::new(projected, x.rows, lora.rank());
-            lora.backward(backend, batch, x, projected, dy, flat, &mut scratch);
+        if let Some(at) = self.trained.bias {
+            backend.column_sum(1.0, dy, ViewMut::<B>::at(&mut *flat, at, 1, dy.columns));
         }
-        let Some(mut dx) = dx else { return };
+        if let Some(at) = self.trained.weight {
+            let dweight = ViewMut::<B>::at(&mut *flat, at, dy.columns, x.columns);
+            backend.gemm(1.0, dy, true, x, false, 1.0, dweight);
+        }
+        if let Some(branch) = &self.branch {
+            let site = self.site(backend, batch, branch);
+            return branch.branch.backward(&site, x, kept, dy, accumulate, dx, flat, scratch);
+        }
+        let Some(dx) = dx else { return };
         let beta = if accumulate { 1.0 } else { 0.0 };
-        let frozen = Product { alpha: 1.0, a: dy, transpose_a: false, b: self.weight, transpose_b: false };
-        match &self.lora {
-            Some(lora) if lora.dropout.is_none() => {
-                let narrow = View::<B>::new(&*scratch.narrow, x.rows, lora.rank());
-                backend.gemm_pair(frozen, lora.contraction(narrow), beta, dx);
-            }
-            lora => {
-                backend.gemm(1.0, dy, false, self.weight, false, beta, dx.reborrow());
-                if let Some(lora) = lora {
-                    lora.input_gradient(backend, batch, dx, &mut scratch);
-                }
-            }
+        backend.gemm(1.0, dy, false, self.weight, false, beta, dx);
+    }
+
+    fn site<'b>(
+        &'b self,
+        backend: &'b B,
+        batch: &'b B::Batch,
+        branch: &'b Branch<'_, B>,
+    ) -> LinearSite<'b, B> {
+        LinearSite {
+            backend,
+            batch,
+            weight: self.weight,
+            bias: self.bias,
+            parameters: branch.parameters,
+            dropout: branch.dropout,
         }
     }
 }

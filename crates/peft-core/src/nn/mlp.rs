@@ -1,13 +1,13 @@
-//! The feed-forward half of a decoder layer: `next = middle + down(silu(gate n) * (up n))`, `n = norm(middle)`
-//! (SwiGLU: Shazeer, arXiv 2002.05202).
+//! The feed-forward half of a decoder layer: `next = middle + down(f(gate n) * (up n))`, `n = norm(middle)`, with f silu
+//! or gelu (SwiGLU, GeGLU: Shazeer, arXiv 2002.05202). Where a family has it, down's output passes a norm ahead of the sum.
 //!
 //! The backward pass needs middle, the norm's factors, and the outputs of gate and up, which [`Mlp::expand`] can compute
-//! again; the product with `down` never has to be repeated. It overwrites gate and up by their gradients.
+//! again; the product with `down` has to be repeated only where its output passes a norm. It overwrites gate and up by their gradients.
 
 use super::{linear::Linear, rms_norm::RmsNorm};
 use crate::{
-    adapter::lora::LoraScratch,
     backend::{Backend, View, ViewMut},
+    model::Activation,
     plan::{Scratch, Work},
 };
 
@@ -21,6 +21,10 @@ pub struct Mlp<'a, B: Backend> {
     pub up: Linear<'a, B>,
     /// Down.
     pub down: Linear<'a, B>,
+    /// The norm of the output.
+    pub output_norm: Option<RmsNorm<'a, B>>,
+    /// f.
+    pub activation: Activation,
 }
 
 impl<B: Backend> Mlp<'_, B> {
@@ -29,7 +33,7 @@ impl<B: Backend> Mlp<'_, B> {
     }
 
     fn inputs_adapted(&self) -> bool {
-        self.gate.lora.is_some() || self.up.lora.is_some()
+        self.gate.is_trained() || self.up.is_trained()
     }
 
     /// Norm, gate, up.
@@ -44,15 +48,15 @@ impl<B: Backend> Mlp<'_, B> {
         let (hidden, features) = (self.down.weight.rows, self.features());
         self.normalise(backend, tokens, work, scratch);
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
-        let [_, _, _, _, gate_projected, up_projected, _] = &mut work.projected;
-        let wide = &mut scratch.lora_wide;
+        let [_, _, _, _, gate_kept, up_kept, _] = &mut work.kept;
+        let branch = &mut scratch.branch;
         let gate = ViewMut::<B>::new(&mut work.gate, tokens, features);
-        self.gate.forward(backend, batch, normed, false, gate, gate_projected, wide);
+        self.gate.forward(backend, batch, normed, false, gate, gate_kept, branch);
         let up = ViewMut::<B>::new(&mut work.up, tokens, features);
-        self.up.forward(backend, batch, normed, false, up, up_projected, wide);
+        self.up.forward(backend, batch, normed, false, up, up_kept, branch);
     }
 
-    /// `next = middle + down(silu(gate) * up)`; `next` `[T, hidden]`.
+    /// `next = middle + down(f(gate) * up)`; `next` `[T, hidden]`.
     pub fn contract(
         &self,
         backend: &B,
@@ -62,15 +66,54 @@ impl<B: Backend> Mlp<'_, B> {
         mut next: ViewMut<'_, B>,
     ) {
         let (tokens, hidden) = (next.rows, next.columns);
+        backend.copy(View::<B>::new(&work.middle, tokens, hidden), next.reborrow());
+        if let Some(norm) = &self.output_norm {
+            self.output(backend, batch, tokens, work, scratch);
+            return norm.add(backend, &mut work.mlp_output, &mut scratch.normed, next);
+        }
         self.activate(backend, tokens, work, scratch);
         let activated = View::<B>::new(&scratch.wide_a, tokens, self.features());
-        backend.copy(View::<B>::new(&work.middle, tokens, hidden), next.reborrow());
-        let [.., down_projected] = &mut work.projected;
-        self.down.forward(backend, batch, activated, true, next, down_projected, &mut scratch.lora_wide);
+        let [.., down_kept] = &mut work.kept;
+        self.down.forward(backend, batch, activated, true, next, down_kept, &mut scratch.branch);
+    }
+
+    /// Computes again what [`Mlp::contract`] left for the backward pass: whether that was more than nothing.
+    pub fn contract_again(
+        &self,
+        backend: &B,
+        batch: &B::Batch,
+        tokens: usize,
+        work: &mut Work<B>,
+        scratch: &mut Scratch<B>,
+    ) -> bool {
+        let Some(norm) = &self.output_norm else { return false };
+        self.output(backend, batch, tokens, work, scratch);
+        let hidden = self.down.weight.rows;
+        let normed = ViewMut::<B>::new(&mut scratch.normed, tokens, hidden);
+        let output = &mut work.mlp_output;
+        let x = View::<B>::new(&output.x, tokens, hidden);
+        norm.forward(backend, x, normed, ViewMut::<B>::new(&mut output.norm, tokens, 1));
+        true
+    }
+
+    /// `mlp_output = down(f(gate) * up)`.
+    fn output(
+        &self,
+        backend: &B,
+        batch: &B::Batch,
+        tokens: usize,
+        work: &mut Work<B>,
+        scratch: &mut Scratch<B>,
+    ) {
+        self.activate(backend, tokens, work, scratch);
+        let activated = View::<B>::new(&scratch.wide_a, tokens, self.features());
+        let y = ViewMut::<B>::new(&mut work.mlp_output.x, tokens, self.down.weight.rows);
+        let [.., down_kept] = &mut work.kept;
+        self.down.forward(backend, batch, activated, false, y, down_kept, &mut scratch.branch);
     }
 
     /// Turns `scratch.gradient` from that of `next` into that of `middle`, and adds the branches' gradients to `flat`.
-    /// `again` says that the forward pass kept no projection of `down`. Without `input_gradient` nothing
+    /// `again` says that the forward pass kept nothing of `down`'s branch. Without `input_gradient` nothing
     /// below this block is trained: the gradient of middle is not made.
     #[expect(clippy::too_many_arguments, reason = "what the forward pass kept, and where gradients go")]
     pub fn backward(
@@ -85,51 +128,61 @@ impl<B: Backend> Mlp<'_, B> {
         input_gradient: bool,
     ) {
         let (hidden, features) = (self.down.weight.rows, self.features());
-        let expand_gradient = input_gradient || self.inputs_adapted();
-        if let Some(lora) = &self.down.lora {
+        let into_norm = input_gradient || self.norm.is_trained();
+        let expand_gradient = into_norm || self.inputs_adapted();
+        if self.down.is_trained() {
             self.activate(backend, tokens, work, scratch);
             if again {
                 let activated = View::<B>::new(&scratch.wide_a, tokens, features);
-                let [.., projected] = &mut work.projected;
-                let projected = ViewMut::<B>::new(projected, tokens, lora.rank());
-                lora.project(backend, batch, activated, &mut scratch.lora_wide, projected);
+                let [.., down_kept] = &mut work.kept;
+                self.down.keep_again(backend, batch, activated, down_kept, &mut scratch.branch);
             }
         }
-        let [.., down_projected] = &work.projected;
+        let [.., down_kept] = &work.kept;
         let activated = View::<B>::new(&scratch.wide_a, tokens, features);
-        let dnext = View::<B>::new(&scratch.gradient, tokens, hidden);
+        let doutput = match &self.output_norm {
+            None => &scratch.gradient,
+            Some(norm) => {
+                let dnext = View::<B>::new(&scratch.gradient, tokens, hidden);
+                norm.add_backward(backend, dnext, &work.mlp_output, &mut scratch.dnormed, flat);
+                &scratch.dnormed
+            }
+        };
+        let doutput = View::<B>::new(doutput, tokens, hidden);
         let dactivated = expand_gradient.then(|| ViewMut::<B>::new(&mut scratch.wide_b, tokens, features));
-        let lora = LoraScratch::<B> { wide: &mut scratch.lora_wide, narrow: &mut scratch.lora_narrow };
-        self.down.backward(backend, batch, activated, down_projected, dnext, false, dactivated, flat, lora);
+
+        let branch = &mut scratch.branch;
+        self.down.backward(backend, batch, activated, down_kept, doutput, false, dactivated, flat, branch);
         if !expand_gradient {
             return;
         }
 
-        backend.swiglu_backward(
-            View::<B>::new(&scratch.wide_b, tokens, features),
-            ViewMut::<B>::new(&mut work.gate, tokens, features),
-            ViewMut::<B>::new(&mut work.up, tokens, features),
-        );
+        let dactivated = View::<B>::new(&scratch.wide_b, tokens, features);
+        let gate = ViewMut::<B>::new(&mut work.gate, tokens, features);
+        let up = ViewMut::<B>::new(&mut work.up, tokens, features);
+        match self.activation {
+            Activation::Silu => backend.swiglu_backward(dactivated, gate, up),
+            Activation::GeluTanh => backend.geglu_backward(dactivated, gate, up),
+        }
         if self.inputs_adapted() {
             self.normalise(backend, tokens, work, scratch);
         }
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
-        let [_, _, _, _, gate_projected, up_projected, _] = &work.projected;
+        let [_, _, _, _, gate_kept, up_kept, _] = &work.kept;
         let parts = [
-            (&self.up, up_projected, View::<B>::new(&work.up, tokens, features)),
-            (&self.gate, gate_projected, View::<B>::new(&work.gate, tokens, features)),
+            (&self.up, up_kept, View::<B>::new(&work.up, tokens, features)),
+            (&self.gate, gate_kept, View::<B>::new(&work.gate, tokens, features)),
         ];
-        for (index, (linear, projected, dy)) in parts.into_iter().enumerate() {
-            let dnormed = input_gradient.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));
-            let lora = LoraScratch::<B> { wide: &mut scratch.lora_wide, narrow: &mut scratch.lora_narrow };
-            linear.backward(backend, batch, normed, projected, dy, index > 0, dnormed, flat, lora);
+        for (index, (linear, kept, dy)) in parts.into_iter().enumerate() {
+            let dnormed = into_norm.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));
+            linear.backward(backend, batch, normed, kept, dy, index > 0, dnormed, flat, &mut scratch.branch);
         }
-        if input_gradient {
+        if into_norm {
             let dnormed = View::<B>::new(&scratch.dnormed, tokens, hidden);
             let middle = View::<B>::new(&work.middle, tokens, hidden);
             let reciprocal = View::<B>::new(&work.mlp_norm, tokens, 1);
             let gradient = ViewMut::<B>::new(&mut scratch.gradient, tokens, hidden);
-            self.norm.backward(backend, dnormed, middle, reciprocal, gradient);
+            self.norm.backward(backend, dnormed, middle, reciprocal, gradient, flat);
         }
     }
 
@@ -140,11 +193,15 @@ impl<B: Backend> Mlp<'_, B> {
         self.norm.forward(backend, middle, normed, ViewMut::<B>::new(&mut work.mlp_norm, tokens, 1));
     }
 
-    /// `wide_a = silu(gate) * up`.
+    /// `wide_a = f(gate) * up`.
     fn activate(&self, backend: &B, tokens: usize, work: &Work<B>, scratch: &mut Scratch<B>) {
         let features = self.features();
         let gate = View::<B>::new(&work.gate, tokens, features);
         let up = View::<B>::new(&work.up, tokens, features);
-        backend.swiglu(gate, up, ViewMut::<B>::new(&mut scratch.wide_a, tokens, features));
+        let out = ViewMut::<B>::new(&mut scratch.wide_a, tokens, features);
+        match self.activation {
+            Activation::Silu => backend.swiglu(gate, up, out),
+            Activation::GeluTanh => backend.geglu(gate, up, out),
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 use super::{Recompute, Sizes};
 use crate::{
+    adapter::BranchScratch,
     backend::{Backend, BatchRoom},
     error::Result,
 };
@@ -26,14 +27,40 @@ pub struct Work<B: Backend> {
     pub v: B::Owned,
     /// The residual stream between the halves, `[T, hidden]`.
     pub middle: B::Owned,
+    /// Queries and keys ahead of their norms, and the norms' factors, `[T, heads]`; empty where there are none.
+    pub query_key: QueryKey<B>,
+    /// Attention's output ahead of its norm, and the norm's factors; empty where there is none.
+    pub attention_output: Output<B>,
+    /// The same of the MLP.
+    pub mlp_output: Output<B>,
     /// Factors of the second norm, `[T, 1]`.
     pub mlp_norm: B::Owned,
     /// `[T, intermediate]`; its gradient after the backward pass.
     pub gate: B::Owned,
     /// `[T, intermediate]`; its gradient after the backward pass.
     pub up: B::Owned,
-    /// Each branch's `drop(x) Aᵀ`, `[T, r]`, in the order of [`crate::model::Projection::ALL`].
-    pub projected: [B::Owned; 7],
+    /// What each branch keeps, in the order of [`crate::model::Projection::ALL`].
+    pub kept: [B::Owned; 7],
+}
+
+/// What norms of queries and keys read in the backward pass.
+pub struct QueryKey<B: Backend> {
+    /// `[T, heads * head_dim]`.
+    pub q: B::Owned,
+    /// `[T, kv_heads * head_dim]`.
+    pub k: B::Owned,
+    /// `[T * heads, 1]`.
+    pub q_norm: B::Owned,
+    /// `[T * kv_heads, 1]`.
+    pub k_norm: B::Owned,
+}
+
+/// What a norm of a block's output reads in the backward pass.
+pub struct Output<B: Backend> {
+    /// `[T, hidden]`.
+    pub x: B::Owned,
+    /// `[T, 1]`.
+    pub norm: B::Owned,
 }
 
 /// What layers work in.
@@ -52,10 +79,25 @@ pub struct Scratch<B: Backend> {
     pub dk: B::Owned,
     /// Gradient of the values, `[T, kv_heads * head_dim]`.
     pub dv: B::Owned,
-    /// A branch's input after dropout, `[T, widest]`; empty where dropout is off.
-    pub lora_wide: B::Owned,
-    /// The gradient of a branch's projection, `[T, r]`.
-    pub lora_narrow: B::Owned,
+    /// Gradient of the keys ahead of their norm, `[T, kv_heads * head_dim]`; empty where there is none.
+    pub dk_normed: B::Owned,
+    /// Keys and values behind a prefix.
+    pub joined: Joined<B>,
+    /// What branches work in.
+    pub branch: BranchScratch<B>,
+}
+
+/// Keys and values of the layer at work behind those of a prefix, and their gradients, `[keys, kv_heads * head_dim]`; empty where
+/// there is no prefix.
+pub struct Joined<B: Backend> {
+    /// Keys.
+    pub keys: B::Owned,
+    /// Values.
+    pub values: B::Owned,
+    /// The gradient of the keys.
+    pub dkeys: B::Owned,
+    /// The gradient of the values.
+    pub dvalues: B::Owned,
 }
 
 /// What the head works in: one chunk of rows.
@@ -76,6 +118,10 @@ pub struct HeadScratch<B: Backend> {
     pub losses: B::Owned,
     /// Rows of the head, widened.
     pub block: B::Owned,
+    /// What the head's branch keeps.
+    pub kept: B::Owned,
+    /// `[rows, tokens whose rows are trained]`.
+    pub few: B::Owned,
     /// Rows in a chunk.
     pub rows: usize,
     /// Rows of the head in a block; the whole vocabulary where it is read in place.
@@ -125,15 +171,26 @@ impl<B: Backend> Arena<B> {
                 wide_b: rows(sizes.wide())?,
                 dk: rows(sizes.keys)?,
                 dv: rows(sizes.keys)?,
-                lora_wide: rows(sizes.dropout_columns)?,
-                lora_narrow: rows(sizes.rank())?,
+                dk_normed: rows(sizes.normed_keys)?,
+                joined: Joined {
+                    keys: rows(sizes.joined)?,
+                    values: rows(sizes.joined)?,
+                    dkeys: rows(sizes.joined)?,
+                    dvalues: rows(sizes.joined)?,
+                },
+                branch: BranchScratch {
+                    wide: rows(sizes.branch.wide)?,
+                    narrow: rows(sizes.branch.narrow)?,
+                    output: rows(sizes.branch.output)?,
+                    fixed: each(sizes.branch.fixed, |length| backend.allocate(length))?,
+                },
             },
             head: HeadScratch::new(backend, sizes)?,
             weights: each(sizes.weights, |length| backend.allocate(length))?,
             batch: backend.allocate_batch(BatchRoom {
                 tokens,
                 longest_span: sizes.max_length,
-                widest: sizes.dropout_columns,
+                widest: sizes.branch.wide,
                 heads: sizes.heads,
             })?,
         })
@@ -149,10 +206,18 @@ impl<B: Backend> Work<B> {
             k: rows(sizes.keys)?,
             v: rows(sizes.keys)?,
             middle: rows(sizes.hidden)?,
+            query_key: QueryKey {
+                q: rows(sizes.normed_queries)?,
+                k: rows(sizes.normed_keys)?,
+                q_norm: rows(sizes.normed_queries / sizes.head_dim)?,
+                k_norm: rows(sizes.normed_keys / sizes.head_dim)?,
+            },
+            attention_output: Output { x: rows(sizes.normed_output)?, norm: rows(sizes.output_norm())? },
+            mlp_output: Output { x: rows(sizes.normed_output)?, norm: rows(sizes.output_norm())? },
             mlp_norm: rows(1)?,
             gate: rows(sizes.intermediate)?,
             up: rows(sizes.intermediate)?,
-            projected: each(sizes.ranks, rows)?,
+            kept: each(sizes.kept, rows)?,
         })
     }
 }
@@ -169,22 +234,19 @@ impl<B: Backend> HeadScratch<B> {
             logits: rows(sizes.vocabulary)?,
             losses: rows(1)?,
             block: backend.allocate(sizes.head_block * sizes.hidden)?,
+            kept: rows(sizes.head_kept)?,
+            few: rows(sizes.head_few)?,
             rows: sizes.head_rows,
             block_rows: if sizes.head_block == 0 { sizes.vocabulary } else { sizes.head_block },
         })
     }
 }
 
-/// Seven buffers of the given lengths.
-fn each<T>(lengths: [usize; 7], allocate: impl Fn(usize) -> Result<T>) -> Result<[T; 7]> {
-    let [q, k, v, o, gate, up, down] = lengths;
-    Ok([
-        allocate(q)?,
-        allocate(k)?,
-        allocate(v)?,
-        allocate(o)?,
-        allocate(gate)?,
-        allocate(up)?,
-        allocate(down)?,
-    ])
+/// Buffers of the given lengths.
+fn each<T, const COUNT: usize>(
+    lengths: [usize; COUNT],
+    allocate: impl Fn(usize) -> Result<T>,
+) -> Result<[T; COUNT]> {
+    let all: Vec<T> = lengths.into_iter().map(allocate).collect::<Result<_>>()?;
+    Ok(all.try_into().unwrap_or_else(|_| unreachable!("as many buffers as lengths")))
 }

@@ -2,8 +2,9 @@
 
 use super::{PlanRequest, Recompute};
 use crate::{
-    adapter::ParameterLayout,
-    model::{ModelConfig, Projection},
+    adapter::{Fit, Needs, ParameterLayout, Role},
+    batch::VirtualTokens,
+    model::{ModelConfig, ModuleKind, Projection},
 };
 
 /// Numbers that a chunk of logits may hold.
@@ -31,24 +32,42 @@ pub struct Sizes {
     pub hidden: usize,
     /// Query heads.
     pub heads: usize,
+    /// Features of a head.
+    pub head_dim: usize,
     /// Features of all query heads.
     pub queries: usize,
     /// Features of all key heads.
     pub keys: usize,
+    /// Features of all query heads where a norm of theirs keeps them; 0 where there is none.
+    pub normed_queries: usize,
+    /// The same of the key heads.
+    pub normed_keys: usize,
+    /// Features of the residual stream where norms of the blocks' outputs keep them; 0 where there are none.
+    pub normed_output: usize,
+    /// The same where keys and values are laid behind a prefix, else 0. With its virtual tokens a micro-batch has as many
+    /// keys as there is room for tokens.
+    pub joined: usize,
+    /// Numbers that a network in front of the adapter makes, and their gradient.
+    pub made: usize,
     /// Features inside the feed-forward half.
     pub intermediate: usize,
     /// Vocabulary.
     pub vocabulary: usize,
-    /// Rank of each adapted projection, in the order of [`Projection::ALL`]; 0 where none is adapted in any layer.
-    pub ranks: [usize; 7],
+    /// What the branch of each projection keeps for each token, in the order of [`Projection::ALL`]; 0 where none is adapted
+    /// in any layer.
+    pub kept: [usize; 7],
+    /// What branches work in.
+    pub branch: Needs,
     /// Numbers of each matrix written out, in the order of [`Projection::ALL`]; 0 where it is read in place.
     pub weights: [usize; 7],
     /// Rows of logits made at once.
     pub head_rows: usize,
     /// Rows of the head widened at once; 0 where it is read in place.
     pub head_block: usize,
-    /// Columns of the widest matrix that dropout is applied to; 0 where it is off.
-    pub dropout_columns: usize,
+    /// What the branch of the head keeps for each row.
+    pub head_kept: usize,
+    /// Tokens whose rows of the head are trained.
+    pub head_few: usize,
     /// Numbers in the threads' own scratch.
     pub lanes: usize,
     /// Numbers in the table of angles.
@@ -64,11 +83,12 @@ impl Sizes {
         max_length: usize,
         request: &PlanRequest,
     ) -> Self {
-        let mut ranks = [0; 7];
-        for entry in layout.entries().iter().filter(|entry| entry.kind == crate::adapter::Kind::A) {
-            let rank = &mut ranks[entry.projection.index()];
-            *rank = entry.shape[0].max(*rank);
+        let mut kept = [0; 7];
+        for adapted in layout.modules().iter().filter(|adapted| adapted.module.kind == ModuleKind::Linear) {
+            let of_projection: &mut usize = &mut kept[adapted.module.index];
+            *of_projection = adapted.needs.kept.max(*of_projection);
         }
+        let branch = layout.needs();
         let size = |projection: Projection| {
             let [rows, columns] = config.shape(projection);
             rows * columns
@@ -76,18 +96,21 @@ impl Sizes {
         let weights = if request.dequantised { Projection::ALL.map(size) } else { [0; 7] };
         let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
         let queries = config.attention_heads * config.head_dim;
-        let widest = hidden.max(intermediate).max(queries);
+        let keys = config.key_value_heads * config.head_dim;
         let (logits, most_rows) = match request.accelerated {
             true => (LOGITS_ACCELERATED, HEAD_ROWS_ACCELERATED),
             false => (LOGITS, HEAD_ROWS),
         };
         let head_rows = (logits / config.vocabulary_size).clamp(1, most_rows).min(tokens.max(1));
-        let head_block = match request.accelerated {
+        let head_branch = layout.modules().iter().find(|adapted| adapted.module.kind == ModuleKind::Head);
+        let rows = layout.entries().iter().find(|entry| entry.role == Role::Rows);
+        let head_branch = head_branch.filter(|adapted| adapted.branch);
+        let head_block = match request.accelerated || head_branch.is_some() {
             true => config.vocabulary_size,
             false => (HEAD_BLOCK / hidden).clamp(1, config.vocabulary_size),
         };
         // Two tiles of attention, or a row that dropout is applied to.
-        let lane = (2 * 64 * max_length).max(if request.dropout { widest } else { 0 });
+        let lane = (2 * 64 * max_length).max(if request.dropout { branch.wide } else { 0 });
         Self {
             tokens,
             layers: config.layers,
@@ -95,15 +118,26 @@ impl Sizes {
             max_length,
             hidden,
             heads: config.attention_heads,
+            head_dim: config.head_dim,
             queries,
-            keys: config.key_value_heads * config.head_dim,
+            keys,
+            normed_queries: if config.query_key_norms { queries } else { 0 },
+            normed_keys: if config.query_key_norms { keys } else { 0 },
+            normed_output: if config.output_norms { hidden } else { 0 },
+            joined: match layout.virtual_tokens() {
+                VirtualTokens::Keys(_) => config.key_value_heads * config.head_dim,
+                VirtualTokens::None | VirtualTokens::Rows(_) => 0,
+            },
+            made: 0,
             intermediate,
             vocabulary: config.vocabulary_size,
-            ranks,
+            kept,
+            branch,
             weights,
             head_rows,
             head_block: if request.head_widened { head_block } else { 0 },
-            dropout_columns: if request.dropout { widest } else { 0 },
+            head_kept: head_branch.map_or(0, |adapted| adapted.needs.kept),
+            head_few: if config.tied_embeddings { rows.map_or(0, |entry| entry.rows()) } else { 0 },
             lanes: match request.accelerated {
                 // Ids and the like, attention's sums by head, the larger operand of a product rounded to 2 bytes.
                 true => {
@@ -117,14 +151,27 @@ impl Sizes {
         }
     }
 
+    /// As [`Sizes::new`] for a fitted method: what is trained may be a network that makes what passes read.
+    pub fn of(
+        config: &ModelConfig,
+        fit: &Fit,
+        tokens: usize,
+        max_length: usize,
+        request: &PlanRequest,
+    ) -> Self {
+        let sizes = Self::new(config, fit.layout(), tokens, max_length, request);
+        let made = fit.network().map_or(0, |_| 2 * fit.layout().len());
+        Self { parameters: fit.trained().len(), made, ..sizes }
+    }
+
     /// Features of the two widest scratch buffers.
     pub(super) fn wide(&self) -> usize {
         self.intermediate.max(self.queries)
     }
 
-    /// The largest rank.
-    pub(super) fn rank(&self) -> usize {
-        self.ranks.iter().copied().max().unwrap_or(0)
+    /// Factors a token of the norm of a block's output.
+    pub(super) fn output_norm(&self) -> usize {
+        usize::from(self.normed_output > 0)
     }
 
     /// Kept for each layer whatever the plan: its input, attention's output and logarithms.
@@ -132,10 +179,12 @@ impl Sizes {
         self.hidden + self.queries + self.heads
     }
 
-    /// Kept for each layer, or once for the layer at work: q, k, v, middle, gate, up, norms, projections.
+    /// Kept for each layer, or once for the layer at work: q, k, v, middle, gate, up, norms, branches.
     fn work(&self) -> usize {
-        let projections: usize = self.ranks.iter().sum();
-        self.queries + 2 * self.keys + self.hidden + 2 * self.intermediate + 2 + projections
+        let kept: usize = self.kept.iter().sum();
+        let query_key = self.normed_queries + self.normed_keys;
+        let norms = query_key + query_key / self.head_dim + 2 * (self.normed_output + self.output_norm());
+        self.queries + 2 * self.keys + self.hidden + 2 * self.intermediate + 2 + norms + kept
     }
 
     /// Numbers that the forward pass keeps.
@@ -147,9 +196,17 @@ impl Sizes {
 
     /// Numbers that operations work in.
     pub fn scratch(&self) -> usize {
+        let branch = self.branch.wide + self.branch.narrow + self.branch.output;
         let per_token =
-            3 * self.hidden + 2 * self.wide() + 2 * self.keys + self.dropout_columns + self.rank();
-        let head = self.head_rows * (self.vocabulary + 4 * self.hidden + 2) + self.head_block * self.hidden;
-        self.tokens * per_token + head + self.weights.iter().sum::<usize>() + self.lanes + self.rope
+            3 * self.hidden + 2 * self.wide() + 2 * self.keys + self.normed_keys + 4 * self.joined + branch;
+        let head = self.head_rows * (self.vocabulary + 4 * self.hidden + 2 + self.head_kept + self.head_few)
+            + self.head_block * self.hidden;
+        self.tokens * per_token
+            + head
+            + self.weights.iter().sum::<usize>()
+            + self.lanes
+            + self.rope
+            + self.branch.fixed.iter().sum::<usize>()
+            + self.made
     }
 }

@@ -10,11 +10,12 @@ use std::{
 use candle_core::{DType, Device, Tensor};
 use shanty_peft_core::{
     Engine, Result,
-    adapter::{ParameterLayout, layout::Target},
+    adapter::{LoraConfig, SharedMethod, TargetModules},
     batch::{Row, Segment},
     engine::EngineParts,
     model::{
-        BaseSource, DenseView, EmbeddingView, LayerWeights, LinearWeights, Matrix, ModelConfig, Projection,
+        BaseSource, DenseView, EmbeddingView, LayerWeights, LinearWeights, Matrix, ModelConfig, Norm,
+        Projection,
     },
     plan::{PlanRequest, Recompute},
 };
@@ -78,7 +79,13 @@ impl MemoryBase {
     pub fn load(folder: &Path) -> Self {
         let config = ModelConfig::load(folder).unwrap();
         let tensors = tensors(&folder.join("model.safetensors"));
-        let tensors = tensors.into_iter().map(|(name, tensor)| (name, floats(&tensor))).collect();
+        let mut tensors: HashMap<String, Vec<f32>> =
+            tensors.into_iter().map(|(name, tensor)| (name, floats(&tensor))).collect();
+        for (name, numbers) in &mut tensors {
+            if config.norms_less_one && name.contains("norm") {
+                numbers.iter_mut().for_each(|number| *number += 1.0);
+            }
+        }
         Self { config, tensors }
     }
 
@@ -96,11 +103,9 @@ impl MemoryBase {
                     tensors.insert(format!("{name}.bias"), random.numbers(rows, 0.5));
                 }
             }
-            for norm in ["input_layernorm", "post_attention_layernorm"] {
-                tensors.insert(
-                    format!("model.layers.{layer}.{norm}.weight"),
-                    random.around_one(config.hidden_size),
-                );
+            for norm in config.norms() {
+                let name = format!("{}.weight", config.norm_module(layer, norm));
+                tensors.insert(name, random.around_one(config.norm_features(norm)));
             }
         }
         tensors.insert("model.norm.weight".into(), random.around_one(config.hidden_size));
@@ -132,9 +137,15 @@ impl BaseSource for MemoryBase {
     fn prefetch(&mut self, _layer: usize) {}
 
     fn layer(&mut self, layer: usize) -> Result<LayerWeights<'_>> {
+        let norm = |norm| self.get(&format!("{}.weight", self.config.norm_module(layer, norm)));
+        let some = |wanted| self.config.norms().find(|norm| *norm == wanted).map(norm);
         Ok(LayerWeights {
-            input_norm: self.get(&format!("model.layers.{layer}.input_layernorm.weight")),
-            post_attention_norm: self.get(&format!("model.layers.{layer}.post_attention_layernorm.weight")),
+            input_norm: norm(Norm::AttentionInput),
+            query_norm: some(Norm::Query),
+            key_norm: some(Norm::Key),
+            attention_output_norm: some(Norm::AttentionOutput),
+            mlp_norm: norm(Norm::MlpInput),
+            mlp_output_norm: some(Norm::MlpOutput),
             q: self.linear(layer, Projection::Q),
             k: self.linear(layer, Projection::K),
             v: self.linear(layer, Projection::V),
@@ -163,8 +174,7 @@ impl BaseSource for MemoryBase {
 
 /// What a test's engine is made of.
 pub struct Setup {
-    pub layout: ParameterLayout,
-    pub dropout: f32,
+    pub adapter: Option<SharedMethod>,
     pub recompute: Recompute,
     pub rows: usize,
     pub max_length: usize,
@@ -172,8 +182,8 @@ pub struct Setup {
 }
 
 impl Setup {
-    pub fn new(layout: ParameterLayout) -> Self {
-        Self { layout, dropout: 0.0, recompute: Recompute::Never, rows: 4, max_length: 32, threads: 2 }
+    pub fn new(adapter: Option<SharedMethod>) -> Self {
+        Self { adapter, recompute: Recompute::Never, rows: 4, max_length: 32, threads: 2 }
     }
 
     pub fn engine(&self, base: MemoryBase) -> Engine {
@@ -185,19 +195,24 @@ impl Setup {
             base_bytes: 0,
             dequantised: false,
             head_widened: false,
-            dropout: self.dropout > 0.0,
+            dropout: false,
             threads: self.threads,
             accelerated: false,
         };
-        let parts = EngineParts { layout: self.layout.clone(), dropout: self.dropout, request };
+        let parts = EngineParts { adapter: self.adapter.clone(), request };
         Engine::with_base(Box::new(base), parts).unwrap()
     }
 }
 
-/// Every linear module of a model.
-pub fn all_targets(config: &ModelConfig) -> Vec<Target> {
-    let layers = 0..config.layers;
-    layers.flat_map(|layer| Projection::ALL.map(|projection| Target { layer, projection })).collect()
+/// LoRA of rank `r`, scale `scale` and dropout `p` on the modules named.
+pub fn lora(modules: TargetModules, r: usize, scale: f64, p: f32) -> LoraConfig {
+    LoraConfig {
+        r,
+        lora_alpha: scale * r as f64,
+        lora_dropout: p,
+        target_modules: modules,
+        ..LoraConfig::default()
+    }
 }
 
 /// The rows of a padded batch of the reference: padding is cut off, labels become trained ranges.

@@ -96,17 +96,29 @@ impl Cache {
         }
     }
 
-    /// Takes the lock of a blob; waits for whoever holds it, and says so first.
-    pub(super) fn lock(&self, etag: &str, waiting: impl FnOnce()) -> Result<Lock, Error> {
+    /// Takes the lock of a blob, unless somebody holds it.
+    pub(super) fn try_lock(&self, etag: &str) -> Result<Option<Lock>, Error> {
+        let (file, path) = self.lock_file(etag)?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(Lock { _file: file })),
+            Err(source) if source == rustix::io::Errno::WOULDBLOCK => Ok(None),
+            Err(source) => Err(failed(&path)(source.into())),
+        }
+    }
+
+    /// Takes the lock of a blob; waits for whoever holds it.
+    pub(super) fn lock(&self, etag: &str) -> Result<Lock, Error> {
+        let (file, path) = self.lock_file(etag)?;
+        flock(&file, FlockOperation::LockExclusive).map_err(|source| failed(&path)(source.into()))?;
+        Ok(Lock { _file: file })
+    }
+
+    fn lock_file(&self, etag: &str) -> Result<(File, PathBuf), Error> {
         let path = self.locks.join(format!("{etag}.lock"));
         create_parent(&path)?;
         create_parent(&self.blob(etag))?;
         let file = File::options().create(true).append(true).open(&path).map_err(failed(&path))?;
-        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-            waiting();
-            flock(&file, FlockOperation::LockExclusive).map_err(|source| failed(&path)(source.into()))?;
-        }
-        Ok(Lock { _file: file })
+        Ok((file, path))
     }
 }
 

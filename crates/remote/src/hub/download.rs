@@ -148,17 +148,22 @@ impl Fetch {
     async fn once(&self, file: &RemoteFile, counts: &Counts, reached: &AtomicU64) -> Result<(), Error> {
         let announced = self.announced(&file.name).await?;
         let etag = &announced.etag;
-        let (cache, waiting) = (self.cache.clone(), etag.clone());
-        let busy = format!("{}: another process is downloading it", file.name);
-        // The lock may be held for hours: waiting for it must not hold up the other files.
-        let lock = tokio::task::block_in_place(|| cache.lock(&waiting, || self.note(counts, Some(busy))))?;
+        let lock = match self.cache.try_lock(etag)? {
+            Some(lock) => lock,
+            None => {
+                // Somebody may hold it for hours: other files go on meanwhile.
+                self.note(counts, Some(format!("{}: waits for another download of it", file.name)));
+                let (cache, etag) = (self.cache.clone(), etag.clone());
+                blocking(move || cache.lock(&etag)).await?
+            }
+        };
         let blob = self.cache.blob(etag);
         if blob.is_file() {
             counts.bytes.fetch_add(file.size, Ordering::Relaxed);
         } else {
             let path = self.cache.incomplete(etag);
             self.receive(file, &announced, &path, counts, reached).await?;
-            self.check(file, &announced, &path, counts)?;
+            self.check(file, &announced, &path, counts).await?;
             fs::rename(&path, &blob).map_err(failed(&blob))?;
         }
         drop(lock);
@@ -311,15 +316,15 @@ impl Fetch {
     }
 
     /// Compares size and hash with what was announced; what differs is thrown away.
-    fn check(
+    async fn check(
         &self,
         file: &RemoteFile,
         announced: &Announced,
         path: &Path,
         counts: &Counts,
     ) -> Result<(), Error> {
-        let (size, hash) = tokio::task::block_in_place(|| hash_of(path, announced.etag.len() == 40))
-            .map_err(failed(path))?;
+        let (hashed, as_git) = (path.to_owned(), announced.etag.len() == 40);
+        let (size, hash) = blocking(move || hash_of(&hashed, as_git).map_err(failed(&hashed))).await?;
         forget_tag(path);
         let reason = match announced.size {
             Some(expected) if expected != size => format!("it has {size} bytes, not {expected}"),
@@ -332,6 +337,14 @@ impl Fetch {
         counts.bytes.fetch_sub(size.min(counts.bytes.load(Ordering::Relaxed)), Ordering::Relaxed);
         Err(Error::Damaged { model: self.model.shown(), file: file.name.clone(), reason })
     }
+}
+
+/// Runs what waits for a lock or a disk where it holds no other download up.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    let failed = |source: tokio::task::JoinError| Error::Client { reason: source.to_string() };
+    tokio::task::spawn_blocking(work).await.map_err(failed)?
 }
 
 /// Bytes that a try has counted; taken back when it ends early.

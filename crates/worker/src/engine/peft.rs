@@ -5,7 +5,7 @@ use std::ops::Range;
 use shanty_config::job::{self, Device, JobSpec};
 use shanty_peft_core::{
     Engine, EngineDevice, EngineOptions, GradientSink, StepKey,
-    adapter::{LoraConfig, TargetModules, files},
+    adapter::{LoraConfig, SharedMethod, TargetModules, files},
     backend::cuda::Precision,
     plan::Recompute,
     quant::Nf4Options,
@@ -13,7 +13,7 @@ use shanty_peft_core::{
 
 use crate::Error;
 
-use super::{EngineLoader, Facts, LoadRequest, Row, StepEngine, Sum};
+use super::{EngineLoader, Facts, LoadRequest, Row, StepEngine, Sum, virtual_tokens};
 
 /// Loads peft-core's engine.
 #[derive(Debug, Clone, Copy, Default)]
@@ -26,11 +26,10 @@ impl EngineLoader for PeftEngines {
         progress: &mut dyn FnMut(f64),
     ) -> Result<Box<dyn StepEngine>, Error> {
         let spec = request.spec;
-        let lora = lora(spec);
         let options = EngineOptions {
             device: device(request.device, spec.cluster.device)?,
             memory_limit: request.memory_limit_bytes,
-            ..engine_options(spec, request.threads)
+            ..engine_options(spec, request.threads)?
         };
         let quantised = format!("{:?}", options.quantization);
         let engine = Engine::load(options, &mut |loaded| {
@@ -49,8 +48,9 @@ impl EngineLoader for PeftEngines {
             trainable_parameters: trainable,
             total_parameters: engine.config().parameters() as u64 + trainable,
             matched_modules: engine.matched().modules(),
+            computed_start: engine.computes_start(),
         };
-        Ok(Box::new(PeftEngine { engine, lora, facts }))
+        Ok(Box::new(PeftEngine { engine, facts }))
     }
 }
 
@@ -75,10 +75,13 @@ fn device(name: &str, wanted: Device) -> Result<EngineDevice, Error> {
 }
 
 /// The engine that a job asks for, on the CPU and without a limit of memory.
-pub fn engine_options(spec: &JobSpec, threads: usize) -> EngineOptions {
-    EngineOptions {
+///
+/// # Errors
+/// Where the adapter begins as a text and the base's tokenizer cannot be used.
+pub fn engine_options(spec: &JobSpec, threads: usize) -> Result<EngineOptions, Error> {
+    Ok(EngineOptions {
         quantization: quantization(spec),
-        lora: Some(lora(spec)),
+        adapter: Some(method(spec)?),
         threads,
         recompute: match spec.train.recompute {
             job::Recompute::Auto => Recompute::Auto,
@@ -87,7 +90,7 @@ pub fn engine_options(spec: &JobSpec, threads: usize) -> EngineOptions {
         },
         micro_batch_rows: spec.train.micro_batch_size,
         ..EngineOptions::new(&spec.base.model, spec.data.max_length)
-    }
+    })
 }
 
 /// How a job keeps its base.
@@ -101,9 +104,12 @@ pub fn quantization(spec: &JobSpec) -> Option<Nf4Options> {
 }
 
 /// A job's adapter in the words of the numeric crate.
-fn lora(spec: &JobSpec) -> LoraConfig {
+fn method(spec: &JobSpec) -> Result<SharedMethod, Error> {
+    if let Some(method) = virtual_tokens::method(spec)? {
+        return Ok(method);
+    }
     let adapter = &spec.adapter;
-    LoraConfig {
+    let lora = LoraConfig {
         base_model_name_or_path: Some(shanty_remote::hub::public_name(&spec.base.model)),
         r: adapter.r,
         lora_alpha: adapter.lora_alpha,
@@ -113,13 +119,13 @@ fn lora(spec: &JobSpec) -> LoraConfig {
             job::TargetModules::Pattern(pattern) => TargetModules::Pattern(pattern.clone()),
             job::TargetModules::Names(names) => TargetModules::Names(names.clone()),
         },
-    }
+    };
+    Ok(lora.shared())
 }
 
 /// A loaded engine with what its files need.
 struct PeftEngine {
     engine: Engine,
-    lora: LoraConfig,
     facts: Facts,
 }
 
@@ -137,8 +143,8 @@ impl StepEngine for PeftEngine {
         &self.facts
     }
 
-    fn initial_parameters(&self, seed: u64) -> Result<Vec<f32>, Error> {
-        Ok(self.engine.initial_parameters(seed))
+    fn initial_parameters(&mut self, seed: u64) -> Result<Vec<f32>, Error> {
+        self.engine.initial_parameters(seed).map_err(|error| Error::part(&error))
     }
 
     fn micro_batch_rows(&self) -> usize {
@@ -168,6 +174,6 @@ impl StepEngine for PeftEngine {
     }
 
     fn adapter_files(&self, parameters: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {
-        files::contents(&self.lora, self.engine.layout(), parameters).map_err(|error| Error::part(&error))
+        files::contents(self.engine.fit(), parameters, &[]).map_err(|error| Error::part(&error))
     }
 }

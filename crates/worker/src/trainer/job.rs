@@ -35,7 +35,7 @@ pub(crate) struct Job {
 impl Job {
     pub(crate) fn new(plan: JobPlan, engine: Box<dyn StepEngine>, row_log: RowLog) -> Self {
         let length = engine.facts().flat_length;
-        let update = Update::new(&plan.spec.train, plan.steps());
+        let update = Update::new(&plan.spec, plan.steps());
         let adapter = serde_json::to_vec(&plan.spec.adapter).unwrap_or_default();
         let adapter_hash = blake3::hash(&adapter).to_hex().as_str().into();
         Self {

@@ -72,6 +72,10 @@ pub(super) fn reach_start(
     };
     agree(around, job, formation, collective, source)?;
     match &formation.start.from {
+        // Everybody holds what follows from the seed alone; of what the base had to compute, all take one member's bits.
+        Origin::Seed if job.engine.facts().computed_start => {
+            transfer(around, job, formation, collective, 0, |rank| rank != 0)?;
+        }
         Origin::Seed => {}
         Origin::Checkpoint(_) => {
             let receives = |rank| rank != 0;

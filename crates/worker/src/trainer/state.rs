@@ -1,7 +1,7 @@
 //! Adapter and optimizer as they stand, and how a step changes them.
 
 use shanty_checkpoint::Optimizer;
-use shanty_config::job::{self, TrainSpec};
+use shanty_config::job::{self, JobSpec};
 use shanty_peft_core::optim::{AdamW, AdamWOptions, Schedule, Shape, clip_factor, global_norm};
 
 use crate::Error;
@@ -66,7 +66,8 @@ pub(crate) struct Applied {
 
 impl Update {
     /// What a job says, for all its steps.
-    pub(crate) fn new(train: &TrainSpec, total_steps: u64) -> Self {
+    pub(crate) fn new(spec: &JobSpec, total_steps: u64) -> Self {
+        let train = &spec.train;
         let shape = match train.schedule {
             job::Schedule::Constant => Shape::Constant,
             job::Schedule::Linear => Shape::Linear,
@@ -79,7 +80,7 @@ impl Update {
                 weight_decay: train.weight_decay,
             },
             schedule: Schedule {
-                peak: train.learning_rate,
+                peak: spec.learning_rate(),
                 shape,
                 warmup_steps: train.warmup_steps,
                 total_steps,
@@ -134,8 +135,11 @@ mod tests {
     use super::*;
 
     fn update() -> Update {
-        let train = TrainSpec { learning_rate: 0.1, max_grad_norm: 1.0, ..TrainSpec::default() };
-        Update::new(&train, 10)
+        let spec = serde_json::json!({
+            "name": "j", "base": {"model": "m"}, "adapter": {}, "data": {"train": "t"},
+            "train": {"learning_rate": 0.1, "max_grad_norm": 1.0},
+        });
+        Update::new(&serde_json::from_value(spec).unwrap(), 10)
     }
 
     #[test]

@@ -46,6 +46,7 @@ impl EngineLoader for ModelEngines {
             trainable_parameters: PARAMETERS as u64,
             total_parameters: 1000,
             matched_modules: vec!["layer.0".to_owned()],
+            computed_start: false,
         };
         Ok(Box::new(ModelEngine { facts, settings: self.clone() }))
     }
@@ -79,7 +80,7 @@ impl StepEngine for ModelEngine {
         &self.facts
     }
 
-    fn initial_parameters(&self, seed: u64) -> Result<Vec<f32>, Error> {
+    fn initial_parameters(&mut self, seed: u64) -> Result<Vec<f32>, Error> {
         Ok((0..PARAMETERS).map(|i| uniform(seed ^ (i as u64) << 20)).collect())
     }
 

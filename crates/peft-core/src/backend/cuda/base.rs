@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     error::Result,
-    model::{BaseSource, EmbeddingView, Matrix, Projection},
+    model::{BaseSource, EmbeddingView, Matrix, ModelConfig, Projection},
     quant::{Nf4View, nf4::Scales},
 };
 
@@ -56,14 +56,28 @@ fn put<T: bytemuck::Pod>(
     Ok(memory)
 }
 
+/// Refuses what attention's kernels do not know yet.
+fn refuse(config: &ModelConfig) -> Result<(), DeviceError> {
+    let what = if config.attention_soft_cap.is_some() {
+        "a soft cap on attention's scores"
+    } else if config.windows.iter().any(Option::is_some) {
+        "sliding windows"
+    } else {
+        return Ok(());
+    };
+    Err(DeviceError::Unsupported { what: format!("{what} (model type `{}`)", config.family) })
+}
+
 impl DeviceBase {
     /// Uploads a whole base. It must stay where it is on the host for as long as the result is used.
     pub(super) fn upload<S: BaseSource + ?Sized>(device: &Arc<Device>, base: &mut S) -> Result<Self> {
         let mut this = Self::default();
+        refuse(base.config())?;
         for layer in 0..base.config().layers {
             let weights = base.layer(layer)?;
-            this.vector(device, weights.input_norm)?;
-            this.vector(device, weights.post_attention_norm)?;
+            for norm in weights.norms() {
+                this.vector(device, norm)?;
+            }
             for projection in Projection::ALL {
                 let linear = weights.linear(projection);
                 match &linear.weight {

@@ -25,7 +25,7 @@ use super::{
 /// Bytes that products may work in.
 const WORKSPACE: usize = 32 << 20;
 /// Kernels outside attention.
-const GENERAL: [&str; 18] = [
+const GENERAL: [&str; 36] = [
     "fill",
     "copy",
     "add",
@@ -33,17 +33,35 @@ const GENERAL: [&str; 18] = [
     "gather_f32",
     "gather_bf16",
     "gather_rows",
+    "put_virtual",
+    "sum_virtual",
+    "rows_to_keys",
+    "keys_to_rows",
     "scatter_rows",
     "widen",
     "narrow",
     "swiglu",
     "swiglu_backward",
+    "geglu",
+    "geglu_backward",
+    "scale",
+    "soft_cap",
     "rope",
     "dropout",
     "rms_norm",
     "rms_norm_backward",
     "cross_entropy",
     "nf4_f32",
+    "scale_columns",
+    "column_sum",
+    "column_dot",
+    "row_dot",
+    "reciprocal_root",
+    "norm_weight_backward",
+    "gather_ids",
+    "scatter_ids",
+    "set_rows_of",
+    "sum_rows_of",
 ];
 
 /// What a buffer holds.

@@ -7,7 +7,7 @@ use super::{
     grid, launch, matrix, target,
 };
 use crate::{
-    backend::{AttentionShape, Backend, BatchRoom, Ready, View, ViewMut, cuda::Precision},
+    backend::{AttentionShape, Backend, BatchRoom, Ready, SpanStart, View, ViewMut, cuda::Precision},
     batch::PackedBatch,
     engine::GradientSink,
     error::Result,
@@ -221,6 +221,10 @@ impl Backend for Cuda {
         launch!(self.device, "add", grid(to.rows, to.columns), [THREADS, 1], matrix(from), target(&to));
     }
 
+    fn scale(&self, factor: f32, to: ViewMut<'_, Self>) {
+        launch!(self.device, "scale", grid(to.rows, to.columns), [THREADS, 1], target(&to), factor);
+    }
+
     fn add_bias(&self, bias: View<'_, Self>, to: ViewMut<'_, Self>) {
         launch!(self.device, "add_bias", grid(to.rows, to.columns), [THREADS, 1], matrix(bias), target(&to));
     }
@@ -251,6 +255,39 @@ impl Backend for Cuda {
             matrix(x),
             target(&out)
         );
+    }
+
+    fn put_virtual(&self, batch: &CudaBatch, at: SpanStart, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        let (grid, spans, count) =
+            (grid(from.rows, from.columns), batch.spans.address, batch.span_count as u32);
+        let keys = u32::from(at == SpanStart::Keys);
+        launch!(
+            self.device,
+            "put_virtual",
+            grid,
+            [THREADS, 1],
+            spans,
+            count,
+            keys,
+            matrix(from),
+            target(&to)
+        );
+    }
+
+    fn sum_virtual(&self, batch: &CudaBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        let (grid, spans, count) = (grid(to.rows, to.columns), batch.spans.address, batch.span_count as u32);
+        launch!(self.device, "sum_virtual", grid, [THREADS, 1], spans, count, matrix(from), target(&to));
+    }
+
+    fn rows_to_keys(&self, batch: &CudaBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        let (grid, spans, count) =
+            (grid(from.rows, from.columns), batch.spans.address, batch.span_count as u32);
+        launch!(self.device, "rows_to_keys", grid, [THREADS, 1], spans, count, matrix(from), target(&to));
+    }
+
+    fn keys_to_rows(&self, batch: &CudaBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        let (grid, spans, count) = (grid(to.rows, to.columns), batch.spans.address, batch.span_count as u32);
+        launch!(self.device, "keys_to_rows", grid, [THREADS, 1], spans, count, matrix(from), target(&to));
     }
 
     fn rms_norm(
@@ -305,6 +342,20 @@ impl Backend for Cuda {
         launch!(self.device, "swiglu_backward", grid, [THREADS, 1], matrix(dout), target(&gate), target(&up));
     }
 
+    fn geglu(&self, gate: View<'_, Self>, up: View<'_, Self>, out: ViewMut<'_, Self>) {
+        let grid = grid(out.rows, out.columns);
+        launch!(self.device, "geglu", grid, [THREADS, 1], matrix(gate), matrix(up), target(&out));
+    }
+
+    fn geglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
+        let grid = grid(gate.rows, gate.columns);
+        launch!(self.device, "geglu_backward", grid, [THREADS, 1], matrix(dout), target(&gate), target(&up));
+    }
+
+    fn soft_cap(&self, cap: f32, x: ViewMut<'_, Self>) {
+        launch!(self.device, "soft_cap", grid(x.rows, x.columns), [THREADS, 1], target(&x), cap);
+    }
+
     fn attention(
         &self,
         batch: &CudaBatch,
@@ -350,18 +401,86 @@ impl Backend for Cuda {
         self.drop_into(batch, key, p, true, dout, &dx);
     }
 
+    fn scale_columns(
+        &self,
+        alpha: f32,
+        x: View<'_, Self>,
+        factors: View<'_, Self>,
+        beta: f32,
+        out: ViewMut<'_, Self>,
+    ) {
+        let (grid, x, factors) = (grid(out.rows, out.columns), matrix(x), matrix(factors).address);
+        launch!(self.device, "scale_columns", grid, [THREADS, 1], alpha, x, factors, beta, target(&out));
+    }
+
+    fn column_sum(&self, alpha: f32, x: View<'_, Self>, out: ViewMut<'_, Self>) {
+        let (grid, out) = (grid(1, x.columns), target(&out).address);
+        launch!(self.device, "column_sum", grid, [THREADS, 1], alpha, matrix(x), out);
+    }
+
+    fn column_dot(&self, x: View<'_, Self>, y: View<'_, Self>, out: ViewMut<'_, Self>) {
+        let (grid, out) = (grid(1, x.columns), target(&out).address);
+        launch!(self.device, "column_dot", grid, [THREADS, 1], matrix(x), matrix(y), out);
+    }
+
+    fn row_dot(&self, alpha: f32, x: View<'_, Self>, y: View<'_, Self>, beta: f32, out: ViewMut<'_, Self>) {
+        let (grid, block) = ([x.rows, 1, 1], Self::row_threads(x.columns));
+        let half = |view: View<'_, Self>| u32::from(view.data.numbers == Numbers::Bf16);
+        let (x_half, y_half, out) = (half(x), half(y), target(&out).address);
+        let (x, y) = (matrix(x), matrix(y));
+        launch!(self.device, "row_dot", grid, block, alpha, x, x_half, y, y_half, beta, out);
+    }
+
+    fn reciprocal_root(&self, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        let grid = grid(to.rows, to.columns);
+        launch!(self.device, "reciprocal_root", grid, [THREADS, 1], matrix(from), target(&to));
+    }
+
+    fn rms_norm_weight_backward(
+        &self,
+        dout: View<'_, Self>,
+        x: View<'_, Self>,
+        reciprocal: View<'_, Self>,
+        dweight: ViewMut<'_, Self>,
+    ) {
+        let (grid, to) = (grid(1, x.columns), target(&dweight).address);
+        let (dout, x, factors) = (matrix(dout), matrix(x), matrix(reciprocal));
+        launch!(self.device, "norm_weight_backward", grid, [THREADS, 1], dout, x, factors, to);
+    }
+
+    fn gather_ids(&self, batch: &CudaBatch, table: View<'_, Self>, columns: bool, out: ViewMut<'_, Self>) {
+        let (grid, ids, flag) = (grid(out.rows, out.columns), batch.ids.address, u32::from(columns));
+        launch!(self.device, "gather_ids", grid, [THREADS, 1], ids, flag, matrix(table), target(&out));
+    }
+
+    fn scatter_ids(&self, batch: &CudaBatch, from: View<'_, Self>, columns: bool, table: ViewMut<'_, Self>) {
+        let (grid, ids, flag) = (grid(from.rows, from.columns), batch.ids.address, u32::from(columns));
+        launch!(self.device, "scatter_ids", grid, [THREADS, 1], ids, flag, matrix(from), target(&table));
+    }
+
+    fn set_rows_of(&self, batch: &CudaBatch, id: u32, row: View<'_, Self>, out: ViewMut<'_, Self>) {
+        let (grid, ids, row) = (grid(out.rows, out.columns), batch.ids.address, matrix(row).address);
+        launch!(self.device, "set_rows_of", grid, [THREADS, 1], ids, id, row, target(&out));
+    }
+
+    fn sum_rows_of(&self, batch: &CudaBatch, id: u32, from: View<'_, Self>, row: ViewMut<'_, Self>) {
+        let (grid, ids, row) = (grid(1, from.columns), batch.ids.address, target(&row).address);
+        launch!(self.device, "sum_rows_of", grid, [THREADS, 1], ids, id, matrix(from), row);
+    }
+
     fn cross_entropy(
         &self,
         batch: &CudaBatch,
         first: usize,
         gradient: bool,
+        soft_cap: Option<f32>,
         logits: ViewMut<'_, Self>,
         losses: ViewMut<'_, Self>,
     ) -> f64 {
         let targets = batch.targets.address + 4 * first as u64;
         let (grid, block) = ([logits.rows, 1, 1], Self::row_threads(logits.columns));
-        let (logits, flag) = (target(&logits), u32::from(gradient));
-        launch!(self.device, "cross_entropy", grid, block, targets, flag, logits, target(&losses));
+        let (logits, flag, cap) = (target(&logits), u32::from(gradient), soft_cap.unwrap_or(0.0));
+        launch!(self.device, "cross_entropy", grid, block, targets, flag, cap, logits, target(&losses));
         let mut host = vec![0.0_f32; losses.rows];
         self.download(losses.view(), &mut host);
         // One after the other, in f64, as on the CPU.

@@ -92,6 +92,41 @@ extern "C" __global__ void swiglu_backward(Matrix dout, Matrix gate, Matrix up) 
     }
 }
 
+// gelu(x) by its approximation x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+__device__ __forceinline__ float gelu_bend(float x) {
+    return tanhf(0.7978845608f * (x + 0.044715f * x * x * x));
+}
+
+extern "C" __global__ void geglu(Matrix gate, Matrix up, Matrix out) {
+    const float* g = row_of(gate, blockIdx.x);
+    const float* u = row_of(up, blockIdx.x);
+    float* to = row_of(out, blockIdx.x);
+    FOR_COLUMNS(c, out.columns) to[c] = 0.5f * g[c] * (1.0f + gelu_bend(g[c])) * u[c];
+}
+
+extern "C" __global__ void geglu_backward(Matrix dout, Matrix gate, Matrix up) {
+    const float* d = row_of(dout, blockIdx.x);
+    float* gs = row_of(gate, blockIdx.x);
+    float* us = row_of(up, blockIdx.x);
+    FOR_COLUMNS(c, gate.columns) {
+        float x = gs[c], u = us[c], dy = d[c];
+        float bend = gelu_bend(x);
+        float inner = 0.7978845608f * (1.0f + 3.0f * 0.044715f * x * x);
+        gs[c] = dy * u * (0.5f * (1.0f + bend) + 0.5f * x * (1.0f - bend * bend) * inner);
+        us[c] = dy * 0.5f * x * (1.0f + bend);
+    }
+}
+
+extern "C" __global__ void scale(Matrix to, float factor) {
+    float* out = row_of(to, blockIdx.x);
+    FOR_COLUMNS(c, to.columns) out[c] *= factor;
+}
+
+extern "C" __global__ void soft_cap(Matrix x, float cap) {
+    float* row = row_of(x, blockIdx.x);
+    FOR_COLUMNS(c, x.columns) row[c] = cap * tanhf(row[c] / cap);
+}
+
 // Turns the pairs (i, i + half) of every head. `table` holds the cosines, then the sines of a position in one row.
 extern "C" __global__ void rope(const u32* positions, u32 half, Matrix table, float sign, Matrix x) {
     const float* angles = row_of(table, positions[blockIdx.x]);

@@ -22,12 +22,16 @@ extern "C" __global__ void rms_norm_backward(Matrix dout, Matrix x, const float*
     for (u32 c = threadIdx.x; c < x.columns; c += blockDim.x) to[c] += dy[c] * weight[c] * factor - in[c] * slope;
 }
 
-// losses[r] = ln(sum of e^logit) - logit[target]; with `gradient` the logits become softmax - one_hot(target).
-extern "C" __global__ void cross_entropy(const u32* targets, u32 gradient, Matrix logits, Matrix losses) {
+// losses[r] = ln(sum of e^logit) - logit[target]; with `gradient` the logits become softmax - one_hot(target). A `cap` that
+// is not 0 bounds the logits first; its slope multiplies the gradient.
+extern "C" __global__ void cross_entropy(const u32* targets, u32 gradient, float cap, Matrix logits, Matrix losses) {
     float* row = row_of(logits, blockIdx.x);
     u32 target = targets[blockIdx.x];
     float largest = __int_as_float(0xff800000);
-    for (u32 c = threadIdx.x; c < logits.columns; c += blockDim.x) largest = fmaxf(largest, row[c]);
+    for (u32 c = threadIdx.x; c < logits.columns; c += blockDim.x) {
+        if (cap != 0.0f) row[c] = cap * tanhf(row[c] / cap);
+        largest = fmaxf(largest, row[c]);
+    }
     largest = block_max(largest);
     float wanted = row[target];
     float sum = 0.0f;
@@ -38,6 +42,8 @@ extern "C" __global__ void cross_entropy(const u32* targets, u32 gradient, Matri
     if (!gradient) return;
     float inverse = 1.0f / sum;
     for (u32 c = threadIdx.x; c < logits.columns; c += blockDim.x) {
-        row[c] = expf(row[c] - largest) * inverse - (c == target ? 1.0f : 0.0f);
+        float bend = cap != 0.0f ? row[c] / cap : 0.0f;
+        float slope = 1.0f - bend * bend;
+        row[c] = (expf(row[c] - largest) * inverse - (c == target ? 1.0f : 0.0f)) * slope;
     }
 }
