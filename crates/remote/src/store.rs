@@ -155,14 +155,18 @@ fn retry() -> RetryConfig {
 
 /// A store's error in our words.
 pub(crate) fn failed(url: &str, source: object_store::Error) -> Error {
-    let (url, reason) = (shown(url), words(&source));
+    let mut reason = words(&source);
+    if let Some((_, query)) = url.split_once('?').filter(|(_, query)| !query.is_empty()) {
+        reason = reason.replace(query, "…");
+    }
+    let url = shown(url);
     match source {
         object_store::Error::NotFound { .. } => Error::NotFound { url, reason: short(&reason) },
         object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
             Error::Denied { url, reason: short(&reason) }
         }
         object_store::Error::Precondition { .. } => Error::Changed { url },
-        _ if reason.contains("non-partial response") => Error::NoRanges { url },
+        object_store::Error::NotSupported { .. } if reason.contains("Range request") => Error::NoRanges { url },
         _ => Error::Unreachable { url, reason: short(&reason) },
     }
 }

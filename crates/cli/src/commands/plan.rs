@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 use shanty_config::JobSpec;
-use shanty_data::{Summary, order::Order};
+use shanty_data::{SourceSummary, Summary, order::Order};
 use shanty_remote::hub::{Hub, Missing, ModelId};
 
 use crate::{
@@ -53,6 +53,8 @@ struct Plan {
     micro_batch_rows: usize,
     recompute: bool,
     data_form: String,
+    /// Where there are several.
+    sources: Vec<SourceSummary>,
     warnings: Vec<String>,
 }
 
@@ -126,6 +128,7 @@ fn plan(spec: &JobSpec, preflight: Preflight, data: &Summary) -> CommandResult<P
         micro_batch_rows: preflight.micro_batch_rows,
         recompute: preflight.recompute,
         data_form: data.train.form.clone(),
+        sources: data.train.sources.clone(),
         warnings,
     })
 }
@@ -220,6 +223,15 @@ fn render(plan: &Plan, spec: &JobSpec, color: bool) -> String {
         format::count(plan.trained_tokens_per_epoch),
         100.0 * plan.padding_fraction,
     ));
+    lines.extend(plan.sources.iter().map(|source| {
+        format!(
+            "{:12}{} of {} rows an epoch from {}",
+            "",
+            format::count(source.rows_per_epoch),
+            format::count(source.rows),
+            source.path
+        )
+    }));
     lines.push(format!(
         "{}{} of {} rows each: {:.2} epochs",
         head("steps"),

@@ -4,6 +4,7 @@ use std::{
     fs::{self, File},
     io,
     path::{Component, Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use rustix::fs::{FlockOperation, flock};
@@ -45,7 +46,10 @@ impl Cache {
             return Ok(());
         }
         create_parent(&path)?;
-        let temporary = path.with_file_name(format!(".{}.shanty", std::process::id()));
+        // Several threads may note the same one.
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let temporary = path.with_file_name(format!(".{}-{number}.shanty", std::process::id()));
         fs::write(&temporary, commit).map_err(failed(&temporary))?;
         fs::rename(&temporary, &path).map_err(failed(&path))
     }

@@ -171,6 +171,9 @@ pub(super) fn needed(
     };
     let wanted = |file: &&RemoteFile| SMALL.contains(&file.name.as_str()) || is_weight(&file.name);
     let files: Vec<RemoteFile> = repository.files.iter().filter(wanted).cloned().collect();
+    if let Some(absent) = shards.into_iter().flatten().find(|shard| !has(shard)) {
+        return unusable(format!("its index names `{absent}`, which is not there"), "tell its author");
+    }
     if !files.iter().any(|file| file.name.ends_with(".safetensors")) {
         return match (ends(".bin").or_else(|| ends(".pth")), ends(".gguf")) {
             (Some(file), _) => unusable(
@@ -193,9 +196,6 @@ pub(super) fn needed(
             let hint = "`AutoTokenizer.from_pretrained(…).save_pretrained(…)` writes a `tokenizer.json`; name the folder then";
             return unusable(format!("it has no `{name}`"), hint);
         }
-    }
-    if let Some(absent) = shards.into_iter().flatten().find(|shard| !has(shard)) {
-        return unusable(format!("its index names `{absent}`, which is not there"), "tell its author");
     }
     Ok(files)
 }
