@@ -166,7 +166,9 @@ pub(crate) fn failed(url: &str, source: object_store::Error) -> Error {
             Error::Denied { url, reason: short(&reason) }
         }
         object_store::Error::Precondition { .. } => Error::Changed { url },
-        object_store::Error::NotSupported { .. } if reason.contains("Range request") => Error::NoRanges { url },
+        object_store::Error::NotSupported { .. } if reason.contains("Range request") => {
+            Error::NoRanges { url }
+        }
         _ => Error::Unreachable { url, reason: short(&reason) },
     }
 }

@@ -124,14 +124,39 @@ fn hub(request: &Request, files: &[File], store: &str) -> Reply {
                 .with("X-Error-Code", "RevisionNotFound")
                 .with("X-Error-Message", "Invalid rev id");
         }
+        let lfs = |file: &File| {
+            let (sha256, size) = (sha256(&file.bytes), file.bytes.len());
+            file.is_large.then(
+                || serde_json::json!({"sha256": sha256, "oid": sha256, "size": size, "pointerSize": 134}),
+            )
+        };
         let siblings: Vec<serde_json::Value> = files
             .iter()
             .map(|file| {
-                let lfs = file.is_large.then(|| serde_json::json!({"sha256": sha256(&file.bytes), "size": file.bytes.len()}));
-                serde_json::json!({"rfilename": file.name, "size": file.bytes.len(), "blobId": git_hash(&file.bytes), "lfs": lfs})
+                let hash = git_hash(&file.bytes);
+                serde_json::json!({"rfilename": file.name, "size": file.bytes.len(), "blobId": hash, "lfs": lfs(file)})
             })
             .collect();
-        return Reply::new(200, serde_json::json!({"sha": COMMIT, "siblings": siblings}).to_string());
+        // Python asks for more than we do.
+        let info = serde_json::json!({
+            "id": "crew/tiny", "private": false, "downloads": 0, "likes": 0, "tags": [], "sha": COMMIT, "siblings": siblings,
+        });
+        return Reply::new(200, info.to_string());
+    }
+    if path.starts_with("/api/models/crew/tiny/tree/") {
+        let tree: Vec<serde_json::Value> = files
+            .iter()
+            .map(|file| {
+                let hash = git_hash(&file.bytes);
+                let large = file.is_large.then(|| serde_json::json!({"oid": sha256(&file.bytes), "size": file.bytes.len(), "pointerSize": 134}));
+                let mut entry = serde_json::json!({"type": "file", "path": file.name, "size": file.bytes.len(), "oid": hash});
+                if let Some(large) = large {
+                    entry["lfs"] = large;
+                }
+                entry
+            })
+            .collect();
+        return Reply::new(200, serde_json::Value::from(tree).to_string());
     }
     if path.starts_with("/api/models/crew/gated") {
         return Reply::new(403, "")
