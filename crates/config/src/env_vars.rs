@@ -47,10 +47,7 @@ pub const ENVIRONMENT_VARIABLES: &[EnvironmentVariable] = &[
         doc: "Where Hugging Face's files lie; `~/.cache/huggingface` without it. Models lie in `hub` below it, unless \
               `HF_HUB_CACHE` names another folder.",
     },
-    EnvironmentVariable {
-        name: "HF_HUB_CACHE",
-        doc: "The folder of downloaded models, shared with Python.",
-    },
+    EnvironmentVariable { name: "HF_HUB_CACHE", doc: "The folder of downloaded models, shared with Python." },
     EnvironmentVariable {
         name: "HF_HUB_OFFLINE",
         doc: "Set to `1`, only what was downloaded before is used, and the hub is not asked. `TRANSFORMERS_OFFLINE` does the same.",

@@ -61,12 +61,18 @@ fn is_hub_name(text: &str) -> bool {
     let part = |part: &str| {
         let good = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '-' | '_' | '.');
         let ends = |letter: char| matches!(letter, '-' | '.');
-        (1..=96).contains(&part.len()) && part.chars().all(good) && !part.starts_with(ends) && !part.ends_with(ends)
+        (1..=96).contains(&part.len())
+            && part.chars().all(good)
+            && !part.starts_with(ends)
+            && !part.ends_with(ends)
     };
     // A name that ends like a file is one.
     let is_file = id.ends_with(".gguf") || id.ends_with(".safetensors");
     let parts: Vec<&str> = id.split('/').collect();
-    parts.len() == 2 && !is_file && parts.iter().all(|inner| part(inner)) && revision.is_none_or(|revision| !revision.is_empty())
+    parts.len() == 2
+        && !is_file
+        && parts.iter().all(|inner| part(inner))
+        && revision.is_none_or(|revision| !revision.is_empty())
 }
 
 /// The same for data: a path, a glob, or a URL, which stays as it is.
@@ -131,7 +137,17 @@ mod tests {
             assert_eq!(reference(model), Path::new(&format!("{HUB}{model}")));
         }
         assert_eq!(reference("hf://org/name"), Path::new("hf://org/name"));
-        let paths = ["models/tiny", "tiny", "./org/name", "../org/name", "/org/name", "a/b/c", "org/n.gguf", "o/-n", "org/"];
+        let paths = [
+            "models/tiny",
+            "tiny",
+            "./org/name",
+            "../org/name",
+            "/org/name",
+            "a/b/c",
+            "org/n.gguf",
+            "o/-n",
+            "org/",
+        ];
         for model in paths {
             assert_eq!(reference(model), absolute(folder.path(), Path::new(model)), "{model}");
         }

@@ -120,7 +120,13 @@ fn key_table(page: &mut String, shape: &Shape, parent: &str, defaults: &Value, r
         if let Shape::TextOrTables(table) = &field.shape {
             let _ = write!(words, "\nEach table of `{name}`: {}\n\n", paragraph(table.doc));
             for inner in &table.fields {
-                let _ = writeln!(words, "- `{}` ({}): {}", inner.key, type_of(&inner.shape), paragraph(inner.doc));
+                let _ = writeln!(
+                    words,
+                    "- `{}` ({}): {}",
+                    inner.key,
+                    type_of(&inner.shape),
+                    paragraph(inner.doc)
+                );
             }
         }
         if let Shape::Words(known) = &field.shape {

@@ -236,7 +236,9 @@ fn weights(train: &TrainData, findings: &mut Findings) {
         "must have a weight in all or in none",
         Some("without weights every row comes once an epoch"),
     );
-    for (index, weight) in sources.iter().enumerate().filter_map(|(index, source)| Some((index, source.weight?))) {
+    for (index, weight) in
+        sources.iter().enumerate().filter_map(|(index, source)| Some((index, source.weight?)))
+    {
         let key = format!("data.train[{index}].weight");
         findings.require(weight.is_finite() && weight > 0.0, &key, weight, "must be above 0");
     }
