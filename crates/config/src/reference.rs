@@ -151,6 +151,8 @@ fn type_of(shape: &Shape) -> String {
         Shape::Numbers(length) => format!("list of {length} numbers"),
         Shape::TextOrList => "text or list of texts".to_owned(),
         Shape::TextOrTables(_) => "text or list of tables".to_owned(),
+        Shape::Integers { .. } => "list of whole numbers".to_owned(),
+        Shape::NumbersByName => "table of names and numbers".to_owned(),
     }
 }
 

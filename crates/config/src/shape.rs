@@ -4,7 +4,7 @@
 //! types and doc comments as data. The checks of a file, the "did you mean", the typed reading of environment
 //! variables and flags, and the reference pages all come from this one declaration.
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
 
 /// What a key may hold.
 #[derive(Debug, Clone, PartialEq)]
@@ -32,6 +32,13 @@ pub enum Shape {
     TextOrList,
     /// Text, or a list of tables with keys of their own.
     TextOrTables(Table),
+    /// A list of whole numbers from 0 to `max`.
+    Integers {
+        /// The highest value that fits.
+        max: i64,
+    },
+    /// A table of numbers under names of one's own.
+    NumbersByName,
 }
 
 /// A table: its keys, in the order of the declaration.
@@ -111,6 +118,8 @@ impl Shape {
             Self::Numbers(length) => format!("a list of {length} numbers"),
             Self::TextOrList => "text or a list of texts".to_owned(),
             Self::TextOrTables(_) => "text or a list of tables".to_owned(),
+            Self::Integers { .. } => "a list of whole numbers".to_owned(),
+            Self::NumbersByName => "a table of names and numbers".to_owned(),
         }
     }
 }
@@ -163,6 +172,8 @@ describe_as! {
     String => Shape::Text;
     PathBuf => Shape::Path;
     [f64; 2] => Shape::Numbers(2);
+    Vec<u32> => Shape::Integers { max: i64::from(u32::MAX) };
+    BTreeMap<String, f64> => Shape::NumbersByName;
 }
 
 /// The word that a variant is written as.

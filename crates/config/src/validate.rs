@@ -1,6 +1,6 @@
 //! What a job may say: every check that needs no file.
 
-use crate::job::{JobSpec, Method, PrefixInit, PromptTuningInit, TargetModules, TrainData};
+use crate::job::{JobSpec, Method, PrefixInit, PromptTuningInit, TrainData};
 
 /// A value that cannot be, or looks wrong.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,15 +29,15 @@ pub struct Warning {
 }
 
 #[derive(Default)]
-struct Findings(Vec<Finding>);
+pub(crate) struct Findings(Vec<Finding>);
 
 impl Findings {
     /// Notes that `key` breaks a rule, unless it holds.
-    fn require(&mut self, holds: bool, key: &str, value: impl ToString, rule: &str) {
+    pub(crate) fn require(&mut self, holds: bool, key: &str, value: impl ToString, rule: &str) {
         self.require_hinted(holds, key, value, rule, None);
     }
 
-    fn require_hinted(
+    pub(crate) fn require_hinted(
         &mut self,
         holds: bool,
         key: &str,
@@ -60,7 +60,7 @@ impl Findings {
 pub fn findings(spec: &JobSpec) -> Vec<Finding> {
     let mut findings = Findings::default();
     name(spec, &mut findings);
-    adapter(spec, &mut findings);
+    crate::validate_adapter::adapter(spec, &mut findings);
     virtual_tokens(spec, &mut findings);
     data(spec, &mut findings);
     batches(spec, &mut findings);
@@ -88,59 +88,6 @@ fn name(spec: &JobSpec, findings: &mut Findings) {
         format!("{} letters long", name.len()),
         "must be at most 64",
     );
-}
-
-fn adapter(spec: &JobSpec, findings: &mut Findings) {
-    let adapter = &spec.adapter;
-    findings.require_hinted(
-        adapter.r >= 1,
-        "adapter.r",
-        adapter.r,
-        "must be at least 1",
-        Some("8 to 64 are usual; 16 is the default"),
-    );
-    findings.require(
-        adapter.lora_alpha.is_finite() && adapter.lora_alpha > 0.0,
-        "adapter.lora_alpha",
-        adapter.lora_alpha,
-        "must be above 0",
-    );
-    findings.require_hinted(
-        (0.0..1.0).contains(&adapter.lora_dropout),
-        "adapter.lora_dropout",
-        adapter.lora_dropout,
-        "must be at least 0 and below 1",
-        Some("it is a share: 0.05 drops 5 % of the adapter's inputs"),
-    );
-    let all_linear = Some("use `\"all-linear\"` for every linear layer");
-    match &adapter.target_modules {
-        TargetModules::Pattern(pattern) => {
-            let rule = "must name at least one module";
-            findings.require_hinted(
-                !pattern.trim().is_empty(),
-                "adapter.target_modules",
-                "empty",
-                rule,
-                all_linear,
-            );
-        }
-        TargetModules::Names(names) => {
-            let rule = "must name at least one module";
-            findings.require_hinted(!names.is_empty(), "adapter.target_modules", "empty", rule, all_linear);
-            for (index, name) in names.iter().enumerate() {
-                let key = format!("adapter.target_modules[{index}]");
-                findings.require(
-                    !name.trim().is_empty(),
-                    &key,
-                    "empty",
-                    "must be a module's name or its end",
-                );
-                let hint = Some("write `target_modules = \"all-linear\"`, without brackets");
-                let rule = "has that meaning only as a text of its own, not in a list";
-                findings.require_hinted(name != "all-linear", &key, "`all-linear`", rule, hint);
-            }
-        }
-    }
 }
 
 /// Rows and networks of virtual tokens.
@@ -354,6 +301,7 @@ pub fn warnings(spec: &JobSpec, named: impl Fn(&str) -> bool) -> Vec<Warning> {
             hint: format!("set `global_batch_size` to {workers} or a multiple of it"),
         });
     }
+    warnings.extend(crate::validate_adapter::warnings(spec));
     let mut without_effect = |key: &str, why: &str| {
         if named(key) {
             warnings.push(Warning {

@@ -215,6 +215,8 @@ impl Trainer {
             threads: self.around.threads,
             device: &self.around.device,
             memory_limit_bytes: self.around.memory_limit_bytes,
+            steps: plan.steps(),
+            store: &plan.store,
         };
         let mut told = 0;
         let engine = self.loader.load(request, &mut |share| {

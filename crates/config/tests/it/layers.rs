@@ -63,7 +63,7 @@ fn values_from_outside_are_read_as_their_key_wants() {
     assert_eq!(job.base.quantization, Quantization::None);
     assert!(!job.base.double_quantization);
     let names = ["q_proj", "v_proj"].map(str::to_owned).to_vec();
-    assert_eq!(job.adapter.target_modules, TargetModules::Names(names));
+    assert_eq!(job.adapter.target_modules, Some(TargetModules::Names(names)));
     assert_eq!((job.cluster.workers.min, job.cluster.workers.max), (2, 4));
     assert_eq!(job.sample.prompt.as_deref(), Some("a\nb"));
 }
@@ -201,9 +201,9 @@ fn the_learning_rate_follows_the_method_unless_it_is_named() {
 fn several_sources_of_data_are_tables_in_either_spelling() {
     let bench = Bench::new();
     bench.write("data/b.jsonl", "{\"text\": \"haul away\"}\n");
-    let inline = "name = \"x\"\nbase.model = \"model\"\n[data]\ntrain = [{ path = \"data/a.jsonl\", weight = 7 }, \
+    let inline = "name = \"x\"\nbase.model = \"model\"\n[data]\nmax_length = 256\ntrain = [{ path = \"data/a.jsonl\", weight = 7 }, \
                   { path = \"s3://crew/*.parquet\", weight = 3.0, format = \"text\" }]\n";
-    let spread = "name = \"x\"\nbase.model = \"model\"\n[[data.train]]\npath = \"data/a.jsonl\"\nweight = 7\n\
+    let spread = "name = \"x\"\nbase.model = \"model\"\n[data]\nmax_length = 256\n[[data.train]]\npath = \"data/a.jsonl\"\nweight = 7\n\
                   [[data.train]]\npath = \"s3://crew/*.parquet\"\nweight = 3.0\nformat = \"text\"\n";
     let job = bench.load(inline).expect("right");
     assert_eq!(job.value, bench.load(spread).expect("right").value);
@@ -220,7 +220,7 @@ fn several_sources_of_data_are_tables_in_either_spelling() {
     let text = inline.replace("data/a.jsonl", "data/none.jsonl");
     let errors = check_files(&bench.load(text).expect("right")).expect_err("it is not there");
     let places: Vec<_> = errors.diagnostics().iter().map(|error| (error.code.clone(), error.line)).collect();
-    assert_eq!(places, [("SH0111".to_owned(), Some(4))]);
+    assert_eq!(places, [("SH0111".to_owned(), Some(5))]);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Text to ids and back, and conversations to text.
 
+mod gguf;
 mod python;
 mod settings;
 pub(crate) mod template;
@@ -63,7 +64,7 @@ pub struct Tokenizer {
 
 impl Tokenizer {
     /// Loads `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja` and the end tokens of
-    /// `generation_config.json` and `config.json`; only the first must be there.
+    /// `generation_config.json` and `config.json`; only the first must be there. Of a GGUF file, what it carries.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] if a file cannot be read or understood, [`Error::SplitToken`] if the configuration names a
@@ -76,16 +77,20 @@ impl Tokenizer {
     ///
     /// Without one, `strftime_now` is undefined, and templates fall back to the date that they carry.
     pub fn load_at(model_dir: &Path, template_time: Option<i64>) -> Result<Self, Error> {
-        let path = model_dir.join("tokenizer.json");
+        let path = tokenizer_file(model_dir);
         let fail = |reason: String| Error::Tokenizer { path: path.clone(), place: None, reason };
-        let bytes = std::fs::read(&path).map_err(|source| fail(source.to_string()))?;
+        let (bytes, settings) = if model_dir.is_file() {
+            gguf::load(model_dir)?
+        } else {
+            let bytes = std::fs::read(&path).map_err(|source| fail(source.to_string()))?;
+            (bytes, Settings::load(model_dir)?)
+        };
         let mut inner =
             tokenizers::Tokenizer::from_bytes(&bytes).map_err(|source| fail(source.to_string()))?;
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|source| fail(source.to_string()))?;
         let (mut before, mut after) = surroundings(&inner).map_err(&fail)?;
         inner.with_post_processor(None::<PostProcessorWrapper>);
-        let settings = Settings::load(model_dir)?;
 
         let mut tokenizer = Self {
             model_dir: model_dir.to_owned(),
@@ -193,11 +198,7 @@ impl Tokenizer {
     }
 
     fn fail(&self, reason: impl ToString) -> Error {
-        Error::Tokenizer {
-            path: self.model_dir.join("tokenizer.json"),
-            place: None,
-            reason: reason.to_string(),
-        }
+        Error::Tokenizer { path: tokenizer_file(&self.model_dir), place: None, reason: reason.to_string() }
     }
 
     /// Text to ids; with `add_special`, with what the tokenizer puts before and after a text.
@@ -375,6 +376,11 @@ fn holds(value: &Value, text: &str) -> bool {
         Value::Object(map) => map.iter().any(|(key, value)| key.contains(text) || holds(value, text)),
         _ => false,
     }
+}
+
+/// Where a model's tokenizer lies: in its folder, or in its one file.
+fn tokenizer_file(model: &Path) -> PathBuf {
+    if model.is_file() { model.to_owned() } else { model.join("tokenizer.json") }
 }
 
 /// What the tokenizer's post-processor puts before and after a text.

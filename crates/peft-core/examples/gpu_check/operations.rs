@@ -7,7 +7,7 @@ use shanty_peft_core::{
         cuda::{Cuda, Precision},
     },
     batch::{PackedBatch, Row, Segment},
-    model::BaseSource,
+    model::{BaseSource, Projection},
     random::{self, DropoutKey},
 };
 
@@ -385,7 +385,8 @@ fn frozen(report: &mut Report, cpu: &Cpu) {
                 let mut cuda = Cuda::new(0, precision).unwrap();
                 cuda.hold(&mut base).unwrap();
                 let weights = base.layer(0).unwrap();
-                for linear in [&weights.q, &weights.gate, &weights.down] {
+                for projection in [Projection::Q, Projection::Gate, Projection::Down] {
+                    let linear = weights.linear(projection);
                     let (rows, columns) = (linear.weight.rows(), linear.weight.columns());
                     let mut expected = vec![0.0; rows * columns];
                     linear.weight.write_f32(&mut expected);

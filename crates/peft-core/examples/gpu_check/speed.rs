@@ -10,7 +10,7 @@ use shanty_peft_core::{
     },
     batch::Row,
     engine::EngineParts,
-    model::BaseSource,
+    model::{BaseSource, Projection},
     plan::{PlanRequest, Recompute},
 };
 
@@ -133,7 +133,7 @@ fn operations(lines: &mut Vec<String>) {
         cuda.copy(from, ViewMut::<Cuda>::new(&mut big, tokens, inner));
     });
     bandwidth(lines, "copy", 2 * size, seconds);
-    let gate = base.layer(0).unwrap().gate.weight;
+    let gate = base.layer(0).unwrap().linear(Projection::Gate).weight;
     let weights = inner * hidden;
     let seconds = time(&cuda, || {
         cuda.frozen(&gate, &mut big);

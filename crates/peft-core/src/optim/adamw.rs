@@ -11,6 +11,8 @@
 //!
 //! in the order in which `torch.optim.AdamW` computes it; its scalars are f64, rounded to f32 where they meet a buffer.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
@@ -91,29 +93,59 @@ impl AdamW {
         gradient_scale: f64,
         learning_rate: f64,
     ) -> Result<()> {
+        self.update_by(parameters, gradients, gradient_scale, learning_rate, &[])
+    }
+
+    /// As [`Self::update`], with factors of the learning rate for parts of the buffers, in ascending order. A part whose factor
+    /// is 0 stays as it is, moments included.
+    ///
+    /// # Errors
+    /// As [`Self::update`].
+    pub fn update_by(
+        &mut self,
+        parameters: &mut [f32],
+        gradients: &[f32],
+        gradient_scale: f64,
+        learning_rate: f64,
+        rates: &[(Range<usize>, f64)],
+    ) -> Result<()> {
         expect_length("the parameter buffer", parameters.len(), self.first.len())?;
         expect_length("the gradient buffer", gradients.len(), self.first.len())?;
         self.step += 1;
         let [beta1, beta2] = self.options.betas;
         let t = i32::try_from(self.step).unwrap_or(i32::MAX);
-        let step_size = learning_rate / (1.0 - beta1.powi(t));
-        let factors = Factors {
+        let root = (1.0 - beta2.powi(t)).sqrt() as f32;
+        let factors = |learning_rate: f64| Factors {
             gradient: gradient_scale as f32,
             keep: (1.0 - learning_rate * self.options.weight_decay) as f32,
             first: (1.0 - beta1) as f32,
             beta2: beta2 as f32,
             second: (1.0 - beta2) as f32,
-            root: (1.0 - beta2.powi(t)).sqrt() as f32,
+            root,
             epsilon: self.options.epsilon as f32,
-            step: -step_size as f32,
+            step: -(learning_rate / (1.0 - beta1.powi(t))) as f32,
         };
-        parameters
-            .par_chunks_mut(CHUNK)
-            .zip(gradients.par_chunks(CHUNK))
-            .zip(self.first.par_chunks_mut(CHUNK).zip(self.second.par_chunks_mut(CHUNK)))
-            .for_each(|((parameters, gradients), (first, second))| {
-                factors.apply(parameters, gradients, first, second);
-            });
+        let mut update = |range: Range<usize>, factor: f64| {
+            if factor == 0.0 || range.is_empty() {
+                return;
+            }
+            let factors = factors(learning_rate * factor);
+            let (first, second) = (&mut self.first[range.clone()], &mut self.second[range.clone()]);
+            parameters[range.clone()]
+                .par_chunks_mut(CHUNK)
+                .zip(gradients[range].par_chunks(CHUNK))
+                .zip(first.par_chunks_mut(CHUNK).zip(second.par_chunks_mut(CHUNK)))
+                .for_each(|((parameters, gradients), (first, second))| {
+                    factors.apply(parameters, gradients, first, second);
+                });
+        };
+        let mut done = 0;
+        for (range, factor) in rates {
+            update(done..range.start.max(done), 1.0);
+            update(range.clone(), *factor);
+            done = range.end;
+        }
+        update(done..gradients.len(), 1.0);
         Ok(())
     }
 }

@@ -44,7 +44,9 @@ pub struct Sizes {
     pub normed_keys: usize,
     /// Features of the residual stream where norms of the blocks' outputs keep them; 0 where there are none.
     pub normed_output: usize,
-    /// The same where keys and values are laid behind a prefix, else 0. With its virtual tokens a micro-batch has as many
+    /// Features of the widest product that is cut into parts; 0 where there is none.
+    pub fused: usize,
+    /// Features of all key heads where keys and values are laid behind a prefix, else 0. With its virtual tokens a micro-batch has as many
     /// keys as there is room for tokens.
     pub joined: usize,
     /// Numbers that a network in front of the adapter makes, and their gradient.
@@ -93,7 +95,10 @@ impl Sizes {
             let [rows, columns] = config.shape(projection);
             rows * columns
         };
-        let weights = if request.dequantised { Projection::ALL.map(size) } else { [0; 7] };
+        let mut weights = [0; 7];
+        for projection in config.projections().iter().filter(|_| request.dequantised) {
+            weights[projection.index()] = size(*projection);
+        }
         let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
         let queries = config.attention_heads * config.head_dim;
         let keys = config.key_value_heads * config.head_dim;
@@ -124,6 +129,7 @@ impl Sizes {
             normed_queries: if config.query_key_norms { queries } else { 0 },
             normed_keys: if config.query_key_norms { keys } else { 0 },
             normed_output: if config.output_norms { hidden } else { 0 },
+            fused: if config.fused { (queries + 2 * keys).max(2 * intermediate) } else { 0 },
             joined: match layout.virtual_tokens() {
                 VirtualTokens::Keys(_) => config.key_value_heads * config.head_dim,
                 VirtualTokens::None | VirtualTokens::Rows(_) => 0,
@@ -197,8 +203,13 @@ impl Sizes {
     /// Numbers that operations work in.
     pub fn scratch(&self) -> usize {
         let branch = self.branch.wide + self.branch.narrow + self.branch.output;
-        let per_token =
-            3 * self.hidden + 2 * self.wide() + 2 * self.keys + self.normed_keys + 4 * self.joined + branch;
+        let per_token = 3 * self.hidden
+            + 2 * self.wide()
+            + 2 * self.keys
+            + self.normed_keys
+            + self.fused
+            + 4 * self.joined
+            + branch;
         let head = self.head_rows * (self.vocabulary + 4 * self.hidden + 2 + self.head_kept + self.head_few)
             + self.head_block * self.hidden;
         self.tokens * per_token

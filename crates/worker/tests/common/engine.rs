@@ -13,7 +13,7 @@ use std::{
 
 use shanty_worker::{
     Error,
-    engine::{EngineLoader, Facts, LoadRequest, Row, StepEngine, Sum},
+    engine::{EngineLoader, Facts, LoadRequest, Row, StepEngine, StepHooks, Sum},
 };
 
 pub const PARAMETERS: usize = 37;
@@ -75,6 +75,8 @@ fn tokens(row: &Row) -> u64 {
     row.trained.iter().map(|range| u64::from(range.end - range.start)).sum()
 }
 
+impl StepHooks for ModelEngine {}
+
 impl StepEngine for ModelEngine {
     fn facts(&self) -> &Facts {
         &self.facts
@@ -134,7 +136,7 @@ impl StepEngine for ModelEngine {
         Ok(sum)
     }
 
-    fn adapter_files(&self, parameters: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {
+    fn adapter_files(&self, parameters: &[f32], _state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {
         let bytes = parameters.iter().flat_map(|value| value.to_le_bytes()).collect();
         Ok(vec![
             ("adapter_config.json".to_owned(), b"{}".to_vec()),

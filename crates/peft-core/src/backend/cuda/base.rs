@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     error::Result,
-    model::{BaseSource, EmbeddingView, Matrix, ModelConfig, Projection},
+    model::{BaseSource, EmbeddingView, Matrix, ModelConfig},
     quant::{Nf4View, nf4::Scales},
 };
 
@@ -78,8 +78,7 @@ impl DeviceBase {
             for norm in weights.norms() {
                 this.vector(device, norm)?;
             }
-            for projection in Projection::ALL {
-                let linear = weights.linear(projection);
+            for linear in weights.linears.iter().flatten() {
                 match &linear.weight {
                     Matrix::Nf4(view) => this.pack(device, view)?,
                     Matrix::Dense(view) => this.matrix(device, view.data())?,
