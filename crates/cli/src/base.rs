@@ -11,12 +11,7 @@ use shanty_config::{JobSpec, Loaded};
 use shanty_diagnostic::Diagnose;
 use shanty_remote::hub::{Hub, Missing, ModelId, Progress};
 
-use crate::{
-    failure::CommandResult,
-    format,
-    job_file::at_key,
-    ui::Ui,
-};
+use crate::{failure::CommandResult, format, job_file::at_key, ui::Ui};
 
 /// Without a terminal, progress is told no more often than this.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(5);
@@ -149,7 +144,8 @@ impl<'a> Line<'a> {
 
 fn bar(model: &str) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    let style = "{prefix} {wide_bar} {binary_bytes} of {binary_total_bytes}  {binary_bytes_per_sec}  {eta} left";
+    let style =
+        "{prefix} {wide_bar} {binary_bytes} of {binary_total_bytes}  {binary_bytes_per_sec}  {eta} left";
     if let Ok(style) = ProgressStyle::with_template(style) {
         bar.set_style(style);
     }

@@ -32,7 +32,10 @@ impl JobPlan {
         let spec: JobSpec = serde_json::from_str(&assign.spec_json)
             .map_err(|error| unclear(format!("its job specification cannot be read: {error}")))?;
         let data = assign.data.ok_or_else(|| unclear("it has no summary of the data".to_owned()))?;
-        let part = |part: &shanty_proto::v1::MixPart| MixPart { rows: part.rows, rows_per_epoch: part.rows_per_epoch };
+        let part = |part: &shanty_proto::v1::MixPart| MixPart {
+            rows: part.rows,
+            rows_per_epoch: part.rows_per_epoch,
+        };
         let mix: Vec<MixPart> = data.train_mix.iter().map(part).collect();
         let batch = spec.train.global_batch_size as u64;
         let order = Order::mixed(spec.train.seed, data.train_rows, &mix, batch)

@@ -62,7 +62,11 @@ impl Stage {
             max_length: 32,
             packing: false,
             threads: 1,
-            ..PrepareOptions::new(examples().join("tiny-llama-14m"), train.display().to_string(), store.join("prepared"))
+            ..PrepareOptions::new(
+                examples().join("tiny-llama-14m"),
+                train.display().to_string(),
+                store.join("prepared"),
+            )
         };
         let summary = shanty_data::prepare(&options, &mut |_| {}).unwrap();
         let done = serde_json::to_string(&PrepareLine::Done { summary: summary.clone() }).unwrap();

@@ -22,19 +22,32 @@ fn inspect_shows_what_is_trained_and_what_is_not() {
     assert!(!text.contains('\x1b'), "no colour where nobody looks at it");
     let marked = text.lines().filter(|line| line.contains('⟦')).count();
     assert!(marked >= 2, "{text}");
-    for says in ["sample 1 of 2", "595 records (messages)", "595 of 595 samples train one", "left out    0 records", "up to"] {
+    for says in [
+        "sample 1 of 2",
+        "595 records (messages)",
+        "595 of 595 samples train one",
+        "left out    0 records",
+        "up to",
+    ] {
         assert!(text.contains(says), "`{says}` is not in\n{text}");
     }
     let json = place.shanty.run(&["data", "inspect", &data, "--base", &base, "--output", "json"]).unwrap();
     let report = json.expect_code(0).unwrap().object().unwrap();
-    assert_eq!((report["summary"]["records"].as_u64(), report["summary"]["trained_tokens"].as_u64()), (Some(595), Some(6239)));
+    assert_eq!(
+        (report["summary"]["records"].as_u64(), report["summary"]["trained_tokens"].as_u64()),
+        (Some(595), Some(6239))
+    );
     let samples = report["samples"].as_array().unwrap();
     assert_eq!(samples.len(), 3);
     for sample in samples {
         let pieces = sample["pieces"].as_array().unwrap();
-        assert!(pieces.iter().any(|piece| piece["trained"] == true) && pieces.iter().any(|piece| piece["trained"] == false));
+        assert!(
+            pieces.iter().any(|piece| piece["trained"] == true)
+                && pieces.iter().any(|piece| piece["trained"] == false)
+        );
     }
-    let colored = place.shanty.run(&["data", "inspect", &data, "--base", &base, "--color", "always"]).unwrap();
+    let colored =
+        place.shanty.run(&["data", "inspect", &data, "--base", &base, "--color", "always"]).unwrap();
     let colored = colored.expect_code(0).unwrap().stdout;
     assert!(colored.contains("\x1b[32m⟦"), "{colored}");
 }
@@ -43,11 +56,14 @@ fn inspect_shows_what_is_trained_and_what_is_not() {
 fn inspect_of_a_job_shows_rows_and_the_held_out_part() {
     let place = Place::new(TinyJob::default()).unwrap();
     let before = crate::support::listing(place.folder.path());
-    let row = place.shanty.run(&["data", "inspect", "job.toml", "--row", "1"]).unwrap().expect_code(0).unwrap();
+    let row =
+        place.shanty.run(&["data", "inspect", "job.toml", "--row", "1"]).unwrap().expect_code(0).unwrap();
     assert!(row.stdout.contains("row         1: "), "{}", row.stdout);
-    let eval = place.shanty.run(&["data", "inspect", "job.toml", "--split", "eval", "--sample", "0"]).unwrap();
+    let eval =
+        place.shanty.run(&["data", "inspect", "job.toml", "--split", "eval", "--sample", "0"]).unwrap();
     assert!(eval.expect_code(0).unwrap().stdout.starts_with("data "));
-    let none = place.shanty.run(&["data", "inspect", "job.toml", "--row", "100000", "--output", "json"]).unwrap();
+    let none =
+        place.shanty.run(&["data", "inspect", "job.toml", "--row", "100000", "--output", "json"]).unwrap();
     assert_eq!(none.expect_code(1).unwrap().error().unwrap()["code"], "SH0220");
     let usage = place.shanty.run(&["data", "inspect", "train.jsonl", "--output", "json"]).unwrap();
     assert_eq!(usage.expect_code(2).unwrap().error().unwrap()["code"], "SH0901");
@@ -60,9 +76,16 @@ fn data_that_trains_nothing_is_shown_and_refused_everywhere() {
     let row = r#"{"messages": [{"role": "user", "content": "Who goes there?"}, {"role": "assistant", "content": "Nobody.", "weight": 0}]}"#;
     fs::write(place.path("train.jsonl"), format!("{row}\n")).unwrap();
     let base = format!("base.model={}", example("tiny-llama-14m"));
-    let inspect = place.shanty.run(&["data", "inspect", "job.toml", "--set", &base, "--set", "data.eval=train.jsonl"]).unwrap();
+    let inspect = place
+        .shanty
+        .run(&["data", "inspect", "job.toml", "--set", &base, "--set", "data.eval=train.jsonl"])
+        .unwrap();
     let inspect = inspect.expect_code(2).unwrap();
-    assert!(inspect.stdout.contains("all answers have weight 0") && inspect.stdout.contains("Who goes there?"), "{}", inspect.stdout);
+    assert!(
+        inspect.stdout.contains("all answers have weight 0") && inspect.stdout.contains("Who goes there?"),
+        "{}",
+        inspect.stdout
+    );
     assert!(inspect.stderr.contains("SH0221"), "{}", inspect.stderr);
     let commands: [&[&str]; 3] = [
         &["plan", "job.toml"],
@@ -86,13 +109,17 @@ fn sources_mixed_by_weight_are_trained() {
     let plan = place.shanty.run(&["plan", "job.toml", "--set", mix, "--output", "json"]).unwrap();
     let plan = plan.expect_code(0).unwrap().object().unwrap();
     assert!(plan["rows"].as_u64().unwrap() > 0);
-    let inspect = place.shanty.run(&["data", "inspect", "job.toml", "--set", mix, "--output", "json"]).unwrap();
+    let inspect =
+        place.shanty.run(&["data", "inspect", "job.toml", "--set", mix, "--output", "json"]).unwrap();
     let report = inspect.expect_code(0).unwrap().object().unwrap();
     let sources = report["summary"]["sources"].as_array().unwrap();
     let of = |index: usize, key: &str| sources[index][key].as_u64().unwrap();
     assert!(of(0, "rows_per_epoch").abs_diff(of(1, "rows_per_epoch")) <= 1, "{sources:?}");
     assert!(of(0, "rows") > 2 * of(1, "rows"), "{sources:?}");
-    let run = place.shanty.run(&["run", "job.toml", "--set", mix, "--workers", "2", "--threads", "1", "--output", "json"]).unwrap();
+    let run = place
+        .shanty
+        .run(&["run", "job.toml", "--set", mix, "--workers", "2", "--threads", "1", "--output", "json"])
+        .unwrap();
     let finished = last_event(&run.expect_code(0).unwrap()).unwrap();
     assert_eq!((finished["state"].as_str(), finished["steps"].as_u64()), (Some("succeeded"), Some(4)));
 }
@@ -116,7 +143,15 @@ fn data_is_read_from_a_bucket() {
         .environment("AWS_REGION", "eu-west-1")
         .environment("AWS_SECRET_ACCESS_KEY", "secret");
     let inspect = |place: &Place, code: i32| {
-        let arguments = ["data", "inspect", "job.toml", "--set", "data.train=s3://crew/songs/train.jsonl", "--output", "json"];
+        let arguments = [
+            "data",
+            "inspect",
+            "job.toml",
+            "--set",
+            "data.train=s3://crew/songs/train.jsonl",
+            "--output",
+            "json",
+        ];
         place.shanty.run(&arguments).unwrap().expect_code(code).unwrap()
     };
     let place = place.environment("AWS_ACCESS_KEY_ID", "AKIAWRONG");
@@ -146,11 +181,17 @@ fn a_base_of_the_hub_is_planned_downloaded_trained_and_named() {
         finished.expect_code(0).unwrap().object().unwrap()
     };
     let before = plan(&place);
-    assert_eq!((before["download"]["model"].as_str(), before["download"]["commit"].as_str()), (Some("crew/tiny"), Some(COMMIT)));
+    assert_eq!(
+        (before["download"]["model"].as_str(), before["download"]["commit"].as_str()),
+        (Some("crew/tiny"), Some(COMMIT))
+    );
     assert!(before["download"]["bytes"].as_u64().unwrap() > 100_000, "{before}");
     assert!(!place.path("hf").exists(), "a plan downloads nothing");
 
-    let run = place.shanty.run(&[&["run", "job.toml", "--workers", "2", "--threads", "1"][..], &of_hub].concat()).unwrap();
+    let run = place
+        .shanty
+        .run(&[&["run", "job.toml", "--workers", "2", "--threads", "1"][..], &of_hub].concat())
+        .unwrap();
     let run = run.expect_code(0).unwrap();
     assert!(run.events().iter().any(|event| event["event"] == "download"), "progress is told");
     let adapter = place.adapter(&run).unwrap();

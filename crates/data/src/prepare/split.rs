@@ -117,11 +117,8 @@ impl<'a> SplitBuilder<'a> {
             let rows = self.packer.rows() - rows;
             if sources.len() > 1 {
                 if rows == 0 && saw {
-                    let reason = format!(
-                        "`{}` gives no row: {}",
-                        source.path,
-                        drops(&self.summary, self.longest())
-                    );
+                    let reason =
+                        format!("`{}` gives no row: {}", source.path, drops(&self.summary, self.longest()));
                     return Err(Error::NothingToTrain { split: self.split, reason });
                 }
                 self.summary.sources.push(SourceSummary {

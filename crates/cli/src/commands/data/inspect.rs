@@ -1,6 +1,6 @@
 //! `shanty data inspect`: what of each record is trained, how long records are, and what is left out.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::Serialize;
 use shanty_coordinator::prepare;
@@ -124,7 +124,14 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     let refusal = refusal.map(|error| error.diagnostic());
     let report = Report { split, summary, max_length, warnings, refusal: refusal.clone(), samples };
     ui.data(&report, |report| {
-        render(&args.what, &report.summary, report.max_length, &report.samples, &tokenizer, ui.color_on_stdout())
+        render(
+            &args.what,
+            &report.summary,
+            report.max_length,
+            &report.samples,
+            &tokenizer,
+            ui.color_on_stdout(),
+        )
     })?;
     for warning in &report.warnings {
         ui.warn(warning);
@@ -146,11 +153,19 @@ impl Which {
 
 /// What would be prepared.
 fn options(args: &Args, ui: &Ui) -> CommandResult<PrepareOptions> {
-    let usage = |message: &str, hint: &str| Error::Usage { message: message.to_owned(), hint: hint.to_owned() };
+    let usage =
+        |message: &str, hint: &str| Error::Usage { message: message.to_owned(), hint: hint.to_owned() };
     if args.what.ends_with(".toml") {
-        let of_file = args.format.is_some() || args.max_length.is_some() || args.train_on_all || args.chat_template.is_some();
+        let of_file = args.format.is_some()
+            || args.max_length.is_some()
+            || args.train_on_all
+            || args.chat_template.is_some();
         if of_file || args.base.is_some() {
-            return Err(usage("a job file says form, length and base itself", "override it with `--set data.format=…`").into());
+            return Err(usage(
+                "a job file says form, length and base itself",
+                "override it with `--set data.format=…`",
+            )
+            .into());
         }
         let mut job = JobFile { job: args.what.clone().into(), set: args.set.clone() }.load(&[], ui)?;
         base::fetch(&mut job, ui)?;
@@ -161,10 +176,18 @@ fn options(args: &Args, ui: &Ui) -> CommandResult<PrepareOptions> {
         return Ok(prepare::options(&spec, PathBuf::new()));
     }
     if !args.set.is_empty() {
-        return Err(usage("`--set` overrides keys of a job file", "use `--format`, `--max-length` and the like").into());
+        return Err(usage(
+            "`--set` overrides keys of a job file",
+            "use `--format`, `--max-length` and the like",
+        )
+        .into());
     }
     let Some(named) = &args.base else {
-        return Err(usage("a data file needs `--base`: its tokenizer and template make the tokens", "say `--base DIR` or `--base ORG/NAME`, or give a job file").into());
+        return Err(usage(
+            "a data file needs `--base`: its tokenizer and template make the tokens",
+            "say `--base DIR` or `--base ORG/NAME`, or give a job file",
+        )
+        .into());
     };
     let defaults = PrepareOptions::new(base::folder_of(named, ui)?, args.what.clone(), PathBuf::new());
     let format = args.format.as_deref().map(|word| serde_json::from_value(word.into()));
@@ -185,7 +208,9 @@ fn options(args: &Args, ui: &Ui) -> CommandResult<PrepareOptions> {
 /// Numbers of `count` records, spread evenly over all.
 fn spread(records: u64, count: u64) -> Vec<u64> {
     let count = count.min(records);
-    (0..count).map(|index| (u128::from(records) * u128::from(index) / u128::from(count.max(1))) as u64).collect()
+    (0..count)
+        .map(|index| (u128::from(records) * u128::from(index) / u128::from(count.max(1))) as u64)
+        .collect()
 }
 
 fn shown(looked: Looked, tokenizer: &Tokenizer, max_length: u32) -> Result<Shown, shanty_data::Error> {
@@ -203,14 +228,20 @@ fn shown(looked: Looked, tokenizer: &Tokenizer, max_length: u32) -> Result<Shown
 }
 
 /// Packs the data and shows one row of it.
-fn show_row(mut options: PrepareOptions, args: &Args, id: u64, tokenizer: &Tokenizer, ui: &Ui) -> CommandResult<Exit> {
+fn show_row(
+    mut options: PrepareOptions,
+    args: &Args,
+    id: u64,
+    tokenizer: &Tokenizer,
+    ui: &Ui,
+) -> CommandResult<Exit> {
     let scratch = Scratch::new();
     options.out = scratch.path().to_owned();
     options.require_end_token = false;
     let split = args.split.split();
     if split == Split::Train {
         options.eval = None;
-    } else if !Path::new(&args.what).extension().is_some_and(|ending| ending == "toml") {
+    } else if !args.what.ends_with(".toml") {
         options.eval = Some(args.what.clone());
     }
     shanty_data::prepare(&options, &mut |_| {})?;
@@ -236,8 +267,11 @@ fn show_row(mut options: PrepareOptions, args: &Args, id: u64, tokenizer: &Token
         });
         start = end;
     }
-    let report = serde_json::json!({ "split": split, "row": id, "tokens": row.token_ids.len(), "samples": samples });
-    ui.data(&report, |_| render_row(id, row.token_ids.len() as u64, options.max_length, &samples, ui.color_on_stdout()))?;
+    let report =
+        serde_json::json!({ "split": split, "row": id, "tokens": row.token_ids.len(), "samples": samples });
+    ui.data(&report, |_| {
+        render_row(id, row.token_ids.len() as u64, options.max_length, &samples, ui.color_on_stdout())
+    })?;
     Ok(Exit::Done)
 }
 

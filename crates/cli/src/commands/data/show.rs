@@ -40,7 +40,7 @@ pub(super) fn pieces(
         if !range.is_empty() {
             pieces.push(Piece { text: tokenizer.decode(&ids[range], false)?, trained });
         }
-        Ok(())
+        Ok::<(), shanty_data::Error>(())
     };
     let mut at = 0;
     for range in trained {
@@ -183,7 +183,9 @@ fn fate(sample: &Shown, max_length: u32, color: bool) -> Option<String> {
     let text = match sample.what.as_str() {
         "kept" => return None,
         "cut" => format!("longer than a row of {max_length} tokens: cut into consecutive samples"),
-        "truncated" => format!("cut off after {} tokens; the rest is lost", format::count(sample.kept_tokens)),
+        "truncated" => {
+            format!("cut off after {} tokens; the rest is lost", format::count(sample.kept_tokens))
+        }
         other => format!("left out: {}", reason(other, max_length)),
     };
     Some(format!("  {}", paint(color, Paint::Yellow, &text)))
@@ -211,7 +213,11 @@ fn sources(summary: &SplitSummary, color: bool) -> Option<String> {
             vec![
                 source.weight.map_or_else(|| "-".to_owned(), |weight| weight.to_string()),
                 format::count(source.rows),
-                format!("{} ({:.2} passes)", format::count(source.rows_per_epoch), source.rows_per_epoch as f64 / source.rows.max(1) as f64),
+                format!(
+                    "{} ({:.2} passes)",
+                    format::count(source.rows_per_epoch),
+                    source.rows_per_epoch as f64 / source.rows.max(1) as f64
+                ),
                 format::count(source.trained_tokens),
                 source.form.clone(),
                 source.path.clone(),
@@ -221,12 +227,18 @@ fn sources(summary: &SplitSummary, color: bool) -> Option<String> {
     let table = format::table(&["weight", "rows", "an epoch", "trained tokens", "form", "source"], &rows);
     let mut lines = table.lines();
     let first = format!("{}{}", head("sources", color), lines.next().unwrap_or_default());
-    Some(std::iter::once(first).chain(lines.map(|line| format!("{:12}{line}", ""))).collect::<Vec<_>>().join("\n"))
+    Some(
+        std::iter::once(first)
+            .chain(lines.map(|line| format!("{:12}{line}", "")))
+            .collect::<Vec<_>>()
+            .join("\n"),
+    )
 }
 
 fn ends(summary: &SplitSummary, tokenizer: &Tokenizer) -> String {
     let ids = tokenizer.stop_ids().iter();
-    let names: Vec<String> = ids.filter_map(|id| tokenizer.token(*id)).map(|token| format!("`{token}`")).collect();
+    let names: Vec<String> =
+        ids.filter_map(|id| tokenizer.token(*id)).map(|token| format!("`{token}`")).collect();
     let names = if names.is_empty() { "the model names none".to_owned() } else { names.join(", ") };
     format!(
         "{} of {} samples train one ({names})",
@@ -254,7 +266,13 @@ fn left_out(summary: &SplitSummary, max_length: u32, color: bool) -> Vec<String>
         ("truncated_away", dropped.truncated_away),
     ];
     for (what, count) in reasons.into_iter().filter(|(_, count)| *count > 0) {
-        lines.push(format!("{:12}{} {}{}", "", format::count(count), reason(what, max_length), example(what)));
+        lines.push(format!(
+            "{:12}{} {}{}",
+            "",
+            format::count(count),
+            reason(what, max_length),
+            example(what)
+        ));
     }
     lines.push(format!(
         "{}{} records lost {} tokens beyond {max_length}, {} of them to be trained{}",
@@ -265,7 +283,11 @@ fn left_out(summary: &SplitSummary, max_length: u32, color: bool) -> Vec<String>
         example("truncated"),
     ));
     if summary.cut > 0 {
-        lines.push(format!("{:12}{} texts are longer than a row and became several samples", "", format::count(summary.cut)));
+        lines.push(format!(
+            "{:12}{} texts are longer than a row and became several samples",
+            "",
+            format::count(summary.cut)
+        ));
     }
     if summary.merged_boundaries > 0 {
         let count = format::count(summary.merged_boundaries);
@@ -302,7 +324,12 @@ fn histogram(summary: &SplitSummary, max_length: u32, color: bool) -> String {
         let mark = if too_long { "  longer than a row" } else { "" };
         let bar = format!("{full}{rest}");
         let bar = paint(color, if too_long { Paint::Yellow } else { Paint::Cyan }, &bar);
-        lines.push(format!("{:12}up to {:>9}  {bar} {}{mark}", "", format::count(bucket.up_to), format::count(bucket.records)));
+        lines.push(format!(
+            "{:12}up to {:>9}  {bar} {}{mark}",
+            "",
+            format::count(bucket.up_to),
+            format::count(bucket.records)
+        ));
     }
     lines.join("\n")
 }
