@@ -34,7 +34,9 @@ fn adalora_resumes_in_the_middle_of_pruning() {
 
 #[test]
 fn a_start_from_the_base_is_computed_once() {
-    killed_and_resumed_is_bit_equal("r = 4\nlora_alpha = 4\ninit_lora_weights = \"pissa\"\nlora_dropout = 0.1");
+    killed_and_resumed_is_bit_equal(
+        "r = 4\nlora_alpha = 4\ninit_lora_weights = \"pissa\"\nlora_dropout = 0.1",
+    );
 }
 
 #[test]
