@@ -70,8 +70,8 @@ fn what_is_wrong_is_shown_at_its_key() {
         ("method = \"dora\"\ntarget_modules = [\"lm_head\"]", "SH0403", "adapter"),
     ] {
         let place = Place::new(TinyJob { adapter: Some(adapter), ..TinyJob::default() }).unwrap();
-        let refused = place.shanty.run(&["plan", "job.toml"]).unwrap().expect_code(1).unwrap();
-        let shown = refused.stderr();
+        let refused = place.shanty.run(&["plan", "job.toml"]).unwrap().expect_code(2).unwrap();
+        let shown = refused.stderr;
         assert!(shown.contains(code) && shown.contains(key), "{adapter}: {shown}");
     }
 }
