@@ -126,6 +126,12 @@ impl Model {
         self.engine.config().max_positions
     }
 
+    /// The most virtual tokens that an adapter puts in front of a text.
+    pub(crate) fn virtual_tokens(&self) -> usize {
+        let counts = self.adapters.iter().map(|(_, adapter)| adapter.fit().layout().virtual_tokens().count());
+        counts.max().unwrap_or(0)
+    }
+
     /// What is used where nobody says.
     pub(crate) fn first(&self) -> Choice {
         (!self.adapters.is_empty()).then_some(0)

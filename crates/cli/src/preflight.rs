@@ -3,7 +3,7 @@
 use serde::Serialize;
 use shanty_config::{JobSpec, Loaded};
 use shanty_diagnostic::Diagnose;
-use shanty_peft_core::{Engine, plan::Recompute};
+use shanty_peft_core::{Engine, Error, engine::Estimate, plan::Recompute};
 use shanty_worker::engine::engine_options;
 
 use crate::{failure::CommandResult, job_file::at_key};
@@ -20,8 +20,8 @@ pub(crate) struct Preflight {
     pub(crate) memory: Memory,
     pub(crate) micro_batch_rows: usize,
     pub(crate) recompute: bool,
-    /// Names in `target_modules` that matched nothing while others did.
-    pub(crate) unused_targets: Vec<String>,
+    /// What is allowed, and perhaps not meant.
+    pub(crate) warnings: Vec<String>,
 }
 
 /// Memory of one worker by part, bytes.
@@ -40,6 +40,12 @@ impl Memory {
     }
 }
 
+fn warnings(estimate: &Estimate) -> Vec<String> {
+    let unused = estimate.fit.matched().unused.iter();
+    let unused = unused.map(|name| format!("`{name}` in adapter.target_modules matches no module"));
+    unused.chain(estimate.fit.doubts(&estimate.config)).collect()
+}
+
 impl Preflight {
     /// Checks base and targets, and counts. What is wrong is shown at the key of the job file that names it.
     pub(crate) fn of(job: &Loaded<JobSpec>, threads: usize) -> CommandResult<Self> {
@@ -48,12 +54,14 @@ impl Preflight {
             engine_options(spec, threads).map_err(|error| at_key(job, "base.model", error.diagnostic()))?;
         let estimate = Engine::estimate(&options).map_err(|error| {
             let diagnostic = error.diagnostic();
-            let key = match diagnostic.code.starts_with("SH04") {
-                true if spec.adapter.method.has_virtual_tokens() => "adapter.num_virtual_tokens",
-                true => "adapter.target_modules",
-                false => "base.model",
+            let key = match &error {
+                Error::AdapterSetting { key, .. } => format!("adapter.{key}"),
+                Error::NoModuleToSave { .. } => "adapter.modules_to_save".to_owned(),
+                _ if !diagnostic.code.starts_with("SH04") => "base.model".to_owned(),
+                _ if spec.adapter.method.has_virtual_tokens() => "adapter.num_virtual_tokens".to_owned(),
+                _ => "adapter.target_modules".to_owned(),
             };
-            at_key(job, key, diagnostic)
+            at_key(job, &key, diagnostic)
         })?;
         let (plan, trainable) = (estimate.plan, estimate.fit.trained().parameters() as u64);
         Ok(Self {
@@ -70,7 +78,7 @@ impl Preflight {
             },
             micro_batch_rows: plan.micro_batch_rows,
             recompute: plan.recompute == Recompute::Layers,
-            unused_targets: estimate.fit.matched().unused.clone(),
+            warnings: warnings(&estimate),
         })
     }
 

@@ -117,7 +117,7 @@ described! {
         #[serde(default)]
         pub alpha_pattern: Option<BTreeMap<String, f64>>,
         /// Modules that are trained whole and saved with the adapter, by the end of their names: `["lm_head",
-        /// "embed_tokens", "norm"]`. They make the adapter, and what workers send each other at every step, as large as they are.
+        /// "embed_tokens"]`; `"norm"` is every norm. They make the adapter, and what workers send each other at every step, as large as they are.
         #[serde(default)]
         pub modules_to_save: Option<TargetModules>,
         /// Tokens whose rows of the embedding are trained, for example those that were added for a chat template.

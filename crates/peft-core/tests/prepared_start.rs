@@ -107,7 +107,7 @@ fn orthonormal_factors_are_those_of_a_qr_decomposition() {
         assert!((0..at).all(|column| olora.a[at * input + column].abs() < 1e-5));
     }
     let too_much = start::factors(&cpu, LoraStart::Olora, [out, input], (21, 2.0), &weight, &[]);
-    assert_eq!(too_much.unwrap_err().code(), "SH0403");
+    assert_eq!(too_much.err().unwrap().code(), "SH0403");
 }
 
 /// Base and adapter together compute what the base alone did; training begins elsewhere, and the files fit the old base.
@@ -120,7 +120,7 @@ fn a_changed_base_with_its_adapter_is_the_base() {
             let place = tempfile::tempdir().unwrap();
             let folder = place.path().join("start");
             let config = LoraConfig { use_rslora: rank_stabilised, ..config(start) };
-            assert_eq!(load(config.clone(), false, None).unwrap_err().code(), "SH0423");
+            assert_eq!(load(config.clone(), false, None).err().unwrap().code(), "SH0423");
             let mut engine = load(config.clone(), false, Some(&folder)).unwrap();
             let mut parameters = engine.initial_parameters(1).unwrap();
             assert!(parameters.iter().any(|value| *value != 0.0));
@@ -136,7 +136,7 @@ fn a_changed_base_with_its_adapter_is_the_base() {
             assert_eq!(second.base_hash(), engine.base_hash());
             assert_ne!(second.base_hash(), plain.base_hash());
             let other = LoraConfig { r: 5, ..config.clone() };
-            assert_eq!(load(other, false, Some(&folder)).unwrap_err().code(), "SH0424");
+            assert_eq!(load(other, false, Some(&folder)).err().unwrap().code(), "SH0424");
 
             let rows = [Row::whole(0, IDS.to_vec())];
             let mut gradient = vec![0.0; parameters.len()];
@@ -171,7 +171,7 @@ fn a_changed_base_with_its_adapter_is_the_base() {
             let mut bytes = std::fs::read(&file).unwrap();
             *bytes.last_mut().unwrap() ^= 1;
             std::fs::write(&file, bytes).unwrap();
-            assert_eq!(load(config, false, Some(&folder)).unwrap_err().code(), "SH0424");
+            assert_eq!(load(config, false, Some(&folder)).err().unwrap().code(), "SH0424");
         }
     }
 }
@@ -197,8 +197,8 @@ fn a_start_from_what_4_bits_lose_brings_the_base_back() {
     assert!(with < 0.6 * without, "{with} beside {without}");
     // Not on a base that loses nothing, nor on one whose weights are lost already.
     let plain = load(config.clone(), false, Some(&place.path().join("other")));
-    assert_eq!(plain.unwrap_err().code(), "SH0403");
+    assert_eq!(plain.err().unwrap().code(), "SH0403");
     let stored =
         EngineOptions { base: reference("training/base_nf4"), ..options(config, true, Some(place.path())) };
-    assert_eq!(Engine::load(stored, &mut |_| {}).unwrap_err().code(), "SH0425");
+    assert_eq!(Engine::load(stored, &mut |_| {}).err().unwrap().code(), "SH0425");
 }

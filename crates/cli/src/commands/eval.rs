@@ -83,9 +83,9 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
         let hint = "--exact-match compares a continued prompt with its completion".to_owned();
         return Err(Error::Usage { message, hint }.into());
     }
-    let scored = score::prepare(&asked, &tokenizer, max_length)?;
     let options = ModelOptions::new(&args.model);
     let (mut model, rows) = loss_on(options, &args.data, args.format, Some(max_length), ui)?;
+    let scored = score::prepare(&asked, &tokenizer, max_length.saturating_sub(model.virtual_tokens()))?;
     let base = (args.with_base || model.first().is_none()).then_some(None);
     let choices: Vec<Choice> = base.into_iter().chain(model.all()).collect();
     let work = Work { rows: &rows, scored: &scored, asked: if args.exact_match { &asked } else { &[] } };
@@ -133,7 +133,8 @@ pub(crate) fn loss_on(
         DataFormat::Messages => Format::Messages,
     };
     let model = Model::load(&ModelOptions { max_length: Some(max_length), ..options.clone() }, ui)?;
-    let rows = rows_of_file(&options.base, data, format, max_length)?;
+    // The same samples for the base and every adapter: with room for the most virtual tokens.
+    let rows = rows_of_file(&options.base, data, format, max_length, model.virtual_tokens())?;
     Ok((model, rows.into_iter().map(row).collect()))
 }
 

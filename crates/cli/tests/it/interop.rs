@@ -75,6 +75,46 @@ fn peft_opens_what_was_trained_on_a_4_bit_base() {
     trained_adapter_opens_in_peft(TinyJob { quantization: "nf4", ..TinyJob::default() });
 }
 
+/// A job of virtual tokens; `adapter` is the job's `[adapter]`.
+fn virtual_tokens(adapter: &'static str) {
+    let job = TinyJob {
+        adapter: Some(adapter),
+        max_length: 64,
+        learning_rate: 2e-2,
+        quantization: "none",
+        ..TinyJob::default()
+    };
+    trained_adapter_opens_in_peft(job);
+}
+
+#[test]
+fn peft_opens_a_prefix() {
+    virtual_tokens("method = \"prefix_tuning\"\nnum_virtual_tokens = 6");
+}
+
+#[test]
+fn peft_opens_a_prefix_that_was_trained_through_a_projection() {
+    virtual_tokens(
+        "method = \"prefix_tuning\"\nnum_virtual_tokens = 6\nprefix_projection = true\nencoder_hidden_size = 24",
+    );
+}
+
+#[test]
+fn peft_opens_prompts() {
+    virtual_tokens("method = \"prompt_tuning\"\nnum_virtual_tokens = 6");
+    virtual_tokens(
+        "method = \"prompt_tuning\"\nnum_virtual_tokens = 6\nprompt_tuning_init_text = \"Haul away, Joe:\"",
+    );
+}
+
+#[test]
+fn peft_opens_what_p_tuning_made() {
+    virtual_tokens("method = \"p_tuning\"\nnum_virtual_tokens = 6\nencoder_hidden_size = 24");
+    virtual_tokens(
+        "method = \"p_tuning\"\nnum_virtual_tokens = 6\nencoder_reparameterization_type = \"LSTM\"\nencoder_hidden_size = 12",
+    );
+}
+
 #[test]
 fn peft_combines_adapters_to_the_same_change() {
     let Some(python) = python() else { return };

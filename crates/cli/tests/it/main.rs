@@ -6,10 +6,13 @@ mod bad_input;
 mod coordinator;
 mod help;
 mod interop;
+mod methods;
 mod resume;
 mod run;
 mod support;
 mod tools;
+
 mod using;
+mod virtual_tokens;
 mod worker_death;
 mod world_size;
