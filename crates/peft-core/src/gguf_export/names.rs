@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// What is done to a tensor's numbers besides renaming it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Change {
     /// Nothing.
     None,
