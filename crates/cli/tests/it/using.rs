@@ -304,8 +304,16 @@ fn adapters_are_looked_at_combined_and_converted() {
     assert_eq!(differ["same"], false);
 
     ok(&place, &["adapters", "combine", "a", "b", "--weights", "0.5,-2", "--out", "sum"]);
-    ok(&place, &["adapters", "convert", "sum", "--keys", "named", "--name", "x", "--out", "named"]);
+    ok(&place, &["adapters", "convert", "sum", "--keys", "named", "--out", "named"]);
     ok(&place, &["adapters", "convert", "named", "--dtype", "bf16", "--out", "small"]);
+    // Names with another adapter's name in them are read by these commands alone.
+    ok(&place, &["adapters", "convert", "sum", "--keys", "named", "--name", "x", "--out", "elsewhere"]);
+    assert_eq!(code(&place, &[GENERATE, &["--adapter", "elsewhere", "--prompt", "a"]].concat()), "SH0413");
+    ok(&place, &["adapters", "convert", "elsewhere", "--out", "home"]);
+    assert_eq!(
+        fs::read(place.path("home/adapter_model.safetensors")).unwrap(),
+        fs::read(place.path("sum/adapter_model.safetensors")).unwrap()
+    );
     ok(&place, &["adapters", "rename", "small", "--base", "somewhere/else", "--out", "renamed"]);
     let config = fs::read_to_string(place.path("renamed/adapter_config.json")).unwrap();
     assert!(config.contains("somewhere/else"), "{config}");
