@@ -32,7 +32,18 @@ fn methods() -> Vec<(&'static str, &'static str, SharedMethod)> {
     let list = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
     let selection = Selection::of(names(&["q_proj", "o_proj", "down_proj"]));
     vec![
-        ("lora", "models/qwen2", LoraConfig { lora_bias: true, ..all_linear(3, 0.3) }.shared()),
+        (
+            "lora",
+            "models/qwen2",
+            // PEFT warns of a bias on what has none.
+            LoraConfig {
+                lora_bias: true,
+                ..memory::lora(names(&["q_proj", "k_proj", "v_proj"]), 3, 1.5, 0.3)
+            }
+            .shared(),
+        ),
+        ("stacked", "models/phi3", LoraConfig { use_rslora: true, ..all_linear(3, 0.3) }.shared()),
+        ("stacked dora", "models/phi3", LoraConfig { use_dora: true, ..all_linear(3, 0.3) }.shared()),
         ("biases", "models/qwen2", LoraConfig { bias: Bias::All, ..all_linear(2, 0.2) }.shared()),
         (
             "dora",
@@ -120,7 +131,7 @@ const KEY: StepKey = StepKey { seed: 5, step: 3 };
 #[test]
 fn the_loss_moves_as_the_gradients_say() {
     for (name, base, method) in methods() {
-        let dora = name == "dora";
+        let dora = name.ends_with("dora");
         for recompute in [Recompute::Never, Recompute::Layers] {
             let setup = Setup { recompute, ..Setup::new(Some(method.clone())) };
             let mut engine = setup.engine(MemoryBase::load(&reference(base)));
