@@ -12,7 +12,8 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 /// The targets, as in `crates/fuzz`.
-pub(crate) const TARGETS: [&str; 3] = ["safetensors_header", "gguf", "adapter_config"];
+pub(crate) const TARGETS: [&str; 5] =
+    ["safetensors_header", "gguf", "adapter_config", "jsonl", "chat_template"];
 
 /// What a run is asked for.
 struct Options {

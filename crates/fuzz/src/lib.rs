@@ -24,7 +24,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 3] = [
+pub const TARGETS: [Target; 5] = [
     Target {
         name: "safetensors_header",
         run: shanty_peft_core::fuzz::safetensors_header,
@@ -74,6 +74,40 @@ pub const TARGETS: [Target; 3] = [
             "(?:(.*)(?:\\\\1|.)*)*z",
             "null",
             "1e309",
+        ],
+    },
+    Target {
+        name: "jsonl",
+        run: shanty_data::fuzz::jsonl,
+        bounded: false,
+        words: &[
+            "\"messages\":[",
+            "\"role\":\"assistant\"",
+            "\"content\":",
+            "\"prompt\":",
+            "\"completion\":",
+            "\"text\":",
+            "\"instruction\":",
+            "\"conversations\":[",
+            "\"from\":\"gpt\"",
+            "\n",
+        ],
+    },
+    Target {
+        name: "chat_template",
+        run: shanty_data::fuzz::chat_template,
+        bounded: false,
+        words: &[
+            "{% for message in messages %}",
+            "{% endfor %}",
+            "{{ message['content'] }}",
+            "{% generation %}",
+            "{% endgeneration %}",
+            "range(99999999)",
+            "{% if ",
+            "| tojson",
+            "loop.index0",
+            "raise_exception(",
         ],
     },
 ];
