@@ -1,6 +1,6 @@
 //! The real engine, of peft-core.
 
-use std::ops::Range;
+use std::{ops::Range, path::Path};
 
 use shanty_config::job::{self, Device, JobSpec};
 use shanty_peft_core::{
@@ -32,7 +32,7 @@ impl EngineLoader for PeftEngines {
         let options = EngineOptions {
             device: device(request.device, spec.cluster.device)?,
             memory_limit: request.memory_limit_bytes,
-            start: Some(request.store.join(START)),
+            start: local(request.store).map(|store| store.join(START)),
             ..engine_options_for(spec, request.threads, Some(request.steps))?
         };
         let quantised = format!("{:?}", options.quantization);
@@ -56,6 +56,12 @@ impl EngineLoader for PeftEngines {
         };
         Ok(Box::new(PeftEngine { engine, facts }))
     }
+}
+
+/// A run's folder, where it is one on this machine.
+fn local(store: &Path) -> Option<&Path> {
+    let url = store.to_str().is_some_and(|store| store.contains("://"));
+    (!url).then_some(store)
 }
 
 /// Where to compute: the worker's device, but for what the job insists on. `cuda` never becomes the processor.
