@@ -35,15 +35,13 @@ struct Tile {
 };
 
 // `group` query heads share a key head. Scores are multiplied by `scale` and, with SOFT_CAP, become
-// cap tanh(score / cap). With a `window` above 0 a query sees its last `window` keys. `prefix` learned keys and
-// values stand before every span and are seen by all.
+// cap tanh(score / cap). With a `window` above 0 a query sees no more than the last `window` of its keys.
 struct Shape {
     u32 heads;
     u32 group;
     float scale;
     float cap;
     u32 window;
-    u32 prefix;
 };
 
 // A matrix of bf16 whose numbers are written: row r, column c lies at data[r * stride + c].
@@ -52,7 +50,7 @@ struct Target {
     u64 stride;
 };
 
-// Which tiles of COLUMNS keys a tile of queries meets: those of the span, last first, then those of the prefix.
+// Which tiles of COLUMNS keys a tile of queries meets, last first.
 template <int COLUMNS>
 struct Range {
     u32 head;
@@ -61,12 +59,11 @@ struct Range {
     int reach;    // the last key that the first query sees
     u32 key_row;  // first key of the span, row of the matrix
     int keys;
-    int last;     // one past the last tile of the span's keys
-    int own;      // tiles of the span
-    int all;      // with those of the prefix
+    int last;     // the last of the tiles
+    int tiles;    // how many
 
-    __device__ __forceinline__ Range(const Span* spans, const Tile* tiles, const Shape& shape, u32 item) {
-        Tile tile = tiles[item / shape.heads];
+    __device__ __forceinline__ Range(const Span* spans, const Tile* list, const Shape& shape, u32 item) {
+        Tile tile = list[item / shape.heads];
         Span span = spans[tile.span];
         head = item % shape.heads;
         row = span.query_start + tile.first;
@@ -76,14 +73,12 @@ struct Range {
         keys = (int)span.keys;
         int end = min(keys, reach + (int)valid);
         int begin = shape.window ? max(0, reach + 1 - (int)shape.window) : 0;
-        last = (end + COLUMNS - 1) / COLUMNS;
-        own = last - begin / COLUMNS;
-        all = own + (int)((shape.prefix + COLUMNS - 1) / COLUMNS);
+        last = (end - 1) / COLUMNS;
+        tiles = last + 1 - begin / COLUMNS;
     }
 
-    __device__ __forceinline__ bool is_own(int i) const { return i < own; }
-    // First key of the i-th tile, within the span or the prefix.
-    __device__ __forceinline__ int first_key(int i) const { return (i < own ? last - 1 - i : i - own) * COLUMNS; }
+    // First key of the i-th tile, within the span.
+    __device__ __forceinline__ int first_key(int i) const { return (last - i) * COLUMNS; }
 };
 
 // Takes from a warp group's scores (queries along rows) what its queries do not see; a thread holds rows g and g + 8 of
@@ -110,20 +105,16 @@ template <int COLUMNS>
 __device__ __forceinline__ void hide_tile(float (&s)[COLUMNS / 2], const Range<COLUMNS>& range, const Shape& shape, int i,
                                           int group_row, int own_row) {
     int first = range.first_key(i), window = (int)shape.window;
-    if (range.is_own(i)) {
-        // All of the group see a tile that ends before what its first row misses and begins where its last row looks.
-        bool open_end = first + COLUMNS <= min(range.keys, range.reach + group_row + 1);
-        bool open_begin = !window || first >= range.reach + group_row + 64 - window;
-        if (!open_end || !open_begin) hide<COLUMNS>(s, first, range.keys, range.reach + own_row, window);
-    } else if (first + COLUMNS > (int)shape.prefix) {
-        hide<COLUMNS>(s, first, (int)shape.prefix, 0x3fffffff, 0);
-    }
+    // All of the group see a tile that ends before what its first row misses and begins where its last row looks.
+    bool open_end = first + COLUMNS <= min(range.keys, range.reach + group_row + 1);
+    bool open_begin = !window || first >= range.reach + group_row + 64 - window;
+    if (!open_end || !open_begin) hide<COLUMNS>(s, first, range.keys, range.reach + own_row, window);
 }
 
-// Scores are multiplied by this before an exponential of base 2.
+// What scores are multiplied by before an exponential of base 2; with SOFT_CAP scores are hyperbolic tangents by then.
 __device__ __forceinline__ float exponent_scale(const Shape& shape) {
 #ifdef SOFT_CAP
-    return LOG2_E;
+    return shape.cap * LOG2_E;
 #else
     return shape.scale * LOG2_E;
 #endif
@@ -134,6 +125,6 @@ __device__ __forceinline__ void cap_scores(float (&s)[N], const Shape& shape) {
 #ifdef SOFT_CAP
     float inner = shape.scale / shape.cap;
 #pragma unroll
-    for (int i = 0; i < N; i++) s[i] = shape.cap * tanh_fast(s[i] * inner);
+    for (int i = 0; i < N; i++) s[i] = tanh_fast(s[i] * inner);
 #endif
 }

@@ -3,10 +3,10 @@
 
 // Keys of a tile, and tiles in flight.
 #ifndef DQ_BLOCK
-#define DQ_BLOCK 64
+#define DQ_BLOCK (HEAD_DIM > 128 ? 32 : 64)
 #endif
 #ifndef DQ_STAGES
-#define DQ_STAGES 4
+#define DQ_STAGES (HEAD_DIM > 128 ? 2 : 4)
 #endif
 
 #define DQ_QUERIES_AT 0
@@ -18,7 +18,6 @@
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_hopper_dq(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                     const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap dout_map,
-                    const __grid_constant__ TensorMap prefix_k_map, const __grid_constant__ TensorMap prefix_v_map,
                     const Span* spans, const Tile* tiles, u32 items, Shape shape, const float2* statistics, u32 rows,
                     Target dq) {
     u32 shared = shared_start();
@@ -50,17 +49,14 @@ attention_hopper_dq(const __grid_constant__ TensorMap q_map, const __grid_consta
                 load_box(shared + DQ_QUERIES_AT, &q_map, queries_full, 0, (int)range.row, z);
                 load_box(shared + DQ_SLOPES_AT, &dout_map, queries_full, 0, (int)range.row, z);
                 z = (int)(range.head / shape.group) * STRETCHES;
-                for (int i = 0; i < range.all; i++) {
-                    bool own = range.is_own(i);
-                    int row = range.first_key(i) + (own ? (int)range.key_row : 0);
+                for (int i = 0; i < range.tiles; i++) {
+                    int row = (int)range.key_row + range.first_key(i);
                     barrier_wait(keys_empty + 8 * stage, parity ^ 1);
                     barrier_expect(keys_full + 8 * stage, TILE_BYTES(DQ_BLOCK));
-                    load_box(shared + DQ_KEYS_AT + stage * TILE_BYTES(DQ_BLOCK), own ? &k_map : &prefix_k_map,
-                             keys_full + 8 * stage, 0, row, z);
+                    load_box(shared + DQ_KEYS_AT + stage * TILE_BYTES(DQ_BLOCK), &k_map, keys_full + 8 * stage, 0, row, z);
                     barrier_wait(values_empty + 8 * stage, parity ^ 1);
                     barrier_expect(values_full + 8 * stage, TILE_BYTES(DQ_BLOCK));
-                    load_box(shared + DQ_VALUES_AT + stage * TILE_BYTES(DQ_BLOCK), own ? &v_map : &prefix_v_map,
-                             values_full + 8 * stage, 0, row, z);
+                    load_box(shared + DQ_VALUES_AT + stage * TILE_BYTES(DQ_BLOCK), &v_map, values_full + 8 * stage, 0, row, z);
                     if (++stage == DQ_STAGES) stage = 0, parity ^= 1;
                 }
             }
@@ -105,7 +101,7 @@ attention_hopper_dq(const __grid_constant__ TensorMap q_map, const __grid_consta
                 cap_scores(s, shape);
 #ifdef SOFT_CAP
 #pragma unroll
-                for (int j = 0; j < DQ_BLOCK / 2; j++) slope[j] = 1.0f - (s[j] / shape.cap) * (s[j] / shape.cap);
+                for (int j = 0; j < DQ_BLOCK / 2; j++) slope[j] = 1.0f - s[j] * s[j];
 #endif
                 hide_tile<DQ_BLOCK>(s, range, shape, i, group * 64, own_row);
 #pragma unroll
@@ -138,7 +134,7 @@ attention_hopper_dq(const __grid_constant__ TensorMap q_map, const __grid_consta
             products_wait<0>();
             slope_down();
             pack_all(d, ds);
-            for (int i = 1; i < range.all; i++) {
+            for (int i = 1; i < range.tiles; i++) {
                 u32 before = stage;
                 if (++stage == DQ_STAGES) stage = 0, parity ^= 1;
                 pin(ds);

@@ -9,7 +9,7 @@
 
 // Keys of a tile, and tiles in flight.
 #ifndef BLOCK
-#define BLOCK 128
+#define BLOCK (HEAD_DIM > 128 ? 64 : 128)
 #endif
 #ifndef STAGES
 #define STAGES 2
@@ -46,8 +46,7 @@ __device__ __forceinline__ void soften(float (&s)[BLOCK / 2], float scale, float
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_hopper_forward(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                         const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap prefix_k_map,
-                         const __grid_constant__ TensorMap prefix_v_map, const Span* spans, const Tile* tiles, u32 items,
+                         const __grid_constant__ TensorMap v_map, const Span* spans, const Tile* tiles, u32 items,
                          Shape shape, Target out, float* log_sum, u64 log_stride) {
     u32 shared = shared_start();
     u32 queries_full = shared + BARRIERS_AT, queries_empty = queries_full + 8, keys_full = queries_full + 16;
@@ -79,17 +78,14 @@ attention_hopper_forward(const __grid_constant__ TensorMap q_map, const __grid_c
                 barrier_expect(queries_full, TILE_BYTES(ROWS));
                 load_box(shared + QUERIES_AT, &q_map, queries_full, 0, (int)range.row, (int)range.head * STRETCHES);
                 int z = (int)(range.head / shape.group) * STRETCHES;
-                for (int i = 0; i < range.all; i++) {
-                    bool own = range.is_own(i);
-                    int row = range.first_key(i) + (own ? (int)range.key_row : 0);
+                for (int i = 0; i < range.tiles; i++) {
+                    int row = (int)range.key_row + range.first_key(i);
                     barrier_wait(keys_empty + 8 * stage, parity ^ 1);
                     barrier_expect(keys_full + 8 * stage, TILE_BYTES(BLOCK));
-                    load_box(shared + KEYS_AT + stage * TILE_BYTES(BLOCK), own ? &k_map : &prefix_k_map,
-                             keys_full + 8 * stage, 0, row, z);
+                    load_box(shared + KEYS_AT + stage * TILE_BYTES(BLOCK), &k_map, keys_full + 8 * stage, 0, row, z);
                     barrier_wait(values_empty + 8 * stage, parity ^ 1);
                     barrier_expect(values_full + 8 * stage, TILE_BYTES(BLOCK));
-                    load_box(shared + VALUES_AT + stage * TILE_BYTES(BLOCK), own ? &v_map : &prefix_v_map,
-                             values_full + 8 * stage, 0, row, z);
+                    load_box(shared + VALUES_AT + stage * TILE_BYTES(BLOCK), &v_map, values_full + 8 * stage, 0, row, z);
                     if (++stage == STAGES) stage = 0, parity ^= 1;
                 }
             }
@@ -129,7 +125,7 @@ attention_hopper_forward(const __grid_constant__ TensorMap q_map, const __grid_c
             if (leader) barrier_arrive(keys_empty + 8 * stage);
             look(0);
             pack_all(s, p);
-            for (int i = 1; i < range.all; i++) {
+            for (int i = 1; i < range.tiles; i++) {
                 u32 before = stage, before_parity = parity;
                 if (++stage == STAGES) stage = 0, parity ^= 1;
                 barrier_wait(keys_full + 8 * stage, parity);
