@@ -50,6 +50,15 @@ pub struct Product<'a, B: Backend> {
     pub transpose_b: bool,
 }
 
+/// What a buffer is for: a backend may keep activations in fewer bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// Activations, their gradients, and weights written out for products.
+    Activation,
+    /// What must be f32: parameters and their gradients, logarithms, norms' factors, losses, angles.
+    Exact,
+}
+
 /// How large a micro-batch may get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchRoom {
@@ -66,7 +75,8 @@ pub struct BatchRoom {
 /// Called when a range of the flat gradient is final.
 pub type Ready<'a, B> = dyn FnMut(Range<usize>, &<B as Backend>::Buffer) + Send + 'a;
 
-/// Tensor operations over caller-owned, strided memory. All numbers are `f32`.
+/// Tensor operations over caller-owned, strided memory. Numbers are `f32`, or what a backend keeps
+/// [`Use::Activation`] in; operands of elementwise operations are of one kind.
 ///
 /// Shapes are written `[rows, columns]`; `T` is the number of tokens of the micro-batch.
 pub trait Backend: Sized + Send + Sync + 'static {
@@ -81,7 +91,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
     ///
     /// # Errors
     /// When the memory cannot be had.
-    fn allocate(&self, length: usize) -> Result<Self::Owned>;
+    fn allocate(&self, length: usize, purpose: Use) -> Result<Self::Owned>;
     /// Reserves room for a micro-batch.
     ///
     /// # Errors
@@ -264,8 +274,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
         dx: ViewMut<'_, Self>,
     );
 
-    /// Returns the summed cross-entropy of `logits` `[rows, vocabulary]` against `targets[first ..]`, and
-    /// overwrites the logits by its gradient where `gradient` is set. `losses` `[rows, 1]` gets each row's loss.
+    /// Writes each row's cross-entropy of `logits` `[rows, vocabulary]` against `targets[first ..]` to `losses`
+    /// `[rows, 1]`, and overwrites the logits by its gradient where `gradient` is set.
     fn cross_entropy(
         &self,
         batch: &Self::Batch,
@@ -273,5 +283,5 @@ pub trait Backend: Sized + Send + Sync + 'static {
         gradient: bool,
         logits: ViewMut<'_, Self>,
         losses: ViewMut<'_, Self>,
-    ) -> f64;
+    );
 }

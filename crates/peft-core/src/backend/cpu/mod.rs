@@ -19,7 +19,7 @@ pub use self::{
     gemm::in_product,
     profile::{NARROW, Operation, Spent},
 };
-use super::{AttentionShape, Backend, BatchRoom, Product, Ready, View, ViewMut};
+use super::{AttentionShape, Backend, BatchRoom, Product, Ready, Use, View, ViewMut};
 use crate::{
     batch::PackedBatch,
     engine::{GradientSink, StepError},
@@ -97,7 +97,7 @@ impl Backend for Cpu {
     type Owned = Vec<f32>;
     type Batch = CpuBatch;
 
-    fn allocate(&self, length: usize) -> Result<Self::Owned> {
+    fn allocate(&self, length: usize, _purpose: Use) -> Result<Self::Owned> {
         let mut memory = Vec::new();
         memory.try_reserve_exact(length).map_err(|_| StepError::OutOfMemory { bytes: length * 4 })?;
         memory.resize(length, 0.0);
@@ -106,7 +106,9 @@ impl Backend for Cpu {
 
     fn allocate_batch(&self, room: BatchRoom) -> Result<CpuBatch> {
         let lane = (2 * attention::TILE * room.longest_span).max(room.widest);
-        let lanes = (0..self.threads).map(|_| self.allocate(lane).map(Mutex::new)).collect::<Result<_>>()?;
+        let lanes = (0..self.threads)
+            .map(|_| self.allocate(lane, Use::Exact).map(Mutex::new))
+            .collect::<Result<_>>()?;
         Ok(CpuBatch { packed: PackedBatch::with_capacity(room.tokens), lanes })
     }
 
@@ -343,10 +345,10 @@ impl Backend for Cpu {
         gradient: bool,
         logits: ViewMut<'_, Self>,
         losses: ViewMut<'_, Self>,
-    ) -> f64 {
+    ) {
         self.measure(Operation::CrossEntropy, || {
-            cross_entropy::rows(self, &batch.packed.targets[first..], gradient, logits, losses)
-        })
+            cross_entropy::rows(self, &batch.packed.targets[first..], gradient, logits, losses);
+        });
     }
 }
 

@@ -33,6 +33,8 @@ pub struct AttentionTiles {
     pub tile: usize,
     /// How products are computed. Bf16 keeps half the bytes in shared memory.
     pub precision: Precision,
+    /// The engine's precision: bf16 keeps activations as bf16.
+    pub stored: Precision,
 }
 
 impl AttentionTiles {
@@ -40,8 +42,10 @@ impl AttentionTiles {
     pub fn choose(head_dim: usize, shared: usize, precision: Precision) -> Option<Self> {
         // Products of bf16 take 16 features at a time.
         let halves = precision == Precision::Bf16 && head_dim.is_multiple_of(16);
+        let stored = precision;
         let precision = if precision == Precision::Bf16 && !halves { Precision::Tf32 } else { precision };
-        let all = [(4, 32), (2, 32), (2, 16), (1, 16)].map(|(warps, tile)| Self { warps, tile, precision });
+        let all = [(4, 32), (2, 32), (2, 16), (1, 16)];
+        let all = all.map(|(warps, tile)| Self { warps, tile, precision, stored });
         // Wide heads keep more numbers a row: fewer rows a block.
         let fit =
             |tiles: &Self| tiles.backward_bytes(head_dim) <= shared && (head_dim <= 128 || tiles.warps <= 2);
@@ -89,6 +93,9 @@ impl Unit {
             Precision::F32 => options.push("-DEXACT".to_owned()),
             Precision::Tf32 => {}
             Precision::Bf16 => options.push("-DHALVES".to_owned()),
+        }
+        if tiles.stored == Precision::Bf16 {
+            options.push("-DSTORED_BF16".to_owned());
         }
         Self { source: [COMMON, ATTENTION].concat(), options }
     }

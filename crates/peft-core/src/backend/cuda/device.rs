@@ -20,31 +20,11 @@ use super::{
     DeviceError, Precision,
     compile::{AttentionTiles, Unit},
     libraries,
+    profile::Profile,
 };
 
 /// Bytes that products may work in.
 const WORKSPACE: usize = 32 << 20;
-/// Kernels outside attention.
-const GENERAL: [&str; 18] = [
-    "fill",
-    "copy",
-    "add",
-    "add_bias",
-    "gather_f32",
-    "gather_bf16",
-    "gather_rows",
-    "scatter_rows",
-    "widen",
-    "narrow",
-    "swiglu",
-    "swiglu_backward",
-    "rope",
-    "dropout",
-    "rms_norm",
-    "rms_norm_backward",
-    "cross_entropy",
-    "nf4_f32",
-];
 
 /// What a buffer holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,23 +33,27 @@ pub(super) enum Numbers {
     Bf16,
 }
 
+impl Numbers {
+    /// Bytes of one.
+    pub(super) fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+}
+
 /// Memory of the card that views look into.
 pub struct DeviceBuffer {
     pub(super) address: u64,
     pub(super) numbers: Numbers,
-    /// The same memory, seen as bf16.
-    narrow: Option<Box<Self>>,
+    /// Where the same numbers lie rounded to bf16, for products; 0 where they do not.
+    pub(super) rounded: u64,
 }
 
 impl DeviceBuffer {
     pub(super) fn new(address: u64, numbers: Numbers) -> Self {
-        let narrow = (numbers == Numbers::F32)
-            .then(|| Box::new(Self { address, numbers: Numbers::Bf16, narrow: None }));
-        Self { address, numbers, narrow }
-    }
-
-    pub(super) fn as_bf16(&self) -> &Self {
-        self.narrow.as_deref().unwrap_or(self)
+        Self { address, numbers, rounded: 0 }
     }
 }
 
@@ -119,7 +103,9 @@ pub(super) struct Device {
     pub(super) stream: sys::CUstream,
     blas: cublas::sys::cublasHandle_t,
     workspace: u64,
-    functions: HashMap<&'static str, sys::CUfunction>,
+    module: sys::CUmodule,
+    functions: Mutex<HashMap<&'static str, sys::CUfunction>>,
+    profile: Mutex<Option<Profile>>,
     attention: Mutex<HashMap<usize, AttentionKernels>>,
     pub(super) precision: Precision,
     shared_bytes: usize,
@@ -162,10 +148,6 @@ impl Device {
             let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
                 .map_err(call("cuStreamCreate"))?;
             let module = result::module::load_data(code.as_ptr().cast()).map_err(call("cuModuleLoadData"))?;
-            let mut functions = HashMap::new();
-            for name in GENERAL.into_iter().chain(["nf4_bf16"]) {
-                functions.insert(name, function(module, name)?);
-            }
             let blas = cublas::result::create_handle().map_err(blas_call("cublasCreate"))?;
             cublas::result::set_stream(blas, stream.cast()).map_err(blas_call("cublasSetStream"))?;
             let workspace = result::malloc_sync(WORKSPACE).map_err(call("cuMemAlloc"))?;
@@ -180,7 +162,9 @@ impl Device {
                 stream,
                 blas,
                 workspace,
-                functions,
+                module,
+                functions: Mutex::new(HashMap::new()),
+                profile: Mutex::new(None),
                 attention: Mutex::new(HashMap::new()),
                 precision,
                 shared_bytes,
@@ -294,9 +278,23 @@ impl Device {
         });
     }
 
-    /// A kernel by its name.
+    /// A kernel by its name; what is no kernel's name fails as what was launched.
     pub(super) fn function(&self, name: &'static str) -> sys::CUfunction {
-        self.functions.get(name).copied().unwrap_or(ptr::null_mut())
+        let mut known = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = known.get(name) {
+            return *function;
+        }
+        // SAFETY: the module stays loaded as long as this value.
+        match self.bind().and_then(|()| unsafe { function(self.module, name) }) {
+            Ok(function) => {
+                known.insert(name, function);
+                function
+            }
+            Err(error) => {
+                self.note(Err(error));
+                ptr::null_mut()
+            }
+        }
     }
 
     /// Starts a kernel, unless something failed before.
@@ -322,8 +320,34 @@ impl Device {
             unsafe {
                 result::launch_kernel(function, (x, y, z), block, shared as u32, self.stream, arguments)
             }
-            .map_err(call(name))
+            .map_err(call(name))?;
+            self.mark(|| name.to_owned())
         });
+    }
+
+    /// Times every operation from now on, or no longer: an event after each, so that the times add up to the whole.
+    pub(super) fn set_profiling(&self, on: bool) {
+        self.attempt(|| {
+            *self.profile.lock().unwrap_or_else(PoisonError::into_inner) =
+                if on { Some(Profile::start(self.stream)?) } else { None };
+            Ok(())
+        });
+    }
+
+    /// What took how long since profiling began, seconds and calls by operation, the longest first.
+    pub(super) fn take_profile(&self) -> Result<Vec<(String, f64, u64)>, DeviceError> {
+        self.settle()?;
+        match self.profile.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            Some(profile) => profile.take(),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    fn mark(&self, name: impl FnOnce() -> String) -> Result<(), DeviceError> {
+        match self.profile.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            Some(profile) => profile.mark(self.stream, name()),
+            None => Ok(()),
+        }
     }
 
     /// Attention's kernels for heads of `head_dim` features.
@@ -377,13 +401,12 @@ impl Device {
             Numbers::F32 => Type::CUDA_R_32F,
             Numbers::Bf16 => Type::CUDA_R_16BF,
         };
-        let narrow = product.numbers == Numbers::Bf16;
         let compute = match self.precision {
-            _ if narrow => Compute::CUBLAS_COMPUTE_32F,
+            _ if product.numbers == Numbers::Bf16 => Compute::CUBLAS_COMPUTE_32F,
             Precision::F32 => Compute::CUBLAS_COMPUTE_32F,
             Precision::Tf32 | Precision::Bf16 => Compute::CUBLAS_COMPUTE_32F_FAST_TF32,
         };
-        let Product { a, b, c, rows, columns, inner, alpha, beta, numbers } = product;
+        let Product { a, b, c, rows, columns, inner, alpha, beta, numbers, into } = product;
         let size = |size: usize| i32::try_from(size).unwrap_or(i32::MAX);
         // SAFETY: the operands are matrices of the card's memory of these sizes, which views were checked for.
         self.attempt(|| {
@@ -404,13 +427,14 @@ impl Device {
                     size(a.stride),
                     ptr::from_ref(beta).cast(),
                     c.address as *mut c_void,
-                    Type::CUDA_R_32F,
+                    kind(*into),
                     size(c.stride),
                     compute,
                     CUBLAS_GEMM_DFALT,
                 )
             }
-            .map_err(blas_call("cublasGemmEx"))
+            .map_err(blas_call("cublasGemmEx"))?;
+            self.mark(|| format!("product {rows} x {columns} x {inner}"))
         });
     }
 }
@@ -457,7 +481,7 @@ pub(super) struct Operand {
     pub(super) transposed: bool,
 }
 
-/// A product: C `[rows, columns]`, summed over `inner`. A and B hold `numbers`, C holds f32.
+/// A product: C `[rows, columns]`, summed over `inner`. A and B hold `numbers`, C holds `into`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Product {
     pub(super) a: Operand,
@@ -469,6 +493,7 @@ pub(super) struct Product {
     pub(super) alpha: f32,
     pub(super) beta: f32,
     pub(super) numbers: Numbers,
+    pub(super) into: Numbers,
 }
 
 // SAFETY: callers hand in a module that is loaded.
