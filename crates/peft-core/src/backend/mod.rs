@@ -20,6 +20,7 @@ use crate::{
     engine::GradientSink,
     error::Result,
     model::{EmbeddingView, Matrix},
+    optim::{FlatState, FlatUpdate, Outcome},
     random::DropoutKey,
 };
 
@@ -86,12 +87,50 @@ pub trait Backend: Sized + Send + Sync + 'static {
     type Owned: DerefMut<Target = Self::Buffer> + Send + Sync;
     /// A micro-batch where operations can read it: ids, positions, spans, targets.
     type Batch: Send;
+    /// Host memory that activations lie in between forward and backward, away from the memory that operations work in.
+    type Aside: Send + Sync;
 
     /// Reserves `length` numbers, all 0.
     ///
     /// # Errors
     /// When the memory cannot be had.
     fn allocate(&self, length: usize, purpose: Use) -> Result<Self::Owned>;
+    /// Reserves flat parameters, all 0: f32, and what products read them as, which [`Backend::upload`] refreshes.
+    ///
+    /// # Errors
+    /// When the memory cannot be had.
+    fn allocate_parameters(&self, length: usize) -> Result<Self::Owned> {
+        self.allocate(length, Use::Exact)
+    }
+    /// Calls `build`, which reserves buffers and does no more, so that they lie in one piece of memory. It may be called
+    /// twice: what the first call returns is dropped.
+    ///
+    /// # Errors
+    /// What `build` returns, or when the memory cannot be had.
+    fn in_one_piece<R>(&self, mut build: impl FnMut() -> Result<R>) -> Result<R> {
+        build()
+    }
+    /// Reserves host memory for `length` activations.
+    ///
+    /// # Errors
+    /// When the memory cannot be had.
+    fn allocate_aside(&self, length: usize) -> Result<Self::Aside>;
+    /// Copies `from`, which has no gaps, aside, beside other work. `from` must stay until [`Backend::await_aside`].
+    fn put_aside(&self, from: View<'_, Self>, to: &mut Self::Aside);
+    /// Copies what lies aside to `to`, which has no gaps, after the work that is queued and beside what comes later.
+    /// `to` is there after [`Backend::await_aside`].
+    fn bring_back(&self, from: &Self::Aside, to: ViewMut<'_, Self>);
+    /// Whatever is queued from now on comes after the last copy to or from `aside`.
+    fn await_aside(&self, aside: &Self::Aside);
+    /// Adds up the losses `[rows, 1]` of a micro-batch in `state`.
+    fn add_losses(&self, losses: View<'_, Self>, state: &mut FlatState<Self>);
+    /// Clips, updates, and sets the gradient to 0. Nothing changes where the gradient's norm is not finite.
+    fn update_flat(&self, update: &FlatUpdate<'_>, state: &mut FlatState<Self>);
+    /// What the last update amounted to, and the losses added since the last call. Waits for them.
+    ///
+    /// # Errors
+    /// What failed before.
+    fn outcome(&self, state: &mut FlatState<Self>) -> Result<Outcome>;
     /// Reserves room for a micro-batch.
     ///
     /// # Errors

@@ -15,6 +15,7 @@ const COMMON: &str = include_str!("kernels/common.cu");
 const ELEMENTWISE: &str = include_str!("kernels/elementwise.cu");
 const ROWS: &str = include_str!("kernels/rows.cu");
 const NF4: &str = include_str!("kernels/nf4.cu");
+const OPTIMIZER: &str = include_str!("kernels/optimizer.cu");
 const ATTENTION: &str = include_str!("kernels/attention.cu");
 
 /// Kernels that are compiled together.
@@ -79,7 +80,7 @@ impl AttentionTiles {
 impl Unit {
     /// Everything but attention.
     pub fn general() -> Self {
-        Self { source: [COMMON, ELEMENTWISE, ROWS, NF4].concat(), options: Vec::new() }
+        Self { source: [COMMON, ELEMENTWISE, ROWS, NF4, OPTIMIZER].concat(), options: Vec::new() }
     }
 
     /// Attention for heads of `head_dim` features.

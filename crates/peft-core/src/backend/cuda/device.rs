@@ -3,7 +3,6 @@
 use std::{
     collections::HashMap,
     ffi::{CString, c_void},
-    ops::{Deref, DerefMut},
     ptr,
     sync::{
         Arc, Mutex, PoisonError,
@@ -20,69 +19,12 @@ use super::{
     DeviceError, Precision,
     compile::{AttentionTiles, Unit},
     libraries,
+    memory::Numbers,
     profile::Profile,
 };
 
 /// Bytes that products may work in.
 const WORKSPACE: usize = 32 << 20;
-
-/// What a buffer holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Numbers {
-    F32,
-    Bf16,
-}
-
-impl Numbers {
-    /// Bytes of one.
-    pub(super) fn bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::Bf16 => 2,
-        }
-    }
-}
-
-/// Memory of the card that views look into.
-pub struct DeviceBuffer {
-    pub(super) address: u64,
-    pub(super) numbers: Numbers,
-    /// Where the same numbers lie rounded to bf16, for products; 0 where they do not.
-    pub(super) rounded: u64,
-}
-
-impl DeviceBuffer {
-    pub(super) fn new(address: u64, numbers: Numbers) -> Self {
-        Self { address, numbers, rounded: 0 }
-    }
-}
-
-/// Memory of the card that is owned: given back when dropped.
-pub struct DeviceMemory {
-    pub(super) buffer: DeviceBuffer,
-    pub(super) bytes: usize,
-    device: Arc<Device>,
-}
-
-impl Deref for DeviceMemory {
-    type Target = DeviceBuffer;
-
-    fn deref(&self) -> &DeviceBuffer {
-        &self.buffer
-    }
-}
-
-impl DerefMut for DeviceMemory {
-    fn deref_mut(&mut self) -> &mut DeviceBuffer {
-        &mut self.buffer
-    }
-}
-
-impl Drop for DeviceMemory {
-    fn drop(&mut self) {
-        self.device.free(self.buffer.address, self.bytes);
-    }
-}
 
 /// Attention's kernels for one size of heads.
 #[derive(Clone, Copy)]
@@ -101,6 +43,8 @@ pub(super) struct Device {
     context: sys::CUcontext,
     number: sys::CUdevice,
     pub(super) stream: sys::CUstream,
+    /// Copies to and from the host run here, beside the work.
+    pub(super) side: sys::CUstream,
     blas: cublas::sys::cublasHandle_t,
     workspace: u64,
     module: sys::CUmodule,
@@ -147,6 +91,8 @@ impl Device {
             result::ctx::set_current(context).map_err(call("cuCtxSetCurrent"))?;
             let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
                 .map_err(call("cuStreamCreate"))?;
+            let side = result::stream::create(result::stream::StreamKind::NonBlocking)
+                .map_err(call("cuStreamCreate"))?;
             let module = result::module::load_data(code.as_ptr().cast()).map_err(call("cuModuleLoadData"))?;
             let blas = cublas::result::create_handle().map_err(blas_call("cublasCreate"))?;
             cublas::result::set_stream(blas, stream.cast()).map_err(blas_call("cublasSetStream"))?;
@@ -160,6 +106,7 @@ impl Device {
                 context,
                 number,
                 stream,
+                side,
                 blas,
                 workspace,
                 module,
@@ -200,8 +147,9 @@ impl Device {
     /// Waits until all work is done, and says what failed since the last time.
     pub(super) fn settle(&self) -> Result<(), DeviceError> {
         // SAFETY: the stream lives as long as this value.
-        self.attempt(|| {
-            unsafe { result::stream::synchronize(self.stream) }.map_err(call("cuStreamSynchronize"))
+        self.attempt(|| unsafe {
+            result::stream::synchronize(self.stream).map_err(call("cuStreamSynchronize"))?;
+            result::stream::synchronize(self.side).map_err(call("cuStreamSynchronize"))
         });
         match self.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
             Some(failure) => {
@@ -212,33 +160,23 @@ impl Device {
         }
     }
 
-    /// Reserves memory for `bytes` bytes, all 0.
-    pub(super) fn reserve(
-        self: &Arc<Self>,
-        bytes: usize,
-        numbers: Numbers,
-    ) -> Result<DeviceMemory, DeviceError> {
+    /// Reserves `bytes` bytes, all 0: for regions, which give them back.
+    pub(super) fn reserve(&self, bytes: usize) -> Result<u64, DeviceError> {
         self.bind()?;
-        let size = bytes.next_multiple_of(256).max(256);
-        // SAFETY: the memory is fresh, of this size, and owned by the value that is returned.
+        // SAFETY: the memory is fresh and of this size.
         unsafe {
-            let address = result::malloc_sync(size).map_err(|_| {
+            let address = result::malloc_sync(bytes).map_err(|_| {
                 let free = result::mem_get_info().map_or(0, |(free, _)| free);
                 DeviceError::OutOfMemory { bytes, free }
             })?;
-            let allocated = self.allocated.fetch_add(size as u64, Ordering::AcqRel) + size as u64;
+            let allocated = self.allocated.fetch_add(bytes as u64, Ordering::AcqRel) + bytes as u64;
             self.peak.fetch_max(allocated, Ordering::AcqRel);
-            let memory = DeviceMemory {
-                buffer: DeviceBuffer::new(address, numbers),
-                bytes: size,
-                device: Arc::clone(self),
-            };
-            result::memset_d8_async(address, 0, size, self.stream).map_err(call("cuMemsetD8Async"))?;
-            Ok(memory)
+            result::memset_d8_async(address, 0, bytes, self.stream).map_err(call("cuMemsetD8Async"))?;
+            Ok(address)
         }
     }
 
-    fn free(&self, address: u64, bytes: usize) {
+    pub(super) fn free(&self, address: u64, bytes: usize) {
         // SAFETY: the memory was reserved and is freed once, by its owner; the driver waits for work that uses it.
         if self.bind().is_ok() && unsafe { result::free_sync(address) }.is_ok() {
             self.allocated.fetch_sub(bytes as u64, Ordering::AcqRel);
@@ -516,6 +454,7 @@ impl Drop for Device {
         unsafe {
             let _ = cublas::result::destroy_handle(self.blas);
             let _ = result::free_sync(self.workspace);
+            let _ = result::stream::destroy(self.side);
             let _ = result::stream::destroy(self.stream);
             let _ = result::primary_ctx::release(self.number);
         }

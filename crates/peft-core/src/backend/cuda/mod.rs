@@ -12,19 +12,22 @@ pub mod compile;
 mod device;
 mod error;
 mod libraries;
+mod memory;
 mod operations;
+mod optimizer;
 mod profile;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-pub use device::{DeviceBuffer, DeviceMemory};
 pub use error::DeviceError;
 pub use libraries::{LIBRARIES_VARIABLE, NVRTC_VARIABLE};
+pub use memory::{Aside, DeviceBuffer, DeviceMemory};
+use memory::{Numbers, Region, Source};
 use serde::{Deserialize, Serialize};
 
 use self::{
     base::DeviceBase,
-    device::{Device, Numbers, Operand},
+    device::{Device, Operand},
 };
 use super::{Backend, Use, View, ViewMut};
 use crate::{error::Result, model::BaseSource, random::DropoutKey};
@@ -57,6 +60,7 @@ pub struct Cuda {
     /// Operands of a product, rounded to bf16.
     rounded: Mutex<[Option<DeviceMemory>; 2]>,
     nothing: DeviceBuffer,
+    source: Mutex<Source>,
 }
 
 /// A micro-batch on the card.
@@ -150,6 +154,7 @@ impl Cuda {
             nothing: DeviceBuffer::new(0, Numbers::F32),
             base: DeviceBase::default(),
             rounded: Mutex::new([None, None]),
+            source: Mutex::new(Source::Single),
             device,
         })
     }
@@ -207,6 +212,28 @@ impl Cuda {
         Ok(self.device.take_profile()?)
     }
 
+    /// Memory of the card for `bytes` bytes, all 0.
+    fn take(&self, bytes: usize, numbers: Numbers) -> Result<DeviceMemory, DeviceError> {
+        self.source.lock().unwrap_or_else(PoisonError::into_inner).take(&self.device, bytes, numbers)
+    }
+
+    /// Runs `build` twice: to count what it takes, and to place it in one allocation of that size.
+    fn in_one_region<R>(&self, mut build: impl FnMut() -> Result<R>) -> Result<R> {
+        let swap = |source| {
+            let mut place = self.source.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *place, source)
+        };
+        swap(Source::Counting(0));
+        let counted = build().map(drop);
+        let Source::Counting(bytes) = swap(Source::Single) else { return build() };
+        counted?;
+        let region = Region::new(&self.device, bytes)?;
+        swap(Source::Placing(region, 0));
+        let built = build();
+        swap(Source::Single);
+        built
+    }
+
     /// What a buffer for `purpose` holds.
     fn numbers(&self, purpose: Use) -> Numbers {
         match (purpose, self.device.precision) {
@@ -252,7 +279,7 @@ impl Cuda {
         let enough = rounded[side].as_ref().is_some_and(|memory| memory.bytes >= bytes);
         if !enough {
             rounded[side] = None;
-            match self.device.reserve(bytes, Numbers::Bf16) {
+            match self.take(bytes, Numbers::Bf16) {
                 Ok(memory) => rounded[side] = Some(memory),
                 Err(error) => self.device.note(Err(error)),
             }

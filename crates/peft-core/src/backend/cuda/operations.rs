@@ -3,9 +3,9 @@
 use half::bf16;
 
 use super::{
-    Cuda, CudaBatch, DeviceBuffer, DeviceError, DeviceMemory, THREADS, attention,
+    Aside, Cuda, CudaBatch, DeviceBuffer, DeviceError, DeviceMemory, Numbers, THREADS, attention,
     base::{key, table_key},
-    device::{Numbers, Operand, Product},
+    device::{Operand, Product},
     grid, kernel, launch, matrix, target,
 };
 use crate::{
@@ -14,6 +14,7 @@ use crate::{
     engine::GradientSink,
     error::Result,
     model::{EmbeddingView, Matrix},
+    optim::{FlatState, FlatUpdate, Outcome},
     random::DropoutKey,
 };
 
@@ -24,14 +25,15 @@ impl Backend for Cuda {
     type Buffer = DeviceBuffer;
     type Owned = DeviceMemory;
     type Batch = CudaBatch;
+    type Aside = Aside;
 
     fn allocate(&self, length: usize, purpose: Use) -> Result<DeviceMemory> {
         let numbers = self.numbers(purpose);
-        Ok(self.device.reserve(numbers.bytes() * length, numbers)?)
+        Ok(self.take(numbers.bytes() * length, numbers)?)
     }
 
     fn allocate_batch(&self, room: BatchRoom) -> Result<CudaBatch> {
-        let reserve = |bytes: usize| self.device.reserve(bytes * room.tokens, Numbers::F32);
+        let reserve = |bytes: usize| self.take(bytes * room.tokens, Numbers::F32);
         Ok(CudaBatch {
             ids: reserve(4)?,
             positions: reserve(4)?,
@@ -76,16 +78,57 @@ impl Backend for Cuda {
 
     fn lend<'a>(&self, host: &'a [f32], place: &'a mut Option<DeviceMemory>) -> Result<&'a DeviceBuffer> {
         let length = host.len();
-        if place.as_ref().is_none_or(|memory| memory.bytes < 6 * length) {
+        if place.as_ref().is_none_or(|memory| memory.bytes < 4 * length) {
             *place = None;
-            let mut memory = self.device.reserve(6 * length, Numbers::F32)?;
-            memory.buffer.rounded = memory.buffer.address + 4 * length as u64;
-            *place = Some(memory);
+            *place = Some(self.allocate_parameters(length)?);
         }
-        let memory = place.as_ref().ok_or(DeviceError::OutOfMemory { bytes: 6 * length, free: 0 })?;
-        self.device.upload(host, memory.address);
-        self.round(&memory.buffer, length);
+        let memory = place.as_mut().ok_or(DeviceError::OutOfMemory { bytes: 6 * length, free: 0 })?;
+        self.upload(host, memory);
         Ok(memory)
+    }
+
+    fn allocate_parameters(&self, length: usize) -> Result<DeviceMemory> {
+        let wide = (4 * length).next_multiple_of(256);
+        let twin = if self.device.precision == Precision::Bf16 { 2 * length } else { 0 };
+        let mut memory = self.take(wide + twin, Numbers::F32)?;
+        if twin > 0 {
+            memory.buffer.rounded = memory.buffer.address + wide as u64;
+        }
+        Ok(memory)
+    }
+
+    fn in_one_piece<R>(&self, build: impl FnMut() -> Result<R>) -> Result<R> {
+        self.in_one_region(build)
+    }
+
+    fn allocate_aside(&self, length: usize) -> Result<Aside> {
+        Ok(Aside::new(&self.device, self.numbers(Use::Activation).bytes() * length)?)
+    }
+
+    fn put_aside(&self, from: View<'_, Self>, to: &mut Aside) {
+        let bytes = from.data.numbers.bytes() * from.rows * from.columns;
+        to.put(&self.device, matrix(from).address, bytes);
+    }
+
+    fn bring_back(&self, from: &Aside, to: ViewMut<'_, Self>) {
+        let bytes = to.data.numbers.bytes() * to.rows * to.columns;
+        from.bring(&self.device, target(&to).address, bytes);
+    }
+
+    fn await_aside(&self, aside: &Aside) {
+        aside.wait(&self.device);
+    }
+
+    fn add_losses(&self, losses: View<'_, Self>, state: &mut FlatState<Self>) {
+        self.queue_losses(losses, state);
+    }
+
+    fn update_flat(&self, update: &FlatUpdate<'_>, state: &mut FlatState<Self>) {
+        self.queue_update(update, state);
+    }
+
+    fn outcome(&self, state: &mut FlatState<Self>) -> Result<Outcome> {
+        self.read_outcome(state)
     }
 
     fn with_gradient<R>(
@@ -114,7 +157,10 @@ impl Backend for Cuda {
 
     fn upload(&self, from: &[f32], into: &mut DeviceBuffer) {
         match into.numbers {
-            Numbers::F32 => self.device.upload(from, into.address),
+            Numbers::F32 => {
+                self.device.upload(from, into.address);
+                self.round(into, from.len());
+            }
             Numbers::Bf16 => {
                 let narrow: Vec<bf16> = from.iter().copied().map(bf16::from_f32).collect();
                 self.device.upload(&narrow, into.address);
