@@ -5,7 +5,7 @@ use std::time::Instant;
 use shanty_peft_core::{
     Engine, EngineDevice, NoSink, StepKey,
     backend::{
-        AttentionShape, Backend, View, ViewMut,
+        AttentionShape, Backend, Use, View, ViewMut,
         cuda::{Cuda, Precision},
     },
     batch::Row,
@@ -16,7 +16,7 @@ use shanty_peft_core::{
 
 use crate::{
     models::{RandomBase, lora},
-    operations::{load, numbers, packed, put},
+    operations::{exact, load, numbers, packed, put},
 };
 
 /// The median of several runs, seconds.
@@ -69,7 +69,7 @@ fn operations(lines: &mut Vec<String>) {
     for precision in [Precision::F32, Precision::Tf32, Precision::Bf16] {
         let cuda = Cuda::new(0, precision).unwrap();
         let (a, b) = (put(&cuda, &numbers("a", tokens * hidden)), put(&cuda, &numbers("b", inner * hidden)));
-        let mut c = cuda.allocate(tokens * inner).unwrap();
+        let mut c = cuda.allocate(tokens * inner, Use::Activation).unwrap();
         let (a, b) = (View::<Cuda>::new(&a, tokens, hidden), View::<Cuda>::new(&b, inner, hidden));
         let seconds = time(&cuda, || {
             cuda.gemm(1.0, a, false, b, true, 0.0, ViewMut::<Cuda>::new(&mut c, tokens, inner));
@@ -94,16 +94,19 @@ fn operations(lines: &mut Vec<String>) {
         let q = put(&cuda, &numbers("q", tokens * 4096));
         let k = put(&cuda, &numbers("k", tokens * 1024));
         let (q, k) = (View::<Cuda>::new(&q, tokens, 4096), View::<Cuda>::new(&k, tokens, 1024));
-        let mut out = cuda.allocate(tokens * 4096).unwrap();
-        let mut log_sum = cuda.allocate(tokens * 32).unwrap();
+        let mut out = cuda.allocate(tokens * 4096, Use::Activation).unwrap();
+        let mut log_sum = cuda.allocate(tokens * 32, Use::Exact).unwrap();
         let flops = 4.0 * (4 * 2048 * 2048 / 2) as f64 * 4096.0;
         let seconds = time(&cuda, || {
             let to = ViewMut::<Cuda>::new(&mut out, tokens, 4096);
             cuda.attention(&batch, shape, q, k, k, to, ViewMut::<Cuda>::new(&mut log_sum, tokens, 32));
         });
         arithmetic(lines, &format!("attention 4 x 2048 forward {precision:?}"), flops, seconds);
-        let mut dq = cuda.allocate(tokens * 4096).unwrap();
-        let (mut dk, mut dv) = (cuda.allocate(tokens * 1024).unwrap(), cuda.allocate(tokens * 1024).unwrap());
+        let mut dq = cuda.allocate(tokens * 4096, Use::Activation).unwrap();
+        let (mut dk, mut dv) = (
+            cuda.allocate(tokens * 1024, Use::Activation).unwrap(),
+            cuda.allocate(tokens * 1024, Use::Activation).unwrap(),
+        );
         let seconds = time(&cuda, || {
             cuda.attention_backward(
                 &batch,
@@ -125,9 +128,9 @@ fn operations(lines: &mut Vec<String>) {
     let mut cuda = Cuda::new(0, Precision::Bf16).unwrap();
     let mut base = RandomBase::new(4096, 14336, 1, 1000, 32, 64);
     cuda.hold(&mut base).unwrap();
-    let mut big = cuda.allocate(tokens * inner).unwrap();
+    let mut big = cuda.allocate(tokens * inner, Use::Activation).unwrap();
     let mut other = put(&cuda, &numbers("other", tokens * inner));
-    let size = 4 * tokens * inner;
+    let size = 2 * tokens * inner;
     let seconds = time(&cuda, || {
         let from = View::<Cuda>::new(&other, tokens, inner);
         cuda.copy(from, ViewMut::<Cuda>::new(&mut big, tokens, inner));
@@ -154,12 +157,12 @@ fn operations(lines: &mut Vec<String>) {
         cuda.swiglu_backward(x, gate, ViewMut::<Cuda>::new(&mut other, tokens, inner));
     });
     bandwidth(lines, "SwiGLU backward", 5 * size, seconds);
-    let row = 4 * tokens * hidden;
+    let row = 2 * tokens * hidden;
     let x = x.column_range(0, hidden);
     let x = View::<Cuda> { stride: hidden, ..x };
-    let weight = put(&cuda, &vec![1.0; hidden]);
+    let weight = exact(&cuda, &vec![1.0; hidden]);
     let weight = View::<Cuda>::new(&weight, 1, hidden);
-    let mut reciprocal = cuda.allocate(tokens).unwrap();
+    let mut reciprocal = cuda.allocate(tokens, Use::Exact).unwrap();
     let seconds = time(&cuda, || {
         let out = ViewMut::<Cuda>::new(&mut big, tokens, hidden);
         cuda.rms_norm(x, weight, 1e-5, out, ViewMut::<Cuda>::new(&mut reciprocal, tokens, 1));

@@ -20,6 +20,7 @@ use crate::{
     engine::GradientSink,
     error::Result,
     model::{EmbeddingView, Matrix},
+    optim::{FlatState, FlatUpdate, Outcome},
     random::DropoutKey,
 };
 
@@ -50,6 +51,15 @@ pub struct Product<'a, B: Backend> {
     pub transpose_b: bool,
 }
 
+/// What a buffer is for: a backend may keep activations in fewer bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// Activations, their gradients, and weights written out for products.
+    Activation,
+    /// What must be f32: parameters and their gradients, logarithms, norms' factors, losses, angles.
+    Exact,
+}
+
 /// How large a micro-batch may get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchRoom {
@@ -66,7 +76,8 @@ pub struct BatchRoom {
 /// Called when a range of the flat gradient is final.
 pub type Ready<'a, B> = dyn FnMut(Range<usize>, &<B as Backend>::Buffer) + Send + 'a;
 
-/// Tensor operations over caller-owned, strided memory. All numbers are `f32`.
+/// Tensor operations over caller-owned, strided memory. Numbers are `f32`, or what a backend keeps
+/// [`Use::Activation`] in; operands of elementwise operations are of one kind.
 ///
 /// Shapes are written `[rows, columns]`; `T` is the number of tokens of the micro-batch.
 pub trait Backend: Sized + Send + Sync + 'static {
@@ -76,12 +87,50 @@ pub trait Backend: Sized + Send + Sync + 'static {
     type Owned: DerefMut<Target = Self::Buffer> + Send + Sync;
     /// A micro-batch where operations can read it: ids, positions, spans, targets.
     type Batch: Send;
+    /// Host memory that activations lie in between forward and backward, away from the memory that operations work in.
+    type Aside: Send + Sync;
 
     /// Reserves `length` numbers, all 0.
     ///
     /// # Errors
     /// When the memory cannot be had.
-    fn allocate(&self, length: usize) -> Result<Self::Owned>;
+    fn allocate(&self, length: usize, purpose: Use) -> Result<Self::Owned>;
+    /// Reserves flat parameters, all 0: f32, and what products read them as, which [`Backend::upload`] refreshes.
+    ///
+    /// # Errors
+    /// When the memory cannot be had.
+    fn allocate_parameters(&self, length: usize) -> Result<Self::Owned> {
+        self.allocate(length, Use::Exact)
+    }
+    /// Calls `build`, which reserves buffers and does no more, so that they lie in one piece of memory. It may be called
+    /// twice: what the first call returns is dropped.
+    ///
+    /// # Errors
+    /// What `build` returns, or when the memory cannot be had.
+    fn in_one_piece<R>(&self, mut build: impl FnMut() -> Result<R>) -> Result<R> {
+        build()
+    }
+    /// Reserves host memory for `length` activations.
+    ///
+    /// # Errors
+    /// When the memory cannot be had.
+    fn allocate_aside(&self, length: usize) -> Result<Self::Aside>;
+    /// Copies `from`, which has no gaps, aside, beside other work. `from` must stay until [`Backend::await_aside`].
+    fn put_aside(&self, from: View<'_, Self>, to: &mut Self::Aside);
+    /// Copies what lies aside to `to`, which has no gaps, after the work that is queued and beside what comes later.
+    /// `to` is there after [`Backend::await_aside`].
+    fn bring_back(&self, from: &Self::Aside, to: ViewMut<'_, Self>);
+    /// Whatever is queued from now on comes after the last copy to or from `aside`.
+    fn await_aside(&self, aside: &Self::Aside);
+    /// Adds up the losses `[rows, 1]` of a micro-batch in `state`.
+    fn add_losses(&self, losses: View<'_, Self>, state: &mut FlatState<Self>);
+    /// Clips, updates, and sets the gradient to 0. Nothing changes where the gradient's norm is not finite.
+    fn update_flat(&self, update: &FlatUpdate<'_>, state: &mut FlatState<Self>);
+    /// What the last update amounted to, and the losses added since the last call. Waits for them.
+    ///
+    /// # Errors
+    /// What failed before.
+    fn outcome(&self, state: &mut FlatState<Self>) -> Result<Outcome>;
     /// Reserves room for a micro-batch.
     ///
     /// # Errors
@@ -264,8 +313,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
         dx: ViewMut<'_, Self>,
     );
 
-    /// Returns the summed cross-entropy of `logits` `[rows, vocabulary]` against `targets[first ..]`, and
-    /// overwrites the logits by its gradient where `gradient` is set. `losses` `[rows, 1]` gets each row's loss.
+    /// Writes each row's cross-entropy of `logits` `[rows, vocabulary]` against `targets[first ..]` to `losses`
+    /// `[rows, 1]`, and overwrites the logits by its gradient where `gradient` is set.
     fn cross_entropy(
         &self,
         batch: &Self::Batch,
@@ -273,5 +322,5 @@ pub trait Backend: Sized + Send + Sync + 'static {
         gradient: bool,
         logits: ViewMut<'_, Self>,
         losses: ViewMut<'_, Self>,
-    ) -> f64;
+    );
 }

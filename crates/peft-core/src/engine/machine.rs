@@ -99,13 +99,13 @@ impl<B: Backend> Worker<B> {
                 return Ok(0.0);
             }
             decoder.forward()?;
-            let loss = decoder.loss(training.is_some());
+            decoder.loss(training.is_some());
             if let Some((gradient, sink)) = training {
                 backend.with_gradient(gradient, gradient_place, staging, sink, |flat, ready| {
                     decoder.backward(flat, ready)
                 })?;
             }
-            Ok::<_, Error>(loss)
+            Ok::<_, Error>(decoder.sum())
         })?;
         backend.settle()?;
         Ok(loss)

@@ -1,7 +1,7 @@
 //! A sequence in progress: the keys and values of what came before, and memory for what comes next.
 
 use crate::{
-    backend::{Backend, View, ViewMut},
+    backend::{Backend, Use, View, ViewMut},
     batch::{PackedBatch, Span},
     engine::Parts,
     error::Result,
@@ -39,7 +39,8 @@ impl<B: Backend> Session<B> {
         let sizes = Sizes::new(parts.config, parts.layout, tokens, positions, request);
         let layers = if cached { sizes.layers } else { 0 };
         let room = positions * sizes.keys;
-        let cache = || Ok(Cache { keys: backend.allocate(room)?, values: backend.allocate(room)? });
+        let room = || backend.allocate(room, Use::Activation);
+        let cache = || Ok(Cache { keys: room()?, values: room()? });
         Ok(Self {
             arena: Arena::new(backend, &sizes, Recompute::Layers)?,
             rope: RopeTable::new(backend, parts.config, positions)?,

@@ -29,8 +29,9 @@ enum Table<'a, B: Backend> {
 }
 
 impl<B: Backend> Head<'_, B> {
-    /// Summed cross-entropy of the batch's `count` predicting rows of `hidden` `[T, hidden]`. With `gradient`
-    /// `[T, hidden]`, that of `hidden` is written there, unscaled; rows that predict nothing get 0.
+    /// Cross-entropy of the batch's `count` predicting rows of `hidden` `[T, hidden]`, kept in `scratch` for
+    /// [`Head::sum`]. With `gradient` `[T, hidden]`, that of `hidden` is written there, unscaled; rows that predict
+    /// nothing get 0.
     pub fn loss(
         &self,
         backend: &B,
@@ -39,15 +40,15 @@ impl<B: Backend> Head<'_, B> {
         hidden: View<'_, B>,
         scratch: &mut HeadScratch<B>,
         mut gradient: Option<ViewMut<'_, B>>,
-    ) -> f64 {
+    ) {
         if let Some(gradient) = &mut gradient {
             backend.fill(0.0, gradient.reborrow());
         }
         let (features, vocabulary) = (hidden.columns, self.table.rows());
-        let HeadScratch { x, normed, dnormed, dx, reciprocal, logits, losses, block, rows, block_rows } =
-            scratch;
+        let HeadScratch {
+            x, normed, dnormed, dx, reciprocal, logits, losses, block, rows, block_rows, ..
+        } = scratch;
         let mut table = self.table(backend, block, *block_rows);
-        let mut loss = 0.0;
         for first in (0..count).step_by(*rows) {
             let rows = (*rows).min(count - first);
             let x_view = ViewMut::<B>::new(&mut *x, rows, features);
@@ -62,8 +63,8 @@ impl<B: Backend> Head<'_, B> {
                 backend.gemm(1.0, normed, false, weight, true, 0.0, part);
             }
             let logits_view = ViewMut::<B>::new(&mut *logits, rows, vocabulary);
-            let losses = ViewMut::<B>::new(&mut *losses, rows, 1);
-            loss += backend.cross_entropy(batch, first, gradient.is_some(), logits_view, losses);
+            let losses = ViewMut::<B>::at(&mut *losses, first, rows, 1);
+            backend.cross_entropy(batch, first, gradient.is_some(), logits_view, losses);
 
             let Some(gradient) = &mut gradient else { continue };
             let dlogits = View::<B>::new(&*logits, rows, vocabulary);
@@ -80,7 +81,14 @@ impl<B: Backend> Head<'_, B> {
             let dx = View::<B>::new(&*dx, rows, features);
             backend.scatter_predicting(batch, first, dx, gradient.reborrow());
         }
-        loss
+    }
+
+    /// The sum of the losses that [`Head::loss`] left, in f64 in the order of the tokens. Waits for them.
+    pub fn sum(backend: &B, count: usize, scratch: &mut HeadScratch<B>) -> f64 {
+        let HeadScratch { losses, read_losses, .. } = scratch;
+        read_losses.resize(count, 0.0);
+        backend.download(View::<B>::new(losses, count, 1), read_losses);
+        read_losses.iter().map(|loss| f64::from(*loss)).sum()
     }
 
     /// Logits of every row of `hidden`, written to `out` row after row.

@@ -117,15 +117,21 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         Ok(())
     }
 
-    /// Summed loss; with `gradient`, that of the last hidden state is left in the arena.
-    pub fn loss(&mut self, gradient: bool) -> f64 {
+    /// The loss of each predicting row, for [`Decoder::sum`]; with `gradient`, that of the last hidden state is left in
+    /// the arena.
+    pub fn loss(&mut self, gradient: bool) {
         let (backend, tokens) = (self.backend, self.tokens);
         let (hidden, layers) = (self.config.hidden_size, self.config.layers);
         let head = head(backend, &*self.base);
         let arena = &mut *self.arena;
         let last = View::<B>::new(&arena.inputs[layers], tokens, hidden);
         let gradient = gradient.then(|| ViewMut::<B>::new(&mut arena.scratch.gradient, tokens, hidden));
-        head.loss(backend, &arena.batch, self.predicting, last, &mut arena.head, gradient)
+        head.loss(backend, &arena.batch, self.predicting, last, &mut arena.head, gradient);
+    }
+
+    /// Summed loss. Waits for it: asked for when all work is queued, it delays nothing.
+    pub fn sum(&mut self) -> f64 {
+        Head::<B>::sum(self.backend, self.predicting, &mut self.arena.head)
     }
 
     /// Logits of the last `rows` rows of the micro-batch, written to `out`.

@@ -94,33 +94,15 @@ impl AdamW {
         expect_length("the parameter buffer", parameters.len(), self.first.len())?;
         expect_length("the gradient buffer", gradients.len(), self.first.len())?;
         self.step += 1;
-        let [beta1, beta2] = self.options.betas;
-        let t = i32::try_from(self.step).unwrap_or(i32::MAX);
-        let step_size = learning_rate / (1.0 - beta1.powi(t));
-        let factors = Factors {
-            gradient: gradient_scale as f32,
-            keep: (1.0 - learning_rate * self.options.weight_decay) as f32,
-            first: (1.0 - beta1) as f32,
-            beta2: beta2 as f32,
-            second: (1.0 - beta2) as f32,
-            root: (1.0 - beta2.powi(t)).sqrt() as f32,
-            epsilon: self.options.epsilon as f32,
-            step: -step_size as f32,
-        };
-        parameters
-            .par_chunks_mut(CHUNK)
-            .zip(gradients.par_chunks(CHUNK))
-            .zip(self.first.par_chunks_mut(CHUNK).zip(self.second.par_chunks_mut(CHUNK)))
-            .for_each(|((parameters, gradients), (first, second))| {
-                factors.apply(parameters, gradients, first, second);
-            });
+        let factors = Factors::new(&self.options, self.step, learning_rate);
+        apply(&factors, gradient_scale as f32, parameters, gradients, &mut self.first, &mut self.second);
         Ok(())
     }
 }
 
 /// The scalars of one update.
-struct Factors {
-    gradient: f32,
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Factors {
     keep: f32,
     first: f32,
     beta2: f32,
@@ -130,13 +112,59 @@ struct Factors {
     step: f32,
 }
 
+/// Updates parameters and moments of one length by `gradients * scale`.
+pub(super) fn apply(
+    factors: &Factors,
+    scale: f32,
+    parameters: &mut [f32],
+    gradients: &[f32],
+    first: &mut [f32],
+    second: &mut [f32],
+) {
+    parameters
+        .par_chunks_mut(CHUNK)
+        .zip(gradients.par_chunks(CHUNK))
+        .zip(first.par_chunks_mut(CHUNK).zip(second.par_chunks_mut(CHUNK)))
+        .for_each(|((parameters, gradients), (first, second))| {
+            factors.apply(scale, parameters, gradients, first, second);
+        });
+}
+
 impl Factors {
-    fn apply(&self, parameters: &mut [f32], gradients: &[f32], first: &mut [f32], second: &mut [f32]) {
+    /// The scalars of update `step`, from 1.
+    pub fn new(options: &AdamWOptions, step: u64, learning_rate: f64) -> Self {
+        let [beta1, beta2] = options.betas;
+        let t = i32::try_from(step).unwrap_or(i32::MAX);
+        let step_size = learning_rate / (1.0 - beta1.powi(t));
+        Self {
+            keep: (1.0 - learning_rate * options.weight_decay) as f32,
+            first: (1.0 - beta1) as f32,
+            beta2: beta2 as f32,
+            second: (1.0 - beta2) as f32,
+            root: (1.0 - beta2.powi(t)).sqrt() as f32,
+            epsilon: options.epsilon as f32,
+            step: -step_size as f32,
+        }
+    }
+
+    /// In the order in which a kernel takes them.
+    pub(crate) fn as_array(&self) -> [f32; 7] {
+        [self.keep, self.first, self.beta2, self.second, self.root, self.epsilon, self.step]
+    }
+
+    fn apply(
+        &self,
+        scale: f32,
+        parameters: &mut [f32],
+        gradients: &[f32],
+        first: &mut [f32],
+        second: &mut [f32],
+    ) {
         // Slices of one known length: the loop needs no bounds checks and becomes vector instructions.
         let length = parameters.len();
         let (gradients, first, second) = (&gradients[..length], &mut first[..length], &mut second[..length]);
         for i in 0..length {
-            let gradient = gradients[i] * self.gradient;
+            let gradient = gradients[i] * scale;
             first[i] += self.first * (gradient - first[i]);
             second[i] = second[i] * self.beta2 + self.second * gradient * gradient;
             let denominator = second[i].sqrt() / self.root + self.epsilon;

@@ -2,7 +2,7 @@
 
 use super::{Recompute, Sizes};
 use crate::{
-    backend::{Backend, BatchRoom},
+    backend::{Backend, BatchRoom, Use},
     error::Result,
 };
 
@@ -72,8 +72,10 @@ pub struct HeadScratch<B: Backend> {
     pub reciprocal: B::Owned,
     /// `[rows, vocabulary]`; their gradient afterwards.
     pub logits: B::Owned,
-    /// `[rows, 1]`.
+    /// The loss of each predicting row of the micro-batch, `[T, 1]`.
     pub losses: B::Owned,
+    /// The same on the host, to be summed.
+    pub read_losses: Vec<f32>,
     /// Rows of the head, widened.
     pub block: B::Owned,
     /// Rows in a chunk.
@@ -109,9 +111,10 @@ impl<B: Backend> Arena<B> {
     /// When the memory cannot be had.
     pub fn new(backend: &B, sizes: &Sizes, recompute: Recompute) -> Result<Self> {
         let tokens = sizes.tokens;
-        let rows = |columns: usize| backend.allocate(tokens * columns);
+        let rows = |columns: usize| backend.allocate(tokens * columns, Use::Activation);
+        let exact = |columns: usize| backend.allocate(tokens * columns, Use::Exact);
         let works = if recompute == Recompute::Layers { 1 } else { sizes.layers };
-        let attended = || Ok(Attended { out: rows(sizes.queries)?, log_sum: rows(sizes.heads)? });
+        let attended = || Ok(Attended { out: rows(sizes.queries)?, log_sum: exact(sizes.heads)? });
         Ok(Self {
             tokens,
             inputs: (0..=sizes.layers).map(|_| rows(sizes.hidden)).collect::<Result<_>>()?,
@@ -129,7 +132,7 @@ impl<B: Backend> Arena<B> {
                 lora_narrow: rows(sizes.rank())?,
             },
             head: HeadScratch::new(backend, sizes)?,
-            weights: each(sizes.weights, |length| backend.allocate(length))?,
+            weights: each(sizes.weights, |length| backend.allocate(length, Use::Activation))?,
             batch: backend.allocate_batch(BatchRoom {
                 tokens,
                 longest_span: sizes.max_length,
@@ -142,14 +145,15 @@ impl<B: Backend> Arena<B> {
 
 impl<B: Backend> Work<B> {
     fn new(backend: &B, sizes: &Sizes) -> Result<Self> {
-        let rows = |columns: usize| backend.allocate(sizes.tokens * columns);
+        let rows = |columns: usize| backend.allocate(sizes.tokens * columns, Use::Activation);
+        let exact = |columns: usize| backend.allocate(sizes.tokens * columns, Use::Exact);
         Ok(Self {
-            attention_norm: rows(1)?,
+            attention_norm: exact(1)?,
             q: rows(sizes.queries)?,
             k: rows(sizes.keys)?,
             v: rows(sizes.keys)?,
             middle: rows(sizes.hidden)?,
-            mlp_norm: rows(1)?,
+            mlp_norm: exact(1)?,
             gate: rows(sizes.intermediate)?,
             up: rows(sizes.intermediate)?,
             projected: each(sizes.ranks, rows)?,
@@ -159,16 +163,17 @@ impl<B: Backend> Work<B> {
 
 impl<B: Backend> HeadScratch<B> {
     fn new(backend: &B, sizes: &Sizes) -> Result<Self> {
-        let rows = |columns: usize| backend.allocate(sizes.head_rows * columns);
+        let rows = |columns: usize| backend.allocate(sizes.head_rows * columns, Use::Activation);
         Ok(Self {
             x: rows(sizes.hidden)?,
             normed: rows(sizes.hidden)?,
             dnormed: rows(sizes.hidden)?,
             dx: rows(sizes.hidden)?,
-            reciprocal: rows(1)?,
+            reciprocal: backend.allocate(sizes.head_rows, Use::Exact)?,
             logits: rows(sizes.vocabulary)?,
-            losses: rows(1)?,
-            block: backend.allocate(sizes.head_block * sizes.hidden)?,
+            losses: backend.allocate(sizes.tokens, Use::Exact)?,
+            read_losses: Vec::with_capacity(sizes.tokens),
+            block: backend.allocate(sizes.head_block * sizes.hidden, Use::Activation)?,
             rows: sizes.head_rows,
             block_rows: if sizes.head_block == 0 { sizes.vocabulary } else { sizes.head_block },
         })

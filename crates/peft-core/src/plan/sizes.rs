@@ -149,7 +149,9 @@ impl Sizes {
     pub fn scratch(&self) -> usize {
         let per_token =
             3 * self.hidden + 2 * self.wide() + 2 * self.keys + self.dropout_columns + self.rank();
-        let head = self.head_rows * (self.vocabulary + 4 * self.hidden + 2) + self.head_block * self.hidden;
+        let head = self.tokens
+            + self.head_rows * (self.vocabulary + 4 * self.hidden + 1)
+            + self.head_block * self.hidden;
         self.tokens * per_token + head + self.weights.iter().sum::<usize>() + self.lanes + self.rope
     }
 }

@@ -38,7 +38,7 @@ pub(super) fn forward(
     let (tiles, argument) = (kernels.tiles, shape_argument(shape));
     let grid = [batch.longest_queries.div_ceil(tiles.rows()), shape.heads, batch.span_count];
     launch!(
-        cuda.device,
+        at cuda.device,
         kernels.forward,
         "attention_forward",
         grid,
@@ -77,13 +77,13 @@ pub(super) fn backward(
     let delta = matrix(View::new(&batch.delta.buffer, q.rows, shape.heads));
     let (out, dout, log_sum) = (matrix(out), matrix(dout), matrix(log_sum));
     let delta_grid = [q.rows, shape.heads.div_ceil(8), 1];
-    launch!(cuda.device, kernels.delta, "attention_delta", delta_grid, [32, 8], 0, dout, out, delta);
+    launch!(at cuda.device, kernels.delta, "attention_delta", delta_grid, [32, 8], 0, dout, out, delta);
     let (q, k, v) = (matrix(q), matrix(k), matrix(v));
     let (threads, shared) = ([32 * tiles.warps, 1], tiles.backward_bytes(shape.head_dim));
     let spans = batch.spans.address;
     let grid = [batch.longest_queries.div_ceil(tiles.rows()), shape.heads, batch.span_count];
     launch!(
-        cuda.device,
+        at cuda.device,
         kernels.dq,
         "attention_dq",
         grid,
@@ -101,7 +101,7 @@ pub(super) fn backward(
     );
     let grid = [batch.longest_keys.div_ceil(tiles.rows()), shape.kv_heads, batch.span_count];
     launch!(
-        cuda.device,
+        at cuda.device,
         kernels.dkv,
         "attention_dkv",
         grid,

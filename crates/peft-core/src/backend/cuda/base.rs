@@ -6,7 +6,8 @@ use half::bf16;
 
 use super::{
     DeviceError, Precision,
-    device::{Device, DeviceMemory, Numbers},
+    device::Device,
+    memory::{DeviceMemory, Numbers, Source},
 };
 use crate::{
     error::Result,
@@ -51,7 +52,7 @@ fn put<T: bytemuck::Pod>(
     data: &[T],
     numbers: Numbers,
 ) -> Result<DeviceMemory, DeviceError> {
-    let memory = device.reserve(size_of_val(data), numbers)?;
+    let memory = Source::Single.take(device, size_of_val(data), numbers)?;
     device.upload(data, memory.address);
     Ok(memory)
 }

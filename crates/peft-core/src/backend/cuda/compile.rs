@@ -15,6 +15,7 @@ const COMMON: &str = include_str!("kernels/common.cu");
 const ELEMENTWISE: &str = include_str!("kernels/elementwise.cu");
 const ROWS: &str = include_str!("kernels/rows.cu");
 const NF4: &str = include_str!("kernels/nf4.cu");
+const OPTIMIZER: &str = include_str!("kernels/optimizer.cu");
 const ATTENTION: &str = include_str!("kernels/attention.cu");
 
 /// Kernels that are compiled together.
@@ -33,6 +34,8 @@ pub struct AttentionTiles {
     pub tile: usize,
     /// How products are computed. Bf16 keeps half the bytes in shared memory.
     pub precision: Precision,
+    /// The engine's precision: bf16 keeps activations as bf16.
+    pub stored: Precision,
 }
 
 impl AttentionTiles {
@@ -40,8 +43,10 @@ impl AttentionTiles {
     pub fn choose(head_dim: usize, shared: usize, precision: Precision) -> Option<Self> {
         // Products of bf16 take 16 features at a time.
         let halves = precision == Precision::Bf16 && head_dim.is_multiple_of(16);
+        let stored = precision;
         let precision = if precision == Precision::Bf16 && !halves { Precision::Tf32 } else { precision };
-        let all = [(4, 32), (2, 32), (2, 16), (1, 16)].map(|(warps, tile)| Self { warps, tile, precision });
+        let all = [(4, 32), (2, 32), (2, 16), (1, 16)];
+        let all = all.map(|(warps, tile)| Self { warps, tile, precision, stored });
         // Wide heads keep more numbers a row: fewer rows a block.
         let fit =
             |tiles: &Self| tiles.backward_bytes(head_dim) <= shared && (head_dim <= 128 || tiles.warps <= 2);
@@ -75,7 +80,7 @@ impl AttentionTiles {
 impl Unit {
     /// Everything but attention.
     pub fn general() -> Self {
-        Self { source: [COMMON, ELEMENTWISE, ROWS, NF4].concat(), options: Vec::new() }
+        Self { source: [COMMON, ELEMENTWISE, ROWS, NF4, OPTIMIZER].concat(), options: Vec::new() }
     }
 
     /// Attention for heads of `head_dim` features.
@@ -89,6 +94,9 @@ impl Unit {
             Precision::F32 => options.push("-DEXACT".to_owned()),
             Precision::Tf32 => {}
             Precision::Bf16 => options.push("-DHALVES".to_owned()),
+        }
+        if tiles.stored == Precision::Bf16 {
+            options.push("-DSTORED_BF16".to_owned());
         }
         Self { source: [COMMON, ATTENTION].concat(), options }
     }

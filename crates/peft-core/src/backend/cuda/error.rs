@@ -60,6 +60,12 @@ pub enum DeviceError {
         /// How much is free.
         free: usize,
     },
+    /// Memory of the host that the card reads directly is short.
+    #[error("failed to pin {bytes} bytes of host memory")]
+    HostMemory {
+        /// How much was asked for.
+        bytes: usize,
+    },
     /// The model's shape is none that the kernels serve.
     #[error("the GPU engine does not serve {what}")]
     Unsupported {
@@ -80,6 +86,7 @@ impl DeviceError {
             Self::Call { .. } => "SH0806",
             Self::OutOfMemory { .. } => "SH0807",
             Self::Unsupported { .. } => "SH0808",
+            Self::HostMemory { .. } => "SH0811",
         }
     }
 
@@ -87,7 +94,7 @@ impl DeviceError {
     pub fn kind(&self) -> Kind {
         match self {
             Self::Compile { .. } => Kind::Internal,
-            Self::Call { .. } | Self::OutOfMemory { .. } => Kind::Transient,
+            Self::Call { .. } | Self::OutOfMemory { .. } | Self::HostMemory { .. } => Kind::Transient,
             _ => Kind::User,
         }
     }
@@ -106,6 +113,10 @@ impl DeviceError {
             Self::Call { .. } => "see `nvidia-smi` and the system log for the card's state, then start again",
             Self::OutOfMemory { .. } => {
                 "set train.micro_batch_size = 1 and train.recompute = \"layers\", or lower data.max_length"
+            }
+            Self::HostMemory { .. } => {
+                "free memory of the host or raise its limit of locked memory (`ulimit -l`); a higher train.memory keeps more \
+                 on the card"
             }
             Self::Unsupported { .. } => "use `--device cpu`",
         }

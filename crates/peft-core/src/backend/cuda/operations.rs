@@ -1,31 +1,39 @@
 //! The backend's operations on a card.
 
+use half::bf16;
+
 use super::{
-    Cuda, CudaBatch, DeviceBuffer, DeviceMemory, NARROW, THREADS, attention,
+    Aside, Cuda, CudaBatch, DeviceBuffer, DeviceError, DeviceMemory, Numbers, THREADS, attention,
     base::{key, table_key},
-    device::{Numbers, Operand, Product},
-    grid, launch, matrix, target,
+    device::{Operand, Product},
+    grid, kernel, launch, matrix, target,
 };
 use crate::{
-    backend::{AttentionShape, Backend, BatchRoom, Ready, View, ViewMut, cuda::Precision},
+    backend::{AttentionShape, Backend, BatchRoom, Ready, Use, View, ViewMut, cuda::Precision},
     batch::PackedBatch,
     engine::GradientSink,
     error::Result,
     model::{EmbeddingView, Matrix},
+    optim::{FlatState, FlatUpdate, Outcome},
     random::DropoutKey,
 };
+
+/// Rows that a block of norms takes.
+const NORM_ROWS: usize = 8;
 
 impl Backend for Cuda {
     type Buffer = DeviceBuffer;
     type Owned = DeviceMemory;
     type Batch = CudaBatch;
+    type Aside = Aside;
 
-    fn allocate(&self, length: usize) -> Result<DeviceMemory> {
-        Ok(self.device.reserve(4 * length, Numbers::F32)?)
+    fn allocate(&self, length: usize, purpose: Use) -> Result<DeviceMemory> {
+        let numbers = self.numbers(purpose);
+        Ok(self.take(numbers.bytes() * length, numbers)?)
     }
 
     fn allocate_batch(&self, room: BatchRoom) -> Result<CudaBatch> {
-        let reserve = |bytes: usize| self.device.reserve(bytes * room.tokens, Numbers::F32);
+        let reserve = |bytes: usize| self.take(bytes * room.tokens, Numbers::F32);
         Ok(CudaBatch {
             ids: reserve(4)?,
             positions: reserve(4)?,
@@ -69,9 +77,58 @@ impl Backend for Cuda {
     }
 
     fn lend<'a>(&self, host: &'a [f32], place: &'a mut Option<DeviceMemory>) -> Result<&'a DeviceBuffer> {
-        let memory = self.reserved(host.len(), place)?;
-        self.device.upload(host, memory.address);
+        let length = host.len();
+        if place.as_ref().is_none_or(|memory| memory.bytes < 4 * length) {
+            *place = None;
+            *place = Some(self.allocate_parameters(length)?);
+        }
+        let memory = place.as_mut().ok_or(DeviceError::OutOfMemory { bytes: 6 * length, free: 0 })?;
+        self.upload(host, memory);
         Ok(memory)
+    }
+
+    fn allocate_parameters(&self, length: usize) -> Result<DeviceMemory> {
+        let wide = (4 * length).next_multiple_of(256);
+        let twin = if self.device.precision == Precision::Bf16 { 2 * length } else { 0 };
+        let mut memory = self.take(wide + twin, Numbers::F32)?;
+        if twin > 0 {
+            memory.buffer.rounded = memory.buffer.address + wide as u64;
+        }
+        Ok(memory)
+    }
+
+    fn in_one_piece<R>(&self, build: impl FnMut() -> Result<R>) -> Result<R> {
+        self.in_one_region(build)
+    }
+
+    fn allocate_aside(&self, length: usize) -> Result<Aside> {
+        Ok(Aside::new(&self.device, self.numbers(Use::Activation).bytes() * length)?)
+    }
+
+    fn put_aside(&self, from: View<'_, Self>, to: &mut Aside) {
+        let bytes = from.data.numbers.bytes() * from.rows * from.columns;
+        to.put(&self.device, matrix(from).address, bytes);
+    }
+
+    fn bring_back(&self, from: &Aside, to: ViewMut<'_, Self>) {
+        let bytes = to.data.numbers.bytes() * to.rows * to.columns;
+        from.bring(&self.device, target(&to).address, bytes);
+    }
+
+    fn await_aside(&self, aside: &Aside) {
+        aside.wait(&self.device);
+    }
+
+    fn add_losses(&self, losses: View<'_, Self>, state: &mut FlatState<Self>) {
+        self.queue_losses(losses, state);
+    }
+
+    fn update_flat(&self, update: &FlatUpdate<'_>, state: &mut FlatState<Self>) {
+        self.queue_update(update, state);
+    }
+
+    fn outcome(&self, state: &mut FlatState<Self>) -> Result<Outcome> {
+        self.read_outcome(state)
     }
 
     fn with_gradient<R>(
@@ -99,16 +156,36 @@ impl Backend for Cuda {
     }
 
     fn upload(&self, from: &[f32], into: &mut DeviceBuffer) {
-        self.device.upload(from, into.address);
+        match into.numbers {
+            Numbers::F32 => {
+                self.device.upload(from, into.address);
+                self.round(into, from.len());
+            }
+            Numbers::Bf16 => {
+                let narrow: Vec<bf16> = from.iter().copied().map(bf16::from_f32).collect();
+                self.device.upload(&narrow, into.address);
+            }
+        }
     }
 
     fn download(&self, from: View<'_, Self>, into: &mut [f32]) {
         let start = matrix(from).address;
-        if from.stride == from.columns {
-            return self.device.download(start, &mut into[..from.rows * from.columns]);
-        }
-        for (row, into) in into.chunks_exact_mut(from.columns).enumerate().take(from.rows) {
-            self.device.download(start + 4 * (row * from.stride) as u64, into);
+        let (runs, length) = if from.stride == from.columns {
+            (1, from.rows * from.columns)
+        } else {
+            (from.rows, from.columns)
+        };
+        let mut narrow = Vec::new();
+        for (run, into) in into.chunks_exact_mut(length.max(1)).enumerate().take(runs) {
+            let address = start + (from.data.numbers.bytes() * run * from.stride) as u64;
+            match from.data.numbers {
+                Numbers::F32 => self.device.download(address, into),
+                Numbers::Bf16 => {
+                    narrow.resize(length, bf16::ZERO);
+                    self.device.download(address, &mut narrow);
+                    into.iter_mut().zip(&narrow).for_each(|(into, from)| *into = from.to_f32());
+                }
+            }
         }
     }
 
@@ -123,18 +200,8 @@ impl Backend for Cuda {
                 Some(packed) => {
                     let argument = packed.argument;
                     let blocks = (argument.numbers as usize / 8).div_ceil(THREADS).clamp(1, 132 * 32);
-                    if self.device.precision == Precision::Bf16 {
-                        launch!(
-                            self.device,
-                            "nf4_bf16",
-                            [blocks, 1, 1],
-                            [THREADS, 1],
-                            argument,
-                            scratch.address
-                        );
-                        return View::new(scratch.as_bf16(), rows, columns);
-                    }
-                    launch!(self.device, "nf4_f32", [blocks, 1, 1], [THREADS, 1], argument, scratch.address);
+                    let name = kernel!("nf4", scratch.numbers);
+                    launch!(self.device, name, [blocks, 1, 1], [THREADS, 1], argument, scratch.address);
                 }
                 None => self.missing("a quantised matrix"),
             },
@@ -167,10 +234,8 @@ impl Backend for Cuda {
         if memory.numbers == Numbers::F32 || self.device.precision == Precision::Bf16 {
             return View::at(&memory.buffer, first * columns, rows, columns);
         }
-        let count = (rows * columns) as u64;
-        let blocks = (rows * columns).div_ceil(THREADS).clamp(1, 132 * 32);
-        let from = memory.address + 2 * (first * columns) as u64;
-        launch!(self.device, "widen", [blocks, 1, 1], [THREADS, 1], from, scratch.address, count);
+        let from = View::<Self>::at(&memory.buffer, first * columns, rows, columns);
+        self.copy(from, ViewMut::<Self>::new(&mut *scratch, rows, columns));
         View::new(scratch, rows, columns)
     }
 
@@ -193,64 +258,65 @@ impl Backend for Cuda {
         if rows == 0 || columns == 0 {
             return;
         }
-        let stored = a.data.numbers == Numbers::Bf16 || b.data.numbers == Numbers::Bf16;
-        let large = rows.min(columns).min(inner) >= NARROW && self.device.precision == Precision::Bf16;
+        let into = c.data.numbers;
+        let narrow = [a.data.numbers, b.data.numbers, into].contains(&Numbers::Bf16);
         let plain = |view: View<'_, Self>, transposed| Operand {
             address: matrix(view).address,
             stride: view.stride,
             transposed,
         };
-        let (a, b, numbers) = if stored || large {
+        let (a, b, numbers) = if narrow {
             (self.rounded(0, a, transpose_a), self.rounded(1, b, transpose_b), Numbers::Bf16)
         } else {
             (plain(a, transpose_a), plain(b, transpose_b), Numbers::F32)
         };
         let c = plain(c.view(), false);
-        self.device.product(&Product { a, b, c, rows, columns, inner, alpha, beta, numbers });
+        self.device.product(&Product { a, b, c, rows, columns, inner, alpha, beta, numbers, into });
     }
 
     fn fill(&self, value: f32, to: ViewMut<'_, Self>) {
-        launch!(self.device, "fill", grid(to.rows, to.columns), [THREADS, 1], target(&to), value);
+        let name = kernel!("fill", to.data.numbers);
+        launch!(self.device, name, grid(to.rows, to.columns), [THREADS, 1], target(&to), value);
     }
 
     fn copy(&self, from: View<'_, Self>, to: ViewMut<'_, Self>) {
-        launch!(self.device, "copy", grid(to.rows, to.columns), [THREADS, 1], matrix(from), target(&to));
+        let name = kernel!("copy", from.data.numbers, to.data.numbers);
+        launch!(self.device, name, grid(to.rows, to.columns), [THREADS, 1], matrix(from), target(&to));
     }
 
     fn add(&self, from: View<'_, Self>, to: ViewMut<'_, Self>) {
-        launch!(self.device, "add", grid(to.rows, to.columns), [THREADS, 1], matrix(from), target(&to));
+        let name = kernel!("add", from.data.numbers, to.data.numbers);
+        launch!(self.device, name, grid(to.rows, to.columns), [THREADS, 1], matrix(from), target(&to));
     }
 
     fn add_bias(&self, bias: View<'_, Self>, to: ViewMut<'_, Self>) {
-        launch!(self.device, "add_bias", grid(to.rows, to.columns), [THREADS, 1], matrix(bias), target(&to));
+        let name = kernel!("add_bias", bias.data.numbers, to.data.numbers);
+        launch!(self.device, name, grid(to.rows, to.columns), [THREADS, 1], matrix(bias), target(&to));
     }
 
     fn gather_embedding(&self, batch: &CudaBatch, table: &EmbeddingView<'_>, out: ViewMut<'_, Self>) {
         let Some(memory) = self.base.tables.get(&table_key(table)) else { return self.missing("a table") };
         let (grid, ids, from) = (grid(out.rows, out.columns), batch.ids.address, memory.address);
-        match memory.numbers {
-            Numbers::F32 => launch!(self.device, "gather_f32", grid, [THREADS, 1], ids, from, target(&out)),
-            Numbers::Bf16 => launch!(self.device, "gather_bf16", grid, [THREADS, 1], ids, from, target(&out)),
-        }
+        let name = kernel!("gather_table", memory.numbers, out.data.numbers);
+        launch!(self.device, name, grid, [THREADS, 1], ids, from, target(&out));
     }
 
     fn gather_predicting(&self, batch: &CudaBatch, first: usize, x: View<'_, Self>, out: ViewMut<'_, Self>) {
         let rows = batch.predicting.address + 4 * first as u64;
-        let grid = grid(out.rows, out.columns);
-        launch!(self.device, "gather_rows", grid, [THREADS, 1], rows, matrix(x), target(&out));
+        let (grid, numbers) = (grid(out.rows, out.columns), x.data.numbers);
+        if self.alike("gather_rows", numbers, &[out.data.numbers]) {
+            let name = kernel!("gather_rows", numbers);
+            launch!(self.device, name, grid, [THREADS, 1], rows, matrix(x), target(&out));
+        }
     }
 
     fn scatter_predicting(&self, batch: &CudaBatch, first: usize, x: View<'_, Self>, out: ViewMut<'_, Self>) {
         let rows = batch.predicting.address + 4 * first as u64;
-        launch!(
-            self.device,
-            "scatter_rows",
-            grid(x.rows, x.columns),
-            [THREADS, 1],
-            rows,
-            matrix(x),
-            target(&out)
-        );
+        let (grid, numbers) = (grid(x.rows, x.columns), x.data.numbers);
+        if self.alike("scatter_rows", numbers, &[out.data.numbers]) {
+            let name = kernel!("scatter_rows", numbers);
+            launch!(self.device, name, grid, [THREADS, 1], rows, matrix(x), target(&out));
+        }
     }
 
     fn rms_norm(
@@ -261,10 +327,15 @@ impl Backend for Cuda {
         out: ViewMut<'_, Self>,
         reciprocal: ViewMut<'_, Self>,
     ) {
+        let numbers = x.data.numbers;
+        if !self.alike("rms_norm", numbers, &[out.data.numbers]) {
+            return;
+        }
         let weight = matrix(weight).address;
-        let (grid, block) = ([x.rows, 1, 1], Self::row_threads(x.columns));
+        let (grid, block) = ([x.rows.div_ceil(NORM_ROWS), 1, 1], [32, NORM_ROWS]);
         let (x, out, reciprocal) = (matrix(x), target(&out), target(&reciprocal));
-        launch!(self.device, "rms_norm", grid, block, x, weight, epsilon, out, reciprocal);
+        let name = kernel!("rms_norm", numbers);
+        launch!(self.device, name, grid, block, x, weight, epsilon, out, reciprocal);
     }
 
     fn rms_norm_backward(
@@ -275,10 +346,15 @@ impl Backend for Cuda {
         reciprocal: View<'_, Self>,
         dx: ViewMut<'_, Self>,
     ) {
+        let numbers = x.data.numbers;
+        if !self.alike("rms_norm_backward", numbers, &[dout.data.numbers, dx.data.numbers]) {
+            return;
+        }
         let weight = matrix(weight).address;
-        let (grid, block) = ([x.rows, 1, 1], Self::row_threads(x.columns));
+        let (grid, block) = ([x.rows.div_ceil(NORM_ROWS), 1, 1], [32, NORM_ROWS]);
         let (dout, x, reciprocal, dx) = (matrix(dout), matrix(x), matrix(reciprocal), target(&dx));
-        launch!(self.device, "rms_norm_backward", grid, block, dout, x, weight, reciprocal, dx);
+        let name = kernel!("rms_norm_backward", numbers);
+        launch!(self.device, name, grid, block, dout, x, weight, reciprocal, dx);
     }
 
     fn rope(
@@ -292,17 +368,24 @@ impl Backend for Cuda {
         let sign = if backward { -1.0_f32 } else { 1.0 };
         let (grid, half) = (grid(x.rows, x.columns / 2), (head_dim / 2) as u32);
         let positions = batch.positions.address;
-        launch!(self.device, "rope", grid, [THREADS, 1], positions, half, matrix(table), sign, target(&x));
+        let name = kernel!("rope", x.data.numbers);
+        launch!(self.device, name, grid, [THREADS, 1], positions, half, matrix(table), sign, target(&x));
     }
 
     fn swiglu(&self, gate: View<'_, Self>, up: View<'_, Self>, out: ViewMut<'_, Self>) {
-        let grid = grid(out.rows, out.columns);
-        launch!(self.device, "swiglu", grid, [THREADS, 1], matrix(gate), matrix(up), target(&out));
+        let (grid, numbers) = (grid(out.rows, out.columns), out.data.numbers);
+        if self.alike("swiglu", numbers, &[gate.data.numbers, up.data.numbers]) {
+            let name = kernel!("swiglu", numbers);
+            launch!(self.device, name, grid, [THREADS, 1], matrix(gate), matrix(up), target(&out));
+        }
     }
 
     fn swiglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
-        let grid = grid(gate.rows, gate.columns);
-        launch!(self.device, "swiglu_backward", grid, [THREADS, 1], matrix(dout), target(&gate), target(&up));
+        let (grid, numbers) = (grid(gate.rows, gate.columns), dout.data.numbers);
+        if self.alike("swiglu_backward", numbers, &[gate.data.numbers, up.data.numbers]) {
+            let name = kernel!("swiglu_backward", numbers);
+            launch!(self.device, name, grid, [THREADS, 1], matrix(dout), target(&gate), target(&up));
+        }
     }
 
     fn attention(
@@ -357,14 +440,10 @@ impl Backend for Cuda {
         gradient: bool,
         logits: ViewMut<'_, Self>,
         losses: ViewMut<'_, Self>,
-    ) -> f64 {
+    ) {
         let targets = batch.targets.address + 4 * first as u64;
         let (grid, block) = ([logits.rows, 1, 1], Self::row_threads(logits.columns));
-        let (logits, flag) = (target(&logits), u32::from(gradient));
-        launch!(self.device, "cross_entropy", grid, block, targets, flag, logits, target(&losses));
-        let mut host = vec![0.0_f32; losses.rows];
-        self.download(losses.view(), &mut host);
-        // One after the other, in f64, as on the CPU.
-        host.iter().map(|loss| f64::from(*loss)).sum()
+        let (name, flag) = (kernel!("cross_entropy", logits.data.numbers), u32::from(gradient));
+        launch!(self.device, name, grid, block, targets, flag, target(&logits), target(&losses));
     }
 }

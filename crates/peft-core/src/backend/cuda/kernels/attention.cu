@@ -27,6 +27,13 @@ typedef float Number;
 #define PAD 4
 #define EXP expf
 #endif
+// Numbers in memory.
+#ifdef STORED_BF16
+typedef bf16 Stored;
+#else
+typedef float Stored;
+#endif
+typedef MatrixOf<Stored> Tensor;
 #define LD (HEAD_DIM + PAD)
 #define LS (TILE + PAD)
 
@@ -137,18 +144,25 @@ __device__ __forceinline__ void clear(float (&acc)[N][4]) {
     for (int n = 0; n < N; n++) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
 }
 
+__device__ __forceinline__ float4 get4(const float* p) { return *(const float4*)p; }
+__device__ __forceinline__ float4 get4(const bf16* p) {
+    uint2 w = *(const uint2*)p;
+    return make_float4(__uint_as_float(w.x << 16), __uint_as_float(w.x & 0xffff0000u), __uint_as_float(w.y << 16),
+                       __uint_as_float(w.y & 0xffff0000u));
+}
+
 // `count` rows of a head into shared memory; rows from `valid` on become 0.
-__device__ __forceinline__ void load(Number* to, const Matrix& from, u64 row, u32 column, int count, int valid) {
+__device__ __forceinline__ void load(Number* to, const Tensor& from, u64 row, u32 column, int count, int valid) {
     // Sixteen bytes at once where all rows begin at a multiple of that.
-    bool aligned = (from.stride & 3) == 0 && ((u64)from.data & 15) == 0;
+    bool aligned = (from.stride & 3) == 0 && ((u64)from.data & (4 * sizeof(Stored) - 1)) == 0;
     for (int i = threadIdx.x; i < count * (HEAD_DIM / 4); i += THREADS) {
         int r = i / (HEAD_DIM / 4), c = i % (HEAD_DIM / 4) * 4;
         Number* out = to + r * LD + c;
         float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         if (r < valid) {
-            const float* in = row_of(from, row + r) + column + c;
-            if (aligned) x = *(const float4*)in;
-            else x = make_float4(in[0], in[1], in[2], in[3]);
+            const Stored* in = row_of(from, row + r) + column + c;
+            if (aligned) x = get4(in);
+            else x = make_float4(get(in), get(in + 1), get(in + 2), get(in + 3));
         }
 #ifdef HALVES
         *(uint2*)out = make_uint2(pair(x.x, x.y), pair(x.z, x.w));
@@ -160,18 +174,18 @@ __device__ __forceinline__ void load(Number* to, const Matrix& from, u64 row, u3
 
 // Rows of accumulators to memory: lane's rows g and g + 8 of the warp's 16.
 template <int N>
-__device__ __forceinline__ void store(const float (&acc)[N][4], const Matrix& to, u64 row, u32 column, int valid,
+__device__ __forceinline__ void store(const float (&acc)[N][4], const Tensor& to, u64 row, u32 column, int valid,
                                       float low, float high) {
     int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int n = 0; n < N; n++) {
         if (g < valid) {
-            float* out = row_of(to, row + g) + column + 8 * n + 2 * t;
-            out[0] = acc[n][0] * low, out[1] = acc[n][1] * low;
+            Stored* out = row_of(to, row + g) + column + 8 * n + 2 * t;
+            set(out, acc[n][0] * low), set(out + 1, acc[n][1] * low);
         }
         if (g + 8 < valid) {
-            float* out = row_of(to, row + g + 8) + column + 8 * n + 2 * t;
-            out[0] = acc[n][2] * high, out[1] = acc[n][3] * high;
+            Stored* out = row_of(to, row + g + 8) + column + 8 * n + 2 * t;
+            set(out, acc[n][2] * high), set(out + 1, acc[n][3] * high);
         }
     }
 }
@@ -197,7 +211,7 @@ __device__ __forceinline__ void stage(const float (&acc)[N][4], Number* to) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-attention_forward(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, Matrix out, Matrix log_sum) {
+attention_forward(const Span* spans, Shape shape, Tensor q, Tensor k, Tensor v, Tensor out, Matrix log_sum) {
     extern __shared__ uint4 shared[];
     Span span = spans[blockIdx.z];
     u32 head = blockIdx.y, first = (gridDim.x - 1 - blockIdx.x) * ROWS;
@@ -276,21 +290,21 @@ attention_forward(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, 
 }
 
 // delta[t, head] = sum over the head of dout * out. A warp takes a row of a head.
-extern "C" __global__ void attention_delta(Matrix dout, Matrix out, Matrix delta) {
+extern "C" __global__ void attention_delta(Tensor dout, Tensor out, Matrix delta) {
     u32 head = blockIdx.y * blockDim.y + threadIdx.y;
     if (head >= delta.columns) return;
-    const float* a = row_of(dout, blockIdx.x) + head * HEAD_DIM;
-    const float* b = row_of(out, blockIdx.x) + head * HEAD_DIM;
+    const Stored* a = row_of(dout, blockIdx.x) + head * HEAD_DIM;
+    const Stored* b = row_of(out, blockIdx.x) + head * HEAD_DIM;
     float sum = 0.0f;
-    for (int c = threadIdx.x; c < HEAD_DIM; c += 32) sum += a[c] * b[c];
+    for (int c = threadIdx.x; c < HEAD_DIM; c += 32) sum += get(a + c) * get(b + c);
     for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffffu, sum, offset);
     if (threadIdx.x == 0) row_of(delta, blockIdx.x)[head] = sum;
 }
 
 // dq = sum over keys of dS K, with dS = P (dO V^T - delta) scale. A block takes a tile of queries of a head.
 extern "C" __global__ void __launch_bounds__(THREADS)
-attention_dq(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, Matrix log_sum, Matrix delta, Matrix dout,
-             Matrix dq) {
+attention_dq(const Span* spans, Shape shape, Tensor q, Tensor k, Tensor v, Matrix log_sum, Matrix delta, Tensor dout,
+             Tensor dq) {
     extern __shared__ uint4 shared[];
     Span span = spans[blockIdx.z];
     u32 head = blockIdx.y, first = (gridDim.x - 1 - blockIdx.x) * ROWS;
@@ -347,8 +361,8 @@ attention_dq(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, Matri
 
 // dv = sum over queries of P^T dO, dk = sum of dS^T Q, over all query heads of the key head. A block takes a tile of keys.
 extern "C" __global__ void __launch_bounds__(THREADS)
-attention_dkv(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, Matrix log_sum, Matrix delta, Matrix dout,
-              Matrix dk, Matrix dv) {
+attention_dkv(const Span* spans, Shape shape, Tensor q, Tensor k, Tensor v, Matrix log_sum, Matrix delta, Tensor dout,
+              Tensor dk, Tensor dv) {
     extern __shared__ uint4 shared[];
     Span span = spans[blockIdx.z];
     u32 kv_head = blockIdx.y, first = blockIdx.x * ROWS;

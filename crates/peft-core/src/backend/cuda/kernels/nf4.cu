@@ -45,7 +45,7 @@ __device__ __forceinline__ void dequantise(const Nf4& m, float* wide, u16* narro
         } else {
             u32 words[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) words[i] = (u32)to_bf16(out[2 * i]) | ((u32)to_bf16(out[2 * i + 1]) << 16);
+            for (int i = 0; i < 4; i++) words[i] = pack_bf16(out[2 * i], out[2 * i + 1]);
             ((uint4*)narrow)[group] = make_uint4(words[0], words[1], words[2], words[3]);
         }
     }

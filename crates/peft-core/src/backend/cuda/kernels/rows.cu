@@ -1,43 +1,142 @@
-// Operations that need a sum over a row: a block takes a row.
+// Operations that need a sum over a row. Norms: a warp takes a row. Cross-entropy: a block does.
 
-extern "C" __global__ void rms_norm(Matrix x, const float* weight, float epsilon, Matrix out, Matrix reciprocal) {
-    const float* in = row_of(x, blockIdx.x);
-    float* to = row_of(out, blockIdx.x);
-    float sum = 0.0f;
-    for (u32 c = threadIdx.x; c < x.columns; c += blockDim.x) sum += in[c] * in[c];
-    sum = block_sum(sum);
-    float factor = 1.0f / sqrtf(sum / (float)x.columns + epsilon);
-    if (threadIdx.x == 0) row_of(reciprocal, blockIdx.x)[0] = factor;
-    for (u32 c = threadIdx.x; c < x.columns; c += blockDim.x) to[c] = in[c] * factor * weight[c];
-}
+// f(index) for the lane's share of a row: eight numbers at a time, or one.
+#define FOR_EIGHTS(c, columns) for (u32 c = threadIdx.x * 8; c < (columns); c += 256)
+#define FOR_LANES(c, columns) for (u32 c = threadIdx.x; c < (columns); c += 32)
 
-extern "C" __global__ void rms_norm_backward(Matrix dout, Matrix x, const float* weight, Matrix reciprocal, Matrix dx) {
-    const float* dy = row_of(dout, blockIdx.x);
-    const float* in = row_of(x, blockIdx.x);
-    float* to = row_of(dx, blockIdx.x);
-    float factor = row_of(reciprocal, blockIdx.x)[0];
+// blockDim is [32, rows of a block].
+template <class T>
+__device__ __forceinline__ void rms_norm_of(MatrixOf<T> x, const float* weight, float epsilon, MatrixOf<T> out,
+                                            MatrixOf<float> reciprocal) {
+    u32 row = blockIdx.x * blockDim.y + threadIdx.y;
+    if (row >= x.rows) return;
+    const T* in = row_of(x, row);
+    T* to = row_of(out, row);
     float sum = 0.0f;
-    for (u32 c = threadIdx.x; c < x.columns; c += blockDim.x) sum += in[c] * dy[c] * weight[c];
-    float slope = block_sum(sum) / (float)x.columns * factor * factor * factor;
-    for (u32 c = threadIdx.x; c < x.columns; c += blockDim.x) to[c] += dy[c] * weight[c] * factor - in[c] * slope;
-}
-
-// losses[r] = ln(sum of e^logit) - logit[target]; with `gradient` the logits become softmax - one_hot(target).
-extern "C" __global__ void cross_entropy(const u32* targets, u32 gradient, Matrix logits, Matrix losses) {
-    float* row = row_of(logits, blockIdx.x);
-    u32 target = targets[blockIdx.x];
-    float largest = __int_as_float(0xff800000);
-    for (u32 c = threadIdx.x; c < logits.columns; c += blockDim.x) largest = fmaxf(largest, row[c]);
-    largest = block_max(largest);
-    float wanted = row[target];
-    float sum = 0.0f;
-    for (u32 c = threadIdx.x; c < logits.columns; c += blockDim.x) sum += expf(row[c] - largest);
-    sum = block_sum(sum);
-    // `wanted` was read before any thread passes the barriers of the sum, so writing may begin.
-    if (threadIdx.x == 0) row_of(losses, blockIdx.x)[0] = logf(sum) + (largest - wanted);
-    if (!gradient) return;
-    float inverse = 1.0f / sum;
-    for (u32 c = threadIdx.x; c < logits.columns; c += blockDim.x) {
-        row[c] = expf(row[c] - largest) * inverse - (c == target ? 1.0f : 0.0f);
+    if (by_eights(x) && by_eights(out) && by_eights(weight, x.columns)) {
+#pragma unroll 4
+        FOR_EIGHTS(c, x.columns) {
+            float a[8];
+            get8(in + c, a);
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum += a[i] * a[i];
+        }
+        float factor = 1.0f / sqrtf(warp_sum(sum) / (float)x.columns + epsilon);
+        if (threadIdx.x == 0) row_of(reciprocal, row)[0] = factor;
+#pragma unroll 4
+        FOR_EIGHTS(c, x.columns) {
+            float a[8], w[8];
+            get8(in + c, a);
+            get8(weight + c, w);
+#pragma unroll
+            for (int i = 0; i < 8; i++) a[i] = a[i] * factor * w[i];
+            set8(to + c, a);
+        }
+    } else {
+        FOR_LANES(c, x.columns) sum += get(in + c) * get(in + c);
+        float factor = 1.0f / sqrtf(warp_sum(sum) / (float)x.columns + epsilon);
+        if (threadIdx.x == 0) row_of(reciprocal, row)[0] = factor;
+        FOR_LANES(c, x.columns) set(to + c, get(in + c) * factor * weight[c]);
     }
 }
+BOTH(rms_norm, (MatrixOf<T> x, const float* weight, float epsilon, MatrixOf<T> out, MatrixOf<float> reciprocal),
+     (x, weight, epsilon, out, reciprocal))
+
+template <class T>
+__device__ __forceinline__ void rms_norm_backward_of(MatrixOf<T> dout, MatrixOf<T> x, const float* weight,
+                                                     MatrixOf<float> reciprocal, MatrixOf<T> dx) {
+    u32 row = blockIdx.x * blockDim.y + threadIdx.y;
+    if (row >= x.rows) return;
+    const T* dy = row_of(dout, row);
+    const T* in = row_of(x, row);
+    T* to = row_of(dx, row);
+    float factor = row_of(reciprocal, row)[0];
+    float sum = 0.0f;
+    if (by_eights(x) && by_eights(dout) && by_eights(dx) && by_eights(weight, x.columns)) {
+#pragma unroll 2
+        FOR_EIGHTS(c, x.columns) {
+            float a[8], d[8], w[8];
+            get8(in + c, a);
+            get8(dy + c, d);
+            get8(weight + c, w);
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum += a[i] * d[i] * w[i];
+        }
+        float slope = warp_sum(sum) / (float)x.columns * factor * factor * factor;
+#pragma unroll 2
+        FOR_EIGHTS(c, x.columns) {
+            float a[8], d[8], w[8], old[8];
+            get8(in + c, a);
+            get8(dy + c, d);
+            get8(weight + c, w);
+            get8(to + c, old);
+#pragma unroll
+            for (int i = 0; i < 8; i++) old[i] += d[i] * w[i] * factor - a[i] * slope;
+            set8(to + c, old);
+        }
+    } else {
+        FOR_LANES(c, x.columns) sum += get(in + c) * get(dy + c) * weight[c];
+        float slope = warp_sum(sum) / (float)x.columns * factor * factor * factor;
+        FOR_LANES(c, x.columns) {
+            set(to + c, get(to + c) + get(dy + c) * weight[c] * factor - get(in + c) * slope);
+        }
+    }
+}
+BOTH(rms_norm_backward,
+     (MatrixOf<T> dout, MatrixOf<T> x, const float* weight, MatrixOf<float> reciprocal, MatrixOf<T> dx),
+     (dout, x, weight, reciprocal, dx))
+
+// losses[r] = ln(sum of e^logit) - logit[target]; with `gradient` the logits become softmax - one_hot(target).
+// One pass finds the largest and the sum, another writes.
+template <class T>
+__device__ __forceinline__ void cross_entropy_of(const u32* targets, u32 gradient, MatrixOf<T> logits,
+                                                 MatrixOf<float> losses) {
+    T* row = row_of(logits, blockIdx.x);
+    u32 target = targets[blockIdx.x];
+    float wanted = get(row + target);
+    float largest = -3.0e38f, sum = 0.0f;
+    bool eights = by_eights(logits);
+    if (eights) {
+        for (u32 c = threadIdx.x * 8; c < logits.columns; c += blockDim.x * 8) {
+            float x[8];
+            get8(row + c, x);
+            float most = largest;
+#pragma unroll
+            for (int i = 0; i < 8; i++) most = fmaxf(most, x[i]);
+            sum *= __expf(largest - most);
+            largest = most;
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum += sizeof(T) == 2 ? __expf(x[i] - most) : expf(x[i] - most);
+        }
+    } else {
+        for (u32 c = threadIdx.x; c < logits.columns; c += blockDim.x) {
+            float x = get(row + c), most = fmaxf(largest, x);
+            sum = sum * expf(largest - most) + expf(x - most);
+            largest = most;
+        }
+    }
+    float most = block_max(largest);
+    sum = block_sum(sum * expf(largest - most));
+    // `wanted` was read before any thread passes the barriers of the sum, so writing may begin.
+    if (threadIdx.x == 0) row_of(losses, blockIdx.x)[0] = logf(sum) + (most - wanted);
+    if (!gradient) return;
+    float inverse = 1.0f / sum;
+    if (eights) {
+        for (u32 c = threadIdx.x * 8; c < logits.columns; c += blockDim.x * 8) {
+            float x[8];
+            get8(row + c, x);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                float e = sizeof(T) == 2 ? __expf(x[i] - most) : expf(x[i] - most);
+                x[i] = e * inverse - (c + i == target ? 1.0f : 0.0f);
+            }
+            set8(row + c, x);
+        }
+    } else {
+        for (u32 c = threadIdx.x; c < logits.columns; c += blockDim.x) {
+            set(row + c, expf(get(row + c) - most) * inverse - (c == target ? 1.0f : 0.0f));
+        }
+    }
+}
+BOTH(cross_entropy, (const u32* targets, u32 gradient, MatrixOf<T> logits, MatrixOf<float> losses),
+     (targets, gradient, logits, losses))
