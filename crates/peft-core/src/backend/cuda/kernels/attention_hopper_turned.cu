@@ -7,7 +7,12 @@
 // Keys of a block, queries of a tile, and tiles in flight.
 #define KEY_ROWS (HEAD_DIM > 128 ? 64 : ROWS)
 #ifndef DKV_BLOCK
+#ifdef SOFT_CAP
+// The slopes of the cap take registers, too.
+#define DKV_BLOCK 32
+#else
 #define DKV_BLOCK 64
+#endif
 #endif
 #ifndef DKV_STAGES
 #define DKV_STAGES (HEAD_DIM > 128 ? 2 : 4)
@@ -75,7 +80,7 @@ __device__ __forceinline__ void hide_turned(float (&s)[DKV_BLOCK / 2], int key, 
 // What a block works on: a tile of keys of a key head, and the queries that see it.
 struct Keys {
     int key;       // first key of the tile, within the span
-    int valid;     // keys
+    int valid;     // keys; none, or fewer, where a part of a tile lies past the end
     u32 head;      // key head
     int row;       // first key, row of its matrix
     int query_row; // row of the span's first query
@@ -87,13 +92,15 @@ struct Keys {
 };
 
 __device__ __forceinline__ Keys keys_of(const Span* spans, const Tile* tiles, const Shape& shape, u32 item) {
-    u32 heads = shape.heads / shape.group;
-    Tile tile = tiles[item / heads];
+    // Tiles are listed by ROWS keys; a block may take a part of one.
+    u32 heads = shape.heads / shape.group, parts = ROWS / KEY_ROWS;
+    Tile tile = tiles[item / heads / parts];
+    tile.first += item / heads % parts * KEY_ROWS;
     Span span = spans[tile.span];
     Keys keys;
     keys.head = item % heads;
     keys.key = (int)tile.first;
-    keys.valid = min(KEY_ROWS, (int)(span.keys - tile.first));
+    keys.valid = min(KEY_ROWS, (int)span.keys - (int)tile.first);
     keys.row = (int)(span.key_start + tile.first);
     keys.query_row = (int)span.query_start;
     keys.past = (int)(span.keys - span.queries);
@@ -101,7 +108,7 @@ __device__ __forceinline__ Keys keys_of(const Span* spans, const Tile* tiles, co
     keys.end = (int)span.queries;
     keys.begin = max(0, keys.key - keys.past) / DKV_BLOCK;
     int last = keys.window ? min(keys.end, keys.key + keys.valid - 1 + keys.window - keys.past) : keys.end;
-    keys.blocks = max(0, (last + DKV_BLOCK - 1) / DKV_BLOCK - keys.begin);
+    keys.blocks = keys.valid > 0 ? max(0, (last + DKV_BLOCK - 1) / DKV_BLOCK - keys.begin) : 0;
     return keys;
 }
 
