@@ -120,6 +120,7 @@ impl HopperTiles {
         // The slopes of a cap take registers, too: fewer queries at once.
         let dkv_rows = if soft_cap { 32 } else { 64 };
         let (key_rows, forward, keys, queries) = match head_dim {
+            64 if !soft_cap => (128, ring(128, 3), ring(96, 3), ring(96, 3)),
             64 | 96 | 128 => (128, ring(128, 2), ring(dkv_rows, 4), ring(64, 4)),
             256 => (64, ring(64, 2), ring(dkv_rows, 2), ring(32, 2)),
             _ => return None,
@@ -132,8 +133,8 @@ impl HopperTiles {
         2 * self.head_dim * rows
     }
 
-    /// Shared memory of the forward kernel, bytes: queries, rings of keys and values, barriers, and the way to a
-    /// multiple of 1024.
+    /// Shared memory of the forward kernel, bytes: queries, rings of keys and values, barriers, and the way
+    /// to a multiple of 1024.
     pub fn forward_bytes(&self) -> usize {
         self.bytes(Self::ROWS) + 2 * self.bytes(self.forward.stages * self.forward.rows) + 1536
     }

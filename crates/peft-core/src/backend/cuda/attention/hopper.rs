@@ -4,13 +4,13 @@ use std::{ffi::c_void, mem::MaybeUninit, ptr};
 
 use cudarc::driver::sys::{self, CUtensorMap};
 
-use super::{Backward, Forward, ShapeArgument, plain::allow_shared};
+use super::{Backward, Forward, ShapeArgument, plain::allow_shared, tiles::Counter};
 use crate::backend::{
     AttentionShape, View,
     cuda::{
         Cuda, CudaBatch, DeviceError, MatrixArgument, Numbers,
         compile::{HopperTiles, Unit},
-        device::{Device, function},
+        device::{Device, call, function},
         launch, matrix, target,
     },
 };
@@ -124,7 +124,7 @@ fn map(view: View<'_, Cuda>, head_dim: usize, rows: usize) -> Result<CUtensorMap
             ZEROS,
         )
         .result()
-        .map_err(super::super::device::call("cuTensorMapEncodeTiled"))?;
+        .map_err(call("cuTensorMapEncodeTiled"))?;
         Ok(map.assume_init())
     }
 }
@@ -152,6 +152,7 @@ pub(super) fn forward(
         batch.spans.address,
         batch.tiles.queries.memory.address,
         items as u32,
+        batch.tiles.counter(Counter::Forward),
         ShapeArgument::from(shape),
         Target::from(target(&on.out)),
         log_sum.address,
@@ -207,6 +208,7 @@ pub(super) fn backward(
         spans,
         batch.tiles.keys.memory.address,
         items as u32,
+        batch.tiles.counter(Counter::Keys),
         argument,
         statistics,
         rows,
@@ -228,6 +230,7 @@ pub(super) fn backward(
         spans,
         batch.tiles.queries.memory.address,
         items as u32,
+        batch.tiles.counter(Counter::Queries),
         argument,
         statistics,
         rows,

@@ -17,6 +17,16 @@ const TILE_BYTES: usize = 8;
 pub(in crate::backend::cuda) struct TileLists {
     pub(super) queries: TileList,
     pub(super) keys: TileList,
+    /// Where each kernel counts the items that blocks have taken; 0 between launches.
+    counters: DeviceMemory,
+}
+
+/// Kernels whose blocks take items.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Counter {
+    Forward,
+    Keys,
+    Queries,
 }
 
 /// Tiles on the card.
@@ -32,7 +42,13 @@ impl TileLists {
         let list = |tokens| {
             Ok::<_, DeviceError>(TileList { memory: cuda.take(tiles(tokens), Numbers::F32)?, count: 0 })
         };
-        Ok(Self { queries: list(room.tokens)?, keys: list(2 * room.tokens)? })
+        let counters = cuda.take(4 * (Counter::Queries as usize + 1), Numbers::F32)?;
+        Ok(Self { queries: list(room.tokens)?, keys: list(2 * room.tokens)?, counters })
+    }
+
+    /// The address of a kernel's counter.
+    pub(super) fn counter(&self, of: Counter) -> u64 {
+        self.counters.address + 4 * of as u64
     }
 
     /// Writes the tiles of a batch.

@@ -50,6 +50,26 @@ struct Target {
     u64 stride;
 };
 
+// Blocks take items in order, each a new one as soon as it can: which block takes which changes nothing in the results.
+// A block takes the next when it loads the last tile of one, not earlier: who is behind takes no more. The first of a
+// block is its own number; `counter` holds how many more were taken, and is 0 again after the last.
+__device__ __forceinline__ u32 take_item(u32* counter, u32 items) {
+    u32 taken = atomicAdd(counter, 1);
+    if (taken == items - 1) *counter = 0;
+    return gridDim.x + taken;
+}
+
+// What the loading warp tells the others, behind a barrier.
+template <class T>
+__device__ __forceinline__ T* told(u32 shared, u32 at) {
+    return (T*)(dynamic_shared + (shared - shared_address(dynamic_shared)) + at);
+}
+// Bytes for it.
+#define TOLD_BYTES 64
+
+// Arrivals at a barrier when every warp of the groups that compute arrives once.
+#define ARRIVALS (4 * GROUPS)
+
 // Which tiles of COLUMNS keys a tile of queries meets, last first.
 template <int COLUMNS>
 struct Range {
@@ -60,7 +80,9 @@ struct Range {
     u32 key_row;  // first key of the span, row of the matrix
     int keys;
     int last;     // the last of the tiles
-    int tiles;    // how many
+    int tiles;    // how many; 0 where there is no item left
+
+    Range() = default;
 
     __device__ __forceinline__ Range(const Span* spans, const Tile* list, const Shape& shape, u32 item) {
         Tile tile = list[item / shape.heads];

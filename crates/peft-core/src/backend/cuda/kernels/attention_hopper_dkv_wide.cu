@@ -4,8 +4,8 @@
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_hopper_dkv(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                      const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap dout_map,
-                     const Span* spans, const Tile* tiles, u32 items, Shape shape, const float2* statistics, u32 rows,
-                     Target dk_to, Target dv_to) {
+                     const Span* spans, const Tile* tiles, u32 items, u32* counter, Shape shape,
+                     const float2* statistics, u32 rows, Target dk_to, Target dv_to) {
     u32 shared = shared_start();
     DkvBarriers at(shared);
     if (threadIdx.x == 0) at.init();
@@ -14,17 +14,20 @@ attention_hopper_dkv(const __grid_constant__ TensorMap q_map, const __grid_const
     if (group < 0) {
         give_registers<LOADER_REGISTERS>();
         if (threadIdx.x < 32) {
-            load_for_keys(shared, at, &q_map, &k_map, &v_map, &dout_map, spans, tiles, items, shape, statistics, rows);
+            load_for_keys(shared, at, &q_map, &k_map, &v_map, &dout_map, spans, tiles, items, counter, shape, statistics,
+                          rows);
         }
     } else {
         take_registers<WORKER_REGISTERS>();
-        bool leader = (threadIdx.x & 127) == 0, for_keys = group == 1;
+        bool leader = (threadIdx.x & 31) == 0, for_keys = group == 1;
         u32 round = 0;
         Place place = {0, 0};
         int own_row = (int)((threadIdx.x & 127) >> 5) * 16 + (int)((threadIdx.x & 31) >> 2);
         float scale = exponent_scale(shape);
-        for (u32 item = blockIdx.x; item < items; item += gridDim.x, round++) {
-            Keys keys = keys_of(spans, tiles, shape, item);
+        for (;; round++) {
+            barrier_wait(at.keys_full, round & 1);
+            Keys keys = *told<Keys>(shared, DKV_TOLD_AT);
+            if (!keys.left) break;
             float sums[HEAD_DIM / 2];
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 2; i++) sums[i] = 0.0f;
@@ -59,7 +62,6 @@ attention_hopper_dkv(const __grid_constant__ TensorMap q_map, const __grid_const
                 products_wait<0>();
                 pin(sums);
             };
-            barrier_wait(at.keys_full, round & 1);
             if (for_keys) {
                 for (int i = 0; i < count; i++, place.next()) {
                     begin_scores();

@@ -13,12 +13,13 @@
 #define DQ_SLOPES_AT TILE_BYTES(ROWS)
 #define DQ_KEYS_AT (2 * TILE_BYTES(ROWS))
 #define DQ_VALUES_AT (DQ_KEYS_AT + DQ_STAGES * TILE_BYTES(DQ_BLOCK))
-#define DQ_BARRIERS_AT (DQ_VALUES_AT + DQ_STAGES * TILE_BYTES(DQ_BLOCK))
+#define DQ_TOLD_AT (DQ_VALUES_AT + DQ_STAGES * TILE_BYTES(DQ_BLOCK))
+#define DQ_BARRIERS_AT (DQ_TOLD_AT + TOLD_BYTES)
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_hopper_dq(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                     const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap dout_map,
-                    const Span* spans, const Tile* tiles, u32 items, Shape shape, const float2* statistics, u32 rows,
+                    const Span* spans, const Tile* tiles, u32 items, u32* counter, Shape shape, const float2* statistics, u32 rows,
                     Target dq) {
     u32 shared = shared_start();
     u32 queries_full = shared + DQ_BARRIERS_AT, queries_empty = queries_full + 8, keys_full = queries_full + 16;
@@ -26,12 +27,12 @@ attention_hopper_dq(const __grid_constant__ TensorMap q_map, const __grid_consta
     u32 values_empty = keys_empty + 8 * DQ_STAGES;
     if (threadIdx.x == 0) {
         barrier_init(queries_full, 1);
-        barrier_init(queries_empty, GROUPS);
+        barrier_init(queries_empty, ARRIVALS);
         for (int i = 0; i < DQ_STAGES; i++) {
             barrier_init(keys_full + 8 * i, 1);
             barrier_init(values_full + 8 * i, 1);
-            barrier_init(keys_empty + 8 * i, GROUPS);
-            barrier_init(values_empty + 8 * i, GROUPS);
+            barrier_init(keys_empty + 8 * i, ARRIVALS);
+            barrier_init(values_empty + 8 * i, ARRIVALS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -41,16 +42,23 @@ attention_hopper_dq(const __grid_constant__ TensorMap q_map, const __grid_consta
         give_registers<LOADER_REGISTERS>();
         if (threadIdx.x == 0) {
             u32 stage = 0, parity = 0, round = 0;
-            for (u32 item = blockIdx.x; item < items; item += gridDim.x, round++) {
-                Range<DQ_BLOCK> range(spans, tiles, shape, item);
-                int z = (int)range.head * STRETCHES;
+            for (u32 item = blockIdx.x;; round++) {
                 barrier_wait(queries_empty, (round & 1) ^ 1);
+                if (item >= items) {
+                    told<Range<DQ_BLOCK>>(shared, DQ_TOLD_AT)->tiles = 0;
+                    barrier_arrive(queries_full);
+                    break;
+                }
+                Range<DQ_BLOCK> range(spans, tiles, shape, item);
+                *told<Range<DQ_BLOCK>>(shared, DQ_TOLD_AT) = range;
+                int z = (int)range.head * STRETCHES;
                 barrier_expect(queries_full, 2 * TILE_BYTES(ROWS));
                 load_box(shared + DQ_QUERIES_AT, &q_map, queries_full, 0, (int)range.row, z);
                 load_box(shared + DQ_SLOPES_AT, &dout_map, queries_full, 0, (int)range.row, z);
                 z = (int)(range.head / shape.group) * STRETCHES;
                 for (int i = 0; i < range.tiles; i++) {
                     int row = (int)range.key_row + range.first_key(i);
+                    if (i + 1 == range.tiles) item = take_item(counter, items);
                     barrier_wait(keys_empty + 8 * stage, parity ^ 1);
                     barrier_expect(keys_full + 8 * stage, TILE_BYTES(DQ_BLOCK));
                     load_box(shared + DQ_KEYS_AT + stage * TILE_BYTES(DQ_BLOCK), &k_map, keys_full + 8 * stage, 0, row, z);
@@ -63,13 +71,15 @@ attention_hopper_dq(const __grid_constant__ TensorMap q_map, const __grid_consta
         }
     } else {
         take_registers<WORKER_REGISTERS>();
-        bool leader = (threadIdx.x & 127) == 0;
+        bool leader = (threadIdx.x & 31) == 0;
         u32 stage = 0, parity = 0, round = 0;
         u32 group_at = group * 64 * Swizzled<ROWS, STRETCH>::LINE;
         int own_row = group * 64 + (int)((threadIdx.x & 127) >> 5) * 16 + (int)((threadIdx.x & 31) >> 2);
         float scale = exponent_scale(shape);
-        for (u32 item = blockIdx.x; item < items; item += gridDim.x, round++) {
-            Range<DQ_BLOCK> range(spans, tiles, shape, item);
+        for (;; round++) {
+            barrier_wait(queries_full, round & 1);
+            Range<DQ_BLOCK> range = *told<Range<DQ_BLOCK>>(shared, DQ_TOLD_AT);
+            if (range.tiles == 0) break;
             const float2* of_rows = statistics + (u64)range.head * rows;
             float2 low = of_rows[min(range.row + own_row, rows - 1)], high = of_rows[min(range.row + own_row + 8, rows - 1)];
             float acc[HEAD_DIM / 2];
@@ -127,7 +137,6 @@ attention_hopper_dq(const __grid_constant__ TensorMap q_map, const __grid_consta
                 for (int j = 0; j < DQ_BLOCK / 2; j++) d[j] *= slope[j];
 #endif
             };
-            barrier_wait(queries_full, round & 1);
             begin_scores();
             products_wait<1>();
             look(0);

@@ -4,7 +4,7 @@
 // exponentials of another are taken, that one warp group does nothing but load, and that two groups take turns, is
 // from FlashAttention-3 (Shah et al., arXiv 2407.08608). No atomics: the same inputs give the same bits.
 //
-// A block takes items, a tile of rows of one head each, from a list sorted by work, longest first. One thread of its
+// Blocks take items, a tile of rows of one head each, from a list sorted by work, longest first. One thread of its
 // first warp group starts copies; GROUPS warp groups compute, 64 rows each.
 
 // Keys of a tile, and tiles in flight.
@@ -19,7 +19,8 @@
 #define QUERIES_AT 0
 #define KEYS_AT TILE_BYTES(ROWS)
 #define VALUES_AT (KEYS_AT + STAGES * TILE_BYTES(BLOCK))
-#define BARRIERS_AT (VALUES_AT + STAGES * TILE_BYTES(BLOCK))
+#define TOLD_AT (VALUES_AT + STAGES * TILE_BYTES(BLOCK))
+#define BARRIERS_AT (TOLD_AT + TOLD_BYTES)
 
 // Exponentials of a tile of scores in place, against the largest so far; returns by what earlier sums shrink.
 __device__ __forceinline__ void soften(float (&s)[BLOCK / 2], float scale, float (&largest)[2], float (&sum)[2],
@@ -47,19 +48,19 @@ __device__ __forceinline__ void soften(float (&s)[BLOCK / 2], float scale, float
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_hopper_forward(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                          const __grid_constant__ TensorMap v_map, const Span* spans, const Tile* tiles, u32 items,
-                         Shape shape, Target out, float* log_sum, u64 log_stride) {
+                         u32* counter, Shape shape, Target out, float* log_sum, u64 log_stride) {
     u32 shared = shared_start();
     u32 queries_full = shared + BARRIERS_AT, queries_empty = queries_full + 8, keys_full = queries_full + 16;
     u32 keys_empty = keys_full + 8 * STAGES, values_full = keys_empty + 8 * STAGES;
     u32 values_empty = values_full + 8 * STAGES;
     if (threadIdx.x == 0) {
         barrier_init(queries_full, 1);
-        barrier_init(queries_empty, GROUPS);
+        barrier_init(queries_empty, ARRIVALS);
         for (int i = 0; i < STAGES; i++) {
             barrier_init(keys_full + 8 * i, 1);
-            barrier_init(keys_empty + 8 * i, GROUPS);
+            barrier_init(keys_empty + 8 * i, ARRIVALS);
             barrier_init(values_full + 8 * i, 1);
-            barrier_init(values_empty + 8 * i, GROUPS);
+            barrier_init(values_empty + 8 * i, ARRIVALS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -72,14 +73,21 @@ attention_hopper_forward(const __grid_constant__ TensorMap q_map, const __grid_c
             prefetch_map(&k_map);
             prefetch_map(&v_map);
             u32 stage = 0, parity = 0, round = 0;
-            for (u32 item = blockIdx.x; item < items; item += gridDim.x, round++) {
-                Range<BLOCK> range(spans, tiles, shape, item);
+            for (u32 item = blockIdx.x;; round++) {
                 barrier_wait(queries_empty, (round & 1) ^ 1);
+                if (item >= items) {
+                    told<Range<BLOCK>>(shared, TOLD_AT)->tiles = 0;
+                    barrier_arrive(queries_full);
+                    break;
+                }
+                Range<BLOCK> range(spans, tiles, shape, item);
+                *told<Range<BLOCK>>(shared, TOLD_AT) = range;
                 barrier_expect(queries_full, TILE_BYTES(ROWS));
                 load_box(shared + QUERIES_AT, &q_map, queries_full, 0, (int)range.row, (int)range.head * STRETCHES);
                 int z = (int)(range.head / shape.group) * STRETCHES;
                 for (int i = 0; i < range.tiles; i++) {
                     int row = (int)range.key_row + range.first_key(i);
+                    if (i + 1 == range.tiles) item = take_item(counter, items);
                     barrier_wait(keys_empty + 8 * stage, parity ^ 1);
                     barrier_expect(keys_full + 8 * stage, TILE_BYTES(BLOCK));
                     load_box(shared + KEYS_AT + stage * TILE_BYTES(BLOCK), &k_map, keys_full + 8 * stage, 0, row, z);
@@ -92,7 +100,7 @@ attention_hopper_forward(const __grid_constant__ TensorMap q_map, const __grid_c
         }
     } else {
         take_registers<WORKER_REGISTERS>();
-        bool leader = (threadIdx.x & 127) == 0;
+        bool leader = (threadIdx.x & 31) == 0;
         u32 stage = 0, parity = 0, round = 0;
         u32 queries = shared + QUERIES_AT + group * 64 * Swizzled<ROWS, STRETCH>::LINE;
         int own_row = group * 64 + (int)((threadIdx.x & 127) >> 5) * 16 + (int)((threadIdx.x & 31) >> 2);
@@ -102,8 +110,10 @@ attention_hopper_forward(const __grid_constant__ TensorMap q_map, const __grid_c
         if (group == GROUPS - 1) named_arrive(1, 256);
         u32 own_turn = 1 + group, next_turn = 1 + (group + 1) % GROUPS;
 #endif
-        for (u32 item = blockIdx.x; item < items; item += gridDim.x, round++) {
-            Range<BLOCK> range(spans, tiles, shape, item);
+        for (;; round++) {
+            barrier_wait(queries_full, round & 1);
+            Range<BLOCK> range = *told<Range<BLOCK>>(shared, TOLD_AT);
+            if (range.tiles == 0) break;
             float largest[2] = {-1e30f, -1e30f}, sum[2] = {0.0f, 0.0f}, shrink[2];
             float acc[HEAD_DIM / 2];
             float s[BLOCK / 2];
@@ -115,7 +125,6 @@ attention_hopper_forward(const __grid_constant__ TensorMap q_map, const __grid_c
                 hide_tile<BLOCK>(s, range, shape, i, group * 64, own_row);
                 soften(s, scale, largest, sum, shrink);
             };
-            barrier_wait(queries_full, round & 1);
             barrier_wait(keys_full + 8 * stage, parity);
             products_begin();
             product_straight<BLOCK, HEAD_DIM, ROWS, BLOCK, STRETCH>(s, queries, shared + KEYS_AT + stage * TILE_BYTES(BLOCK));

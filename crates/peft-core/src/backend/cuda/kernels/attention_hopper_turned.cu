@@ -23,7 +23,8 @@
 #define DKV_QUERIES_AT (2 * TILE_BYTES(KEY_ROWS))
 #define DKV_SLOPES_AT (DKV_QUERIES_AT + DKV_STAGES * TILE_BYTES(DKV_BLOCK))
 #define DKV_STATISTICS_AT (DKV_SLOPES_AT + DKV_STAGES * TILE_BYTES(DKV_BLOCK))
-#define DKV_BARRIERS_AT (DKV_STATISTICS_AT + DKV_STAGES * DKV_BLOCK * 8)
+#define DKV_TOLD_AT (DKV_STATISTICS_AT + DKV_STAGES * DKV_BLOCK * 8)
+#define DKV_BARRIERS_AT (DKV_TOLD_AT + TOLD_BYTES)
 
 // statistics[head][row] = {log_sum log2(e), sum over the head of dout * out}: what P and dS are computed from. A block
 // takes some rows of a head (blockIdx.y); several lanes a row.
@@ -80,6 +81,7 @@ __device__ __forceinline__ void hide_turned(float (&s)[DKV_BLOCK / 2], int key, 
 // What a block works on: a tile of keys of a key head, and the queries that see it.
 struct Keys {
     int key;       // first key of the tile, within the span
+    int left;      // 0 where there is no item left
     int valid;     // keys; none, or fewer, where a part of a tile lies past the end
     u32 head;      // key head
     int row;       // first key, row of its matrix
@@ -98,6 +100,7 @@ __device__ __forceinline__ Keys keys_of(const Span* spans, const Tile* tiles, co
     tile.first += item / heads % parts * KEY_ROWS;
     Span span = spans[tile.span];
     Keys keys;
+    keys.left = 1;
     keys.head = item % heads;
     keys.key = (int)tile.first;
     keys.valid = min(KEY_ROWS, (int)span.keys - (int)tile.first);
@@ -122,12 +125,12 @@ struct DkvBarriers {
 
     __device__ __forceinline__ void init() const {
         barrier_init(keys_full, 1);
-        barrier_init(keys_empty, GROUPS);
+        barrier_init(keys_empty, ARRIVALS);
         for (int i = 0; i < DKV_STAGES; i++) {
             // A warp's copies of statistics, and the thread that starts the copy engine.
             barrier_init(queries_full + 8 * i, 33);
             barrier_init(slopes_full + 8 * i, 1);
-            barrier_init(empty + 8 * i, GROUPS);
+            barrier_init(empty + 8 * i, ARRIVALS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -145,15 +148,23 @@ struct Place {
 // What the loading warp does: keys and values of an item once, then its queries, tile by tile and head by head.
 __device__ __forceinline__ void load_for_keys(u32 shared, const DkvBarriers& at, const TensorMap* q_map,
                                               const TensorMap* k_map, const TensorMap* v_map, const TensorMap* dout_map,
-                                              const Span* spans, const Tile* tiles, u32 items, const Shape& shape,
-                                              const float2* statistics, u32 rows) {
+                                              const Span* spans, const Tile* tiles, u32 items, u32* counter,
+                                              const Shape& shape, const float2* statistics, u32 rows) {
     u32 lane = threadIdx.x, round = 0;
     Place place = {0, 0};
-    for (u32 item = blockIdx.x; item < items; item += gridDim.x, round++) {
+    for (u32 item = blockIdx.x;; round++) {
+        barrier_wait(at.keys_empty, (round & 1) ^ 1);
+        if (item >= items) {
+            if (lane == 0) {
+                told<Keys>(shared, DKV_TOLD_AT)->left = 0;
+                barrier_arrive(at.keys_full);
+            }
+            break;
+        }
         Keys keys = keys_of(spans, tiles, shape, item);
         if (lane == 0) {
             int z = (int)keys.head * STRETCHES;
-            barrier_wait(at.keys_empty, (round & 1) ^ 1);
+            *told<Keys>(shared, DKV_TOLD_AT) = keys;
             barrier_expect(at.keys_full, 2 * TILE_BYTES(KEY_ROWS));
             load_box(shared + DKV_KEYS_AT, k_map, at.keys_full, 0, keys.row, z);
             load_box(shared + DKV_VALUES_AT, v_map, at.keys_full, 0, keys.row, z);
@@ -180,6 +191,8 @@ __device__ __forceinline__ void load_for_keys(u32 shared, const DkvBarriers& at,
                 }
             }
         }
+        if (lane == 0) item = take_item(counter, items);
+        item = __shfl_sync(0xffffffffu, item, 0);
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
