@@ -271,29 +271,27 @@ impl Operation for Attention<'_> {
         let to = ViewMut::<B>::new(&mut out, rows, q_columns);
         backend.attention(&batch, self.shape, q, k, v, to, ViewMut::<B>::new(&mut log_sum, rows, heads));
         let mut all = vec![get(backend, &out, rows, q_columns), get(backend, &log_sum, rows, heads)];
-        if keys == rows {
-            let (mut dq, mut dk, mut dv) = (
-                poisoned(backend, rows * q_columns),
-                poisoned(backend, rows * k_columns),
-                poisoned(backend, rows * k_columns),
-            );
-            backend.attention_backward(
-                &batch,
-                self.shape,
-                q,
-                k,
-                v,
-                View::<B>::new(&out, rows, q_columns),
-                View::<B>::new(&log_sum, rows, heads),
-                View::<B>::new(&dout, rows, q_columns),
-                ViewMut::<B>::new(&mut dq, rows, q_columns),
-                ViewMut::<B>::new(&mut dk, rows, k_columns),
-                ViewMut::<B>::new(&mut dv, rows, k_columns),
-            );
-            all.push(get(backend, &dq, rows, q_columns));
-            all.push(get(backend, &dk, rows, k_columns));
-            all.push(get(backend, &dv, rows, k_columns));
-        }
+        let (mut dq, mut dk, mut dv) = (
+            poisoned(backend, rows * q_columns),
+            poisoned(backend, keys * k_columns),
+            poisoned(backend, keys * k_columns),
+        );
+        backend.attention_backward(
+            &batch,
+            self.shape,
+            q,
+            k,
+            v,
+            View::<B>::new(&out, rows, q_columns),
+            View::<B>::new(&log_sum, rows, heads),
+            View::<B>::new(&dout, rows, q_columns),
+            ViewMut::<B>::new(&mut dq, rows, q_columns),
+            ViewMut::<B>::new(&mut dk, keys, k_columns),
+            ViewMut::<B>::new(&mut dv, keys, k_columns),
+        );
+        all.push(get(backend, &dq, rows, q_columns));
+        all.push(get(backend, &dk, keys, k_columns));
+        all.push(get(backend, &dv, keys, k_columns));
         all
     }
 }
@@ -356,6 +354,24 @@ pub(crate) fn check(report: &mut Report) {
         let batch = packed(lengths, 1000);
         let shape = AttentionShape::new(heads, kv_heads, head_dim);
         let name = format!("attention {lengths:?} heads {heads}/{kv_heads} of {head_dim}");
+        sides.compare(report, &name, &Attention { batch: &batch, shape }, true);
+    }
+    // Windows, capped scores, and keys that stand ahead of every span.
+    for (head_dim, window, soft_cap, ahead) in [
+        (128, Some(100), None, 0),
+        (64, None, Some(20.0), 0),
+        (256, Some(64), Some(50.0), 0),
+        (128, None, None, 30),
+        (40, Some(33), Some(5.0), 7),
+    ] {
+        let mut batch = packed(&[300, 1, 129], 1000);
+        for (number, span) in batch.spans.iter_mut().enumerate() {
+            span.key_start += number * ahead;
+            span.keys += ahead;
+        }
+        let shape = AttentionShape { window, soft_cap, ..AttentionShape::new(4, 2, head_dim) };
+        let name =
+            format!("attention of {head_dim}, window {window:?}, cap {soft_cap:?}, {ahead} keys ahead");
         sides.compare(report, &name, &Attention { batch: &batch, shape }, true);
     }
     // With a cache: one query, and several, at the end of more keys.

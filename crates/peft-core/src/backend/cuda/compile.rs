@@ -210,23 +210,36 @@ impl Unit {
     /// # Errors
     /// Where the compiler is missing, or refuses.
     pub fn compile(&self, architecture: &str) -> Result<Vec<u8>, DeviceError> {
+        self.build(architecture, &[]).map(|(code, _)| code)
+    }
+
+    /// What the assembler says of each kernel: registers, bytes spilled to memory, products that run one by one.
+    ///
+    /// # Errors
+    /// As [`Unit::compile`].
+    pub fn report(&self, architecture: &str) -> Result<String, DeviceError> {
+        self.build(architecture, &["--ptxas-options=-v"]).map(|(_, log)| log)
+    }
+
+    fn build(&self, architecture: &str, more: &[&str]) -> Result<(Vec<u8>, String), DeviceError> {
         libraries::nvrtc()?;
         let failed = |log: String| DeviceError::Compile { architecture: architecture.to_owned(), log };
         let source = CString::new(self.source.as_str()).map_err(|error| failed(error.to_string()))?;
         let mut options = vec![format!("--gpu-architecture={architecture}"), "--std=c++17".to_owned()];
         options.extend(self.options.iter().cloned());
+        options.extend(more.iter().map(|&option| option.to_owned()));
         let program = result::create_program(&source, None).map_err(|error| failed(format!("{error:?}")))?;
         // SAFETY: the program was just made, is used by this thread alone and destroyed once, at the end.
         unsafe {
             let compiled = result::compile_program(program, &options);
+            let log = result::get_program_log(program).unwrap_or_default();
+            let log: Vec<u8> = log.into_iter().map(|c| c as u8).collect();
+            let log = CStr::from_bytes_until_nul(&log).map(|log| log.to_string_lossy().into_owned());
             let code = match compiled {
-                Ok(()) => machine_code(program).map_err(|error| failed(format!("{error:?}"))),
-                Err(error) => {
-                    let log = result::get_program_log(program).unwrap_or_default();
-                    let log: Vec<u8> = log.into_iter().map(|c| c as u8).collect();
-                    let log = CStr::from_bytes_until_nul(&log).map(|log| log.to_string_lossy().into_owned());
-                    Err(failed(log.unwrap_or_else(|_| format!("{error:?}"))))
-                }
+                Ok(()) => machine_code(program)
+                    .map(|code| (code, log.unwrap_or_default()))
+                    .map_err(|error| failed(format!("{error:?}"))),
+                Err(error) => Err(failed(log.unwrap_or_else(|_| format!("{error:?}")))),
             };
             // The code is already copied; that the program cannot be destroyed changes nothing.
             let _ = result::destroy_program(program);
