@@ -22,27 +22,46 @@
 #define TOLD_AT (VALUES_AT + STAGES * TILE_BYTES(BLOCK))
 #define BARRIERS_AT (TOLD_AT + TOLD_BYTES)
 
-// Exponentials of a tile of scores in place, against the largest so far; returns by what earlier sums shrink.
-__device__ __forceinline__ void soften(float (&s)[BLOCK / 2], float scale, float (&largest)[2], float (&sum)[2],
+// How far above the number they are taken against scores may lie, as a power of two, before earlier sums are made
+// smaller: sums and probabilities keep their relative precision until then, and most tiles shrink nothing.
+#define HEADROOM 8.0f
+
+// Exponentials of a tile of scores in place, against a number near the largest so far. Returns whether that number
+// changed in any row of the warp; earlier sums are to be multiplied by `shrink` then.
+__device__ __forceinline__ bool soften(float (&s)[BLOCK / 2], float scale, float (&largest)[2], float (&sum)[2],
                                        float (&shrink)[2]) {
+    float highest[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float highest = largest[r];
+        highest[r] = s[2 * r];
 #pragma unroll
-        for (int n = 0; n < BLOCK / 8; n++) highest = fmaxf(highest, fmaxf(s[4 * n + 2 * r], s[4 * n + 2 * r + 1]));
-        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
-        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-        shrink[r] = exp2_fast((largest[r] - highest) * scale);
-        largest[r] = highest;
-        float base = highest * scale, total = 0.0f;
+        for (int n = 0; n < BLOCK / 8; n++) highest[r] = fmaxf(highest[r], fmaxf(s[4 * n + 2 * r], s[4 * n + 2 * r + 1]));
+        highest[r] = fmaxf(highest[r], __shfl_xor_sync(0xffffffffu, highest[r], 1));
+        highest[r] = fmaxf(highest[r], __shfl_xor_sync(0xffffffffu, highest[r], 2));
+    }
+    bool low = (highest[0] - largest[0]) * scale > HEADROOM, high = (highest[1] - largest[1]) * scale > HEADROOM;
+    bool changed = __any_sync(0xffffffffu, low || high);
+    if (changed) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            highest[r] = fmaxf(highest[r], largest[r]);
+            shrink[r] = exp2_fast((largest[r] - highest[r]) * scale);
+            largest[r] = highest[r];
+            sum[r] *= shrink[r];
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float base = largest[r] * scale, total = 0.0f;
 #pragma unroll
         for (int n = 0; n < BLOCK / 8; n++) {
             s[4 * n + 2 * r] = exp2_fast(s[4 * n + 2 * r] * scale - base);
             s[4 * n + 2 * r + 1] = exp2_fast(s[4 * n + 2 * r + 1] * scale - base);
             total += s[4 * n + 2 * r] + s[4 * n + 2 * r + 1];
         }
-        sum[r] = sum[r] * shrink[r] + total;
+        sum[r] += total;
     }
+    return changed;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -123,7 +142,7 @@ attention_hopper_forward(const __grid_constant__ TensorMap q_map, const __grid_c
             auto look = [&](int i) {
                 cap_scores(s, shape);
                 hide_tile<BLOCK>(s, range, shape, i, group * 64, own_row);
-                soften(s, scale, largest, sum, shrink);
+                return soften(s, scale, largest, sum, shrink);
             };
             barrier_wait(keys_full + 8 * stage, parity);
             products_begin();
@@ -157,15 +176,17 @@ attention_hopper_forward(const __grid_constant__ TensorMap q_map, const __grid_c
                 products_wait<1>();
                 pin(s);
                 if (leader) barrier_arrive(keys_empty + 8 * stage);
-                look(i);
+                bool changed = look(i);
                 products_wait<0>();
                 pin(acc);
                 pin(p);
                 if (leader) barrier_arrive(values_empty + 8 * before);
+                if (changed) {
 #pragma unroll
-                for (int n = 0; n < HEAD_DIM / 8; n++) {
-                    acc[4 * n] *= shrink[0], acc[4 * n + 1] *= shrink[0];
-                    acc[4 * n + 2] *= shrink[1], acc[4 * n + 3] *= shrink[1];
+                    for (int n = 0; n < HEAD_DIM / 8; n++) {
+                        acc[4 * n] *= shrink[0], acc[4 * n + 1] *= shrink[0];
+                        acc[4 * n + 2] *= shrink[1], acc[4 * n + 3] *= shrink[1];
+                    }
                 }
                 pack_all(s, p);
             }
