@@ -8,6 +8,7 @@ use shanty_peft_core::{
     },
     batch::{PackedBatch, Row, Segment},
     model::BaseSource,
+    optim::{AdamWOptions, Factors, FlatState, FlatUpdate},
     random::{self, DropoutKey},
 };
 
@@ -153,8 +154,9 @@ impl Operation for Elementwise {
         let (g, u) = (View::<B>::new(&gate, rows, columns), View::<B>::new(&up, rows, columns));
         backend.swiglu(g, u, whole::<B>(&mut activated, shape));
         let activated = get(backend, &activated, rows, columns);
+        let mut dout = put(backend, &numbers("x", count));
         backend.swiglu_backward(
-            View::<B>::new(&x, rows, columns),
+            whole::<B>(&mut dout, shape),
             whole::<B>(&mut gate, shape),
             whole::<B>(&mut up, shape),
         );
@@ -163,6 +165,7 @@ impl Operation for Elementwise {
             get(backend, &copied, rows, columns),
             get(backend, &out, rows, columns),
             activated,
+            get(backend, &dout, rows, columns),
             get(backend, &gate, rows, columns),
             get(backend, &up, rows, columns),
         ]
@@ -298,6 +301,41 @@ impl Operation for Attention<'_> {
     }
 }
 
+/// Three updates of flat buffers in two groups, the second one clipped, and one of a gradient that is not finite.
+struct Update {
+    length: usize,
+}
+
+impl Operation for Update {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<Vec<f32>> {
+        let length = self.length;
+        let mut state = FlatState::new(backend, length).unwrap();
+        backend.upload(&numbers("parameters", length), &mut state.parameters);
+        let options = AdamWOptions { weight_decay: 0.1, ..AdamWOptions::default() };
+        let mut norms = Vec::new();
+        for (step, max_norm) in [(1, 0.0), (2, 0.5), (3, 1e9), (4, 1.0)] {
+            let mut gradient = numbers(&format!("gradient {step}"), length);
+            if step == 4 {
+                gradient[length / 2] = f32::INFINITY;
+            }
+            backend.upload(&gradient, &mut state.gradient);
+            let losses = exact(backend, &numbers("losses", 1000));
+            backend.add_losses(View::<B>::new(&losses, 1000, 1), &mut state);
+            let factors = |rate| Factors::new(&options, step, rate);
+            let groups = [(length / 3, factors(1e-2)), (length, factors(3e-2))];
+            backend.run(|| {
+                backend.update_flat(&FlatUpdate { mean: 1.0 / 64.0, max_norm, groups: &groups }, &mut state);
+            });
+            let outcome = backend.outcome(&mut state).unwrap();
+            norms.extend([outcome.norm.min(1e30) as f32, outcome.loss as f32]);
+        }
+        let all = [&state.parameters, &state.first, &state.second];
+        let mut all: Vec<_> = all.map(|buffer| get(backend, buffer, 1, length)).into();
+        all.push(norms);
+        all
+    }
+}
+
 /// The CPU and the card in each precision, with what its products may be off by.
 pub(crate) struct Sides {
     pub(crate) cpu: Cpu,
@@ -365,6 +403,9 @@ pub(crate) fn check(report: &mut Report) {
         let shape = AttentionShape { heads: 8, kv_heads: 2, head_dim: 64, scale: 0.125 };
         let name = format!("attention of {queries} queries to 301 keys");
         sides.compare(report, &name, &Attention { batch: &batch, shape }, true);
+    }
+    for length in [64, 1_000_003] {
+        sides.compare(report, &format!("update of {length}"), &Update { length }, false);
     }
     frozen(report, &sides.cpu);
 }

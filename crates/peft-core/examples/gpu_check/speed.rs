@@ -48,6 +48,7 @@ fn time(cuda: &Cuda, mut work: impl FnMut()) -> f64 {
 pub(crate) fn measure() -> Vec<String> {
     let mut lines = Vec::new();
     operations(&mut lines);
+    products(&mut lines);
     steps(&mut lines);
     lines
 }
@@ -152,11 +153,13 @@ fn operations(lines: &mut Vec<String>) {
         );
     });
     bandwidth(lines, "SwiGLU", 3 * size, seconds);
+    let mut dout = put(&cuda, &numbers("dout", tokens * inner));
     let seconds = time(&cuda, || {
         let gate = ViewMut::<Cuda>::new(&mut big, tokens, inner);
-        cuda.swiglu_backward(x, gate, ViewMut::<Cuda>::new(&mut other, tokens, inner));
+        let up = ViewMut::<Cuda>::new(&mut other, tokens, inner);
+        cuda.swiglu_backward(ViewMut::<Cuda>::new(&mut dout, tokens, inner), gate, up);
     });
-    bandwidth(lines, "SwiGLU backward", 5 * size, seconds);
+    bandwidth(lines, "SwiGLU backward", 6 * size, seconds);
     let row = 2 * tokens * hidden;
     let x = x.column_range(0, hidden);
     let x = View::<Cuda> { stride: hidden, ..x };
@@ -174,6 +177,67 @@ fn operations(lines: &mut Vec<String>) {
         cuda.rms_norm_backward(View::<Cuda>::new(&big, tokens, hidden), x, weight, factors, dx);
     });
     bandwidth(lines, "RMSNorm backward", 4 * row, seconds);
+}
+
+/// Products as layers make them, frozen and of rank 16, with and without a branch folded into the inner side.
+fn products(lines: &mut Vec<String>) {
+    let cuda = Cuda::new(0, Precision::Bf16).unwrap();
+    // The largest operand is the head.
+    const PIECE: usize = 1 << 22;
+    let pieces = (128_256_usize * 4096).div_ceil(PIECE);
+    let noise = put(&cuda, &numbers("noise", PIECE));
+    let fill = || {
+        let mut buffer = cuda.allocate(pieces * PIECE, Use::Activation).unwrap();
+        for piece in 0..pieces {
+            let to = ViewMut::<Cuda>::at(&mut buffer, piece * PIECE, 1, PIECE);
+            cuda.copy(View::<Cuda>::new(&noise, 1, PIECE), to);
+        }
+        buffer
+    };
+    let (a_buffer, b_buffer, mut c) = (fill(), fill(), fill());
+    let mut exact = cuda.allocate(28672 * 64, Use::Exact).unwrap();
+    // rows, columns, inner, transposes, whether the target is f32 and added to.
+    let shapes: [(&str, usize, usize, usize, [bool; 2], f32, bool); 30] = [
+        ("q k v", 8192, 6144, 4096, [false, true], 0.0, false),
+        ("q k v folded", 8192, 6144, 4160, [false, true], 0.0, false),
+        ("q", 8192, 4096, 4096, [false, true], 0.0, false),
+        ("q folded", 8192, 4096, 4160, [false, true], 0.0, false),
+        ("o, added", 8192, 4096, 4096, [false, true], 1.0, false),
+        ("k", 8192, 1024, 4096, [false, true], 0.0, false),
+        ("gate", 8192, 14336, 4096, [false, true], 0.0, false),
+        ("gate up", 8192, 28672, 4096, [false, true], 0.0, false),
+        ("gate up folded", 8192, 28672, 4160, [false, true], 0.0, false),
+        ("down, added", 8192, 4096, 14336, [false, true], 1.0, false),
+        ("down folded, added", 8192, 4096, 14400, [false, true], 1.0, false),
+        ("down backward", 8192, 14336, 4096, [false, false], 0.0, false),
+        ("down backward folded", 8192, 14336, 4160, [false, false], 0.0, false),
+        ("gate backward", 8192, 4096, 14336, [false, false], 0.0, false),
+        ("up backward, added", 8192, 4096, 14336, [false, false], 1.0, false),
+        ("gate up backward", 8192, 4096, 28672, [false, false], 0.0, false),
+        ("gate up backward folded", 8192, 4096, 28736, [false, false], 0.0, false),
+        ("q k v backward", 8192, 4096, 6144, [false, false], 0.0, false),
+        ("q k v backward folded", 8192, 4096, 6208, [false, false], 0.0, false),
+        ("k backward, added", 8192, 4096, 1024, [false, false], 1.0, false),
+        ("head, 1024 rows", 1024, 128_256, 4096, [false, true], 0.0, false),
+        ("x A, r 16", 8192, 16, 4096, [false, true], 0.0, false),
+        ("x A, r 48", 8192, 48, 4096, [false, true], 0.0, false),
+        ("h A, r 16", 8192, 16, 14336, [false, true], 0.0, false),
+        ("p B, added, 14336", 8192, 14336, 16, [false, true], 1.0, false),
+        ("dy B, 14336", 8192, 16, 14336, [false, false], 0.0, false),
+        ("dp A, added, 4096", 8192, 4096, 16, [false, false], 1.0, false),
+        ("dB, 14336", 14336, 16, 8192, [true, false], 1.0, true),
+        ("dA, 4096", 16, 4096, 8192, [true, false], 1.0, true),
+        ("dA, r 48", 48, 4096, 8192, [true, false], 1.0, true),
+    ];
+    for (name, m, n, k, [ta, tb], beta, wide) in shapes {
+        let a = if ta { View::<Cuda>::new(&a_buffer, k, m) } else { View::new(&a_buffer, m, k) };
+        let b = if tb { View::<Cuda>::new(&b_buffer, n, k) } else { View::new(&b_buffer, k, n) };
+        let seconds = time(&cuda, || {
+            let c = if wide { &mut exact } else { &mut c };
+            cuda.gemm(0.001, a, ta, b, tb, beta, ViewMut::<Cuda>::new(c, m, n));
+        });
+        arithmetic(lines, &format!("{name} {m}x{n}x{k}"), 2.0 * m as f64 * n as f64 * k as f64, seconds);
+    }
 }
 
 fn steps(lines: &mut Vec<String>) {
@@ -249,6 +313,34 @@ fn steps(lines: &mut Vec<String>) {
                 ),
             });
             println!("{}", lines[lines.len() - 1]);
+            profile(&mut engine, lines, &parameters, &rows, &mut gradient);
         }
     }
+}
+
+/// Where one step goes.
+fn profile(
+    engine: &mut Engine,
+    lines: &mut Vec<String>,
+    parameters: &[f32],
+    rows: &[Row],
+    gradient: &mut [f32],
+) {
+    engine.set_profiling(true);
+    let key = StepKey { seed: 1, step: 9 };
+    engine.forward_backward(parameters, rows, key, gradient, &mut NoSink).unwrap();
+    let all = engine.card_profile().unwrap();
+    engine.set_profiling(false);
+    let total: f64 = all.iter().map(|(_, seconds, _)| seconds).sum();
+    lines.push(format!("  one step by operation, {:.1} ms together:", total * 1e3));
+    for (name, seconds, calls) in &all {
+        if *seconds > total / 500.0 {
+            lines.push(format!(
+                "  {name:<40} {:8.2} ms {:5.1} % {calls:5} calls",
+                seconds * 1e3,
+                100.0 * seconds / total
+            ));
+        }
+    }
+    lines.iter().rev().take(30).rev().for_each(|line| println!("{line}"));
 }

@@ -261,8 +261,9 @@ pub trait Backend: Sized + Send + Sync + 'static {
     );
     /// `out = silu(gate) * up`.
     fn swiglu(&self, gate: View<'_, Self>, up: View<'_, Self>, out: ViewMut<'_, Self>);
-    /// Replaces `gate` and `up` by their gradients, given that of the output.
-    fn swiglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>);
+    /// Replaces `gate` and `up` by their gradients, and their product's gradient `dout` by the product itself, which
+    /// what comes after it wants: one pass instead of two.
+    fn swiglu_backward(&self, dout: ViewMut<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>);
 
     /// Causal attention inside the batch's spans; `log_sum` `[T, heads]` keeps the logarithm of each row's sum.
     /// `k` and `v` may be a cache with rows of their own.

@@ -196,6 +196,21 @@ impl Engine {
         self.machine.take_profile()
     }
 
+    /// Times every operation on the card from now on, or no longer; nothing on the processor, which always does.
+    pub fn set_profiling(&self, on: bool) {
+        if let Some(card) = self.machine.card() {
+            card.set_profiling(on);
+        }
+    }
+
+    /// What took how long on the card since [`Engine::set_profiling`]: operation, seconds, calls, the longest first.
+    ///
+    /// # Errors
+    /// What failed on the card before.
+    pub fn card_profile(&self) -> Result<Vec<(String, f64, u64)>> {
+        self.machine.card().map_or(Ok(Vec::new()), crate::backend::cuda::Cuda::take_profile)
+    }
+
     /// Threads that work.
     pub fn threads(&self) -> usize {
         self.machine.threads()

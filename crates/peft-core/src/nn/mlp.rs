@@ -106,7 +106,7 @@ impl<B: Backend> Mlp<'_, B> {
         }
 
         backend.swiglu_backward(
-            View::<B>::new(&scratch.wide_b, tokens, features),
+            ViewMut::<B>::new(&mut scratch.wide_b, tokens, features),
             ViewMut::<B>::new(&mut work.gate, tokens, features),
             ViewMut::<B>::new(&mut work.up, tokens, features),
         );

@@ -315,9 +315,9 @@ impl Backend for Cpu {
         });
     }
 
-    fn swiglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
+    fn swiglu_backward(&self, dout: ViewMut<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
         self.measure(Operation::Swiglu, || {
-            self.row_pairs(gate, up, |row, gate, up| math::swiglu_backward(row_of(dout, row), gate, up))
+            self.row_triples(dout, gate, up, |dout, gate, up| math::swiglu_backward(dout, gate, up))
         });
     }
 

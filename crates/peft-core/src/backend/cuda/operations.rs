@@ -380,11 +380,11 @@ impl Backend for Cuda {
         }
     }
 
-    fn swiglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
+    fn swiglu_backward(&self, dout: ViewMut<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
         let (grid, numbers) = (grid(gate.rows, gate.columns), dout.data.numbers);
         if self.alike("swiglu_backward", numbers, &[gate.data.numbers, up.data.numbers]) {
             let name = kernel!("swiglu_backward", numbers);
-            launch!(self.device, name, grid, [THREADS, 1], matrix(dout), target(&gate), target(&up));
+            launch!(self.device, name, grid, [THREADS, 1], target(&dout), target(&gate), target(&up));
         }
     }
 
