@@ -138,12 +138,11 @@ impl BaseSource for RandomBase {
 
 pub(crate) fn lora(r: usize, dropout: f32) -> LoraConfig {
     LoraConfig {
-        base_model_name_or_path: None,
         r,
         lora_alpha: 2.0 * r as f64,
         lora_dropout: dropout,
-        use_rslora: false,
         target_modules: TargetModules::all_linear(),
+        ..LoraConfig::default()
     }
 }
 
@@ -158,7 +157,7 @@ const CARDS: [(EngineDevice, f64); 3] = [
 fn engine(folder: &Path, device: EngineDevice, nf4: bool, recompute: Recompute, dropout: f32) -> Engine {
     let options = EngineOptions {
         quantization: nf4.then(Nf4Options::default),
-        lora: Some(lora(8, dropout)),
+        adapter: Some(lora(8, dropout).shared()),
         device,
         recompute,
         micro_batch_rows: Some(8),

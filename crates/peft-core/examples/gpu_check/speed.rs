@@ -230,8 +230,8 @@ fn products(lines: &mut Vec<String>) {
         ("dA, r 48", 48, 4096, 8192, [true, false], 1.0, true),
     ];
     for (name, m, n, k, [ta, tb], beta, wide) in shapes {
-        let a = if ta { View::<Cuda>::new(&a_buffer, k, m) } else { View::new(&a_buffer, m, k) };
-        let b = if tb { View::<Cuda>::new(&b_buffer, n, k) } else { View::new(&b_buffer, k, n) };
+        let a = if ta { View::<Cuda>::new(&a_buffer, k, m) } else { View::<Cuda>::new(&a_buffer, m, k) };
+        let b = if tb { View::<Cuda>::new(&b_buffer, n, k) } else { View::<Cuda>::new(&b_buffer, k, n) };
         let seconds = time(&cuda, || {
             let c = if wide { &mut exact } else { &mut c };
             cuda.gemm(0.001, a, ta, b, tb, beta, ViewMut::<Cuda>::new(c, m, n));
@@ -249,7 +249,6 @@ fn steps(lines: &mut Vec<String>) {
             let begin = Instant::now();
             let base = RandomBase::new(hidden, inner, layers, vocabulary, heads, 64);
             let made = begin.elapsed().as_secs_f64();
-            let (layout, _) = lora(16, 0.0).layout(base.config()).unwrap();
             let packed_bytes = layers * (hidden * hidden * 5 / 2 + 3 * hidden * inner) / 2;
             let request = PlanRequest {
                 micro_batch_rows: Some(rows),
@@ -265,7 +264,7 @@ fn steps(lines: &mut Vec<String>) {
             };
             let device = EngineDevice::Cuda { index: 0, precision: Precision::Bf16 };
             let begin = Instant::now();
-            let parts = EngineParts { layout, dropout: 0.0, request };
+            let parts = EngineParts { adapter: Some(lora(16, 0.0).shared()), request };
             let mut engine = match Engine::with_base_on(device, Box::new(base), parts) {
                 Ok(engine) => engine,
                 Err(error) => {

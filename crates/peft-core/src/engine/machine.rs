@@ -2,7 +2,7 @@
 
 use super::{EngineDevice, GradientSink};
 use crate::{
-    adapter::ParameterLayout,
+    adapter::{AnyMethod, Branches, Fit, MethodOn, ParameterLayout, PassDropout},
     backend::{
         Backend,
         cpu::{Cpu, Spent},
@@ -12,7 +12,7 @@ use crate::{
     error::{Error, Result},
     model::{
         BaseSource, ModelConfig,
-        decoder::{Branches, Decoder, PassDropout},
+        decoder::{Decoder, Trained},
     },
     nn::rope::RopeTable,
     plan::{Arena, Recompute, Sizes},
@@ -21,6 +21,8 @@ use crate::{
 /// A backend and what passes over it work in.
 pub(crate) struct Worker<B: Backend> {
     backend: B,
+    /// What the method does beside each module.
+    branches: Branches<B>,
     /// Reserved at the first step: generating alone does not need it.
     memory: Option<StepMemory<B>>,
     /// The flat parameters and their gradient where the backend can read them, where it cannot read the caller's.
@@ -54,25 +56,35 @@ pub(crate) struct Pass<'a> {
 
 impl<B: Backend> Worker<B> {
     fn new(backend: B) -> Self {
-        Self { backend, memory: None, parameters: None, gradient: None, staging: Vec::new() }
+        let branches = Branches::default();
+        Self { backend, branches, memory: None, parameters: None, gradient: None, staging: Vec::new() }
     }
 
-    /// The backend, and the flat parameters where it can read them.
+    /// Takes on a method; what was reserved for another is given back.
+    fn adapt(&mut self, fit: &Fit, layers: usize)
+    where
+        dyn AnyMethod: MethodOn<B>,
+    {
+        self.branches = fit.branches(layers);
+        (self.memory, self.parameters, self.gradient) = (None, None, None);
+    }
+
+    /// The backend, the method's branches, and the flat parameters where the backend can read them.
     pub(crate) fn lend<'a>(
         &'a mut self,
         parameters: Option<&'a [f32]>,
-    ) -> Result<(&'a B, Option<&'a B::Buffer>)> {
-        let Self { backend, parameters: place, .. } = self;
+    ) -> Result<(&'a B, &'a Branches<B>, Option<&'a B::Buffer>)> {
+        let Self { backend, branches, parameters: place, .. } = self;
         let parameters = match parameters {
             Some(parameters) => Some(backend.lend(parameters, place)?),
             None => None,
         };
-        Ok((backend, parameters))
+        Ok((backend, branches, parameters))
     }
 
     /// Runs a micro-batch: the summed loss.
     fn pass(&mut self, parts: Parts<'_>, pass: Pass<'_>) -> Result<f64> {
-        let Self { backend, memory, parameters: place, gradient: gradient_place, staging } = self;
+        let Self { backend, branches, memory, parameters: place, gradient: gradient_place, staging } = self;
         let Parts { config, base, layout } = parts;
         let Pass { packed, sizes, recompute, parameters, dropout, training } = pass;
         let StepMemory { arena, rope } = match memory {
@@ -89,8 +101,8 @@ impl<B: Backend> Worker<B> {
             None => None,
         };
         let (tokens, predicting) = (packed.tokens(), packed.predicting.len());
-        let branches = Branches { parameters, layout, dropout };
-        let mut decoder = Decoder { backend, config, base, branches, rope, arena, tokens, predicting };
+        let trained = Trained { parameters, layout, branches, dropout };
+        let mut decoder = Decoder { backend, config, base, trained, rope, arena, tokens, predicting };
         let loss = backend.run(|| {
             if predicting == 0 {
                 if let Some((gradient, sink)) = training {
@@ -134,6 +146,14 @@ impl Machine {
         match self {
             Self::Cpu(_) => Ok(()),
             Self::Cuda(worker) => worker.backend.hold(base),
+        }
+    }
+
+    /// Takes on a method.
+    pub(crate) fn adapt(&mut self, fit: &Fit, layers: usize) {
+        match self {
+            Self::Cpu(worker) => worker.adapt(fit, layers),
+            Self::Cuda(worker) => worker.adapt(fit, layers),
         }
     }
 

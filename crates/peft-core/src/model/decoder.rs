@@ -4,48 +4,42 @@
 //! says of each layer's part of the flat gradient when it is final, so that its reduction may begin.
 
 use crate::{
-    adapter::{
-        ParameterLayout,
-        lora::{Dropout, Lora},
-    },
+    adapter::{Branches, EmbeddingBranch, EmbeddingSite, ParameterLayout, PassDropout},
     backend::{AttentionShape, Backend, Ready, View, ViewMut},
     error::Result,
     loss::head::Head,
-    model::{BaseSource, LayerWeights, LinearWeights, ModelConfig, Projection},
-    nn::{attention::Attention, embedding, linear::Linear, mlp::Mlp, rms_norm::RmsNorm, rope::RopeTable},
+    model::{BaseSource, LayerWeights, LinearWeights, ModelConfig, Place, Projection},
+    nn::{
+        attention::Attention,
+        embedding,
+        linear::{Branch, Linear},
+        mlp::Mlp,
+        rms_norm::RmsNorm,
+        rope::RopeTable,
+    },
     plan::Arena,
-    random::DropoutKey,
 };
 
-/// The trained tensors as one pass sees them.
-pub struct Branches<'a, B: Backend> {
+/// What is trained, as one pass sees it.
+pub struct Trained<'a, B: Backend> {
     /// The flat parameters; none runs the bare base.
     pub parameters: Option<&'a B::Buffer>,
     /// Where each tensor lies.
     pub layout: &'a ParameterLayout,
+    /// What the method does beside each module.
+    pub branches: &'a Branches<B>,
     /// Dropout of this pass.
     pub dropout: Option<PassDropout>,
 }
 
-/// Dropout of one pass over the model.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct PassDropout {
-    /// Share of numbers set to 0.
-    pub p: f32,
-    /// The job's seed.
-    pub seed: u64,
-    /// The optimizer step.
-    pub step: u64,
-}
+impl<'a, B: Backend> Trained<'a, B> {
+    fn linear(&self, layer: usize, index: usize) -> Option<Branch<'a, B>> {
+        let branch = self.branches.linear(layer, index)?;
+        Some(Branch { branch, parameters: self.parameters?, dropout: self.dropout })
+    }
 
-impl<'a, B: Backend> Branches<'a, B> {
-    fn lora(&self, layer: usize, projection: Projection) -> Option<Lora<'a, B>> {
-        let pair = self.layout.pair(layer, projection)?;
-        let dropout = self.dropout.map(|pass| {
-            let module = (layer * Projection::ALL.len() + projection.index()) as u32;
-            Dropout { p: pass.p, key: DropoutKey { seed: pass.seed, step: pass.step, module } }
-        });
-        Some(Lora::new(self.parameters?, pair, dropout))
+    fn embedding(&self) -> Option<(&'a dyn EmbeddingBranch<B>, &'a B::Buffer)> {
+        Some((self.branches.embedding()?, self.parameters?))
     }
 }
 
@@ -58,7 +52,7 @@ pub struct Decoder<'a, B: Backend, S: BaseSource + ?Sized> {
     /// Frozen weights.
     pub base: &'a mut S,
     /// What is trained.
-    pub branches: Branches<'a, B>,
+    pub trained: Trained<'a, B>,
     /// Angles.
     pub rope: &'a RopeTable<B>,
     /// Memory.
@@ -95,12 +89,17 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         let hidden = config.hidden_size;
         let first = ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden);
         embedding::forward(backend, &arena.batch, &self.base.embedding(), first);
+        if let Some((branch, parameters)) = self.trained.embedding() {
+            let site = EmbeddingSite { backend, batch: &arena.batch, parameters };
+            let first = ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden);
+            branch.forward(&site, first, &mut arena.scratch.branch);
+        }
         for layer in 0..config.layers {
             if layer + 1 < config.layers {
                 self.base.prefetch(layer + 1);
             }
             let weights = self.base.layer(layer)?;
-            let site = Site { backend, config, layer, branches: &self.branches, rope: self.rope };
+            let site = Site { backend, config, layer, trained: &self.trained, rope: self.rope };
             let (attention, mlp) = site.blocks(&weights, &mut arena.weights);
             let (inputs, next) = arena.inputs.split_at_mut(layer + 1);
             let x = View::<B>::new(&inputs[layer], tokens, hidden);
@@ -144,7 +143,7 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         head.logits(backend, last, &mut arena.head, out);
     }
 
-    /// From the last hidden state's gradient down to the lowest trained layer; adds to `flat`.
+    /// From the last hidden state's gradient down to the lowest trained tensor; adds to `flat`.
     ///
     /// # Errors
     /// When a layer's weights cannot be had.
@@ -153,15 +152,23 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         let config = self.config;
         let hidden = config.hidden_size;
         let arena = &mut *self.arena;
-        let layout = self.branches.layout;
-        let Some(lowest) = layout.entries().iter().map(|entry| entry.layer).min() else { return Ok(()) };
+        let layout = self.trained.layout;
+        let head = layout.range(Place::Head);
+        if !head.is_empty() {
+            ready(head, flat);
+        }
+        let (lowest, through) = match layout.lowest() {
+            None | Some(Place::Head) => return Ok(()),
+            Some(Place::Layer(layer)) => (layer, false),
+            Some(Place::Input) => (0, true),
+        };
         let again = arena.work.len() == 1 && config.layers > 1;
         for layer in (lowest..config.layers).rev() {
             if layer > lowest {
                 self.base.prefetch(layer - 1);
             }
             let weights = self.base.layer(layer)?;
-            let site = Site { backend, config, layer, branches: &self.branches, rope: self.rope };
+            let site = Site { backend, config, layer, trained: &self.trained, rope: self.rope };
             let (attention, mlp) = site.blocks(&weights, &mut arena.weights);
             let x = View::<B>::new(&arena.inputs[layer], tokens, hidden);
             let (work, scratch) = (&mut arena.work[if again { 0 } else { layer }], &mut arena.scratch);
@@ -173,7 +180,7 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
                 attention.output(backend, &arena.batch, x, attended, work, scratch);
                 mlp.expand(backend, &arena.batch, tokens, work, scratch);
             }
-            let below = layer > lowest;
+            let below = layer > lowest || through;
             let into_attention = below || attention.is_adapted();
             mlp.backward(backend, &arena.batch, tokens, work, scratch, flat, again, into_attention);
             if into_attention {
@@ -183,6 +190,14 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
             if !range.is_empty() {
                 ready(range, flat);
             }
+        }
+        if through {
+            if let Some((branch, parameters)) = self.trained.embedding() {
+                let site = EmbeddingSite { backend, batch: &arena.batch, parameters };
+                let gradient = View::<B>::new(&arena.scratch.gradient, tokens, hidden);
+                branch.backward(&site, gradient, flat, &mut arena.scratch.branch);
+            }
+            ready(layout.range(Place::Input), flat);
         }
         Ok(())
     }
@@ -213,7 +228,7 @@ struct Site<'a, 'b, B: Backend> {
     backend: &'a B,
     config: &'b ModelConfig,
     layer: usize,
-    branches: &'b Branches<'a, B>,
+    trained: &'b Trained<'a, B>,
     rope: &'a RopeTable<B>,
 }
 
@@ -259,7 +274,7 @@ impl<'a, B: Backend> Site<'a, '_, B> {
         Linear {
             weight: self.backend.frozen(&weights.weight, scratch),
             bias: weights.bias.map(|bias| self.backend.frozen_vector(bias)),
-            lora: self.branches.lora(self.layer, projection),
+            branch: self.trained.linear(self.layer, projection.index()),
         }
     }
 }

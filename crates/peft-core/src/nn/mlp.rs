@@ -6,7 +6,6 @@
 
 use super::{linear::Linear, rms_norm::RmsNorm};
 use crate::{
-    adapter::lora::LoraScratch,
     backend::{Backend, View, ViewMut},
     plan::{Scratch, Work},
 };
@@ -29,7 +28,7 @@ impl<B: Backend> Mlp<'_, B> {
     }
 
     fn inputs_adapted(&self) -> bool {
-        self.gate.lora.is_some() || self.up.lora.is_some()
+        self.gate.is_trained() || self.up.is_trained()
     }
 
     /// Norm, gate, up.
@@ -44,12 +43,12 @@ impl<B: Backend> Mlp<'_, B> {
         let (hidden, features) = (self.down.weight.rows, self.features());
         self.normalise(backend, tokens, work, scratch);
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
-        let [_, _, _, _, gate_projected, up_projected, _] = &mut work.projected;
-        let wide = &mut scratch.lora_wide;
+        let [_, _, _, _, gate_kept, up_kept, _] = &mut work.kept;
+        let branch = &mut scratch.branch;
         let gate = ViewMut::<B>::new(&mut work.gate, tokens, features);
-        self.gate.forward(backend, batch, normed, false, gate, gate_projected, wide);
+        self.gate.forward(backend, batch, normed, false, gate, gate_kept, branch);
         let up = ViewMut::<B>::new(&mut work.up, tokens, features);
-        self.up.forward(backend, batch, normed, false, up, up_projected, wide);
+        self.up.forward(backend, batch, normed, false, up, up_kept, branch);
     }
 
     /// `next = middle + down(silu(gate) * up)`; `next` `[T, hidden]`.
@@ -65,12 +64,12 @@ impl<B: Backend> Mlp<'_, B> {
         self.activate(backend, tokens, work, scratch);
         let activated = View::<B>::new(&scratch.wide_a, tokens, self.features());
         backend.copy(View::<B>::new(&work.middle, tokens, hidden), next.reborrow());
-        let [.., down_projected] = &mut work.projected;
-        self.down.forward(backend, batch, activated, true, next, down_projected, &mut scratch.lora_wide);
+        let [.., down_kept] = &mut work.kept;
+        self.down.forward(backend, batch, activated, true, next, down_kept, &mut scratch.branch);
     }
 
     /// Turns `scratch.gradient` from that of `next` into that of `middle`, and adds the branches' gradients to `flat`.
-    /// `again` says that the forward pass kept no projection of `down`. Without `input_gradient` nothing
+    /// `again` says that the forward pass kept nothing of `down`'s branch. Without `input_gradient` nothing
     /// below this block is trained: the gradient of middle is not made.
     #[expect(clippy::too_many_arguments, reason = "what the forward pass kept, and where gradients go")]
     pub fn backward(
@@ -86,21 +85,20 @@ impl<B: Backend> Mlp<'_, B> {
     ) {
         let (hidden, features) = (self.down.weight.rows, self.features());
         let expand_gradient = input_gradient || self.inputs_adapted();
-        if let Some(lora) = &self.down.lora {
+        if self.down.is_trained() {
             self.activate(backend, tokens, work, scratch);
             if again {
                 let activated = View::<B>::new(&scratch.wide_a, tokens, features);
-                let [.., projected] = &mut work.projected;
-                let projected = ViewMut::<B>::new(projected, tokens, lora.rank());
-                lora.project(backend, batch, activated, &mut scratch.lora_wide, projected);
+                let [.., down_kept] = &mut work.kept;
+                self.down.keep_again(backend, batch, activated, down_kept, &mut scratch.branch);
             }
         }
-        let [.., down_projected] = &work.projected;
+        let [.., down_kept] = &work.kept;
         let activated = View::<B>::new(&scratch.wide_a, tokens, features);
         let dnext = View::<B>::new(&scratch.gradient, tokens, hidden);
         let dactivated = expand_gradient.then(|| ViewMut::<B>::new(&mut scratch.wide_b, tokens, features));
-        let lora = LoraScratch::<B> { wide: &mut scratch.lora_wide, narrow: &mut scratch.lora_narrow };
-        self.down.backward(backend, batch, activated, down_projected, dnext, false, dactivated, flat, lora);
+        let branch = &mut scratch.branch;
+        self.down.backward(backend, batch, activated, down_kept, dnext, false, dactivated, flat, branch);
         if !expand_gradient {
             return;
         }
@@ -114,15 +112,14 @@ impl<B: Backend> Mlp<'_, B> {
             self.normalise(backend, tokens, work, scratch);
         }
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
-        let [_, _, _, _, gate_projected, up_projected, _] = &work.projected;
+        let [_, _, _, _, gate_kept, up_kept, _] = &work.kept;
         let parts = [
-            (&self.up, up_projected, View::<B>::new(&work.up, tokens, features)),
-            (&self.gate, gate_projected, View::<B>::new(&work.gate, tokens, features)),
+            (&self.up, up_kept, View::<B>::new(&work.up, tokens, features)),
+            (&self.gate, gate_kept, View::<B>::new(&work.gate, tokens, features)),
         ];
-        for (index, (linear, projected, dy)) in parts.into_iter().enumerate() {
+        for (index, (linear, kept, dy)) in parts.into_iter().enumerate() {
             let dnormed = input_gradient.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));
-            let lora = LoraScratch::<B> { wide: &mut scratch.lora_wide, narrow: &mut scratch.lora_narrow };
-            linear.backward(backend, batch, normed, projected, dy, index > 0, dnormed, flat, lora);
+            linear.backward(backend, batch, normed, kept, dy, index > 0, dnormed, flat, &mut scratch.branch);
         }
         if input_gradient {
             let dnormed = View::<B>::new(&scratch.dnormed, tokens, hidden);

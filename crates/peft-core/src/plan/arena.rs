@@ -2,6 +2,7 @@
 
 use super::{Recompute, Sizes};
 use crate::{
+    adapter::BranchScratch,
     backend::{Backend, BatchRoom, Use},
     error::Result,
 };
@@ -32,8 +33,8 @@ pub struct Work<B: Backend> {
     pub gate: B::Owned,
     /// `[T, intermediate]`; its gradient after the backward pass.
     pub up: B::Owned,
-    /// Each branch's `drop(x) Aᵀ`, `[T, r]`, in the order of [`crate::model::Projection::ALL`].
-    pub projected: [B::Owned; 7],
+    /// What each branch keeps, in the order of [`crate::model::Projection::ALL`].
+    pub kept: [B::Owned; 7],
 }
 
 /// What layers work in.
@@ -52,10 +53,8 @@ pub struct Scratch<B: Backend> {
     pub dk: B::Owned,
     /// Gradient of the values, `[T, kv_heads * head_dim]`.
     pub dv: B::Owned,
-    /// A branch's input after dropout, `[T, widest]`; empty where dropout is off.
-    pub lora_wide: B::Owned,
-    /// The gradient of a branch's projection, `[T, r]`.
-    pub lora_narrow: B::Owned,
+    /// What branches work in.
+    pub branch: BranchScratch<B>,
 }
 
 /// What the head works in: one chunk of rows.
@@ -128,15 +127,19 @@ impl<B: Backend> Arena<B> {
                 wide_b: rows(sizes.wide())?,
                 dk: rows(sizes.keys)?,
                 dv: rows(sizes.keys)?,
-                lora_wide: rows(sizes.dropout_columns)?,
-                lora_narrow: rows(sizes.rank())?,
+                branch: BranchScratch {
+                    wide: rows(sizes.branch.wide)?,
+                    narrow: rows(sizes.branch.narrow)?,
+                    output: rows(sizes.branch.output)?,
+                    fixed: backend.allocate(sizes.branch.fixed, Use::Exact)?,
+                },
             },
             head: HeadScratch::new(backend, sizes)?,
             weights: each(sizes.weights, |length| backend.allocate(length, Use::Activation))?,
             batch: backend.allocate_batch(BatchRoom {
                 tokens,
                 longest_span: sizes.max_length,
-                widest: sizes.dropout_columns,
+                widest: sizes.branch.wide,
                 heads: sizes.heads,
             })?,
         })
@@ -156,7 +159,7 @@ impl<B: Backend> Work<B> {
             mlp_norm: exact(1)?,
             gate: rows(sizes.intermediate)?,
             up: rows(sizes.intermediate)?,
-            projected: each(sizes.ranks, rows)?,
+            kept: each(sizes.kept, rows)?,
         })
     }
 }

@@ -145,7 +145,7 @@ mod tests {
             "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
             "max_position_embeddings": 512, "hidden_act": "silu"}"#;
         let config = ModelConfig::from_json(config.as_bytes(), "config.json".as_ref()).unwrap();
-        let layout = ParameterLayout::lora(&config, &[], 4, 1.0);
+        let layout = ParameterLayout::default();
         Sizes::new(&config, &layout, tokens, 128, &request(Recompute::Auto, None))
     }
 

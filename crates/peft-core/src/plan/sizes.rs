@@ -2,8 +2,8 @@
 
 use super::{PlanRequest, Recompute};
 use crate::{
-    adapter::ParameterLayout,
-    model::{ModelConfig, Projection},
+    adapter::{Needs, ParameterLayout},
+    model::{ModelConfig, ModuleKind, Projection},
 };
 
 /// Numbers that a chunk of logits may hold.
@@ -39,16 +39,17 @@ pub struct Sizes {
     pub intermediate: usize,
     /// Vocabulary.
     pub vocabulary: usize,
-    /// Rank of each adapted projection, in the order of [`Projection::ALL`]; 0 where none is adapted in any layer.
-    pub ranks: [usize; 7],
+    /// What the branch of each projection keeps for each token, in the order of [`Projection::ALL`]; 0 where none is adapted
+    /// in any layer.
+    pub kept: [usize; 7],
+    /// What branches work in.
+    pub branch: Needs,
     /// Numbers of each matrix written out, in the order of [`Projection::ALL`]; 0 where it is read in place.
     pub weights: [usize; 7],
     /// Rows of logits made at once.
     pub head_rows: usize,
     /// Rows of the head widened at once; 0 where it is read in place.
     pub head_block: usize,
-    /// Columns of the widest matrix that dropout is applied to; 0 where it is off.
-    pub dropout_columns: usize,
     /// Numbers in the threads' own scratch.
     pub lanes: usize,
     /// Numbers in the table of angles.
@@ -64,11 +65,12 @@ impl Sizes {
         max_length: usize,
         request: &PlanRequest,
     ) -> Self {
-        let mut ranks = [0; 7];
-        for entry in layout.entries().iter().filter(|entry| entry.kind == crate::adapter::Kind::A) {
-            let rank = &mut ranks[entry.projection.index()];
-            *rank = entry.shape[0].max(*rank);
+        let mut kept = [0; 7];
+        for adapted in layout.modules().iter().filter(|adapted| adapted.module.kind == ModuleKind::Linear) {
+            let of_projection: &mut usize = &mut kept[adapted.module.index];
+            *of_projection = adapted.needs.kept.max(*of_projection);
         }
+        let branch = layout.needs();
         let size = |projection: Projection| {
             let [rows, columns] = config.shape(projection);
             rows * columns
@@ -76,7 +78,6 @@ impl Sizes {
         let weights = if request.dequantised { Projection::ALL.map(size) } else { [0; 7] };
         let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
         let queries = config.attention_heads * config.head_dim;
-        let widest = hidden.max(intermediate).max(queries);
         let (logits, most_rows) = match request.accelerated {
             true => (LOGITS_ACCELERATED, HEAD_ROWS_ACCELERATED),
             false => (LOGITS, HEAD_ROWS),
@@ -87,7 +88,7 @@ impl Sizes {
             false => (HEAD_BLOCK / hidden).clamp(1, config.vocabulary_size),
         };
         // Two tiles of attention, or a row that dropout is applied to.
-        let lane = (2 * 64 * max_length).max(if request.dropout { widest } else { 0 });
+        let lane = (2 * 64 * max_length).max(if request.dropout { branch.wide } else { 0 });
         Self {
             tokens,
             layers: config.layers,
@@ -99,11 +100,11 @@ impl Sizes {
             keys: config.key_value_heads * config.head_dim,
             intermediate,
             vocabulary: config.vocabulary_size,
-            ranks,
+            kept,
+            branch,
             weights,
             head_rows,
             head_block: if request.head_widened { head_block } else { 0 },
-            dropout_columns: if request.dropout { widest } else { 0 },
             lanes: match request.accelerated {
                 // Ids and the like, attention's sums by head, the larger operand of a product rounded to 2 bytes.
                 true => {
@@ -122,20 +123,15 @@ impl Sizes {
         self.intermediate.max(self.queries)
     }
 
-    /// The largest rank.
-    pub(super) fn rank(&self) -> usize {
-        self.ranks.iter().copied().max().unwrap_or(0)
-    }
-
     /// Kept for each layer whatever the plan: its input, attention's output and logarithms.
     fn kept_always(&self) -> usize {
         self.hidden + self.queries + self.heads
     }
 
-    /// Kept for each layer, or once for the layer at work: q, k, v, middle, gate, up, norms, projections.
+    /// Kept for each layer, or once for the layer at work: q, k, v, middle, gate, up, norms, branches.
     fn work(&self) -> usize {
-        let projections: usize = self.ranks.iter().sum();
-        self.queries + 2 * self.keys + self.hidden + 2 * self.intermediate + 2 + projections
+        let kept: usize = self.kept.iter().sum();
+        self.queries + 2 * self.keys + self.hidden + 2 * self.intermediate + 2 + kept
     }
 
     /// Numbers that the forward pass keeps.
@@ -147,11 +143,16 @@ impl Sizes {
 
     /// Numbers that operations work in.
     pub fn scratch(&self) -> usize {
-        let per_token =
-            3 * self.hidden + 2 * self.wide() + 2 * self.keys + self.dropout_columns + self.rank();
+        let branch = self.branch.wide + self.branch.narrow + self.branch.output;
+        let per_token = 3 * self.hidden + 2 * self.wide() + 2 * self.keys + branch;
         let head = self.tokens
             + self.head_rows * (self.vocabulary + 4 * self.hidden + 1)
             + self.head_block * self.hidden;
-        self.tokens * per_token + head + self.weights.iter().sum::<usize>() + self.lanes + self.rope
+        self.tokens * per_token
+            + head
+            + self.weights.iter().sum::<usize>()
+            + self.lanes
+            + self.rope
+            + self.branch.fixed
     }
 }
