@@ -144,6 +144,7 @@ fn check(options: Nf4Options, recompute: Recompute) {
     let setup = Setup { recompute, rows: 3, max_length: 40, ..Setup::new(Some(method)) };
     let request = PlanRequest {
         accelerated: false,
+        half_activations: false,
         micro_batch_rows: Some(3),
         max_length: 40,
         recompute,

@@ -123,6 +123,17 @@ pub trait LinearBranch<B: Backend>: Send + Sync {
     ) {
     }
 
+    /// Writes `dx` as [`LinearBranch::backward`] does, or adds to it with `accumulate`, and nothing else. The input x is
+    /// not known yet.
+    fn input_gradient(
+        &self,
+        site: &LinearSite<'_, B>,
+        dy: View<'_, B>,
+        accumulate: bool,
+        dx: ViewMut<'_, B>,
+        scratch: &mut BranchScratch<B>,
+    );
+
     /// Adds the gradients of the branch's tensors to `gradient`, where they lie as in the parameters, and writes `dx`, or
     /// adds to it with `accumulate`; without `dx` no gradient of the input is wanted.
     #[expect(clippy::too_many_arguments, reason = "inputs, outputs and scratch of a layer without memory")]

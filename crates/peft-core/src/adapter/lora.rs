@@ -293,6 +293,46 @@ impl Lora {
     }
 }
 
+impl Lora {
+    /// `dp = s dy B` `[T, r]`, into `narrow`.
+    fn narrow<'b, B: Backend>(
+        &self,
+        site: &LinearSite<'_, B>,
+        dy: View<'_, B>,
+        narrow: &'b mut B::Buffer,
+    ) -> View<'b, B> {
+        let b = self.b::<B>(site.parameters);
+        let dp = ViewMut::<B>::new(&mut *narrow, dy.rows, self.rank);
+        site.backend.gemm(self.scale, dy, false, b, false, 0.0, dp);
+        View::<B>::new(narrow, dy.rows, self.rank)
+    }
+
+    /// `dx = dy W + mask (dp A)`, or `dx += …`, with dp in `scratch.narrow`.
+    fn widen<B: Backend>(
+        &self,
+        site: &LinearSite<'_, B>,
+        dy: View<'_, B>,
+        accumulate: bool,
+        mut dx: ViewMut<'_, B>,
+        scratch: &mut BranchScratch<B>,
+    ) {
+        let (backend, tokens) = (site.backend, dy.rows);
+        let a = self.a::<B>(site.parameters);
+        let dp = View::<B>::new(&*scratch.narrow, tokens, self.rank);
+        let beta = if accumulate { 1.0 } else { 0.0 };
+        let Some(dropout) = site.dropout else {
+            let branch = Product { alpha: 1.0, a: dp, transpose_a: false, b: a, transpose_b: false };
+            backend.gemm_pair(site.product_backward(dy), branch, beta, dx);
+            return;
+        };
+        site.multiply_backward(dy, beta, dx.reborrow());
+        let wide = ViewMut::<B>::new(&mut *scratch.wide, tokens, self.input);
+        backend.gemm(1.0, dp, false, a, false, 0.0, wide);
+        let wide = View::<B>::new(&*scratch.wide, tokens, self.input);
+        backend.dropout_backward(site.batch, dropout.key(self.module), dropout.p, wide, dx);
+    }
+}
+
 impl<B: Backend> LinearBranch<B> for Lora {
     fn forward(
         &self,
@@ -338,30 +378,28 @@ impl<B: Backend> LinearBranch<B> for Lora {
         scratch: &mut BranchScratch<B>,
     ) {
         let (backend, tokens) = (site.backend, x.rows);
-        let (a, b) = (self.a::<B>(site.parameters), self.b::<B>(site.parameters));
         let projected = View::<B>::new(kept, tokens, self.rank);
         let db = ViewMut::<B>::at(&mut *gradient, self.b, self.output, self.rank);
         backend.gemm(self.scale, dy, true, projected, false, 1.0, db);
 
-        let dp = ViewMut::<B>::new(&mut *scratch.narrow, tokens, self.rank);
-        backend.gemm(self.scale, dy, false, b, false, 0.0, dp);
-        let dp = View::<B>::new(&*scratch.narrow, tokens, self.rank);
-
+        let dp = self.narrow(site, dy, &mut scratch.narrow);
         let dropped = site.dropped(self.module, x, &mut *scratch.wide);
         let da = ViewMut::<B>::at(gradient, self.a, self.rank, self.input);
         backend.gemm(1.0, dp, true, dropped, false, 1.0, da);
+        if let Some(dx) = dx {
+            self.widen(site, dy, accumulate, dx, scratch);
+        }
+    }
 
-        let Some(mut dx) = dx else { return };
-        let beta = if accumulate { 1.0 } else { 0.0 };
-        let Some(dropout) = site.dropout else {
-            let branch = Product { alpha: 1.0, a: dp, transpose_a: false, b: a, transpose_b: false };
-            backend.gemm_pair(site.product_backward(dy), branch, beta, dx);
-            return;
-        };
-        site.multiply_backward(dy, beta, dx.reborrow());
-        let wide = ViewMut::<B>::new(&mut *scratch.wide, tokens, self.input);
-        backend.gemm(1.0, dp, false, a, false, 0.0, wide);
-        let wide = View::<B>::new(&*scratch.wide, tokens, self.input);
-        backend.dropout_backward(site.batch, dropout.key(self.module), dropout.p, wide, dx);
+    fn input_gradient(
+        &self,
+        site: &LinearSite<'_, B>,
+        dy: View<'_, B>,
+        accumulate: bool,
+        dx: ViewMut<'_, B>,
+        scratch: &mut BranchScratch<B>,
+    ) {
+        self.narrow(site, dy, &mut scratch.narrow);
+        self.widen(site, dy, accumulate, dx, scratch);
     }
 }

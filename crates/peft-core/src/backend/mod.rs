@@ -110,11 +110,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn in_one_piece<R>(&self, mut build: impl FnMut() -> Result<R>) -> Result<R> {
         build()
     }
-    /// Reserves host memory for `length` activations.
+    /// Reserves host memory for `length` numbers.
     ///
     /// # Errors
     /// When the memory cannot be had.
-    fn allocate_aside(&self, length: usize) -> Result<Self::Aside>;
+    fn allocate_aside(&self, length: usize, purpose: Use) -> Result<Self::Aside>;
     /// Copies `from`, which has no gaps, aside, beside other work. `from` must stay until [`Backend::await_aside`].
     fn put_aside(&self, from: View<'_, Self>, to: &mut Self::Aside);
     /// Copies what lies aside to `to`, which has no gaps, after the work that is queued and beside what comes later.

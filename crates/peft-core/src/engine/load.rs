@@ -93,6 +93,7 @@ impl EngineOptions {
             dropout: self.dropout() > 0.0,
             threads: self.threads,
             accelerated: self.device != EngineDevice::Cpu,
+            half_activations: matches!(self.device, EngineDevice::Cuda { precision: Precision::Bf16, .. }),
         }
     }
 }

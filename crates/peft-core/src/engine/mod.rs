@@ -14,6 +14,7 @@ mod load;
 mod machine;
 mod options;
 mod passes;
+mod resident;
 
 use std::ops::Range;
 
@@ -24,7 +25,7 @@ pub use options::{EngineDevice, EngineOptions};
 
 use crate::{
     adapter::{Fit, Matched, ParameterLayout, SharedMethod},
-    backend::cpu::Spent,
+    backend::{cpu::Spent, cuda::Precision},
     batch::PackedBatch,
     error::Result,
     model::{BaseSource, ModelConfig},
@@ -137,18 +138,23 @@ impl Engine {
     /// # Errors
     /// When the base does not fit the card's memory.
     fn on(mut machine: Machine, mut base: SharedBase, fit: Fit, mut request: PlanRequest) -> Result<Self> {
-        machine.hold(&mut *base)?;
         machine.adapt(&fit, base.config().layers);
         request.threads = machine.threads();
         if let Some(card) = machine.card() {
-            // The base lies there already. The rest is free but for what the driver takes as it goes.
-            let room = card.free_bytes() / 100 * 96 + request.base_bytes;
+            // All that is free, but for what the driver takes as it goes.
+            let room = card.free_bytes() / 100 * 96;
             request.memory_limit = Some(request.memory_limit.map_or(room, |limit| limit.min(room)));
+            request.accelerated = true;
+            request.half_activations = card.precision() == Precision::Bf16;
         }
         request.dropout = fit.dropout() > 0.0;
         let config = base.config().clone();
         let sizes = |tokens| Sizes::new(&config, fit.layout(), tokens, request.max_length, &request);
         let plan = MemoryPlan::choose(sizes, &request);
+        if machine.card().is_some() {
+            plan.check(request.memory_limit)?;
+        }
+        machine.hold(&mut *base)?;
         let sizes = sizes(plan.micro_batch_tokens);
         let packed = PackedBatch::with_capacity(plan.micro_batch_tokens);
         let made = match fit.network() {

@@ -80,8 +80,8 @@ impl Engine {
         let parameters = made.parameters(fit, parameters)?;
         let parts = Parts { config, base: &mut **base, layout: fit.layout() };
         let tokens = packed.predicting.len() as u64;
-        let recompute = plan.recompute;
-        let loss = machine.pass(parts, Pass { packed, sizes, recompute, parameters, dropout, training })?;
+        let levels = plan.levels;
+        let loss = machine.pass(parts, Pass { packed, sizes, levels, parameters, dropout, training })?;
         Ok(LossSum { loss, tokens })
     }
 
@@ -89,12 +89,12 @@ impl Engine {
         parameters.map_or(Ok(()), |parameters| self.check_flat(parameters.len()))
     }
 
-    fn check_flat(&self, found: usize) -> Result<()> {
+    pub(super) fn check_flat(&self, found: usize) -> Result<()> {
         let expected = self.layout().len();
         if found == expected { Ok(()) } else { Err(StepError::FlatLength { found, expected }.into()) }
     }
 
-    fn check_rows(&self, rows: &[Row]) -> Result<()> {
+    pub(super) fn check_rows(&self, rows: &[Row]) -> Result<()> {
         let plan = &self.plan;
         let tokens: usize = rows.iter().map(|row| row.token_ids.len()).sum();
         if rows.len() > plan.micro_batch_rows || tokens > plan.micro_batch_tokens {

@@ -8,7 +8,7 @@ use crate::{
     error::Result,
     model::decoder::{Attend, Decoder, Trained},
     nn::rope::RopeTable,
-    plan::{Arena, PlanRequest, Recompute, Sizes},
+    plan::{Arena, Levels, PlanRequest, Sizes},
 };
 
 /// Keys and values of one layer, `[positions, kv_heads * head_dim]` each.
@@ -43,7 +43,7 @@ impl<B: Backend> Session<B> {
         let room = || backend.allocate(room, Use::Activation);
         let cache = || Ok(Cache { keys: room()?, values: room()? });
         Ok(Self {
-            arena: Arena::new(backend, &sizes, Recompute::Layers)?,
+            arena: Arena::new(backend, &sizes, Levels::boundaries(sizes.layers))?,
             rope: RopeTable::new(backend, parts.config, positions)?,
             caches: (0..layers).map(|_| cache()).collect::<Result<_>>()?,
             packed: PackedBatch::with_capacity(tokens),
@@ -79,8 +79,17 @@ impl<B: Backend> Session<B> {
         let features = config.key_value_heads * config.head_dim;
         let (branches, parameters) = adapter;
         let trained = Trained { parameters, layout, branches, dropout: None };
-        let mut decoder =
-            Decoder { backend, config, base: &mut **base, trained, rope, arena, tokens, predicting: 0 };
+        let mut decoder = Decoder {
+            backend,
+            config,
+            base: &mut **base,
+            trained,
+            rope,
+            arena,
+            tokens,
+            predicting: 0,
+            training: false,
+        };
         backend.run(|| {
             decoder.forward_with(|layer, attention, step| {
                 let Attend { backend, batch, tokens, work, attended } = step;

@@ -145,7 +145,7 @@ impl<B: Backend> Attention<'_, B> {
 
         let out = View::<B>::new(&attended.out, tokens, queries);
         let dmiddle = View::<B>::new(&scratch.gradient, tokens, hidden);
-        let dout = attend_gradient.then(|| ViewMut::<B>::new(&mut scratch.wide_b, tokens, queries));
+        let dout = attend_gradient.then(|| ViewMut::<B>::new(&mut scratch.wide, tokens, queries));
         self.o.backward(backend, batch, out, o_kept, dmiddle, false, dout, flat, &mut scratch.branch);
         if !attend_gradient {
             return;
@@ -159,12 +159,12 @@ impl<B: Backend> Attention<'_, B> {
             View::<B>::new(&work.v, tokens, keys),
             out,
             View::<B>::new(&attended.log_sum, tokens, self.shape.heads),
-            View::<B>::new(&scratch.wide_b, tokens, queries),
-            ViewMut::<B>::new(&mut scratch.wide_a, tokens, queries),
+            View::<B>::new(&scratch.wide, tokens, queries),
+            ViewMut::<B>::new(&mut scratch.dq, tokens, queries),
             ViewMut::<B>::new(&mut scratch.dk, tokens, keys),
             ViewMut::<B>::new(&mut scratch.dv, tokens, keys),
         );
-        self.rope.backward(backend, batch, ViewMut::<B>::new(&mut scratch.wide_a, tokens, queries));
+        self.rope.backward(backend, batch, ViewMut::<B>::new(&mut scratch.dq, tokens, queries));
         self.rope.backward(backend, batch, ViewMut::<B>::new(&mut scratch.dk, tokens, keys));
 
         if self.inputs_adapted() {
@@ -175,7 +175,7 @@ impl<B: Backend> Attention<'_, B> {
         let parts = [
             (&self.v, v_kept, View::<B>::new(&scratch.dv, tokens, keys)),
             (&self.k, k_kept, View::<B>::new(&scratch.dk, tokens, keys)),
-            (&self.q, q_kept, View::<B>::new(&scratch.wide_a, tokens, queries)),
+            (&self.q, q_kept, View::<B>::new(&scratch.dq, tokens, queries)),
         ];
         for (index, (linear, kept, dy)) in parts.into_iter().enumerate() {
             let dnormed = input_gradient.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));

@@ -96,6 +96,25 @@ impl<B: Backend> Linear<'_, B> {
         backend.gemm(1.0, dy, false, self.weight, false, beta, dx);
     }
 
+    /// `dx = dy W` and what the branch adds, or `dx += …` with `accumulate`, without the branch's own gradients: for a
+    /// caller that has the layer's input only afterwards, and then calls [`Linear::backward`] without dx.
+    pub fn input_gradient(
+        &self,
+        backend: &B,
+        batch: &B::Batch,
+        dy: View<'_, B>,
+        accumulate: bool,
+        dx: ViewMut<'_, B>,
+        scratch: &mut BranchScratch<B>,
+    ) {
+        if let Some(branch) = &self.branch {
+            let site = self.site(backend, batch, branch);
+            return branch.branch.input_gradient(&site, dy, accumulate, dx, scratch);
+        }
+        let beta = if accumulate { 1.0 } else { 0.0 };
+        backend.gemm(1.0, dy, false, self.weight, false, beta, dx);
+    }
+
     fn site<'b>(
         &'b self,
         backend: &'b B,

@@ -7,7 +7,7 @@
 use super::{linear::Linear, rms_norm::RmsNorm};
 use crate::{
     backend::{Backend, View, ViewMut},
-    plan::{Scratch, Work},
+    plan::{Expansion, Scratch, Work},
 };
 
 /// Weights of a feed-forward block.
@@ -38,6 +38,7 @@ impl<B: Backend> Mlp<'_, B> {
         batch: &B::Batch,
         tokens: usize,
         work: &mut Work<B>,
+        expansion: &mut Expansion<B>,
         scratch: &mut Scratch<B>,
     ) {
         let (hidden, features) = (self.down.weight.rows, self.features());
@@ -45,9 +46,9 @@ impl<B: Backend> Mlp<'_, B> {
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
         let [_, _, _, _, gate_kept, up_kept, _] = &mut work.kept;
         let branch = &mut scratch.branch;
-        let gate = ViewMut::<B>::new(&mut work.gate, tokens, features);
+        let gate = ViewMut::<B>::new(&mut expansion.gate, tokens, features);
         self.gate.forward(backend, batch, normed, false, gate, gate_kept, branch);
-        let up = ViewMut::<B>::new(&mut work.up, tokens, features);
+        let up = ViewMut::<B>::new(&mut expansion.up, tokens, features);
         self.up.forward(backend, batch, normed, false, up, up_kept, branch);
     }
 
@@ -57,12 +58,13 @@ impl<B: Backend> Mlp<'_, B> {
         backend: &B,
         batch: &B::Batch,
         work: &mut Work<B>,
+        expansion: &Expansion<B>,
         scratch: &mut Scratch<B>,
         mut next: ViewMut<'_, B>,
     ) {
         let (tokens, hidden) = (next.rows, next.columns);
-        self.activate(backend, tokens, work, scratch);
-        let activated = View::<B>::new(&scratch.wide_a, tokens, self.features());
+        self.activate(backend, tokens, expansion, scratch);
+        let activated = View::<B>::new(&scratch.wide, tokens, self.features());
         backend.copy(View::<B>::new(&work.middle, tokens, hidden), next.reborrow());
         let [.., down_kept] = &mut work.kept;
         self.down.forward(backend, batch, activated, true, next, down_kept, &mut scratch.branch);
@@ -78,6 +80,7 @@ impl<B: Backend> Mlp<'_, B> {
         batch: &B::Batch,
         tokens: usize,
         work: &mut Work<B>,
+        expansion: &mut Expansion<B>,
         scratch: &mut Scratch<B>,
         flat: &mut B::Buffer,
         again: bool,
@@ -85,37 +88,49 @@ impl<B: Backend> Mlp<'_, B> {
     ) {
         let (hidden, features) = (self.down.weight.rows, self.features());
         let expand_gradient = input_gradient || self.inputs_adapted();
-        if self.down.is_trained() {
-            self.activate(backend, tokens, work, scratch);
-            if again {
-                let activated = View::<B>::new(&scratch.wide_a, tokens, features);
-                let [.., down_kept] = &mut work.kept;
-                self.down.keep_again(backend, batch, activated, down_kept, &mut scratch.branch);
-            }
+        let dnext = View::<B>::new(&scratch.gradient, tokens, hidden);
+        if expand_gradient {
+            let dactivated = ViewMut::<B>::new(&mut scratch.wide, tokens, features);
+            self.down.input_gradient(backend, batch, dnext, false, dactivated, &mut scratch.branch);
+            // Leaves the activated product where its gradient was.
+            backend.swiglu_backward(
+                ViewMut::<B>::new(&mut scratch.wide, tokens, features),
+                ViewMut::<B>::new(&mut expansion.gate, tokens, features),
+                ViewMut::<B>::new(&mut expansion.up, tokens, features),
+            );
+        } else if self.down.is_trained() {
+            self.activate(backend, tokens, expansion, scratch);
+        }
+        let activated = View::<B>::new(&scratch.wide, tokens, features);
+        let dnext = View::<B>::new(&scratch.gradient, tokens, hidden);
+        if again {
+            let [.., down_kept] = &mut work.kept;
+            self.down.keep_again(backend, batch, activated, down_kept, &mut scratch.branch);
         }
         let [.., down_kept] = &work.kept;
-        let activated = View::<B>::new(&scratch.wide_a, tokens, features);
-        let dnext = View::<B>::new(&scratch.gradient, tokens, hidden);
-        let dactivated = expand_gradient.then(|| ViewMut::<B>::new(&mut scratch.wide_b, tokens, features));
-        let branch = &mut scratch.branch;
-        self.down.backward(backend, batch, activated, down_kept, dnext, false, dactivated, flat, branch);
+        self.down.backward(
+            backend,
+            batch,
+            activated,
+            down_kept,
+            dnext,
+            false,
+            None,
+            flat,
+            &mut scratch.branch,
+        );
         if !expand_gradient {
             return;
         }
 
-        backend.swiglu_backward(
-            ViewMut::<B>::new(&mut scratch.wide_b, tokens, features),
-            ViewMut::<B>::new(&mut work.gate, tokens, features),
-            ViewMut::<B>::new(&mut work.up, tokens, features),
-        );
         if self.inputs_adapted() {
             self.normalise(backend, tokens, work, scratch);
         }
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
         let [_, _, _, _, gate_kept, up_kept, _] = &work.kept;
         let parts = [
-            (&self.up, up_kept, View::<B>::new(&work.up, tokens, features)),
-            (&self.gate, gate_kept, View::<B>::new(&work.gate, tokens, features)),
+            (&self.up, up_kept, View::<B>::new(&expansion.up, tokens, features)),
+            (&self.gate, gate_kept, View::<B>::new(&expansion.gate, tokens, features)),
         ];
         for (index, (linear, kept, dy)) in parts.into_iter().enumerate() {
             let dnormed = input_gradient.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));
@@ -137,11 +152,11 @@ impl<B: Backend> Mlp<'_, B> {
         self.norm.forward(backend, middle, normed, ViewMut::<B>::new(&mut work.mlp_norm, tokens, 1));
     }
 
-    /// `wide_a = silu(gate) * up`.
-    fn activate(&self, backend: &B, tokens: usize, work: &Work<B>, scratch: &mut Scratch<B>) {
+    /// `wide = silu(gate) * up`.
+    fn activate(&self, backend: &B, tokens: usize, expansion: &Expansion<B>, scratch: &mut Scratch<B>) {
         let features = self.features();
-        let gate = View::<B>::new(&work.gate, tokens, features);
-        let up = View::<B>::new(&work.up, tokens, features);
-        backend.swiglu(gate, up, ViewMut::<B>::new(&mut scratch.wide_a, tokens, features));
+        let gate = View::<B>::new(&expansion.gate, tokens, features);
+        let up = View::<B>::new(&expansion.up, tokens, features);
+        backend.swiglu(gate, up, ViewMut::<B>::new(&mut scratch.wide, tokens, features));
     }
 }

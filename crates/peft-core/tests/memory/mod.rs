@@ -187,6 +187,7 @@ impl Setup {
             dropout: false,
             threads: self.threads,
             accelerated: false,
+            half_activations: false,
         };
         let parts = EngineParts { adapter: self.adapter.clone(), request };
         Engine::with_base(Box::new(base), parts).unwrap()

@@ -106,8 +106,8 @@ impl Backend for Cpu {
         Ok(memory)
     }
 
-    fn allocate_aside(&self, length: usize) -> Result<Vec<f32>> {
-        self.allocate(length, Use::Activation)
+    fn allocate_aside(&self, length: usize, purpose: Use) -> Result<Vec<f32>> {
+        self.allocate(length, purpose)
     }
 
     fn put_aside(&self, from: View<'_, Self>, to: &mut Vec<f32>) {

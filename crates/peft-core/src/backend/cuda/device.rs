@@ -22,9 +22,7 @@ use super::{
     memory::Numbers,
     profile::Profile,
 };
-
-/// Bytes that products may work in.
-const WORKSPACE: usize = 32 << 20;
+use crate::plan::WORKSPACE;
 
 /// Attention's kernels for one size of heads.
 #[derive(Clone, Copy)]

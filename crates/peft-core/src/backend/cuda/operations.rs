@@ -101,8 +101,8 @@ impl Backend for Cuda {
         self.in_one_region(build)
     }
 
-    fn allocate_aside(&self, length: usize) -> Result<Aside> {
-        Ok(Aside::new(&self.device, self.numbers(Use::Activation).bytes() * length)?)
+    fn allocate_aside(&self, length: usize, purpose: Use) -> Result<Aside> {
+        Ok(Aside::new(&self.device, self.numbers(purpose).bytes() * length)?)
     }
 
     fn put_aside(&self, from: View<'_, Self>, to: &mut Aside) {
