@@ -392,7 +392,7 @@ pub(crate) fn check(report: &mut Report) {
         (&[150, 33], 2, 1, 256),
     ] {
         let batch = packed(lengths, 1000);
-        let shape = AttentionShape { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() };
+        let shape = AttentionShape::new(heads, kv_heads, head_dim);
         let name = format!("attention {lengths:?} heads {heads}/{kv_heads} of {head_dim}");
         sides.compare(report, &name, &Attention { batch: &batch, shape }, true);
     }
@@ -400,7 +400,7 @@ pub(crate) fn check(report: &mut Report) {
     for queries in [1, 37] {
         let mut batch = packed(&[queries], 1000);
         batch.spans[0].keys = 301;
-        let shape = AttentionShape { heads: 8, kv_heads: 2, head_dim: 64, scale: 0.125 };
+        let shape = AttentionShape::new(8, 2, 64);
         let name = format!("attention of {queries} queries to 301 keys");
         sides.compare(report, &name, &Attention { batch: &batch, shape }, true);
     }

@@ -91,7 +91,7 @@ fn operations(lines: &mut Vec<String>) {
             continue;
         }
         let batch = load(&cuda, &packed(&[2048; 4], 1000), 32, 1);
-        let shape = AttentionShape { heads: 32, kv_heads: 8, head_dim: 128, scale: 0.088 };
+        let shape = AttentionShape::new(32, 8, 128);
         let q = put(&cuda, &numbers("q", tokens * 4096));
         let k = put(&cuda, &numbers("k", tokens * 1024));
         let (q, k) = (View::<Cuda>::new(&q, tokens, 4096), View::<Cuda>::new(&k, tokens, 1024));

@@ -33,8 +33,20 @@ pub struct AttentionShape {
     pub kv_heads: usize,
     /// Features of a head.
     pub head_dim: usize,
-    /// Multiplies the scores, `1 / sqrt(head_dim)`.
+    /// Multiplies the scores, mostly `1 / sqrt(head_dim)`.
     pub scale: f32,
+    /// Keys that a query sees, itself included; none sees all before it.
+    pub window: Option<usize>,
+    /// Bounds the scaled scores: `cap tanh(score / cap)`.
+    pub soft_cap: Option<f32>,
+}
+
+impl AttentionShape {
+    /// Attention to all keys before a query, scaled by `1 / sqrt(head_dim)`.
+    pub fn new(heads: usize, kv_heads: usize, head_dim: usize) -> Self {
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        Self { heads, kv_heads, head_dim, scale, window: None, soft_cap: None }
+    }
 }
 
 /// `alpha op(a) op(b)`, where `op` transposes if the flag is set.

@@ -357,10 +357,5 @@ impl<'a, B: Backend> Site<'a, '_, B> {
 
 /// The shape of attention in a model.
 pub fn attention_shape(config: &ModelConfig) -> AttentionShape {
-    AttentionShape {
-        heads: config.attention_heads,
-        kv_heads: config.key_value_heads,
-        head_dim: config.head_dim,
-        scale: 1.0 / (config.head_dim as f32).sqrt(),
-    }
+    AttentionShape::new(config.attention_heads, config.key_value_heads, config.head_dim)
 }

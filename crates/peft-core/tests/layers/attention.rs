@@ -60,7 +60,7 @@ fn check(random: &mut Random, (heads, kv_heads, head_dim): (usize, usize, usize)
     let batch = loaded(&cpu, &packed);
     let (rows, key_rows) = (packed.tokens(), spans.iter().map(|span| span.1).sum::<usize>());
     let (wide, narrow) = (heads * head_dim, kv_heads * head_dim);
-    let shape = AttentionShape { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() };
+    let shape = AttentionShape::new(heads, kv_heads, head_dim);
     // Scores of a few units: the softmax is neither even nor a single one.
     let (q, k) = (random.numbers(rows * wide, 2.0), random.numbers(key_rows * narrow, 2.0));
     let (v, dout) = (random.numbers(key_rows * narrow, 1.0), random.numbers(rows * wide, 1.0));

@@ -17,6 +17,13 @@ const ROWS: &str = include_str!("kernels/rows.cu");
 const NF4: &str = include_str!("kernels/nf4.cu");
 const OPTIMIZER: &str = include_str!("kernels/optimizer.cu");
 const ATTENTION: &str = include_str!("kernels/attention.cu");
+const HOPPER: &str = include_str!("kernels/hopper.cu");
+const ATTENTION_HOPPER: &str = include_str!("kernels/attention_hopper.cu");
+const ATTENTION_HOPPER_FORWARD: &str = include_str!("kernels/attention_hopper_forward.cu");
+const ATTENTION_HOPPER_TURNED: &str = include_str!("kernels/attention_hopper_turned.cu");
+const ATTENTION_HOPPER_DKV: &str = include_str!("kernels/attention_hopper_dkv.cu");
+const ATTENTION_HOPPER_DKV_WIDE: &str = include_str!("kernels/attention_hopper_dkv_wide.cu");
+const ATTENTION_HOPPER_DQ: &str = include_str!("kernels/attention_hopper_dq.cu");
 
 /// Kernels that are compiled together.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,6 +84,90 @@ impl AttentionTiles {
     }
 }
 
+/// A kernel's tiles: rows that are loaded at once, and how many such loads may be under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ring {
+    /// Rows of a tile.
+    pub rows: usize,
+    /// Tiles in shared memory.
+    pub stages: usize,
+}
+
+/// How attention for Hopper splits its work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HopperTiles {
+    /// Features of a head: 64, 96, 128 or 256.
+    pub head_dim: usize,
+    /// Whether scores are bounded by a hyperbolic tangent.
+    pub soft_cap: bool,
+    /// Keys of a block of the kernel that sums their gradients.
+    pub key_rows: usize,
+    /// Keys of the forward kernel.
+    pub forward: Ring,
+    /// Queries of the kernel for the gradients of keys and values.
+    pub keys: Ring,
+    /// Keys of the kernel for the gradients of queries.
+    pub queries: Ring,
+}
+
+impl HopperTiles {
+    /// Queries of a block, and keys that a list of tiles counts in.
+    pub const ROWS: usize = 128;
+
+    /// The tiles for heads of `head_dim` features; none where there is no kernel for them.
+    pub fn choose(head_dim: usize, soft_cap: bool) -> Option<Self> {
+        let ring = |rows, stages| Ring { rows, stages };
+        // The slopes of a cap take registers, too: fewer queries at once.
+        let dkv_rows = if soft_cap { 32 } else { 64 };
+        let (key_rows, forward, keys, queries) = match head_dim {
+            64 if !soft_cap => (128, ring(128, 3), ring(96, 3), ring(96, 3)),
+            64 | 96 | 128 => (128, ring(128, 2), ring(dkv_rows, 4), ring(64, 4)),
+            256 => (64, ring(64, 2), ring(dkv_rows, 2), ring(32, 2)),
+            _ => return None,
+        };
+        Some(Self { head_dim, soft_cap, key_rows, forward, keys, queries })
+    }
+
+    /// Rows of a head in shared memory, bytes.
+    fn bytes(&self, rows: usize) -> usize {
+        2 * self.head_dim * rows
+    }
+
+    /// Shared memory of the forward kernel, bytes: queries, rings of keys and values, barriers, and the way
+    /// to a multiple of 1024.
+    pub fn forward_bytes(&self) -> usize {
+        self.bytes(Self::ROWS) + 2 * self.bytes(self.forward.stages * self.forward.rows) + 1536
+    }
+
+    /// Shared memory of the kernel for keys and values, bytes: as above, with two statistics a query.
+    pub fn keys_bytes(&self) -> usize {
+        let queries = self.keys.stages * self.keys.rows;
+        2 * self.bytes(self.key_rows) + 2 * self.bytes(queries) + 8 * queries + 1536
+    }
+
+    /// Shared memory of the kernel for queries, bytes.
+    pub fn queries_bytes(&self) -> usize {
+        2 * self.bytes(Self::ROWS) + 2 * self.bytes(self.queries.stages * self.queries.rows) + 1536
+    }
+
+    fn options(&self) -> Vec<String> {
+        let mut options = vec![
+            format!("-DHEAD_DIM={}", self.head_dim),
+            format!("-DBLOCK={}", self.forward.rows),
+            format!("-DSTAGES={}", self.forward.stages),
+            format!("-DDKV_BLOCK={}", self.keys.rows),
+            format!("-DDKV_STAGES={}", self.keys.stages),
+            format!("-DDQ_BLOCK={}", self.queries.rows),
+            format!("-DDQ_STAGES={}", self.queries.stages),
+            "-DPING_PONG".to_owned(),
+        ];
+        if self.soft_cap {
+            options.push("-DSOFT_CAP".to_owned());
+        }
+        options
+    }
+}
+
 impl Unit {
     /// Everything but attention.
     pub fn general() -> Self {
@@ -99,6 +190,19 @@ impl Unit {
             options.push("-DSTORED_BF16".to_owned());
         }
         Self { source: [COMMON, ATTENTION].concat(), options }
+    }
+
+    /// Attention for Hopper, forward; compiles for `sm_90a` alone.
+    pub fn attention_hopper_forward(tiles: HopperTiles) -> Self {
+        let source = [COMMON, HOPPER, ATTENTION_HOPPER, ATTENTION_HOPPER_FORWARD].concat();
+        Self { source, options: tiles.options() }
+    }
+
+    /// As [`Unit::attention_hopper_forward`], backward.
+    pub fn attention_hopper_backward(tiles: HopperTiles) -> Self {
+        let dkv = if tiles.head_dim > 128 { ATTENTION_HOPPER_DKV_WIDE } else { ATTENTION_HOPPER_DKV };
+        let parts = [COMMON, HOPPER, ATTENTION_HOPPER, ATTENTION_HOPPER_TURNED, dkv, ATTENTION_HOPPER_DQ];
+        Self { source: parts.concat(), options: tiles.options() }
     }
 
     /// Machine code for an architecture such as `sm_90`.

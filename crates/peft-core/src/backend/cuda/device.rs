@@ -17,27 +17,18 @@ use cudarc::{
 
 use super::{
     DeviceError, Precision,
-    compile::{AttentionTiles, Unit},
+    attention::AttentionKernels,
+    compile::Unit,
     libraries,
     memory::Numbers,
     profile::Profile,
 };
 use crate::plan::WORKSPACE;
 
-/// Attention's kernels for one size of heads.
-#[derive(Clone, Copy)]
-pub(super) struct AttentionKernels {
-    pub(super) tiles: AttentionTiles,
-    pub(super) forward: sys::CUfunction,
-    pub(super) delta: sys::CUfunction,
-    pub(super) dq: sys::CUfunction,
-    pub(super) dkv: sys::CUfunction,
-}
-
 /// One card.
 pub(super) struct Device {
     pub(super) name: String,
-    architecture: String,
+    pub(super) architecture: String,
     context: sys::CUcontext,
     number: sys::CUdevice,
     pub(super) stream: sys::CUstream,
@@ -48,9 +39,11 @@ pub(super) struct Device {
     module: sys::CUmodule,
     functions: Mutex<HashMap<&'static str, sys::CUfunction>>,
     profile: Mutex<Option<Profile>>,
-    attention: Mutex<HashMap<usize, AttentionKernels>>,
+    pub(super) attention: AttentionKernels,
     pub(super) precision: Precision,
-    shared_bytes: usize,
+    pub(super) shared_bytes: usize,
+    /// Blocks that run at once where each fills a multiprocessor.
+    pub(super) multiprocessors: usize,
     broken: AtomicBool,
     failure: Mutex<Option<DeviceError>>,
     allocated: AtomicU64,
@@ -80,7 +73,7 @@ impl Device {
     }
 
     pub(super) fn open(index: usize, precision: Precision) -> Result<Arc<Self>, DeviceError> {
-        let Card { number, name, architecture, shared_bytes } = Card::find(index)?;
+        let Card { number, name, architecture, shared_bytes, multiprocessors } = Card::find(index)?;
         libraries::cublas()?;
         let code = Unit::general().load(&architecture)?;
         // SAFETY: the device exists; every handle is made here, used by this value alone and destroyed with it.
@@ -110,9 +103,10 @@ impl Device {
                 module,
                 functions: Mutex::new(HashMap::new()),
                 profile: Mutex::new(None),
-                attention: Mutex::new(HashMap::new()),
+                attention: AttentionKernels::default(),
                 precision,
                 shared_bytes,
+                multiprocessors,
                 broken: AtomicBool::new(false),
                 failure: Mutex::new(None),
                 allocated: AtomicU64::new(WORKSPACE as u64),
@@ -286,44 +280,11 @@ impl Device {
         }
     }
 
-    /// Attention's kernels for heads of `head_dim` features.
-    pub(super) fn attention(&self, head_dim: usize) -> Result<AttentionKernels, DeviceError> {
-        let mut known = self.attention.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kernels) = known.get(&head_dim) {
-            return Ok(*kernels);
-        }
+    /// Loads machine code, which is never unloaded.
+    pub(super) fn module(&self, code: &[u8]) -> Result<sys::CUmodule, DeviceError> {
         self.bind()?;
-        let unsupported = || DeviceError::Unsupported { what: format!("heads of {head_dim} features") };
-        if head_dim == 0 || !head_dim.is_multiple_of(8) || head_dim > 256 {
-            return Err(unsupported());
-        }
-        let tiles =
-            AttentionTiles::choose(head_dim, self.shared_bytes, self.precision).ok_or_else(unsupported)?;
-        let code = Unit::attention(head_dim, tiles).load(&self.architecture)?;
-        // SAFETY: the code is whole; functions live as long as the module, which is never unloaded.
-        let kernels = unsafe {
-            let module = result::module::load_data(code.as_ptr().cast()).map_err(call("cuModuleLoadData"))?;
-            let kernels = AttentionKernels {
-                tiles,
-                forward: function(module, "attention_forward")?,
-                delta: function(module, "attention_delta")?,
-                dq: function(module, "attention_dq")?,
-                dkv: function(module, "attention_dkv")?,
-            };
-            use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED;
-            let sizes = [
-                (kernels.forward, tiles.forward_bytes(head_dim)),
-                (kernels.dq, tiles.backward_bytes(head_dim)),
-                (kernels.dkv, tiles.backward_bytes(head_dim)),
-            ];
-            for (function, bytes) in sizes {
-                result::function::set_function_attribute(function, SHARED, bytes as i32)
-                    .map_err(call("cuFuncSetAttribute"))?;
-            }
-            kernels
-        };
-        known.insert(head_dim, kernels);
-        Ok(kernels)
+        // SAFETY: the code is whole.
+        unsafe { result::module::load_data(code.as_ptr().cast()) }.map_err(call("cuModuleLoadData"))
     }
 
     /// `c = alpha op(a) op(b) + beta c` by row-major matrices: the columns of C are the rows of cuBLAS.
@@ -382,6 +343,7 @@ struct Card {
     architecture: String,
     /// Shared memory that a block may take.
     shared_bytes: usize,
+    multiprocessors: usize,
 }
 
 impl Card {
@@ -401,11 +363,13 @@ impl Card {
         let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         if major < 8 {
             return Err(DeviceError::TooOld { card: name, major, minor });
         }
         let architecture = format!("sm_{major}{minor}");
-        Ok(Self { number, name, architecture, shared_bytes: shared.max(0) as usize })
+        let (shared_bytes, multiprocessors) = (shared.max(0) as usize, multiprocessors.max(1) as usize);
+        Ok(Self { number, name, architecture, shared_bytes, multiprocessors })
     }
 }
 
@@ -433,7 +397,7 @@ pub(super) struct Product {
 }
 
 // SAFETY: callers hand in a module that is loaded.
-unsafe fn function(module: sys::CUmodule, name: &'static str) -> Result<sys::CUfunction, DeviceError> {
+pub(super) unsafe fn function(module: sys::CUmodule, name: &'static str) -> Result<sys::CUfunction, DeviceError> {
     let c_name = CString::new(name).unwrap_or_default();
     // SAFETY: the module is loaded.
     unsafe { result::module::get_function(module, c_name) }.map_err(|error| DeviceError::Call {

@@ -26,6 +26,7 @@ use memory::{Numbers, Region, Source};
 use serde::{Deserialize, Serialize};
 
 use self::{
+    attention::TileLists,
     base::DeviceBase,
     device::{Device, Operand},
 };
@@ -71,8 +72,9 @@ pub struct CudaBatch {
     spans: DeviceMemory,
     predicting: DeviceMemory,
     targets: DeviceMemory,
-    /// Sums of `dout * out` by row and head.
-    delta: DeviceMemory,
+    /// What attention's backward pass needs of every row and head: two numbers.
+    statistics: DeviceMemory,
+    tiles: TileLists,
     span_count: usize,
     longest_queries: usize,
     longest_keys: usize,

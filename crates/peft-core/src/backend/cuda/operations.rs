@@ -4,6 +4,7 @@ use half::bf16;
 
 use super::{
     Aside, Cuda, CudaBatch, DeviceBuffer, DeviceError, DeviceMemory, Numbers, THREADS, attention,
+    attention::{Backward, Forward, TileLists},
     base::{key, table_key},
     device::{Operand, Product},
     grid, kernel, launch, matrix, target,
@@ -41,7 +42,8 @@ impl Backend for Cuda {
             spans: reserve(16)?,
             predicting: reserve(4)?,
             targets: reserve(4)?,
-            delta: reserve(4 * room.heads)?,
+            statistics: reserve(8 * room.heads)?,
+            tiles: TileLists::allocate(self, room)?,
             span_count: 0,
             longest_queries: 0,
             longest_keys: 0,
@@ -64,6 +66,7 @@ impl Backend for Cuda {
             .collect();
         device.upload(&spans, into.spans.address);
         into.span_count = spans.len();
+        into.tiles.load(self, &from.spans);
         into.longest_queries = from.spans.iter().map(|span| span.queries).max().unwrap_or(0);
         into.longest_keys = from.spans.iter().map(|span| span.keys).max().unwrap_or(0);
     }
@@ -398,7 +401,7 @@ impl Backend for Cuda {
         out: ViewMut<'_, Self>,
         log_sum: ViewMut<'_, Self>,
     ) {
-        attention::forward(self, batch, shape, q, k, v, out, log_sum);
+        attention::forward(self, batch, shape, &Forward { q, k, v, out, log_sum });
     }
 
     fn attention_backward(
@@ -415,7 +418,8 @@ impl Backend for Cuda {
         dk: ViewMut<'_, Self>,
         dv: ViewMut<'_, Self>,
     ) {
-        attention::backward(self, batch, shape, q, k, v, out, log_sum, dout, dq, dk, dv);
+        let on = Backward { q, k, v, out, log_sum, dout, dq, dk, dv };
+        attention::backward(self, batch, shape, &on);
     }
 
     fn dropout(&self, batch: &CudaBatch, key: DropoutKey, p: f32, x: View<'_, Self>, out: ViewMut<'_, Self>) {

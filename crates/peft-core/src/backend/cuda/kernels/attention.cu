@@ -45,10 +45,27 @@ struct Span {
     u32 keys;
 };
 
+// With a `cap` above 0 the scaled scores become cap tanh(score / cap); with a `window` above 0 a query sees no more
+// than the last `window` of its keys.
 struct Shape {
     u32 heads;
     u32 group;
     float scale;
+    float cap;
+    u32 window;
+
+    // Whether the query at `place` of the span's keys sees `key`, which the caller knows to be one of them.
+    __device__ __forceinline__ bool sees(int place, int key) const {
+        return key <= place && (!window || key > place - (int)window);
+    }
+    // The score of a product.
+    __device__ __forceinline__ float score(float x) const {
+        return cap > 0.0f ? cap * tanhf(x * scale / cap) : x * scale;
+    }
+    // Its slope, given the score.
+    __device__ __forceinline__ float slope(float score) const {
+        return cap > 0.0f ? scale * (1.0f - score / cap * (score / cap)) : scale;
+    }
 };
 
 __device__ __forceinline__ u32 tf32(float x) {
@@ -232,7 +249,8 @@ attention_forward(const Span* spans, Shape shape, Tensor q, Tensor k, Tensor v, 
     float largest[2] = {-1e30f, -1e30f}, sum[2] = {0.0f, 0.0f};
     float acc[HEAD_DIM / 8][4];
     clear(acc);
-    for (int start = 0; start < end; start += TILE) {
+    int begin = shape.window ? max(0, (int)first + past + 1 - (int)shape.window) / TILE * TILE : 0;
+    for (int start = begin; start < end; start += TILE) {
         __syncthreads();
         int valid = min(TILE, (int)span.keys - start);
         load(ks, k, span.key_start + start, column, TILE, valid);
@@ -247,7 +265,7 @@ attention_forward(const Span* spans, Shape shape, Tensor q, Tensor k, Tensor v, 
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int key = start + 8 * n + 2 * t + (i & 1), row = i < 2 ? low_row : high_row;
-                s[n][i] = key <= row + past && key < (int)span.keys ? s[n][i] * shape.scale : -1e30f;
+                s[n][i] = shape.sees(row + past, key) && key < (int)span.keys ? shape.score(s[n][i]) : -1e30f;
                 highest[i / 2] = fmaxf(highest[i / 2], s[n][i]);
             }
         }
@@ -332,7 +350,8 @@ attention_dq(const Span* spans, Shape shape, Tensor q, Tensor k, Tensor v, Matri
     int end = min((int)span.keys, (int)first + queries + past);
     float acc[HEAD_DIM / 8][4];
     clear(acc);
-    for (int start = 0; start < end; start += TILE) {
+    int begin = shape.window ? max(0, (int)first + past + 1 - (int)shape.window) / TILE * TILE : 0;
+    for (int start = begin; start < end; start += TILE) {
         __syncthreads();
         int valid = min(TILE, (int)span.keys - start);
         load(ks, k, span.key_start + start, column, TILE, valid);
@@ -348,9 +367,9 @@ attention_dq(const Span* spans, Shape shape, Tensor q, Tensor k, Tensor v, Matri
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int key = start + 8 * n + 2 * t + (i & 1), query = low_row + (i < 2 ? 0 : 8);
-                bool seen = key <= query + past && key < (int)span.keys && query < (int)span.queries;
-                float p = seen ? EXP(s[n][i] * shape.scale - logs[i / 2]) : 0.0f;
-                s[n][i] = p * (d[n][i] - deltas[i / 2]) * shape.scale;
+                bool seen = shape.sees(query + past, key) && key < (int)span.keys && query < (int)span.queries;
+                float score = shape.score(s[n][i]), p = seen ? EXP(score - logs[i / 2]) : 0.0f;
+                s[n][i] = p * (d[n][i] - deltas[i / 2]) * shape.slope(score);
             }
         }
         stage(s, ps);
@@ -381,11 +400,13 @@ attention_dkv(const Span* spans, Shape shape, Tensor q, Tensor k, Tensor v, Matr
     int past = (int)(span.keys - span.queries);
     // The first query that sees a key of this tile, at the start of its tile.
     int begin = max(0, (int)first - past) / TILE * TILE;
+    // One past the last query that does.
+    int end = shape.window ? min((int)span.queries, (int)first + keys - 1 + (int)shape.window - past) : (int)span.queries;
     float dk_acc[HEAD_DIM / 8][4], dv_acc[HEAD_DIM / 8][4];
     clear(dk_acc);
     clear(dv_acc);
     for (u32 head = kv_head * shape.group; head < (kv_head + 1) * shape.group; head++) {
-        for (int start = begin; start < (int)span.queries; start += TILE) {
+        for (int start = begin; start < end; start += TILE) {
             __syncthreads();
             int valid = min(TILE, (int)span.queries - start);
             u64 row = (u64)span.query_start + start;
@@ -407,10 +428,10 @@ attention_dkv(const Span* spans, Shape shape, Tensor q, Tensor k, Tensor v, Matr
                 for (int i = 0; i < 4; i++) {
                     int column = 8 * n + 2 * t + (i & 1);
                     int key = (int)first + warp * 16 + g + (i < 2 ? 0 : 8);
-                    bool seen = key <= start + column + past && key < (int)span.keys && column < valid;
-                    float p = seen ? EXP(s[n][i] * shape.scale - logs[column]) : 0.0f;
+                    bool seen = shape.sees(start + column + past, key) && key < (int)span.keys && column < valid;
+                    float score = shape.score(s[n][i]), p = seen ? EXP(score - logs[column]) : 0.0f;
                     s[n][i] = p;
-                    d[n][i] = p * (d[n][i] - deltas[column]) * shape.scale;
+                    d[n][i] = p * (d[n][i] - deltas[column]) * shape.slope(score);
                 }
             }
             stage(s, ps);
