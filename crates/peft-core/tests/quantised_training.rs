@@ -145,6 +145,7 @@ fn check(options: Nf4Options, recompute: Recompute) {
     let request = PlanRequest {
         accelerated: false,
         half_activations: false,
+        embedding_bytes: 0,
         micro_batch_rows: Some(3),
         max_length: 40,
         recompute,

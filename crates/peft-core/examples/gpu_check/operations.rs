@@ -2,12 +2,12 @@
 
 use shanty_peft_core::{
     backend::{
-        AttentionShape, Backend, BatchRoom, Use, View, ViewMut,
+        AttentionShape, Backend, BatchRoom, LowRank, Use, View, ViewMut,
         cpu::Cpu,
         cuda::{Cuda, Precision},
     },
     batch::{PackedBatch, Row, Segment},
-    model::BaseSource,
+    model::{BaseSource, Matrix},
     optim::{AdamWOptions, Factors, FlatState, FlatUpdate},
     random::{self, DropoutKey},
 };
@@ -410,6 +410,34 @@ pub(crate) fn check(report: &mut Report) {
     frozen(report, &sides.cpu);
 }
 
+/// `W + s B A`, where the card adds it while it dequantises; every number to the rounding of bf16.
+fn merged(report: &mut Report, cuda: &Cuda, matrix: Matrix<'_>, rank: usize, block_size: usize) {
+    let (rows, columns) = (matrix.rows(), matrix.columns());
+    let mut expected = vec![0.0; rows * columns];
+    matrix.write_f32(&mut expected);
+    let narrow = |x: &f32| half::bf16::from_f32(*x).to_f32();
+    let noise = numbers("branch", rank * (rows + columns));
+    let (a, b) = noise.split_at(rank * columns);
+    for (at, expected) in expected.iter_mut().enumerate() {
+        let (row, column) = (at / columns, at % columns);
+        let product = (0..rank).map(|r| narrow(&b[row * rank + r]) * narrow(&a[r * columns + column]));
+        *expected += 0.125 * product.sum::<f32>();
+    }
+    let mut place = None;
+    let parameters = cuda.lend(&noise, &mut place).unwrap();
+    let a = View::<Cuda>::at(parameters, 0, rank, columns);
+    let b = View::<Cuda>::at(parameters, rank * columns, rows, rank);
+    let mut scratch = poisoned(cuda, rows * columns);
+    let (view, merged) = cuda.frozen_updated(&matrix, &LowRank { scale: 0.125, a, b }, &mut scratch);
+    if merged {
+        let got = cuda.read(view).unwrap();
+        let name = format!("nf4 {rows} x {columns} blocks of {block_size} and rank {rank}");
+        report.compare(name, &got, &expected, 3e-3);
+    }
+    let wanted = cuda.precision() == Precision::Bf16 && columns.is_multiple_of(64);
+    report.note("merged where it should be", f64::from(u8::from(merged != wanted)), 0.0);
+}
+
 /// The base's matrices: dequantised bit for bit, embedding and head.
 fn frozen(report: &mut Report, cpu: &Cpu) {
     for shape in [[512, 1024, 1536], [72, 40, 100]] {
@@ -418,7 +446,7 @@ fn frozen(report: &mut Report, cpu: &Cpu) {
             let mut base = RandomBase::new(hidden, intermediate, 1, vocabulary, 4, block_size);
             for precision in [Precision::F32, Precision::Bf16] {
                 let mut cuda = Cuda::new(0, precision).unwrap();
-                cuda.hold(&mut base).unwrap();
+                cuda.hold(&mut base, block_size > 64).unwrap();
                 let weights = base.layer(0).unwrap();
                 for linear in [&weights.q, &weights.gate, &weights.down] {
                     let (rows, columns) = (linear.weight.rows(), linear.weight.columns());
@@ -433,6 +461,9 @@ fn frozen(report: &mut Report, cpu: &Cpu) {
                     let same = got.iter().zip(&expected).filter(|(a, b)| a.to_bits() == b.to_bits()).count();
                     let name = format!("nf4 {rows} x {columns} blocks of {block_size}, bits, {precision:?}");
                     report.note(name, (expected.len() - same) as f64, 0.0);
+                }
+                for (linear, rank) in [(&weights.q, 16), (&weights.down, 8), (&weights.gate, 40)] {
+                    merged(report, &cuda, linear.weight, rank, block_size);
                 }
                 let batch = packed(&[50, 9], vocabulary as u32);
                 let table = base.embedding();

@@ -12,6 +12,7 @@ use std::{path::Path, sync::Arc};
 use serde_json::{Map, Value, json};
 
 use super::{
+    branch::PassDropout,
     branch::{BranchScratch, LinearBranch, LinearSite},
     config::{self, Keys},
     fit::Fit,
@@ -21,7 +22,7 @@ use super::{
     targets::{Matched, TargetModules},
 };
 use crate::{
-    backend::{Backend, Product, View, ViewMut},
+    backend::{Backend, LowRank, Product, View, ViewMut},
     error::{Error, Result},
     model::{ModelConfig, Module},
 };
@@ -320,6 +321,9 @@ impl Lora {
         let a = self.a::<B>(site.parameters);
         let dp = View::<B>::new(&*scratch.narrow, tokens, self.rank);
         let beta = if accumulate { 1.0 } else { 0.0 };
+        if site.merged {
+            return site.multiply_backward(dy, beta, dx);
+        }
         let Some(dropout) = site.dropout else {
             let branch = Product { alpha: 1.0, a: dp, transpose_a: false, b: a, transpose_b: false };
             backend.gemm_pair(site.product_backward(dy), branch, beta, dx);
@@ -334,6 +338,11 @@ impl Lora {
 }
 
 impl<B: Backend> LinearBranch<B> for Lora {
+    fn update<'b>(&self, parameters: &'b B::Buffer, dropout: Option<PassDropout>) -> Option<LowRank<'b, B>> {
+        let (a, b) = (self.a::<B>(parameters), self.b::<B>(parameters));
+        dropout.is_none().then_some(LowRank { scale: self.scale, a, b })
+    }
+
     fn forward(
         &self,
         site: &LinearSite<'_, B>,
@@ -344,6 +353,11 @@ impl<B: Backend> LinearBranch<B> for Lora {
         scratch: &mut BranchScratch<B>,
     ) {
         self.project(site, x, &mut scratch.wide, kept);
+        let beta = if accumulate { 1.0 } else { 0.0 };
+        if site.merged {
+            site.multiply(x, beta, y.reborrow());
+            return site.add_bias(y);
+        }
         let branch = Product {
             alpha: self.scale,
             a: View::<B>::new(kept, x.rows, self.rank),
@@ -351,7 +365,6 @@ impl<B: Backend> LinearBranch<B> for Lora {
             b: self.b(site.parameters),
             transpose_b: true,
         };
-        let beta = if accumulate { 1.0 } else { 0.0 };
         site.backend.gemm_pair(site.product(x), branch, beta, y.reborrow());
         site.add_bias(y);
     }
@@ -399,7 +412,9 @@ impl<B: Backend> LinearBranch<B> for Lora {
         dx: ViewMut<'_, B>,
         scratch: &mut BranchScratch<B>,
     ) {
-        self.narrow(site, dy, &mut scratch.narrow);
+        if !site.merged {
+            self.narrow(site, dy, &mut scratch.narrow);
+        }
         self.widen(site, dy, accumulate, dx, scratch);
     }
 }

@@ -72,6 +72,16 @@ pub enum Use {
     Exact,
 }
 
+/// What a branch of low rank adds to a frozen matrix: `scale b a`.
+pub struct LowRank<'a, B: Backend> {
+    /// Multiplies the product.
+    pub scale: f32,
+    /// `[rank, in]`.
+    pub a: View<'a, B>,
+    /// `[out, rank]`.
+    pub b: View<'a, B>,
+}
+
 /// How large a micro-batch may get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchRoom {
@@ -183,6 +193,16 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     /// A frozen matrix as operations can read it: itself where it is dense and near, else written into `scratch`.
     fn frozen<'a>(&'a self, matrix: &Matrix<'a>, scratch: &'a mut Self::Buffer) -> View<'a, Self>;
+    /// As [`Backend::frozen`], and with the update added where a backend does that while it writes the matrix out:
+    /// whether it did. A layer then needs one product where it needed three.
+    fn frozen_updated<'a>(
+        &'a self,
+        matrix: &Matrix<'a>,
+        _update: &LowRank<'_, Self>,
+        scratch: &'a mut Self::Buffer,
+    ) -> (View<'a, Self>, bool) {
+        (self.frozen(matrix, scratch), false)
+    }
     /// A frozen vector as operations can read it.
     fn frozen_vector<'a>(&'a self, vector: &'a [f32]) -> View<'a, Self>;
     /// Rows `first .. first + rows` of a table as operations can read them: in place, or written into `scratch`.

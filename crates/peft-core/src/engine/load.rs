@@ -57,6 +57,7 @@ impl Engine {
         let head_bytes = if base.head_bytes > 0 { base.head_bytes } else { base.embedding_bytes };
         let mut request = PlanRequest {
             base_bytes: base.total_bytes() as u64,
+            embedding_bytes: if base.head_bytes > 0 { base.embedding_bytes as u64 } else { 0 },
             dequantised: options.quantization.is_some() || config.stored_nf4,
             head_widened: head_bytes < 4 * config.vocabulary_size * config.hidden_size
                 && options.widens_head(),
@@ -88,6 +89,7 @@ impl EngineOptions {
             recompute: self.recompute,
             memory_limit: self.memory_limit,
             base_bytes: 0,
+            embedding_bytes: 0,
             dequantised: false,
             head_widened: false,
             dropout: self.dropout() > 0.0,

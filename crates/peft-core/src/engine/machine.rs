@@ -228,10 +228,15 @@ impl Machine {
     }
 
     /// Puts a base where passes read it. It must not move as long as this machine works on it.
-    pub(crate) fn hold(&mut self, base: &mut (dyn BaseSource + Send + Sync)) -> Result<()> {
+    /// `embedding_stays` keeps the embedding in host memory beside a card.
+    pub(crate) fn hold(
+        &mut self,
+        base: &mut (dyn BaseSource + Send + Sync),
+        embedding_stays: bool,
+    ) -> Result<()> {
         match self {
             Self::Cpu(_) => Ok(()),
-            Self::Cuda(worker) => worker.backend.hold(base),
+            Self::Cuda(worker) => worker.backend.hold(base, embedding_stays),
         }
     }
 

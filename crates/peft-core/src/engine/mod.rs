@@ -145,6 +145,8 @@ impl Engine {
             let room = card.free_bytes() / 100 * 96;
             request.memory_limit = Some(request.memory_limit.map_or(room, |limit| limit.min(room)));
             request.accelerated = true;
+            let (embedding, head) = (base.embedding().place(), base.head().place());
+            request.embedding_bytes = if embedding.0 == head.0 { 0 } else { embedding.1 };
             request.half_activations = card.precision() == Precision::Bf16;
         }
         request.dropout = fit.dropout() > 0.0;
@@ -154,7 +156,7 @@ impl Engine {
         if machine.card().is_some() {
             plan.check(request.memory_limit)?;
         }
-        machine.hold(&mut *base)?;
+        machine.hold(&mut *base, plan.embedding_aside)?;
         let sizes = sizes(plan.micro_batch_tokens);
         let packed = PackedBatch::with_capacity(plan.micro_batch_tokens);
         let made = match fit.network() {

@@ -290,7 +290,7 @@ pub struct Attend<'a, B: Backend> {
     /// q, k, v.
     pub work: &'a crate::plan::Work<B>,
     /// Where the result goes.
-    pub attended: &'a mut crate::plan::Attended<B>,
+    pub attended: &'a mut Attended<B>,
 }
 
 fn head<'a, B: Backend, S: BaseSource + ?Sized>(backend: &'a B, base: &'a S) -> Head<'a, B> {
@@ -347,11 +347,14 @@ impl<'a, B: Backend> Site<'a, '_, B> {
     where
         'a: 'c,
     {
-        Linear {
-            weight: self.backend.frozen(&weights.weight, scratch),
-            bias: weights.bias.map(|bias| self.backend.frozen_vector(bias)),
-            branch: self.trained.linear(self.layer, projection.index()),
-        }
+        let branch = self.trained.linear(self.layer, projection.index());
+        let update = branch.as_ref().and_then(|on| on.branch.update(on.parameters, on.dropout));
+        let (weight, merged) = match &update {
+            Some(update) => self.backend.frozen_updated(&weights.weight, update, scratch),
+            None => (self.backend.frozen(&weights.weight, scratch), false),
+        };
+        let bias = weights.bias.map(|bias| self.backend.frozen_vector(bias));
+        Linear { weight, bias, branch, merged }
     }
 }
 

@@ -16,6 +16,8 @@ pub struct Linear<'a, B: Backend> {
     pub bias: Option<View<'a, B>>,
     /// What is trained beside it.
     pub branch: Option<Branch<'a, B>>,
+    /// Whether W holds the branch's update already.
+    pub merged: bool,
 }
 
 /// A branch in a pass.
@@ -128,6 +130,7 @@ impl<B: Backend> Linear<'_, B> {
             bias: self.bias,
             parameters: branch.parameters,
             dropout: branch.dropout,
+            merged: self.merged,
         }
     }
 }

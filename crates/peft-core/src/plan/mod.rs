@@ -44,6 +44,8 @@ pub struct PlanRequest {
     pub memory_limit: Option<u64>,
     /// Bytes of the frozen base.
     pub base_bytes: u64,
+    /// Of them, the embedding's where it is not the head as well: beside a card it can stay in host memory.
+    pub embedding_bytes: u64,
     /// Whether the base's matrices must be written out before use (4 bits).
     pub dequantised: bool,
     /// Whether the head must be widened before use (bf16).
@@ -77,8 +79,10 @@ pub struct MemoryPlan {
     pub activation_bytes: u64,
     /// What operations work in: gradients of activations, a chunk of logits, one layer's weights written out.
     pub scratch_bytes: u64,
-    /// What the forward pass keeps in the host's memory instead.
+    /// What lies in the host's memory instead: what the forward pass keeps, and the embedding.
     pub aside_bytes: u64,
+    /// Whether the embedding stays in the host's memory.
+    pub embedding_aside: bool,
 }
 
 /// Tokens of a micro-batch that keep products large; more gains nothing on a CPU.
@@ -105,6 +109,19 @@ impl MemoryPlan {
     }
 
     fn for_rows(sizes: &Sizes, rows: usize, request: &PlanRequest, limit: u64) -> Self {
+        if !request.accelerated {
+            return Self::search(sizes, rows, request, limit);
+        }
+        let near = Self::search(sizes, rows, request, limit);
+        if near.peak_bytes() <= limit && near.levels.aside == 0 || request.embedding_bytes == 0 {
+            return near;
+        }
+        let base_bytes = request.base_bytes.saturating_sub(request.embedding_bytes);
+        let far = Self::search(sizes, rows, &PlanRequest { base_bytes, ..*request }, limit);
+        Self { aside_bytes: far.aside_bytes + request.embedding_bytes, embedding_aside: true, ..far }
+    }
+
+    fn search(sizes: &Sizes, rows: usize, request: &PlanRequest, limit: u64) -> Self {
         let layers = sizes.layers;
         let plan = |levels| Self::of(sizes, rows, request, levels);
         let fits = |levels: &Levels| plan(*levels).peak_bytes() <= limit;
@@ -147,6 +164,7 @@ impl MemoryPlan {
             activation_bytes: sizes.activation_bytes(&levels),
             scratch_bytes: sizes.scratch_bytes(),
             aside_bytes: sizes.aside_bytes(&levels),
+            embedding_aside: false,
         }
     }
 
@@ -209,6 +227,7 @@ mod tests {
             recompute,
             memory_limit,
             base_bytes: 1000,
+            embedding_bytes: 0,
             dequantised: true,
             head_widened: true,
             dropout: false,

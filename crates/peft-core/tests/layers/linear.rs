@@ -98,6 +98,7 @@ impl Scene {
             weight: View::<Cpu>::new(&self.weight, output, input),
             bias: bias.then(|| View::<Cpu>::new(&self.bias, 1, output)),
             branch,
+            merged: false,
         }
     }
 

@@ -188,6 +188,7 @@ impl Setup {
             threads: self.threads,
             accelerated: false,
             half_activations: false,
+            embedding_bytes: 0,
         };
         let parts = EngineParts { adapter: self.adapter.clone(), request };
         Engine::with_base(Box::new(base), parts).unwrap()

@@ -16,11 +16,7 @@ use cudarc::{
 };
 
 use super::{
-    DeviceError, Precision,
-    attention::AttentionKernels,
-    compile::Unit,
-    libraries,
-    memory::Numbers,
+    DeviceError, Precision, attention::AttentionKernels, compile::Unit, libraries, memory::Numbers,
     profile::Profile,
 };
 use crate::plan::WORKSPACE;
@@ -397,7 +393,10 @@ pub(super) struct Product {
 }
 
 // SAFETY: callers hand in a module that is loaded.
-pub(super) unsafe fn function(module: sys::CUmodule, name: &'static str) -> Result<sys::CUfunction, DeviceError> {
+pub(super) unsafe fn function(
+    module: sys::CUmodule,
+    name: &'static str,
+) -> Result<sys::CUfunction, DeviceError> {
     let c_name = CString::new(name).unwrap_or_default();
     // SAFETY: the module is loaded.
     unsafe { result::module::get_function(module, c_name) }.map_err(|error| DeviceError::Call {

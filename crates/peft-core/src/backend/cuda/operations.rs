@@ -5,12 +5,12 @@ use half::bf16;
 use super::{
     Aside, Cuda, CudaBatch, DeviceBuffer, DeviceError, DeviceMemory, Numbers, THREADS, attention,
     attention::{Backward, Forward, TileLists},
-    base::{key, table_key},
+    base::{Table, key, table_key},
     device::{Operand, Product},
     grid, kernel, launch, matrix, target,
 };
 use crate::{
-    backend::{AttentionShape, Backend, BatchRoom, Ready, Use, View, ViewMut, cuda::Precision},
+    backend::{AttentionShape, Backend, BatchRoom, LowRank, Ready, Use, View, ViewMut, cuda::Precision},
     batch::PackedBatch,
     engine::GradientSink,
     error::Result,
@@ -212,6 +212,18 @@ impl Backend for Cuda {
         View::new(scratch, rows, columns)
     }
 
+    fn frozen_updated<'a>(
+        &'a self,
+        matrix: &Matrix<'a>,
+        update: &LowRank<'_, Self>,
+        scratch: &'a mut DeviceBuffer,
+    ) -> (View<'a, Self>, bool) {
+        match self.merge(matrix, update, scratch) {
+            true => (View::new(scratch, matrix.rows(), matrix.columns()), true),
+            false => (self.frozen(matrix, scratch), false),
+        }
+    }
+
     fn frozen_vector<'a>(&'a self, vector: &'a [f32]) -> View<'a, Self> {
         match self.base.vectors.get(&key(vector)) {
             Some(memory) => View::new(&memory.buffer, 1, vector.len()),
@@ -230,7 +242,7 @@ impl Backend for Cuda {
         scratch: &'a mut DeviceBuffer,
     ) -> View<'a, Self> {
         let columns = table.columns();
-        let Some(memory) = self.base.tables.get(&table_key(table)) else {
+        let Some(Table::Near(memory)) = self.base.tables.get(&table_key(table)) else {
             self.missing("a table");
             return View::new(&self.nothing, rows, columns);
         };
@@ -299,8 +311,9 @@ impl Backend for Cuda {
 
     fn gather_embedding(&self, batch: &CudaBatch, table: &EmbeddingView<'_>, out: ViewMut<'_, Self>) {
         let Some(memory) = self.base.tables.get(&table_key(table)) else { return self.missing("a table") };
-        let (grid, ids, from) = (grid(out.rows, out.columns), batch.ids.address, memory.address);
-        let name = kernel!("gather_table", memory.numbers, out.data.numbers);
+        let (from, numbers) = memory.place();
+        let (grid, ids) = (grid(out.rows, out.columns), batch.ids.address);
+        let name = kernel!("gather_table", numbers, out.data.numbers);
         launch!(self.device, name, grid, [THREADS, 1], ids, from, target(&out));
     }
 

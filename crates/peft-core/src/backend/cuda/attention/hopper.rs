@@ -94,7 +94,8 @@ fn map(view: View<'_, Cuda>, head_dim: usize, rows: usize) -> Result<CUtensorMap
         CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 as BF16,
         CUtensorMapFloatOOBfill_enum::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE as ZEROS,
         CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE as PLAIN,
-        CUtensorMapL2promotion_enum::CU_TENSOR_MAP_L2_PROMOTION_L2_256B as WIDE, CUtensorMapSwizzle_enum as Swizzle,
+        CUtensorMapL2promotion_enum::CU_TENSOR_MAP_L2_PROMOTION_L2_256B as WIDE,
+        CUtensorMapSwizzle_enum as Swizzle,
     };
     let (stretch, swizzle) = if head_dim.is_multiple_of(64) {
         (64, Swizzle::CU_TENSOR_MAP_SWIZZLE_128B)

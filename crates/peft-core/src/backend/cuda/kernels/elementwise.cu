@@ -82,7 +82,8 @@ __device__ __forceinline__ void scatter_rows_of(const u32* rows, MatrixOf<T> x, 
 }
 BOTH(scatter_rows, (const u32* rows, MatrixOf<T> x, MatrixOf<T> out), (rows, x, out))
 
-__device__ __forceinline__ float silu(float g) { return g / (1.0f + expf(-g)); }
+// As in swiglu_gradient, so that what is computed again has the same bits.
+__device__ __forceinline__ float silu(float g) { return g * (1.0f / (1.0f + expf(-g))); }
 
 // silu(gate) * up in the place of its gradient, and the gradients of gate and up in theirs.
 __device__ __forceinline__ void swiglu_gradient(float& out, float& gate, float& up) {
