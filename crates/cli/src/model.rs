@@ -72,7 +72,7 @@ impl Model {
         let adapter = adapter.map(AdapterFolder::open).transpose()?;
         let options = EngineOptions {
             quantization: nf4,
-            lora: adapter.as_ref().map(|adapter| adapter.config().clone()),
+            adapter: adapter.as_ref().map(|adapter| adapter.method().clone()),
             threads,
             recompute: Recompute::Layers,
             ..EngineOptions::new(folder, max_length.unwrap_or(context))

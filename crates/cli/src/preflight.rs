@@ -48,9 +48,9 @@ impl Preflight {
                 if diagnostic.code.starts_with("SH04") { "adapter.target_modules" } else { "base.model" };
             at_key(job, key, diagnostic)
         })?;
-        let (plan, trainable) = (estimate.plan, estimate.layout.parameters() as u64);
+        let (plan, trainable) = (estimate.plan, estimate.fit.trained().parameters() as u64);
         Ok(Self {
-            matched_modules: estimate.matched.modules(),
+            matched_modules: estimate.fit.matched().modules(),
             trainable_parameters: trainable,
             total_parameters: estimate.config.parameters() as u64 + trainable,
             memory: Memory {
@@ -62,7 +62,7 @@ impl Preflight {
             },
             micro_batch_rows: plan.micro_batch_rows,
             recompute: plan.recompute == Recompute::Layers,
-            unused_targets: estimate.matched.unused,
+            unused_targets: estimate.fit.matched().unused.clone(),
         })
     }
 

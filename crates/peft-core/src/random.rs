@@ -154,6 +154,24 @@ pub fn fill_uniform(seed: u64, name: &str, bound: f32, out: &mut [f32]) {
     });
 }
 
+/// Fills `out` with normal numbers of mean 0, a function of (`seed`, `name`) and the place alone (Box and Muller).
+pub fn fill_normal(seed: u64, name: &str, deviation: f32, out: &mut [f32]) {
+    let key = named_key(seed, name);
+    for (index, block) in out.chunks_mut(4).enumerate() {
+        let index = index as u64;
+        let words = philox4x32([index as u32, (index >> 32) as u32, 1, 0], key);
+        // Above 0, so that the logarithm is finite.
+        let unit = |word: u32| (f64::from(word) + 0.5) / 4_294_967_296.0;
+        for (pair, values) in block.chunks_mut(2).enumerate() {
+            let radius = (-2.0 * unit(words[2 * pair]).ln()).sqrt() * f64::from(deviation);
+            let (sine, cosine) = (std::f64::consts::TAU * unit(words[2 * pair + 1])).sin_cos();
+            for (value, part) in values.iter_mut().zip([cosine, sine]) {
+                *value = (radius * part) as f32;
+            }
+        }
+    }
+}
+
 fn named_key(seed: u64, name: &str) -> [u32; 2] {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&seed.to_le_bytes());

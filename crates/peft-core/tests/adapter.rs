@@ -11,8 +11,11 @@ use proptest::prelude::*;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::Value;
 use shanty_peft_core::{
-    adapter::{AdapterFolder, LoraConfig, ParameterLayout, TargetModules, files, layout::ALIGNMENT},
-    model::{ModelConfig, Projection},
+    adapter::{
+        AdapterFolder, LoraConfig, ParameterEntry, ParameterLayout, TargetModules, config, files,
+        layout::ALIGNMENT,
+    },
+    model::{ModelConfig, Place, Projection},
 };
 
 const CASES: [&str; 4] = [
@@ -37,6 +40,18 @@ fn lora(targets: TargetModules) -> LoraConfig {
     }
 }
 
+/// A and B of a module.
+fn pair(layout: &ParameterLayout, layer: usize, projection: Projection) -> Option<[&ParameterEntry; 2]> {
+    let of = |suffix| layout.find(&projection.module(layer), suffix);
+    Some([of("lora_A.weight")?, of("lora_B.weight")?])
+}
+
+/// The settings of a folder, which must be LoRA's.
+fn config_of(folder: &Path) -> LoraConfig {
+    let file = folder.join("adapter_config.json");
+    LoraConfig::from_json(&fs::read(&file).unwrap(), &file).unwrap().0
+}
+
 fn names(names: &[&str]) -> TargetModules {
     TargetModules::Names(names.iter().map(|name| (*name).to_owned()).collect())
 }
@@ -49,10 +64,11 @@ fn adapters_that_peft_saved_are_read_whole() {
     for (path, model) in adapters.chain(trained) {
         let folder = AdapterFolder::open(&reference(&path)).unwrap();
         assert_eq!(folder.dropped_keys(), [""; 0], "{path}");
-        let (layout, matched) = folder.config().layout(&model).unwrap();
+        let fit = folder.fit(&model).unwrap();
+        let (layout, matched) = (fit.layout(), fit.matched());
         assert!(matched.unused.is_empty());
         let mut parameters = vec![f32::NAN; layout.len()];
-        folder.read_into(&layout, &mut parameters).unwrap();
+        folder.read_into(layout, &mut parameters).unwrap();
         let stored = tensors(&reference(&path).join("adapter_model.safetensors"));
         assert_eq!(stored.len(), layout.entries().len(), "{path}");
         for entry in layout.entries() {
@@ -62,7 +78,6 @@ fn adapters_that_peft_saved_are_read_whole() {
         }
         let count: usize = stored.values().map(|tensor| tensor.shape.iter().product::<usize>()).sum();
         assert_eq!(layout.parameters(), count);
-        assert_eq!(matched.lora_parameters(&model, folder.config().r), count);
     }
 }
 
@@ -71,17 +86,17 @@ fn targets_are_those_that_peft_adapted() {
     for path in CASES {
         let case = case(path);
         let folder = AdapterFolder::open(&reference(path).join("adapter")).unwrap();
-        let (layout, matched) = folder.config().layout(&model("models/llama")).unwrap();
+        let fit = folder.fit(&model("models/llama")).unwrap();
+        let (layout, matched) = (fit.layout(), fit.matched());
         let expected = case["adapted_modules"].as_array().unwrap();
         let expected: BTreeSet<&str> = expected.iter().map(|name| name.as_str().unwrap()).collect();
         let modules = matched.modules();
         assert_eq!(modules.iter().map(String::as_str).collect::<BTreeSet<_>>(), expected, "{path}");
         assert_eq!(layout.entries().len(), 2 * expected.len());
     }
-    let scale = |path: &str| AdapterFolder::open(&reference(path)).unwrap().config().scale();
+    let scale = |path: &str| config_of(&reference(path)).scale();
     assert_eq!(scale("adapters/lora_qv/llama/adapter"), 2.0);
-    let config = AdapterFolder::open(&reference("adapters/rslora/llama/adapter")).unwrap();
-    let config = config.config();
+    let config = config_of(&reference("adapters/rslora/llama/adapter"));
     assert!(config.use_rslora);
     assert_eq!(config.scale(), (config.lora_alpha / 6.0_f64.sqrt()) as f32);
 }
@@ -141,15 +156,16 @@ fn the_configuration_is_written_as_peft_writes_it() {
     let mut theirs: Value = serde_json::from_str(&text).unwrap();
     let list = theirs["target_modules"].as_array_mut().unwrap();
     list.sort_by_key(|name| name.as_str().unwrap().to_owned());
-    let config = LoraConfig { lora_dropout: 0.0, ..lora(names(&["q_proj"])) };
-    let modules: Vec<String> = list.iter().rev().map(|name| name.as_str().unwrap().to_owned()).collect();
-    let ours = config.to_json(&modules);
+    let config = LoraConfig { lora_dropout: 0.0, ..lora(TargetModules::all_linear()) };
+    let fit = config.fit(&model("models/llama")).unwrap();
+    let ours = config::to_json(&config, fit.layout(), &[]);
     // Key for key, value for value, in the same order and with the same spaces.
     assert_eq!(ours, format!("{theirs:#}"));
     assert_eq!(ours.lines().next(), text.lines().next());
     assert_eq!(ours.lines().nth(1), text.lines().nth(1));
     assert!(text.contains("\"lora_dropout\": 0.0") && ours.contains("\"lora_dropout\": 0.0"));
-    let ours = LoraConfig { lora_dropout: 0.05, lora_alpha: 0.5, ..config }.to_json(&modules);
+    let other = LoraConfig { lora_dropout: 0.05, lora_alpha: 0.5, ..config };
+    let ours = config::to_json(&other, fit.layout(), &[]);
     assert!(ours.contains("\"lora_dropout\": 0.05,") && ours.contains("\"lora_alpha\": 0.5,"), "{ours}");
 }
 
@@ -158,7 +174,8 @@ fn written_adapters_come_back_bit_for_bit() {
     let model = model("models/llama_tied");
     for targets in [TargetModules::all_linear(), names(&["o_proj", "down_proj"])] {
         let config = lora(targets);
-        let (layout, _) = config.layout(&model).unwrap();
+        let fit = config.fit(&model).unwrap();
+        let layout = fit.layout();
         let mut parameters = vec![f32::NAN; layout.len()];
         layout.initialise(3, &mut parameters);
         for (index, value) in parameters.iter_mut().enumerate() {
@@ -166,19 +183,19 @@ fn written_adapters_come_back_bit_for_bit() {
         }
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("new/adapter");
-        files::write(&path, &config, &layout, &parameters).unwrap();
+        files::write(&path, &fit, &parameters, &[]).unwrap();
         // Twice: a file that is there is replaced.
-        files::write(&path, &config, &layout, &parameters).unwrap();
+        files::write(&path, &fit, &parameters, &[]).unwrap();
         let left: BTreeSet<_> =
             fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, ["adapter_config.json".into(), "adapter_model.safetensors".into()].into());
         let folder = AdapterFolder::open(&path).unwrap();
         assert_eq!(folder.dropped_keys(), [""; 0]);
-        assert_eq!(folder.config().r, config.r);
-        let (again, _) = folder.config().layout(&model).unwrap();
-        assert_eq!(again, layout);
+        assert_eq!(config_of(&path).r, config.r);
+        let again = folder.fit(&model).unwrap();
+        assert_eq!(again.layout(), layout);
         let mut back = vec![f32::NAN; layout.len()];
-        folder.read_into(&again, &mut back).unwrap();
+        folder.read_into(again.layout(), &mut back).unwrap();
         for entry in layout.entries() {
             assert_bits(&back[entry.range.clone()], &parameters[entry.range.clone()], &entry.peft_name);
         }
@@ -216,9 +233,10 @@ fn names_with_the_adapters_name_and_half_precision_are_read() {
         let before = tensors(&folder.path().join("adapter_model.safetensors"));
         rewrite(folder.path(), dtype, |name| name.replace(".weight", ".default.weight"));
         let adapter = AdapterFolder::open(folder.path()).unwrap();
-        let (layout, _) = adapter.config().layout(&model("models/llama")).unwrap();
+        let fit = adapter.fit(&model("models/llama")).unwrap();
+        let layout = fit.layout();
         let mut parameters = vec![f32::NAN; layout.len()];
-        adapter.read_into(&layout, &mut parameters).unwrap();
+        adapter.read_into(layout, &mut parameters).unwrap();
         for entry in layout.entries() {
             let expected: Vec<f32> = before[&entry.peft_name]
                 .f32()
@@ -252,11 +270,16 @@ fn sparse_and_foreign_configurations_are_read_by_pefts_rule() {
 #[test]
 fn the_layout_follows_the_backward_pass() {
     let model = model("models/llama_tied");
-    let (layout, _) = lora(TargetModules::all_linear()).layout(&model).unwrap();
-    check_layout(&layout, &model);
-    let layers: Vec<usize> = layout.entries().iter().map(|entry| entry.layer).collect();
+    let fit = lora(TargetModules::all_linear()).fit(&model).unwrap();
+    let layout = fit.layout();
+    check_layout(layout, &model);
+    let layer = |place| match place {
+        Place::Layer(layer) => layer,
+        other => panic!("{other:?} is no layer"),
+    };
+    let layers: Vec<usize> = layout.entries().iter().map(|entry| layer(entry.place)).collect();
     assert!(layers.is_sorted_by(|earlier, later| earlier >= later));
-    assert_eq!(layout.entries()[0].projection, Projection::Down);
+    assert_eq!(layout.entries()[0].module, Projection::Down.module(model.layers - 1));
     assert_eq!(layout.layer_range(model.layers - 1).start, 0);
     assert_eq!(layout.layer_range(0).end, layout.len());
     for layer in 1..model.layers {
@@ -275,10 +298,10 @@ fn check_layout(layout: &ParameterLayout, model: &ModelConfig) {
     assert_eq!(end, layout.len());
     for layer in 0..model.layers {
         for projection in Projection::ALL {
-            if let Some((a, b)) = layout.pair(layer, projection) {
+            if let Some([a, b]) = pair(layout, layer, projection) {
                 let [out, input] = model.shape(projection);
                 assert_eq!((a.shape[1], b.shape[0], a.shape[0]), (input, out, b.shape[1]));
-                assert_eq!((a.layer, a.projection), (layer, projection));
+                assert_eq!(a.place, Place::Layer(layer));
                 assert_eq!((&a.module, &b.module), (&projection.module(layer), &projection.module(layer)));
             }
         }
@@ -288,8 +311,8 @@ fn check_layout(layout: &ParameterLayout, model: &ModelConfig) {
 #[test]
 fn initialisation_is_pefts_and_depends_on_the_seed_alone() {
     let model = model("models/llama");
-    let (all, _) = lora(TargetModules::all_linear()).layout(&model).unwrap();
-    let (some, _) = lora(names(&["q_proj"])).layout(&model).unwrap();
+    let of = |targets| lora(targets).fit(&model).unwrap().layout().clone();
+    let (all, some) = (of(TargetModules::all_linear()), of(names(&["q_proj"])));
     let start = |layout: &ParameterLayout, seed| {
         let mut parameters = vec![f32::NAN; layout.len()];
         layout.initialise(seed, &mut parameters);
@@ -297,14 +320,14 @@ fn initialisation_is_pefts_and_depends_on_the_seed_alone() {
     };
     let (first, subset, other) = (start(&all, 1), start(&some, 1), start(&all, 2));
     for layer in 0..2 {
-        let (a, b) = all.pair(layer, Projection::Q).unwrap();
+        let [a, b] = pair(&all, layer, Projection::Q).unwrap();
         let values = &first[a.range.clone()];
         let bound = 1.0 / (a.shape[1] as f32).sqrt();
         let largest = values.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
         // 256 uniform draws: the largest lies above 0.95 of the bound but for a chance of 0.95^256 = 2e-6; the seed is fixed.
         assert!(largest <= bound && largest > 0.95 * bound, "{largest} {bound}");
         assert!(first[b.range.clone()].iter().all(|value| *value == 0.0));
-        let (same, _) = some.pair(layer, Projection::Q).unwrap();
+        let [same, _] = pair(&some, layer, Projection::Q).unwrap();
         assert_eq!(&subset[same.range.clone()], values);
         assert_ne!(&other[a.range.clone()], values);
     }
@@ -321,18 +344,19 @@ proptest! {
         let modules: Vec<String> =
             chosen.iter().map(|index| Projection::ALL[index % 7].module(index / 7)).collect();
         let config = LoraConfig { r, ..lora(TargetModules::Names(modules)) };
-        let (layout, matched) = config.layout(&model).unwrap();
-        check_layout(&layout, &model);
-        prop_assert_eq!(matched.targets.len(), chosen.len());
+        let fit = config.fit(&model).unwrap();
+        let layout = fit.layout();
+        check_layout(layout, &model);
+        prop_assert_eq!(fit.matched().targets.len(), chosen.len());
         let mut parameters = vec![0.0; layout.len()];
         layout.initialise(seed, &mut parameters);
         let folder = tempfile::tempdir().unwrap();
-        files::write(folder.path(), &config, &layout, &parameters).unwrap();
+        files::write(folder.path(), &fit, &parameters, &[]).unwrap();
         let read = AdapterFolder::open(folder.path()).unwrap();
-        let (again, _) = read.config().layout(&model).unwrap();
-        let mut back = vec![f32::NAN; again.len()];
-        read.read_into(&again, &mut back).unwrap();
-        prop_assert_eq!(again, layout);
+        let again = read.fit(&model).unwrap();
+        let mut back = vec![f32::NAN; layout.len()];
+        read.read_into(again.layout(), &mut back).unwrap();
+        prop_assert_eq!(again.layout(), layout);
         prop_assert_eq!(back, parameters);
     }
 }

@@ -57,16 +57,15 @@ static ALLOCATOR: Counting = Counting;
 fn a_step_allocates_nothing_after_the_first() {
     for recompute in [Recompute::Never, Recompute::Layers] {
         let lora = LoraConfig {
-            base_model_name_or_path: None,
             r: 4,
             lora_alpha: 8.0,
             lora_dropout: 0.1,
-            use_rslora: false,
             target_modules: TargetModules::all_linear(),
+            ..LoraConfig::default()
         };
         let options = EngineOptions {
             quantization: Some(Nf4Options::default()),
-            lora: Some(lora),
+            adapter: Some(lora.shared()),
             threads: 2,
             recompute,
             micro_batch_rows: Some(4),

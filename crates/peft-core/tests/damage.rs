@@ -461,9 +461,9 @@ fn every_damaged_adapter_gives_its_code() {
         let folder = spoilt("adapters/lora_qv/llama/adapter", &damage);
         let read = || {
             let adapter = AdapterFolder::open(folder.path())?;
-            let (layout, _) = adapter.config().layout(&model)?;
-            let mut parameters = vec![0.0; layout.len()];
-            adapter.read_into(&layout, &mut parameters)
+            let fit = adapter.fit(&model)?;
+            let mut parameters = vec![0.0; fit.layout().len()];
+            adapter.read_into(fit.layout(), &mut parameters)
         };
         match read() {
             Ok(()) => wrong.push(format!("{case}: read")),
@@ -517,13 +517,12 @@ fn a_json_mistake_has_line_and_column() {
 fn a_failed_write_leaves_nothing_behind() {
     let source = AdapterFolder::open(&reference("adapters/lora_qv/llama/adapter")).unwrap();
     let model = ModelConfig::load(&reference("models/llama")).unwrap();
-    let (layout, _) = source.config().layout(&model).unwrap();
-    let parameters = vec![0.0; layout.len()];
+    let fit = source.fit(&model).unwrap();
+    let parameters = vec![0.0; fit.layout().len()];
     let folder = tempfile::tempdir().unwrap();
     // A folder stands where the file should go: the rename fails.
     fs::create_dir(folder.path().join(ADAPTER)).unwrap();
-    let write =
-        || shanty_peft_core::adapter::files::write(folder.path(), source.config(), &layout, &parameters);
+    let write = || shanty_peft_core::adapter::files::write(folder.path(), &fit, &parameters, &[]);
     let error = write().unwrap_err();
     assert_eq!(error.code(), "SH0409");
     let left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();

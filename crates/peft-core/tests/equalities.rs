@@ -6,7 +6,7 @@ mod memory;
 
 use std::ops::Range;
 
-use memory::{MemoryBase, Random, Setup, all_targets, assert_close, reference};
+use memory::{MemoryBase, Random, Setup, assert_close, lora, reference};
 use shanty_peft_core::{
     Engine, EngineOptions, GradientSink, LossSum, NoSink, StepKey,
     adapter::{LoraConfig, ParameterLayout, TargetModules},
@@ -23,9 +23,8 @@ fn base() -> MemoryBase {
 }
 
 fn setup() -> Setup {
-    let base = base();
-    let layout = ParameterLayout::lora(&base.config, &all_targets(&base.config), 4, 2.0);
-    Setup { dropout: 0.25, max_length: 96, ..Setup::new(layout) }
+    let method = lora(TargetModules::all_linear(), 4, 2.0, 0.25).shared();
+    Setup { max_length: 96, ..Setup::new(Some(method)) }
 }
 
 fn parameters(layout: &ParameterLayout) -> Vec<f32> {
@@ -80,16 +79,15 @@ fn the_thread_count_does_not_change_a_bit_on_a_real_base() {
     let rows = [Row::whole(0, (0..200).map(|_| random.below(8192)).collect())];
     let results = [1, 2].map(|threads| {
         let lora = LoraConfig {
-            base_model_name_or_path: None,
             r: 16,
             lora_alpha: 32.0,
             lora_dropout: 0.1,
-            use_rslora: false,
             target_modules: TargetModules::all_linear(),
+            ..LoraConfig::default()
         };
         let options = EngineOptions {
             quantization: Some(Nf4Options::default()),
-            lora: Some(lora),
+            adapter: Some(lora.shared()),
             threads,
             micro_batch_rows: Some(1),
             ..EngineOptions::new(&folder, 200)
@@ -233,7 +231,8 @@ fn dropout_changes_with_the_step_and_is_off_in_evaluation() {
     assert_ne!(loss(KEY), loss(StepKey { step: 3, ..KEY }));
     assert_ne!(loss(KEY), loss(StepKey { seed: 5, ..KEY }));
     let dry = engine.evaluate(&parameters, &rows()).unwrap();
-    let mut without = Setup { dropout: 0.0, ..setup() }.engine(base());
+    let method = lora(TargetModules::all_linear(), 4, 2.0, 0.0).shared();
+    let mut without = Setup { adapter: Some(method), ..setup() }.engine(base());
     assert_eq!(dry.loss.to_bits(), step(&mut without, &rows()).0.loss.to_bits());
 }
 

@@ -10,10 +10,10 @@ mod memory;
 
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_nn::{Module, ops, rotary_emb::rope_slow};
-use memory::{MemoryBase, Random, Setup, all_targets, assert_close, floats};
+use memory::{MemoryBase, Random, Setup, assert_close, floats, lora};
 use shanty_peft_core::{
     NoSink, StepKey,
-    adapter::{Kind, ParameterLayout, layout::Target},
+    adapter::TargetModules,
     batch::{Row, Segment},
     model::{ModelConfig, Projection},
     plan::Recompute,
@@ -52,7 +52,7 @@ fn rows(random: &mut Random) -> Vec<Row> {
 /// The decoder in candle; dropout by the engine's own masks, drawn for each token of its sample.
 struct Oracle<'a> {
     base: &'a MemoryBase,
-    parameters: &'a [(Target, Var, Var)],
+    parameters: &'a [(String, Var, Var)],
     scale: f64,
     dropout: f32,
     key: StepKey,
@@ -71,8 +71,7 @@ impl Oracle<'_> {
         if self.base.config.has_bias(projection) {
             y = y.broadcast_add(&self.tensor(&format!("{name}.bias"), &shape[..1])).unwrap();
         }
-        let target = Target { layer, projection };
-        let Some((_, a, b)) = self.parameters.iter().find(|(found, ..)| *found == target) else { return y };
+        let Some((_, a, b)) = self.parameters.iter().find(|(found, ..)| *found == name) else { return y };
         let module = (layer * 7 + projection.index()) as u32;
         let key = DropoutKey { seed: self.key.seed, step: self.key.step, module };
         let mut mask = vec![0.0; segment.length as usize * shape[1]];
@@ -173,11 +172,13 @@ impl Oracle<'_> {
     }
 }
 
-fn check(bias: bool, targets: &[Target], dropout: f32, recompute: Recompute) {
+fn check(bias: bool, targets: TargetModules, dropout: f32, recompute: Recompute) {
     let mut random = Random::new(7 + u64::from(bias));
     let config = config(bias);
-    let (r, scale) = (5, 0.7);
-    let layout = ParameterLayout::lora(&config, targets, r, scale);
+    let (r, scale) = (5, 0.7_f32);
+    let method = lora(targets, r, f64::from(scale), dropout);
+    let fit = method.fit(&config).unwrap();
+    let layout = fit.layout().clone();
     let mut parameters = vec![0.0; layout.len()];
     for entry in layout.entries() {
         parameters[entry.range.clone()].copy_from_slice(&random.numbers(entry.range.len(), 0.4));
@@ -186,15 +187,18 @@ fn check(bias: bool, targets: &[Target], dropout: f32, recompute: Recompute) {
     let key = StepKey { seed: 99, step: 3 };
 
     let variable = |entry: &shanty_peft_core::adapter::ParameterEntry| {
-        let [rows, columns] = entry.shape;
+        let (rows, columns) = (entry.rows(), entry.columns());
         let numbers = &parameters[entry.range.clone()];
         Var::from_tensor(&Tensor::from_slice(numbers, (rows, columns), &Device::Cpu).unwrap()).unwrap()
     };
-    let variables: Vec<(Target, Var, Var)> = targets
+    let pair =
+        |module: &str| ["lora_A.weight", "lora_B.weight"].map(|suffix| layout.find(module, suffix).unwrap());
+    let modules = fit.matched().modules();
+    let variables: Vec<(String, Var, Var)> = modules
         .iter()
-        .map(|target| {
-            let (a, b) = layout.pair(target.layer, target.projection).unwrap();
-            (*target, variable(a), variable(b))
+        .map(|module| {
+            let [a, b] = pair(module).map(variable);
+            (module.clone(), a, b)
         })
         .collect();
     let base = MemoryBase::random(config.clone(), 5);
@@ -202,7 +206,7 @@ fn check(bias: bool, targets: &[Target], dropout: f32, recompute: Recompute) {
     let expected_loss = oracle.loss(&rows);
     let gradients = expected_loss.backward().unwrap();
 
-    let setup = Setup { dropout, recompute, rows: 3, max_length: 160, ..Setup::new(layout.clone()) };
+    let setup = Setup { recompute, rows: 3, max_length: 160, ..Setup::new(Some(method.shared())) };
     let mut engine = setup.engine(MemoryBase::random(config, 5));
     // A gradient that is there already must be added to, not overwritten.
     let mut gradient = vec![1.0; layout.len()];
@@ -210,8 +214,8 @@ fn check(bias: bool, targets: &[Target], dropout: f32, recompute: Recompute) {
     assert_eq!(sum.tokens, 149 + 19 + 1);
     let expected_loss = floats(&expected_loss);
     assert_close("loss", &[sum.loss as f32], &expected_loss, 1e-5);
-    for (target, a, b) in &variables {
-        let (a_entry, b_entry) = layout.pair(target.layer, target.projection).unwrap();
+    for (module, a, b) in &variables {
+        let [a_entry, b_entry] = pair(module);
         for (entry, variable) in [(a_entry, a), (b_entry, b)] {
             let wanted = floats(gradients.get(variable).expect("the oracle reaches every variable"));
             assert!(
@@ -223,30 +227,30 @@ fn check(bias: bool, targets: &[Target], dropout: f32, recompute: Recompute) {
             assert_close(&entry.peft_name, &got, &wanted, TOLERANCE);
         }
     }
-    assert_eq!(layout.entries().iter().filter(|entry| entry.kind == Kind::A).count(), variables.len());
+    assert_eq!(layout.entries().len(), 2 * variables.len());
 }
 
 #[test]
 fn every_gradient_with_dropout_and_biases() {
-    check(true, &all_targets(&config(true)), 0.3, Recompute::Never);
+    check(true, TargetModules::all_linear(), 0.3, Recompute::Never);
 }
 
 #[test]
 fn every_gradient_computed_again() {
-    check(true, &all_targets(&config(true)), 0.3, Recompute::Layers);
+    check(true, TargetModules::all_linear(), 0.3, Recompute::Layers);
 }
 
 #[test]
 fn every_gradient_without_dropout() {
-    check(false, &all_targets(&config(false)), 0.0, Recompute::Never);
+    check(false, TargetModules::all_linear(), 0.0, Recompute::Never);
 }
 
 #[test]
 fn each_projection_alone_in_the_upper_layers() {
     for projection in Projection::ALL {
         for recompute in [Recompute::Never, Recompute::Layers] {
-            let targets = [Target { layer: 1, projection }, Target { layer: 2, projection }];
-            check(false, &targets, 0.2, recompute);
+            let targets = [1, 2].map(|layer| projection.module(layer)).to_vec();
+            check(false, TargetModules::Names(targets), 0.2, recompute);
         }
     }
 }

@@ -10,10 +10,10 @@ mod memory;
 use std::{collections::HashMap, path::Path};
 
 use candle_core::{Device, Tensor};
-use memory::{MemoryBase, Random, Setup, all_targets, assert_close};
+use memory::{MemoryBase, Random, Setup, assert_close, lora};
 use shanty_peft_core::{
     Engine, NoSink, StepKey,
-    adapter::ParameterLayout,
+    adapter::TargetModules,
     batch::{Row, Segment},
     engine::EngineParts,
     model::{BaseSource, Matrix, ModelConfig, Projection, ResidentBase},
@@ -140,10 +140,12 @@ fn check(options: Nf4Options, recompute: Recompute) {
     let quantised = ResidentBase::load(folder.path(), Some(options), &mut |_| {}).unwrap();
     let twin = twin(&quantised, &fresh);
 
-    let layout = ParameterLayout::lora(&fresh.config, &all_targets(&fresh.config), 6, 1.5);
-    let setup = Setup { dropout: 0.1, recompute, rows: 3, max_length: 40, ..Setup::new(layout) };
+    let method = lora(TargetModules::all_linear(), 6, 1.5, 0.1).shared();
+    let setup = Setup { recompute, rows: 3, max_length: 40, ..Setup::new(Some(method)) };
     let request = PlanRequest {
         accelerated: false,
+        half_activations: false,
+        embedding_bytes: 0,
         micro_batch_rows: Some(3),
         max_length: 40,
         recompute,
@@ -154,7 +156,7 @@ fn check(options: Nf4Options, recompute: Recompute) {
         dropout: true,
         threads: 2,
     };
-    let parts = EngineParts { layout: setup.layout.clone(), dropout: setup.dropout, request };
+    let parts = EngineParts { adapter: setup.adapter.clone(), request };
     let (losses, trained) = train(Engine::with_base(Box::new(quantised), parts).unwrap());
     let (twin_losses, twin_trained) = train(setup.engine(twin));
     let (fresh_losses, _) = train(setup.engine(fresh));

@@ -5,44 +5,27 @@
 mod memory;
 
 use memory::{MemoryBase, Setup, assert_close, case, floats, padded_rows, reference, tensors, tolerance};
-use shanty_peft_core::{
-    NoSink, StepKey,
-    adapter::{ParameterLayout, layout::Target},
-    model::Projection,
-    plan::Recompute,
-};
+use shanty_peft_core::{NoSink, StepKey, adapter::AdapterFolder, plan::Recompute};
 
-fn check(name: &str, rank_stabilised: bool) {
+fn check(name: &str) {
     let path = format!("adapters/{name}/llama");
     let (case, folder) = (case(&path), reference(&path));
     let base = MemoryBase::load(&reference("models/llama"));
-    let settings: serde_json::Value =
-        serde_json::from_str(&std::fs::read_to_string(folder.join("adapter/adapter_config.json")).unwrap())
-            .unwrap();
-    let (r, alpha) =
-        (settings["r"].as_u64().unwrap() as usize, settings["lora_alpha"].as_f64().unwrap() as f32);
-    let scale = if rank_stabilised { alpha / (r as f32).sqrt() } else { alpha / r as f32 };
-    let modules: Vec<&str> =
-        case["adapted_modules"].as_array().unwrap().iter().map(|m| m.as_str().unwrap()).collect();
-    let targets: Vec<Target> = (0..base.config.layers)
-        .flat_map(|layer| Projection::ALL.map(|projection| Target { layer, projection }))
-        .filter(|target| modules.contains(&target.projection.module(target.layer).as_str()))
-        .collect();
-    assert_eq!(targets.len(), modules.len());
-    let layout = ParameterLayout::lora(&base.config, &targets, r, scale);
-
-    let saved = tensors(&folder.join("adapter/adapter_model.safetensors"));
+    let adapter = AdapterFolder::open(&folder.join("adapter")).unwrap();
+    let fit = adapter.fit(&base.config).unwrap();
+    let mut modules = fit.matched().modules();
+    modules.sort();
+    assert_eq!(serde_json::json!(modules), case["adapted_modules"]);
+    let layout = fit.layout();
     let mut parameters = vec![0.0; layout.len()];
-    for entry in layout.entries() {
-        parameters[entry.range.clone()].copy_from_slice(&floats(&saved[&entry.peft_name]));
-    }
+    adapter.read_into(layout, &mut parameters).unwrap();
     let expected = tensors(&folder.join("expected.safetensors"));
     let of = |name: &str| &expected[&format!("right.{name}")];
     let rows = padded_rows(of("input_ids"), of("attention_mask"), Some(of("labels")));
 
     for recompute in [Recompute::Never, Recompute::Layers] {
         let base = MemoryBase::load(&reference("models/llama"));
-        let mut engine = Setup { recompute, ..Setup::new(layout.clone()) }.engine(base);
+        let mut engine = Setup { recompute, ..Setup::new(Some(adapter.method().clone())) }.engine(base);
         let (vocabulary, columns) = (engine.config().vocabulary_size, of("input_ids").dims2().unwrap().1);
         for (index, row) in rows.iter().enumerate() {
             let got = engine.logits(Some(&parameters), std::slice::from_ref(&row.token_ids)).unwrap();
@@ -74,20 +57,20 @@ fn check(name: &str, rank_stabilised: bool) {
 
 #[test]
 fn lora_on_queries_and_values() {
-    check("lora_qv", false);
+    check("lora_qv");
 }
 
 #[test]
 fn lora_on_all_linear_layers() {
-    check("lora_all_linear", false);
+    check("lora_all_linear");
 }
 
 #[test]
 fn rank_stabilised_lora() {
-    check("rslora", true);
+    check("rslora");
 }
 
 #[test]
 fn lora_on_what_a_regular_expression_names() {
-    check("lora_regex", false);
+    check("lora_regex");
 }

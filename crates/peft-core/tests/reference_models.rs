@@ -9,7 +9,6 @@ use memory::{
 };
 use shanty_peft_core::{
     Engine,
-    adapter::ParameterLayout,
     batch::{Row, Segment},
 };
 
@@ -17,8 +16,7 @@ const MODELS: [&str; 3] = ["models/llama", "models/llama_tied", "models/llama_ro
 
 fn engine(model: &str) -> Engine {
     let base = MemoryBase::load(&reference(model));
-    let layout = ParameterLayout::lora(&base.config, &[], 1, 1.0);
-    Setup::new(layout).engine(base)
+    Setup::new(None).engine(base)
 }
 
 #[test]

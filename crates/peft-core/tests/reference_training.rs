@@ -31,7 +31,7 @@ fn check(base: &str, recompute: Recompute) {
     let (case, expected) = (case("training/lora"), tensors(&reference("training/lora/expected.safetensors")));
     let initial = AdapterFolder::open(&reference("training/lora/adapter_initial")).unwrap();
     let options = EngineOptions {
-        lora: Some(initial.config().clone()),
+        adapter: Some(initial.method().clone()),
         threads: 2,
         recompute,
         micro_batch_rows: Some(2),

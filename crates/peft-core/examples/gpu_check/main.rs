@@ -69,6 +69,7 @@ fn main() {
     if what == "all" || what == "check" {
         operations::check(&mut report);
         models::check(&mut report, &repository);
+        models::memory(&mut report, &repository);
         models::train(&mut report, &repository);
     }
     let times = if what == "all" || what == "time" { speed::measure() } else { Vec::new() };

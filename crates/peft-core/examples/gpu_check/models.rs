@@ -10,7 +10,7 @@ use shanty_peft_core::{
     backend::cuda::Precision,
     batch::{Row, Segment},
     model::{BaseSource, EmbeddingView, LayerWeights, LinearWeights, Matrix, ModelConfig, Projection},
-    optim::{AdamW, AdamWOptions, clip_factor, global_norm},
+    optim::{AdamW, AdamWOptions, Factors, FlatUpdate, clip_factor, global_norm},
     plan::Recompute,
     quant::{
         Nf4Options, double,
@@ -138,12 +138,11 @@ impl BaseSource for RandomBase {
 
 pub(crate) fn lora(r: usize, dropout: f32) -> LoraConfig {
     LoraConfig {
-        base_model_name_or_path: None,
         r,
         lora_alpha: 2.0 * r as f64,
         lora_dropout: dropout,
-        use_rslora: false,
         target_modules: TargetModules::all_linear(),
+        ..LoraConfig::default()
     }
 }
 
@@ -158,7 +157,7 @@ const CARDS: [(EngineDevice, f64); 3] = [
 fn engine(folder: &Path, device: EngineDevice, nf4: bool, recompute: Recompute, dropout: f32) -> Engine {
     let options = EngineOptions {
         quantization: nf4.then(Nf4Options::default),
-        lora: Some(lora(8, dropout)),
+        adapter: Some(lora(8, dropout).shared()),
         device,
         recompute,
         micro_batch_rows: Some(8),
@@ -242,6 +241,55 @@ pub(crate) fn check(report: &mut Report, repository: &Path) {
     }
 }
 
+/// What a layer keeps changes no bit, and a step takes what its plan says.
+pub(crate) fn memory(report: &mut Report, repository: &Path) {
+    let folder = repository.join("examples/tiny-llama-14m");
+    let device = EngineDevice::Cuda { index: 0, precision: Precision::Bf16 };
+    let load = |recompute, memory_limit| {
+        let options = EngineOptions {
+            quantization: Some(Nf4Options::default()),
+            adapter: Some(lora(8, 0.0).shared()),
+            device,
+            recompute,
+            micro_batch_rows: Some(64),
+            memory_limit,
+            ..EngineOptions::new(&folder, 64)
+        };
+        Engine::load(options, &mut |_| {}).unwrap()
+    };
+    let gradient = |engine: &mut Engine| {
+        let rows: Vec<Row> = (0..10).flat_map(|_| rows(8000)).collect();
+        let noise = numbers("adapter", engine.layout().len());
+        let bound: Vec<f32> = noise.iter().map(|x| 0.05 * x).collect();
+        let zeros = vec![0.0; bound.len()];
+        engine.begin(&bound, &zeros, &zeros).unwrap();
+        let mut tokens = 0;
+        // Twice: what lies aside after one step must not disturb the next.
+        for step in 1..=2 {
+            tokens = engine.accumulate(&rows, StepKey { seed: 5, step }).unwrap();
+        }
+        let groups = [(bound.len(), Factors::new(&AdamWOptions::default(), 1, 1e-3))];
+        let update = FlatUpdate { mean: 1.0 / tokens as f64, max_norm: 0.0, groups: &groups };
+        let outcome = engine.update(&update).unwrap();
+        let [_, first, _] = engine.trained_state().unwrap();
+        (first, outcome)
+    };
+    let mut roomy = load(Recompute::Never, None);
+    let expected = gradient(&mut roomy);
+    let least = load(Recompute::Layers, None).plan().peak_bytes();
+    let most = roomy.plan().peak_bytes();
+    for (name, limit) in [("half way", (least + most) / 2), ("boundaries", least), ("aside", least * 9 / 10)]
+    {
+        let mut engine = load(Recompute::Auto, Some(limit));
+        let plan = *engine.plan();
+        let got = gradient(&mut engine);
+        let name = format!("{name}: {}", plan.levels.describe());
+        report.note(format!("{name}, same bits"), f64::from(u8::from(got != expected)), 0.0);
+        let peak = engine.card().map_or(0, |(_, peak)| peak) as f64;
+        report.note(format!("{name}, peak by plan"), (peak / plan.peak_bytes() as f64 - 1.0).abs(), 0.03);
+    }
+}
+
 /// Fifty steps on the tiny base beside the CPU's curve.
 pub(crate) fn train(report: &mut Report, repository: &Path) {
     let folder = repository.join("examples/tiny-llama-14m");
@@ -264,7 +312,7 @@ pub(crate) fn train(report: &mut Report, repository: &Path) {
     };
     let expected = curve(EngineDevice::Cpu);
     println!("CPU curve: {:.4} -> {:.4}", expected[0], expected[49]);
-    for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Tf32, 2e-3), (Precision::Bf16, 5e-3)] {
+    for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Tf32, 2e-3), (Precision::Bf16, 2e-2)] {
         let got = curve(EngineDevice::Cuda { index: 0, precision });
         let name = format!("50 steps on the tiny base {precision:?}, {:.4} -> {:.4}", got[0], got[49]);
         report.compare(name, &got, &expected, tolerance);

@@ -2,12 +2,13 @@
 
 use shanty_peft_core::{
     backend::{
-        AttentionShape, Backend, BatchRoom, Use, View, ViewMut,
+        AttentionShape, Backend, BatchRoom, LowRank, Use, View, ViewMut,
         cpu::Cpu,
         cuda::{Cuda, Precision},
     },
     batch::{PackedBatch, Row, Segment},
-    model::BaseSource,
+    model::{BaseSource, Matrix},
+    optim::{AdamWOptions, Factors, FlatState, FlatUpdate},
     random::{self, DropoutKey},
 };
 
@@ -153,8 +154,9 @@ impl Operation for Elementwise {
         let (g, u) = (View::<B>::new(&gate, rows, columns), View::<B>::new(&up, rows, columns));
         backend.swiglu(g, u, whole::<B>(&mut activated, shape));
         let activated = get(backend, &activated, rows, columns);
+        let mut dout = put(backend, &numbers("x", count));
         backend.swiglu_backward(
-            View::<B>::new(&x, rows, columns),
+            whole::<B>(&mut dout, shape),
             whole::<B>(&mut gate, shape),
             whole::<B>(&mut up, shape),
         );
@@ -163,6 +165,7 @@ impl Operation for Elementwise {
             get(backend, &copied, rows, columns),
             get(backend, &out, rows, columns),
             activated,
+            get(backend, &dout, rows, columns),
             get(backend, &gate, rows, columns),
             get(backend, &up, rows, columns),
         ]
@@ -296,6 +299,41 @@ impl Operation for Attention<'_> {
     }
 }
 
+/// Three updates of flat buffers in two groups, the second one clipped, and one of a gradient that is not finite.
+struct Update {
+    length: usize,
+}
+
+impl Operation for Update {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<Vec<f32>> {
+        let length = self.length;
+        let mut state = FlatState::new(backend, length).unwrap();
+        backend.upload(&numbers("parameters", length), &mut state.parameters);
+        let options = AdamWOptions { weight_decay: 0.1, ..AdamWOptions::default() };
+        let mut norms = Vec::new();
+        for (step, max_norm) in [(1, 0.0), (2, 0.5), (3, 1e9), (4, 1.0)] {
+            let mut gradient = numbers(&format!("gradient {step}"), length);
+            if step == 4 {
+                gradient[length / 2] = f32::INFINITY;
+            }
+            backend.upload(&gradient, &mut state.gradient);
+            let losses = exact(backend, &numbers("losses", 1000));
+            backend.add_losses(View::<B>::new(&losses, 1000, 1), &mut state);
+            let factors = |rate| Factors::new(&options, step, rate);
+            let groups = [(length / 3, factors(1e-2)), (length, factors(3e-2))];
+            backend.run(|| {
+                backend.update_flat(&FlatUpdate { mean: 1.0 / 64.0, max_norm, groups: &groups }, &mut state);
+            });
+            let outcome = backend.outcome(&mut state).unwrap();
+            norms.extend([outcome.norm.min(1e30) as f32, outcome.loss as f32]);
+        }
+        let all = [&state.parameters, &state.first, &state.second];
+        let mut all: Vec<_> = all.map(|buffer| get(backend, buffer, 1, length)).into();
+        all.push(norms);
+        all
+    }
+}
+
 /// The CPU and the card in each precision, with what its products may be off by.
 pub(crate) struct Sides {
     pub(crate) cpu: Cpu,
@@ -382,7 +420,38 @@ pub(crate) fn check(report: &mut Report) {
         let name = format!("attention of {queries} queries to 301 keys");
         sides.compare(report, &name, &Attention { batch: &batch, shape }, true);
     }
+    for length in [64, 1_000_003] {
+        sides.compare(report, &format!("update of {length}"), &Update { length }, false);
+    }
     frozen(report, &sides.cpu);
+}
+
+/// `W + s B A`, where the card adds it while it dequantises; every number to the rounding of bf16.
+fn merged(report: &mut Report, cuda: &Cuda, matrix: Matrix<'_>, rank: usize, block_size: usize) {
+    let (rows, columns) = (matrix.rows(), matrix.columns());
+    let mut expected = vec![0.0; rows * columns];
+    matrix.write_f32(&mut expected);
+    let narrow = |x: &f32| half::bf16::from_f32(*x).to_f32();
+    let noise = numbers("branch", rank * (rows + columns));
+    let (a, b) = noise.split_at(rank * columns);
+    for (at, expected) in expected.iter_mut().enumerate() {
+        let (row, column) = (at / columns, at % columns);
+        let product = (0..rank).map(|r| narrow(&b[row * rank + r]) * narrow(&a[r * columns + column]));
+        *expected += 0.125 * product.sum::<f32>();
+    }
+    let mut place = None;
+    let parameters = cuda.lend(&noise, &mut place).unwrap();
+    let a = View::<Cuda>::at(parameters, 0, rank, columns);
+    let b = View::<Cuda>::at(parameters, rank * columns, rows, rank);
+    let mut scratch = poisoned(cuda, rows * columns);
+    let (view, merged) = cuda.frozen_updated(&matrix, &LowRank { scale: 0.125, a, b }, &mut scratch);
+    if merged {
+        let got = cuda.read(view).unwrap();
+        let name = format!("nf4 {rows} x {columns} blocks of {block_size} and rank {rank}");
+        report.compare(name, &got, &expected, 3e-3);
+    }
+    let wanted = cuda.precision() == Precision::Bf16 && columns.is_multiple_of(64);
+    report.note("merged where it should be", f64::from(u8::from(merged != wanted)), 0.0);
 }
 
 /// The base's matrices: dequantised bit for bit, embedding and head.
@@ -393,7 +462,7 @@ fn frozen(report: &mut Report, cpu: &Cpu) {
             let mut base = RandomBase::new(hidden, intermediate, 1, vocabulary, 4, block_size);
             for precision in [Precision::F32, Precision::Bf16] {
                 let mut cuda = Cuda::new(0, precision).unwrap();
-                cuda.hold(&mut base).unwrap();
+                cuda.hold(&mut base, block_size > 64).unwrap();
                 let weights = base.layer(0).unwrap();
                 for linear in [&weights.q, &weights.gate, &weights.down] {
                     let (rows, columns) = (linear.weight.rows(), linear.weight.columns());
@@ -408,6 +477,9 @@ fn frozen(report: &mut Report, cpu: &Cpu) {
                     let same = got.iter().zip(&expected).filter(|(a, b)| a.to_bits() == b.to_bits()).count();
                     let name = format!("nf4 {rows} x {columns} blocks of {block_size}, bits, {precision:?}");
                     report.note(name, (expected.len() - same) as f64, 0.0);
+                }
+                for (linear, rank) in [(&weights.q, 16), (&weights.down, 8), (&weights.gate, 40)] {
+                    merged(report, &cuda, linear.weight, rank, block_size);
                 }
                 let batch = packed(&[50, 9], vocabulary as u32);
                 let table = base.embedding();

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use shanty_peft_core::{
-    Engine, EngineDevice, NoSink, StepKey,
+    Engine, EngineDevice, Result, StepKey,
     backend::{
         AttentionShape, Backend, Use, View, ViewMut,
         cuda::{Cuda, Precision},
@@ -11,6 +11,7 @@ use shanty_peft_core::{
     batch::Row,
     engine::EngineParts,
     model::BaseSource,
+    optim::{AdamWOptions, Factors, FlatUpdate, Outcome},
     plan::{PlanRequest, Recompute},
 };
 
@@ -48,6 +49,7 @@ fn time(cuda: &Cuda, mut work: impl FnMut()) -> f64 {
 pub(crate) fn measure() -> Vec<String> {
     let mut lines = Vec::new();
     operations(&mut lines);
+    products(&mut lines);
     steps(&mut lines);
     lines
 }
@@ -127,7 +129,7 @@ fn operations(lines: &mut Vec<String>) {
 
     let mut cuda = Cuda::new(0, Precision::Bf16).unwrap();
     let mut base = RandomBase::new(4096, 14336, 1, 1000, 32, 64);
-    cuda.hold(&mut base).unwrap();
+    cuda.hold(&mut base, false).unwrap();
     let mut big = cuda.allocate(tokens * inner, Use::Activation).unwrap();
     let mut other = put(&cuda, &numbers("other", tokens * inner));
     let size = 2 * tokens * inner;
@@ -152,11 +154,13 @@ fn operations(lines: &mut Vec<String>) {
         );
     });
     bandwidth(lines, "SwiGLU", 3 * size, seconds);
+    let mut dout = put(&cuda, &numbers("dout", tokens * inner));
     let seconds = time(&cuda, || {
         let gate = ViewMut::<Cuda>::new(&mut big, tokens, inner);
-        cuda.swiglu_backward(x, gate, ViewMut::<Cuda>::new(&mut other, tokens, inner));
+        let up = ViewMut::<Cuda>::new(&mut other, tokens, inner);
+        cuda.swiglu_backward(ViewMut::<Cuda>::new(&mut dout, tokens, inner), gate, up);
     });
-    bandwidth(lines, "SwiGLU backward", 5 * size, seconds);
+    bandwidth(lines, "SwiGLU backward", 6 * size, seconds);
     let row = 2 * tokens * hidden;
     let x = x.column_range(0, hidden);
     let x = View::<Cuda> { stride: hidden, ..x };
@@ -176,79 +180,191 @@ fn operations(lines: &mut Vec<String>) {
     bandwidth(lines, "RMSNorm backward", 4 * row, seconds);
 }
 
+/// Products as layers make them, frozen and of rank 16, with and without a branch folded into the inner side.
+fn products(lines: &mut Vec<String>) {
+    let cuda = Cuda::new(0, Precision::Bf16).unwrap();
+    // The largest operand is the head.
+    const PIECE: usize = 1 << 22;
+    let pieces = (128_256_usize * 4096).div_ceil(PIECE);
+    let noise = put(&cuda, &numbers("noise", PIECE));
+    let fill = || {
+        let mut buffer = cuda.allocate(pieces * PIECE, Use::Activation).unwrap();
+        for piece in 0..pieces {
+            let to = ViewMut::<Cuda>::at(&mut buffer, piece * PIECE, 1, PIECE);
+            cuda.copy(View::<Cuda>::new(&noise, 1, PIECE), to);
+        }
+        buffer
+    };
+    let (a_buffer, b_buffer, mut c) = (fill(), fill(), fill());
+    let mut exact = cuda.allocate(28672 * 64, Use::Exact).unwrap();
+    // rows, columns, inner, transposes, whether the target is f32 and added to.
+    let shapes: [(&str, usize, usize, usize, [bool; 2], f32, bool); 30] = [
+        ("q k v", 8192, 6144, 4096, [false, true], 0.0, false),
+        ("q k v folded", 8192, 6144, 4160, [false, true], 0.0, false),
+        ("q", 8192, 4096, 4096, [false, true], 0.0, false),
+        ("q folded", 8192, 4096, 4160, [false, true], 0.0, false),
+        ("o, added", 8192, 4096, 4096, [false, true], 1.0, false),
+        ("k", 8192, 1024, 4096, [false, true], 0.0, false),
+        ("gate", 8192, 14336, 4096, [false, true], 0.0, false),
+        ("gate up", 8192, 28672, 4096, [false, true], 0.0, false),
+        ("gate up folded", 8192, 28672, 4160, [false, true], 0.0, false),
+        ("down, added", 8192, 4096, 14336, [false, true], 1.0, false),
+        ("down folded, added", 8192, 4096, 14400, [false, true], 1.0, false),
+        ("down backward", 8192, 14336, 4096, [false, false], 0.0, false),
+        ("down backward folded", 8192, 14336, 4160, [false, false], 0.0, false),
+        ("gate backward", 8192, 4096, 14336, [false, false], 0.0, false),
+        ("up backward, added", 8192, 4096, 14336, [false, false], 1.0, false),
+        ("gate up backward", 8192, 4096, 28672, [false, false], 0.0, false),
+        ("gate up backward folded", 8192, 4096, 28736, [false, false], 0.0, false),
+        ("q k v backward", 8192, 4096, 6144, [false, false], 0.0, false),
+        ("q k v backward folded", 8192, 4096, 6208, [false, false], 0.0, false),
+        ("k backward, added", 8192, 4096, 1024, [false, false], 1.0, false),
+        ("head, 1024 rows", 1024, 128_256, 4096, [false, true], 0.0, false),
+        ("x A, r 16", 8192, 16, 4096, [false, true], 0.0, false),
+        ("x A, r 48", 8192, 48, 4096, [false, true], 0.0, false),
+        ("h A, r 16", 8192, 16, 14336, [false, true], 0.0, false),
+        ("p B, added, 14336", 8192, 14336, 16, [false, true], 1.0, false),
+        ("dy B, 14336", 8192, 16, 14336, [false, false], 0.0, false),
+        ("dp A, added, 4096", 8192, 4096, 16, [false, false], 1.0, false),
+        ("dB, 14336", 14336, 16, 8192, [true, false], 1.0, true),
+        ("dA, 4096", 16, 4096, 8192, [true, false], 1.0, true),
+        ("dA, r 48", 48, 4096, 8192, [true, false], 1.0, true),
+    ];
+    for (name, m, n, k, [ta, tb], beta, wide) in shapes {
+        let a = if ta { View::<Cuda>::new(&a_buffer, k, m) } else { View::<Cuda>::new(&a_buffer, m, k) };
+        let b = if tb { View::<Cuda>::new(&b_buffer, n, k) } else { View::<Cuda>::new(&b_buffer, k, n) };
+        let seconds = time(&cuda, || {
+            let c = if wide { &mut exact } else { &mut c };
+            cuda.gemm(0.001, a, ta, b, tb, beta, ViewMut::<Cuda>::new(c, m, n));
+        });
+        arithmetic(lines, &format!("{name} {m}x{n}x{k}"), 2.0 * m as f64 * n as f64 * k as f64, seconds);
+    }
+}
+
+const GIB: u64 = 1 << 30;
+
 fn steps(lines: &mut Vec<String>) {
-    // (name, hidden, intermediate, layers, vocabulary, heads, rows, length)
-    let shapes =
-        [("1B", 2048, 8192, 16, 128_256, 32, 8, 2048), ("8B", 4096, 14336, 32, 128_256, 32, 4, 2048)];
-    for (name, hidden, inner, layers, vocabulary, heads, rows, length) in shapes {
-        for recompute in [Recompute::Layers, Recompute::Never] {
-            let begin = Instant::now();
+    // (name, hidden, intermediate, layers, vocabulary, heads, rows, length, caps)
+    let shapes = [
+        ("1B", 2048, 8192, 16, 128_256, 32, 8, 2048, [18 * GIB, 17 * GIB / 5]),
+        ("8B", 4096, 14336, 32, 128_256, 32, 4, 2048, [36 * GIB, 8 * GIB]),
+    ];
+    for (name, hidden, inner, layers, vocabulary, heads, rows, length, caps) in shapes {
+        for cap in caps {
+            let name = format!("step {name} {rows} x {length} under {:.1} GiB", cap as f64 / GIB as f64);
             let base = RandomBase::new(hidden, inner, layers, vocabulary, heads, 64);
-            let made = begin.elapsed().as_secs_f64();
-            let (layout, _) = lora(16, 0.0).layout(base.config()).unwrap();
-            let packed_bytes = layers * (hidden * hidden * 5 / 2 + 3 * hidden * inner) / 2;
+            let packed = layers * (hidden * hidden * 5 / 2 + 3 * hidden * inner);
             let request = PlanRequest {
                 micro_batch_rows: Some(rows),
                 max_length: length,
-                recompute,
-                memory_limit: None,
-                base_bytes: (packed_bytes + 4 * vocabulary * hidden) as u64,
+                recompute: Recompute::Auto,
+                memory_limit: Some(cap),
+                // Codes, scales of 8 bits and what those are scaled by.
+                base_bytes: (packed / 2 + packed / 64 + packed / 64 / 64 + 4 * vocabulary * hidden) as u64,
+                embedding_bytes: 0,
                 dequantised: true,
                 head_widened: false,
                 dropout: false,
                 threads: 0,
                 accelerated: true,
+                half_activations: true,
             };
             let device = EngineDevice::Cuda { index: 0, precision: Precision::Bf16 };
             let begin = Instant::now();
-            let parts = EngineParts { layout, dropout: 0.0, request };
+            let parts = EngineParts { adapter: Some(lora(16, 0.0).shared()), request };
             let mut engine = match Engine::with_base_on(device, Box::new(base), parts) {
                 Ok(engine) => engine,
                 Err(error) => {
-                    lines.push(format!("step {name} {recompute:?}: {error}"));
+                    lines.push(format!("{name}: {error}"));
                     continue;
                 }
             };
             let loaded = begin.elapsed().as_secs_f64();
-            let parameters = engine.initial_parameters(1);
-            let mut gradient = vec![0.0; parameters.len()];
-            let rows: Vec<Row> = (0..rows)
-                .map(|row| {
-                    let ids = numbers(&format!("row {row}"), length);
-                    let ids = ids.iter().map(|x| ((x + 1.0) / 2.0 * (vocabulary - 1) as f32) as u32);
-                    Row::whole(row as u64, ids.collect())
-                })
-                .collect();
-            let tokens = rows.len() * length;
-            let mut failed = None;
-            let mut loss = 0.0;
-            let mut step = |number: u64| {
-                let key = StepKey { seed: 1, step: number };
-                match engine.forward_backward(&parameters, &rows, key, &mut gradient, &mut NoSink) {
-                    Ok(sum) => loss = sum.mean(),
-                    Err(error) => failed = Some(error.to_string()),
-                }
+            let line = match Stepper::new(&mut engine, rows, length).measure() {
+                Ok(line) => format!("{name}: {line}, on the card in {loaded:.1} s"),
+                Err(error) => format!("{name}: {error}"),
             };
-            step(1);
-            step(2);
-            let mut number = 2;
-            let seconds = median(5, || {
-                number += 1;
-                step(number);
-            });
-            let plan = engine.plan().peak_bytes() as f64 / 1e9;
-            let peak = engine.card().map_or(0, |(_, peak)| peak) as f64 / 1e9;
-            lines.push(match failed {
-                Some(error) => format!("step {name} {recompute:?}: {error}"),
-                None => format!(
-                    "step {name} {} x {length} {recompute:?}: {:.0} tok/s, {:.3} s, peak {peak:.1} GB, plan {plan:.1} GB, \
-                     loss {loss:.3}, base made {made:.1} s, on the card {loaded:.1} s",
-                    rows.len(),
-                    tokens as f64 / seconds,
-                    seconds
-                ),
-            });
-            println!("{}", lines[lines.len() - 1]);
+            println!("{line}");
+            lines.push(line);
+            if let Err(error) = profile(&mut engine, lines, rows, length) {
+                lines.push(format!("{name}: {error}"));
+            }
         }
     }
+}
+
+/// Whole steps: forward, backward, clipping, AdamW.
+struct Stepper<'a> {
+    engine: &'a mut Engine,
+    rows: Vec<Row>,
+    number: u64,
+}
+
+impl<'a> Stepper<'a> {
+    fn new(engine: &'a mut Engine, rows: usize, length: usize) -> Self {
+        let vocabulary = engine.config().vocabulary_size;
+        let row = |row: usize| {
+            let ids = numbers(&format!("row {row}"), length);
+            let ids = ids.iter().map(|x| ((x + 1.0) / 2.0 * (vocabulary - 1) as f32) as u32);
+            Row::whole(row as u64, ids.collect())
+        };
+        Self { rows: (0..rows).map(row).collect(), engine, number: 0 }
+    }
+
+    fn step(&mut self) -> Result<Outcome> {
+        self.number += 1;
+        let tokens = self.engine.accumulate(&self.rows, StepKey { seed: 1, step: self.number })?;
+        let factors = Factors::new(&AdamWOptions::default(), self.number, 1e-4);
+        let groups = [(self.engine.layout().len(), factors)];
+        self.engine.update(&FlatUpdate { mean: 1.0 / tokens as f64, max_norm: 1.0, groups: &groups })
+    }
+
+    fn measure(&mut self) -> Result<String> {
+        let parameters = self.engine.initial_parameters(1);
+        let zeros = vec![0.0; parameters.len()];
+        self.engine.begin(&parameters, &zeros, &zeros)?;
+        self.step()?;
+        self.step()?;
+        let mut failed = None;
+        let mut loss = 0.0;
+        let seconds = median(7, || match self.step() {
+            Ok(outcome) => loss = outcome.loss,
+            Err(error) => failed = Some(error),
+        });
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        let tokens: usize = self.rows.iter().map(|row| row.token_ids.len()).sum();
+        let trained: u64 = self.rows.iter().map(Row::trained_tokens).sum();
+        let plan = self.engine.plan();
+        let peak = self.engine.card().map_or(0, |(_, peak)| peak) as f64 / GIB as f64;
+        Ok(format!(
+            "{:.0} tok/s, {seconds:.4} s, peak {peak:.2} GiB, plan {:.2} GiB, {:.2} on the host, loss {:.4}; {}",
+            tokens as f64 / seconds,
+            plan.peak_bytes() as f64 / GIB as f64,
+            plan.aside_bytes as f64 / GIB as f64,
+            loss / trained as f64,
+            plan.levels.describe(),
+        ))
+    }
+}
+
+/// Where one step goes.
+fn profile(engine: &mut Engine, lines: &mut Vec<String>, rows: usize, length: usize) -> Result<()> {
+    engine.set_profiling(true);
+    Stepper::new(engine, rows, length).step()?;
+    let all = engine.card_profile()?;
+    engine.set_profiling(false);
+    let total: f64 = all.iter().map(|(_, seconds, _)| seconds).sum();
+    lines.push(format!("  one step by operation, {:.1} ms together:", total * 1e3));
+    for (name, seconds, calls) in &all {
+        if *seconds > total / 400.0 {
+            lines.push(format!(
+                "  {name:<40} {:8.2} ms {:5.1} % {calls:5} calls",
+                seconds * 1e3,
+                100.0 * seconds / total
+            ));
+        }
+    }
+    Ok(())
 }

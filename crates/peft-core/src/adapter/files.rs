@@ -11,23 +11,27 @@ use std::{
 
 use safetensors::tensor::{Dtype, TensorView};
 
+use super::{
+    config,
+    fit::Fit,
+    layout::{PREFIX, ParameterLayout},
+    method::SharedMethod,
+    registry::{METHODS, Registration},
+};
 use crate::{
-    adapter::{config::LoraConfig, layout::ParameterLayout},
     error::{Error, Origin, Result},
-    model::weights::TensorFile,
+    model::{ModelConfig, weights::TensorFile},
 };
 
 /// Settings.
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// Tensors.
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
-/// What every name in [`TENSORS_FILE`] begins with.
-pub const PREFIX: &str = "base_model.model.";
 
 /// An adapter's folder, its settings read and its tensors not yet.
 #[derive(Debug)]
 pub struct AdapterFolder {
-    config: LoraConfig,
+    method: SharedMethod,
     dropped: Vec<String>,
     tensors: TensorFile,
 }
@@ -38,23 +42,40 @@ impl AdapterFolder {
     /// # Errors
     /// A file is missing or damaged, or the settings are not supported.
     pub fn open(folder: &Path) -> Result<Self> {
+        Self::open_with(folder, &[])
+    }
+
+    /// As [`Self::open`], with methods of other crates besides those that there are here.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_with(folder: &Path, methods: &[&Registration]) -> Result<Self> {
         let file = folder.join(CONFIG_FILE);
         let text = fs::read(&file).map_err(|source| Error::Read {
             origin: Origin::Adapter,
             file: file.clone(),
             source,
         })?;
-        let (config, dropped) = LoraConfig::from_json(&text, &file)?;
+        let known: Vec<&Registration> = METHODS.iter().chain(methods).copied().collect();
+        let (method, dropped) = config::read(&text, &file, &known)?;
         let tensors = folder.join(TENSORS_FILE);
         if !tensors.exists() && folder.join("adapter_model.bin").exists() {
             return Err(Error::OnlyPickles { origin: Origin::Adapter, folder: folder.to_owned() });
         }
-        Ok(Self { config, dropped, tensors: TensorFile::open(&tensors, Origin::Adapter)? })
+        Ok(Self { method, dropped, tensors: TensorFile::open(&tensors, Origin::Adapter)? })
     }
 
-    /// Its settings.
-    pub fn config(&self) -> &LoraConfig {
-        &self.config
+    /// Its method, with its settings.
+    pub fn method(&self) -> &SharedMethod {
+        &self.method
+    }
+
+    /// Fits it to a model.
+    ///
+    /// # Errors
+    /// Its settings do not fit the model.
+    pub fn fit(&self, model: &ModelConfig) -> Result<Fit> {
+        Fit::new(self.method.clone(), model)
     }
 
     /// Keys of its settings that nothing here knows, sorted: worth a warning.
@@ -69,11 +90,6 @@ impl AdapterFolder {
     pub fn read_into(&self, layout: &ParameterLayout, parameters: &mut [f32]) -> Result<()> {
         expect_length(parameters, layout)?;
         let file = || self.tensors.path().to_owned();
-        let without_prefix: Vec<String> =
-            self.tensors.names().filter(|name| !name.starts_with(PREFIX)).map(str::to_owned).collect();
-        if !without_prefix.is_empty() {
-            return Err(Error::AdapterPrefix { file: file(), tensors: without_prefix });
-        }
         let mut stored: BTreeMap<String, &str> = BTreeMap::new();
         let mut unexpected = Vec::new();
         for name in self.tensors.names() {
@@ -88,6 +104,11 @@ impl AdapterFolder {
                 Some(tensor) => found.push((entry, tensor)),
                 None => missing.push(entry.peft_name.clone()),
             }
+        }
+        let without_prefix: Vec<String> =
+            stored.values().filter(|name| !name.starts_with(PREFIX)).map(|name| (*name).to_owned()).collect();
+        if !without_prefix.is_empty() {
+            return Err(Error::AdapterPrefix { file: file(), tensors: without_prefix });
         }
         unexpected.extend(stored.into_values().map(str::to_owned));
         if !missing.is_empty() {
@@ -112,12 +133,10 @@ impl AdapterFolder {
 
 /// `….lora_A.default.weight`, which other programs write, is `….lora_A.weight`.
 fn without_adapter_name(name: &str) -> String {
-    for kind in ["lora_A", "lora_B"] {
-        if let Some(module) = name.strip_suffix(&format!(".{kind}.default.weight")) {
-            return format!("{module}.{kind}.weight");
-        }
+    match name.strip_suffix(".default") {
+        Some(rest) => rest.to_owned(),
+        None => name.replacen(".default.", ".", 1),
     }
-    name.to_owned()
 }
 
 fn expect_length(parameters: &[f32], layout: &ParameterLayout) -> Result<()> {
@@ -131,29 +150,33 @@ fn expect_length(parameters: &[f32], layout: &ParameterLayout) -> Result<()> {
 ///
 /// # Errors
 /// The disk is full, the folder cannot be written, or `parameters` is not of `layout`.
-pub fn write(folder: &Path, config: &LoraConfig, layout: &ParameterLayout, parameters: &[f32]) -> Result<()> {
-    let files = contents(config, layout, parameters)?;
+pub fn write(folder: &Path, fit: &Fit, parameters: &[f32], state: &[f32]) -> Result<()> {
+    let files = contents(fit, parameters, state)?;
     fs::create_dir_all(folder).map_err(|source| unwritable(folder, source))?;
     files.iter().try_for_each(|(name, content)| write_whole(&folder.join(name), content))
 }
 
-/// The files of such a folder, name and content, in the order in which they are to be written.
+/// The files of such a folder, name and content, in the order in which they are to be written. `parameters` is of
+/// [`Fit::trained`], `state` of [`super::Method::state`]; the bare base has no files.
 ///
 /// # Errors
-/// An impossible setting, or `parameters` is not of `layout`.
-pub fn contents(
-    config: &LoraConfig,
-    layout: &ParameterLayout,
-    parameters: &[f32],
-) -> Result<Vec<(String, Vec<u8>)>> {
-    config.check()?;
-    expect_length(parameters, layout)?;
-    let tensors = serialise(layout, parameters)
+/// An impossible setting, or `parameters` is not of the fitted method.
+pub fn contents(fit: &Fit, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>> {
+    let Some(method) = fit.method() else { return Ok(Vec::new()) };
+    method.check()?;
+    expect_length(parameters, fit.trained())?;
+    let mut made = Vec::new();
+    let effective = match fit.network() {
+        Some(network) => {
+            made.resize(fit.layout().len(), 0.0);
+            network.network.forward(parameters, &mut made)?;
+            &made[..]
+        }
+        None => parameters,
+    };
+    let tensors = serialise(fit.layout(), effective)
         .map_err(|error| unwritable(Path::new(TENSORS_FILE), io::Error::other(error)))?;
-    let mut modules: Vec<String> = layout.entries().iter().map(|entry| entry.module.clone()).collect();
-    modules.sort();
-    modules.dedup();
-    let settings = config.to_json(&modules).into_bytes();
+    let settings = config::to_json(&**method, fit.layout(), state).into_bytes();
     Ok(vec![(TENSORS_FILE.to_owned(), tensors), (CONFIG_FILE.to_owned(), settings)])
 }
 
@@ -170,7 +193,7 @@ fn serialise(layout: &ParameterLayout, parameters: &[f32]) -> Result<Vec<u8>, sa
         .iter()
         .map(|entry| {
             let bytes = &bytes[4 * entry.range.start..4 * entry.range.end];
-            Ok((entry.peft_name.as_str(), TensorView::new(Dtype::F32, entry.shape.to_vec(), bytes)?))
+            Ok((entry.peft_name.as_str(), TensorView::new(Dtype::F32, entry.shape.clone(), bytes)?))
         })
         .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
     safetensors::serialize(views, Some(HashMap::from([("format".to_owned(), "pt".to_owned())])))

@@ -1,15 +1,28 @@
 //! What is trained.
 //!
-//! [`config`] is PEFT's `adapter_config.json`, [`targets`] decides which modules are adapted, [`layout`] says where each
-//! tensor lies in the one flat buffer that is trained, [`files`] writes and reads the folder as PEFT does.
+//! [`method`] is the trait that a method of adaptation implements, [`branch`] what it puts beside a module in a pass;
+//! one file is one method ([`lora`], …), and [`registry`] names them all. [`targets`] decides which modules are adapted,
+//! [`fit`] fits a method to a model, [`layout`] says where each tensor lies in the one flat buffer that is trained,
+//! [`config`] and [`files`] read and write the folder as PEFT does.
 
+pub mod branch;
 pub mod config;
 pub mod files;
+pub mod fit;
 pub mod layout;
 pub mod lora;
+pub mod method;
+pub mod registry;
 pub mod targets;
 
-pub use config::LoraConfig;
+pub use branch::{BranchScratch, EmbeddingBranch, EmbeddingSite, LinearBranch, LinearSite, PassDropout};
 pub use files::AdapterFolder;
-pub use layout::{Kind, ParameterEntry, ParameterLayout, Target};
+pub use fit::{Branches, Fit};
+pub use layout::{ParameterEntry, ParameterLayout};
+pub use lora::LoraConfig;
+pub use method::{
+    AnyMethod, Method, MethodOn, Needs, Rate, Reparameterisation, Role, SharedMethod, Start, StepHook,
+    Tensor, VirtualTokens,
+};
+pub use registry::Registration;
 pub use targets::{Matched, TargetModules};

@@ -11,9 +11,8 @@ use fancy_regex::Regex;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    adapter::layout::Target,
     error::{Error, Result},
-    model::config::{ModelConfig, Projection},
+    model::{ModelConfig, Module, ModuleKind},
 };
 
 /// The shorthand for every linear module but the output head.
@@ -35,71 +34,91 @@ impl TargetModules {
         Self::Pattern(ALL_LINEAR.to_owned())
     }
 
-    /// Finds the modules of `config` that are adapted.
+    /// Finds the modules of `config` that are adapted, among those of `kinds`.
     ///
     /// # Errors
     /// Nothing matches, something matches that cannot be adapted, or the expression is none.
-    pub fn find(&self, config: &ModelConfig) -> Result<Matched> {
-        let candidates = candidates(config);
-        let matches: Vec<&Candidate> = match self {
+    pub fn find_among(&self, config: &ModelConfig, kinds: &[ModuleKind]) -> Result<Matched> {
+        let modules = config.modules();
+        let matches: Vec<&Module> = match self {
             Self::Pattern(pattern) if pattern.eq_ignore_ascii_case(ALL_LINEAR) => {
-                candidates.iter().filter(|candidate| candidate.target.is_ok()).collect()
+                modules.iter().filter(|module| module.kind == ModuleKind::Linear).collect()
             }
             Self::Pattern(pattern) => {
                 let regex = full_match(pattern)?;
                 let mut matches = Vec::new();
-                for candidate in &candidates {
-                    if regex.is_match(&candidate.name).map_err(|error| unusable(pattern, &error))? {
-                        matches.push(candidate);
+                for module in &modules {
+                    if regex.is_match(&module.path).map_err(|error| unusable(pattern, &error))? {
+                        matches.push(module);
                     }
                 }
                 matches
             }
             Self::Names(names) => {
-                let wanted = |candidate: &&Candidate| names.iter().any(|name| candidate.is_named(name));
-                candidates.iter().filter(wanted).collect()
+                let wanted = |module: &&Module| names.iter().any(|name| module.is_named(name));
+                modules.iter().filter(wanted).collect()
             }
         };
         if matches.is_empty() {
-            return Err(self.no_target(config));
+            return Err(self.no_target(&modules, kinds));
         }
         let unused = match self {
             Self::Pattern(_) => Vec::new(),
             Self::Names(names) => {
-                let unused =
-                    names.iter().filter(|name| !matches.iter().any(|candidate| candidate.is_named(name)));
+                let unused = names.iter().filter(|name| !matches.iter().any(|module| module.is_named(name)));
                 unused.cloned().collect()
             }
         };
-        let target = |candidate: &&Candidate| {
-            candidate.target.map_err(|what| Error::WrongTarget {
+        let target = |module: &&Module| match kinds.contains(&module.kind) {
+            true => Ok((*module).clone()),
+            false => Err(Error::WrongTarget {
                 pattern: self.to_string(),
-                module: candidate.name.clone(),
-                what,
-            })
+                module: module.path.clone(),
+                what: what(module.kind),
+            }),
         };
         Ok(Matched { targets: matches.iter().map(target).collect::<Result<_>>()?, unused })
     }
 
-    fn no_target(&self, config: &ModelConfig) -> Error {
-        let mut available: Vec<String> = Projection::ALL.iter().map(|item| item.name().to_owned()).collect();
+    /// [`Self::find_among`] linear layers.
+    ///
+    /// # Errors
+    /// As [`Self::find_among`].
+    pub fn find(&self, config: &ModelConfig) -> Result<Matched> {
+        self.find_among(config, &[ModuleKind::Linear])
+    }
+
+    fn no_target(&self, modules: &[Module], kinds: &[ModuleKind]) -> Error {
+        let known: Vec<&Module> = modules.iter().filter(|module| kinds.contains(&module.kind)).collect();
+        let mut available: Vec<String> = Vec::new();
+        for module in &known {
+            if !available.iter().any(|name| name == module.name()) {
+                available.push(module.name().to_owned());
+            }
+        }
         let asked: Vec<&str> = match self {
             Self::Pattern(pattern) => vec![pattern],
             Self::Names(names) => names.iter().map(String::as_str).collect(),
         };
-        let known = candidates(config);
-        let known: BTreeSet<&str> = known
-            .iter()
-            .filter(|candidate| candidate.target.is_ok())
-            .flat_map(|candidate| [candidate.name.as_str(), last_part(&candidate.name)])
-            .collect();
+        let known: BTreeSet<&str> =
+            known.iter().flat_map(|module| [module.path.as_str(), module.name()]).collect();
         let nearest = asked.iter().find_map(|asked| nearest(asked, &known)).map(|nearest| match self {
             // A suffix works in a list alone.
             Self::Pattern(_) => format!("[\"{nearest}\"]"),
             Self::Names(_) => nearest.to_owned(),
         });
-        available.dedup();
         Error::NoTarget { pattern: self.to_string(), available, nearest }
+    }
+}
+
+/// What a module is that cannot be adapted.
+fn what(kind: ModuleKind) -> &'static str {
+    match kind {
+        ModuleKind::Linear => "a linear layer",
+        ModuleKind::Embedding => "the token embedding; adapting it is not supported yet",
+        ModuleKind::Head => "the output head; adapting it is not supported yet",
+        ModuleKind::Norm => "a norm",
+        ModuleKind::Other(what) => what,
     }
 }
 
@@ -114,10 +133,10 @@ impl std::fmt::Display for TargetModules {
 }
 
 /// What `target_modules` matched.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Matched {
     /// The adapted modules, in the order of the forward pass.
-    pub targets: Vec<Target>,
+    pub targets: Vec<Module>,
     /// Items of a list that matched nothing while others did: perhaps misspelt.
     pub unused: Vec<String>,
 }
@@ -125,55 +144,8 @@ pub struct Matched {
 impl Matched {
     /// Full names of the adapted modules, in the order of the forward pass.
     pub fn modules(&self) -> Vec<String> {
-        self.targets.iter().map(|target| target.projection.module(target.layer)).collect()
+        self.targets.iter().map(|module| module.path.clone()).collect()
     }
-
-    /// Trained parameters of LoRA of rank `r`.
-    pub fn lora_parameters(&self, config: &ModelConfig, r: usize) -> usize {
-        self.targets.iter().map(|target| config.shape(target.projection).iter().sum::<usize>() * r).sum()
-    }
-}
-
-/// A module of the model.
-struct Candidate {
-    name: String,
-    /// What it is adapted as, or what it is instead.
-    target: Result<Target, &'static str>,
-}
-
-impl Candidate {
-    fn is_named(&self, name: &str) -> bool {
-        self.name == name || self.name.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'))
-    }
-}
-
-/// All modules, named as transformers names them.
-fn candidates(config: &ModelConfig) -> Vec<Candidate> {
-    const CONTAINER: &str = "a container of modules";
-    const NORM: &str = "a norm";
-    let other = |name: String, what| Candidate { name, target: Err(what) };
-    let mut all = vec![
-        other("model".to_owned(), CONTAINER),
-        other("model.embed_tokens".to_owned(), "the token embedding; adapting it is not supported yet"),
-        other("model.layers".to_owned(), CONTAINER),
-    ];
-    for layer in 0..config.layers {
-        let name = format!("model.layers.{layer}");
-        all.push(other(format!("{name}.self_attn"), CONTAINER));
-        all.push(other(format!("{name}.mlp"), CONTAINER));
-        all.push(other(format!("{name}.mlp.act_fn"), "an activation"));
-        all.push(other(format!("{name}.input_layernorm"), NORM));
-        all.push(other(format!("{name}.post_attention_layernorm"), NORM));
-        all.push(other(name, CONTAINER));
-        all.extend(Projection::ALL.iter().map(|projection| Candidate {
-            name: projection.module(layer),
-            target: Ok(Target { layer, projection: *projection }),
-        }));
-    }
-    all.push(other("model.norm".to_owned(), NORM));
-    all.push(other("model.rotary_emb".to_owned(), "the rotary embedding"));
-    all.push(other("lm_head".to_owned(), "the output head; adapting it is not supported yet"));
-    all
 }
 
 fn full_match(pattern: &str) -> Result<Regex> {
@@ -185,10 +157,6 @@ fn full_match(pattern: &str) -> Result<Regex> {
 
 fn unusable(pattern: &str, error: &fancy_regex::Error) -> Error {
     Error::TargetPattern { pattern: pattern.to_owned(), problem: error.to_string() }
-}
-
-fn last_part(name: &str) -> &str {
-    name.rsplit('.').next().unwrap_or(name)
 }
 
 /// The known name that takes the fewest edits, if they are few.

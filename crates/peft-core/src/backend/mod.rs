@@ -72,6 +72,16 @@ pub enum Use {
     Exact,
 }
 
+/// What a branch of low rank adds to a frozen matrix: `scale b a`.
+pub struct LowRank<'a, B: Backend> {
+    /// Multiplies the product.
+    pub scale: f32,
+    /// `[rank, in]`.
+    pub a: View<'a, B>,
+    /// `[out, rank]`.
+    pub b: View<'a, B>,
+}
+
 /// How large a micro-batch may get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchRoom {
@@ -122,11 +132,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn in_one_piece<R>(&self, mut build: impl FnMut() -> Result<R>) -> Result<R> {
         build()
     }
-    /// Reserves host memory for `length` activations.
+    /// Reserves host memory for `length` numbers.
     ///
     /// # Errors
     /// When the memory cannot be had.
-    fn allocate_aside(&self, length: usize) -> Result<Self::Aside>;
+    fn allocate_aside(&self, length: usize, purpose: Use) -> Result<Self::Aside>;
     /// Copies `from`, which has no gaps, aside, beside other work. `from` must stay until [`Backend::await_aside`].
     fn put_aside(&self, from: View<'_, Self>, to: &mut Self::Aside);
     /// Copies what lies aside to `to`, which has no gaps, after the work that is queued and beside what comes later.
@@ -183,6 +193,16 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     /// A frozen matrix as operations can read it: itself where it is dense and near, else written into `scratch`.
     fn frozen<'a>(&'a self, matrix: &Matrix<'a>, scratch: &'a mut Self::Buffer) -> View<'a, Self>;
+    /// As [`Backend::frozen`], and with the update added where a backend does that while it writes the matrix out:
+    /// whether it did. A layer then needs one product where it needed three.
+    fn frozen_updated<'a>(
+        &'a self,
+        matrix: &Matrix<'a>,
+        _update: &LowRank<'_, Self>,
+        scratch: &'a mut Self::Buffer,
+    ) -> (View<'a, Self>, bool) {
+        (self.frozen(matrix, scratch), false)
+    }
     /// A frozen vector as operations can read it.
     fn frozen_vector<'a>(&'a self, vector: &'a [f32]) -> View<'a, Self>;
     /// Rows `first .. first + rows` of a table as operations can read them: in place, or written into `scratch`.
@@ -273,8 +293,9 @@ pub trait Backend: Sized + Send + Sync + 'static {
     );
     /// `out = silu(gate) * up`.
     fn swiglu(&self, gate: View<'_, Self>, up: View<'_, Self>, out: ViewMut<'_, Self>);
-    /// Replaces `gate` and `up` by their gradients, given that of the output.
-    fn swiglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>);
+    /// Replaces `gate` and `up` by their gradients, and their product's gradient `dout` by the product itself, which
+    /// what comes after it wants: one pass instead of two.
+    fn swiglu_backward(&self, dout: ViewMut<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>);
 
     /// Causal attention inside the batch's spans; `log_sum` `[T, heads]` keeps the logarithm of each row's sum.
     /// `k` and `v` may be a cache with rows of their own.

@@ -90,18 +90,17 @@ pub struct StepBench {
 /// Where the base cannot be loaded or a step fails.
 pub fn step(options: &StepBenchOptions) -> Result<StepBench> {
     let lora = LoraConfig {
-        base_model_name_or_path: None,
         r: options.r,
         lora_alpha: 2.0 * options.r as f64,
         lora_dropout: options.dropout,
-        use_rslora: false,
         target_modules: TargetModules::all_linear(),
+        ..LoraConfig::default()
     };
     let mut engine = Engine::load(
         EngineOptions {
             base: options.base.clone(),
             quantization: options.quantization,
-            lora: Some(lora),
+            adapter: Some(lora.shared()),
             device: options.device,
             threads: options.threads,
             recompute: options.recompute,

@@ -1,8 +1,8 @@
 //! From a base's folder to an engine, or to what an engine would take.
 
-use super::{Engine, EngineDevice, EngineOptions, EngineParts, Machine};
+use super::{Engine, EngineDevice, EngineOptions, Machine};
 use crate::{
-    adapter::{LoraConfig, ParameterLayout, layout::Target, targets::Matched},
+    adapter::{Fit, SharedMethod},
     backend::cuda::Precision,
     error::Result,
     model::{BaseSource, LoadProgress, MemoryUse, ModelConfig, ResidentBase},
@@ -14,10 +14,8 @@ use crate::{
 pub struct Estimate {
     /// What the model is made of.
     pub config: ModelConfig,
-    /// Where each trained tensor lies.
-    pub layout: ParameterLayout,
-    /// The modules that are adapted.
-    pub matched: Matched,
+    /// The method, fitted to the model.
+    pub fit: Fit,
     /// Memory by part.
     pub plan: MemoryPlan,
     /// The base's memory by part.
@@ -32,7 +30,7 @@ impl Engine {
     /// threads cannot be started.
     pub fn load(options: EngineOptions, progress: &mut dyn FnMut(LoadProgress)) -> Result<Self> {
         // What can be wrong with the adapter is said before the base is read.
-        let (layout, matched) = layout(&ModelConfig::load(&options.base)?, options.lora.as_ref())?;
+        let fit = fit(&ModelConfig::load(&options.base)?, options.adapter.as_ref())?;
         // So is what is wrong with the device.
         let machine = Machine::open(options.device, options.threads)?;
         let base = ResidentBase::load(&options.base, options.quantization, progress)?;
@@ -43,9 +41,7 @@ impl Engine {
             ..options.request()
         };
         let hash = base.content_hash();
-        let dropout = options.dropout();
-        let mut engine = Self::on(machine, Box::new(base), EngineParts { layout, dropout, request })?;
-        engine.matched = matched;
+        let mut engine = Self::on(machine, Box::new(base), fit, request)?;
         engine.base_hash = Some(hash);
         Ok(engine)
     }
@@ -56,11 +52,12 @@ impl Engine {
     /// As [`Engine::load`], but for damaged numbers.
     pub fn estimate(options: &EngineOptions) -> Result<Estimate> {
         let config = ModelConfig::load(&options.base)?;
-        let (layout, matched) = layout(&config, options.lora.as_ref())?;
+        let fit = fit(&config, options.adapter.as_ref())?;
         let base = MemoryUse::plan(&options.base, options.quantization)?;
         let head_bytes = if base.head_bytes > 0 { base.head_bytes } else { base.embedding_bytes };
         let mut request = PlanRequest {
             base_bytes: base.total_bytes() as u64,
+            embedding_bytes: if base.head_bytes > 0 { base.embedding_bytes as u64 } else { 0 },
             dequantised: options.quantization.is_some() || config.stored_nf4,
             head_widened: head_bytes < 4 * config.vocabulary_size * config.hidden_size
                 && options.widens_head(),
@@ -69,15 +66,15 @@ impl Engine {
         if request.threads == 0 {
             request.threads = std::thread::available_parallelism().map_or(1, usize::from);
         }
-        let sizes = |tokens| Sizes::new(&config, &layout, tokens, request.max_length, &request);
+        let sizes = |tokens| Sizes::new(&config, fit.layout(), tokens, request.max_length, &request);
         let plan = MemoryPlan::choose(sizes, &request);
-        Ok(Estimate { config, layout, matched, plan, base })
+        Ok(Estimate { config, fit, plan, base })
     }
 }
 
 impl EngineOptions {
     fn dropout(&self) -> f32 {
-        self.lora.as_ref().map_or(0.0, |lora| lora.lora_dropout)
+        self.adapter.as_ref().map_or(0.0, |method| method.dropout())
     }
 
     /// Whether products need a head of f32.
@@ -92,22 +89,17 @@ impl EngineOptions {
             recompute: self.recompute,
             memory_limit: self.memory_limit,
             base_bytes: 0,
+            embedding_bytes: 0,
             dequantised: false,
             head_widened: false,
             dropout: self.dropout() > 0.0,
             threads: self.threads,
             accelerated: self.device != EngineDevice::Cpu,
+            half_activations: matches!(self.device, EngineDevice::Cuda { precision: Precision::Bf16, .. }),
         }
     }
 }
 
-fn layout(config: &ModelConfig, lora: Option<&LoraConfig>) -> Result<(ParameterLayout, Matched)> {
-    match lora {
-        Some(lora) => lora.layout(config),
-        None => {
-            let targets: Vec<Target> = Vec::new();
-            let layout = ParameterLayout::lora(config, &targets, 1, 1.0);
-            Ok((layout, Matched { targets, unused: Vec::new() }))
-        }
-    }
+fn fit(config: &ModelConfig, method: Option<&SharedMethod>) -> Result<Fit> {
+    method.map_or_else(|| Ok(Fit::bare()), |method| Fit::new(method.clone(), config))
 }

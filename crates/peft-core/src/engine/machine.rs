@@ -1,10 +1,10 @@
 //! What an engine computes with: a backend and the memory of a step, on the processor or on a card.
 
-use super::{EngineDevice, GradientSink};
+use super::{EngineDevice, GradientSink, StepError};
 use crate::{
-    adapter::ParameterLayout,
+    adapter::{AnyMethod, Branches, Fit, MethodOn, ParameterLayout, PassDropout},
     backend::{
-        Backend,
+        Backend, View,
         cpu::{Cpu, Spent},
         cuda::Cuda,
     },
@@ -12,21 +12,26 @@ use crate::{
     error::{Error, Result},
     model::{
         BaseSource, ModelConfig,
-        decoder::{Branches, Decoder, PassDropout},
+        decoder::{Decoder, Trained},
     },
     nn::rope::RopeTable,
-    plan::{Arena, Recompute, Sizes},
+    optim::{FlatState, FlatUpdate, Outcome},
+    plan::{Arena, Levels, Sizes},
 };
 
 /// A backend and what passes over it work in.
 pub(crate) struct Worker<B: Backend> {
     backend: B,
+    /// What the method does beside each module.
+    branches: Branches<B>,
     /// Reserved at the first step: generating alone does not need it.
     memory: Option<StepMemory<B>>,
     /// The flat parameters and their gradient where the backend can read them, where it cannot read the caller's.
     parameters: Option<B::Owned>,
     gradient: Option<B::Owned>,
     staging: Vec<f32>,
+    /// What is trained, where it stays with the backend from step to step.
+    state: Option<FlatState<B>>,
 }
 
 /// What a step works in.
@@ -46,7 +51,7 @@ pub(crate) struct Parts<'a> {
 pub(crate) struct Pass<'a> {
     pub(crate) packed: &'a PackedBatch,
     pub(crate) sizes: &'a Sizes,
-    pub(crate) recompute: Recompute,
+    pub(crate) levels: Levels,
     pub(crate) parameters: Option<&'a [f32]>,
     pub(crate) dropout: Option<PassDropout>,
     pub(crate) training: Option<(&'a mut [f32], &'a mut dyn GradientSink)>,
@@ -54,34 +59,40 @@ pub(crate) struct Pass<'a> {
 
 impl<B: Backend> Worker<B> {
     fn new(backend: B) -> Self {
-        Self { backend, memory: None, parameters: None, gradient: None, staging: Vec::new() }
+        let branches = Branches::default();
+        let (memory, parameters, gradient, state) = (None, None, None, None);
+        Self { backend, branches, memory, parameters, gradient, staging: Vec::new(), state }
     }
 
-    /// The backend, and the flat parameters where it can read them.
+    /// Takes on a method; what was reserved for another is given back.
+    fn adapt(&mut self, fit: &Fit, layers: usize)
+    where
+        dyn AnyMethod: MethodOn<B>,
+    {
+        self.branches = fit.branches(layers);
+        (self.memory, self.parameters, self.gradient, self.state) = (None, None, None, None);
+    }
+
+    /// The backend, the method's branches, and the flat parameters where the backend can read them.
     pub(crate) fn lend<'a>(
         &'a mut self,
         parameters: Option<&'a [f32]>,
-    ) -> Result<(&'a B, Option<&'a B::Buffer>)> {
-        let Self { backend, parameters: place, .. } = self;
+    ) -> Result<(&'a B, &'a Branches<B>, Option<&'a B::Buffer>)> {
+        let Self { backend, branches, parameters: place, .. } = self;
         let parameters = match parameters {
             Some(parameters) => Some(backend.lend(parameters, place)?),
             None => None,
         };
-        Ok((backend, parameters))
+        Ok((backend, branches, parameters))
     }
 
     /// Runs a micro-batch: the summed loss.
     fn pass(&mut self, parts: Parts<'_>, pass: Pass<'_>) -> Result<f64> {
-        let Self { backend, memory, parameters: place, gradient: gradient_place, staging } = self;
+        let Self { backend, branches, memory, parameters: place, gradient: gradient_place, staging, .. } =
+            self;
         let Parts { config, base, layout } = parts;
-        let Pass { packed, sizes, recompute, parameters, dropout, training } = pass;
-        let StepMemory { arena, rope } = match memory {
-            Some(memory) => memory,
-            None => memory.insert(StepMemory {
-                arena: Arena::new(backend, sizes, recompute)?,
-                rope: RopeTable::new(backend, config, sizes.max_length)?,
-            }),
-        };
+        let Pass { packed, sizes, levels, parameters, dropout, training } = pass;
+        let StepMemory { arena, rope } = StepMemory::of(memory, backend, config, sizes, levels)?;
         let backend = &*backend;
         backend.load_batch(packed, &mut arena.batch);
         let parameters = match parameters {
@@ -89,8 +100,19 @@ impl<B: Backend> Worker<B> {
             None => None,
         };
         let (tokens, predicting) = (packed.tokens(), packed.predicting.len());
-        let branches = Branches { parameters, layout, dropout };
-        let mut decoder = Decoder { backend, config, base, branches, rope, arena, tokens, predicting };
+        let trained = Trained { parameters, layout, branches, dropout };
+        let training_now = training.is_some();
+        let mut decoder = Decoder {
+            backend,
+            config,
+            base,
+            trained,
+            rope,
+            arena,
+            tokens,
+            predicting,
+            training: training_now,
+        };
         let loss = backend.run(|| {
             if predicting == 0 {
                 if let Some((gradient, sink)) = training {
@@ -109,6 +131,82 @@ impl<B: Backend> Worker<B> {
         })?;
         backend.settle()?;
         Ok(loss)
+    }
+
+    /// Takes parameters and moments to stay; the gradient is 0.
+    fn begin(&mut self, parts: [&[f32]; 3]) -> Result<()> {
+        let [parameters, first, second] = parts;
+        // What the other way of training reserved is given back first.
+        (self.parameters, self.gradient, self.state) = (None, None, None);
+        self.staging = Vec::new();
+        let mut state = FlatState::new(&self.backend, parameters.len())?;
+        self.backend.upload(parameters, &mut state.parameters);
+        self.backend.upload(first, &mut state.first);
+        self.backend.upload(second, &mut state.second);
+        self.state = Some(state);
+        self.backend.settle()
+    }
+
+    /// Adds a micro-batch's gradient and losses to the state. Only queues the work, where the backend has a queue.
+    fn accumulate(&mut self, parts: Parts<'_>, pass: Pass<'_>) -> Result<()> {
+        let Self { backend, branches, memory, state, .. } = self;
+        let Parts { config, base, layout } = parts;
+        let Pass { packed, sizes, levels, dropout, .. } = pass;
+        let state = state.as_mut().ok_or(StepError::NoState)?;
+        let StepMemory { arena, rope } = StepMemory::of(memory, backend, config, sizes, levels)?;
+        let backend = &*backend;
+        backend.load_batch(packed, &mut arena.batch);
+        let (tokens, predicting) = (packed.tokens(), packed.predicting.len());
+        if predicting == 0 {
+            return Ok(());
+        }
+        let trained = Trained { parameters: Some(&*state.parameters), layout, branches, dropout };
+        let gradient = &mut state.gradient;
+        let mut decoder =
+            Decoder { backend, config, base, trained, rope, arena, tokens, predicting, training: true };
+        backend.run(|| {
+            decoder.forward()?;
+            decoder.loss(true);
+            decoder.backward(gradient, &mut |_, _| {})
+        })?;
+        backend.add_losses(View::<B>::new(&arena.head.losses, predicting, 1), state);
+        Ok(())
+    }
+
+    fn update(&mut self, update: &FlatUpdate<'_>) -> Result<Outcome> {
+        let state = self.state.as_mut().ok_or(StepError::NoState)?;
+        self.backend.update_flat(update, state);
+        self.backend.outcome(state)
+    }
+
+    fn read_state(&self) -> Result<[Vec<f32>; 3]> {
+        let state = self.state.as_ref().ok_or(StepError::NoState)?;
+        let parts = [&state.parameters, &state.first, &state.second].map(|buffer| {
+            let mut numbers = vec![0.0; state.length];
+            self.backend.download(View::<B>::new(buffer, 1, state.length), &mut numbers);
+            numbers
+        });
+        self.backend.settle()?;
+        Ok(parts)
+    }
+}
+
+impl<B: Backend> StepMemory<B> {
+    /// Reserved at first.
+    fn of<'a>(
+        place: &'a mut Option<Self>,
+        backend: &B,
+        config: &ModelConfig,
+        sizes: &Sizes,
+        levels: Levels,
+    ) -> Result<&'a mut Self> {
+        Ok(match place {
+            Some(memory) => memory,
+            None => place.insert(Self {
+                arena: Arena::new(backend, sizes, levels)?,
+                rope: RopeTable::new(backend, config, sizes.max_length)?,
+            }),
+        })
     }
 }
 
@@ -130,10 +228,23 @@ impl Machine {
     }
 
     /// Puts a base where passes read it. It must not move as long as this machine works on it.
-    pub(crate) fn hold(&mut self, base: &mut (dyn BaseSource + Send + Sync)) -> Result<()> {
+    /// `embedding_stays` keeps the embedding in host memory beside a card.
+    pub(crate) fn hold(
+        &mut self,
+        base: &mut (dyn BaseSource + Send + Sync),
+        embedding_stays: bool,
+    ) -> Result<()> {
         match self {
             Self::Cpu(_) => Ok(()),
-            Self::Cuda(worker) => worker.backend.hold(base),
+            Self::Cuda(worker) => worker.backend.hold(base, embedding_stays),
+        }
+    }
+
+    /// Takes on a method.
+    pub(crate) fn adapt(&mut self, fit: &Fit, layers: usize) {
+        match self {
+            Self::Cpu(worker) => worker.adapt(fit, layers),
+            Self::Cuda(worker) => worker.adapt(fit, layers),
         }
     }
 
@@ -141,6 +252,34 @@ impl Machine {
         match self {
             Self::Cpu(worker) => worker.pass(parts, pass),
             Self::Cuda(worker) => worker.pass(parts, pass),
+        }
+    }
+
+    pub(crate) fn begin(&mut self, parts: [&[f32]; 3]) -> Result<()> {
+        match self {
+            Self::Cpu(worker) => worker.begin(parts),
+            Self::Cuda(worker) => worker.begin(parts),
+        }
+    }
+
+    pub(crate) fn accumulate(&mut self, parts: Parts<'_>, pass: Pass<'_>) -> Result<()> {
+        match self {
+            Self::Cpu(worker) => worker.accumulate(parts, pass),
+            Self::Cuda(worker) => worker.accumulate(parts, pass),
+        }
+    }
+
+    pub(crate) fn update(&mut self, update: &FlatUpdate<'_>) -> Result<Outcome> {
+        match self {
+            Self::Cpu(worker) => worker.update(update),
+            Self::Cuda(worker) => worker.update(update),
+        }
+    }
+
+    pub(crate) fn read_state(&self) -> Result<[Vec<f32>; 3]> {
+        match self {
+            Self::Cpu(worker) => worker.read_state(),
+            Self::Cuda(worker) => worker.read_state(),
         }
     }
 

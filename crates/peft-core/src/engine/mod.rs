@@ -14,6 +14,7 @@ mod load;
 mod machine;
 mod options;
 mod passes;
+mod resident;
 
 use std::ops::Range;
 
@@ -23,8 +24,8 @@ pub(crate) use machine::{Machine, Parts};
 pub use options::{EngineDevice, EngineOptions};
 
 use crate::{
-    adapter::{Kind, ParameterLayout, Target, targets::Matched},
-    backend::cpu::Spent,
+    adapter::{Fit, Matched, ParameterLayout, SharedMethod},
+    backend::{cpu::Spent, cuda::Precision},
     batch::PackedBatch,
     error::Result,
     model::{BaseSource, ModelConfig},
@@ -84,23 +85,28 @@ pub struct Engine {
     pub(crate) machine: Machine,
     pub(crate) config: ModelConfig,
     pub(crate) base: SharedBase,
-    pub(crate) layout: ParameterLayout,
-    dropout: f32,
+    pub(crate) fit: Fit,
+    /// What a network in front of the adapter's tensors makes, and the gradient of that.
+    made: Made,
     request: PlanRequest,
     sizes: Sizes,
     plan: MemoryPlan,
     packed: PackedBatch,
-    matched: Matched,
     base_hash: Option<blake3::Hash>,
+}
+
+/// What a [`crate::adapter::Reparameterisation`] makes; empty where there is none.
+#[derive(Debug, Default)]
+struct Made {
+    parameters: Vec<f32>,
+    gradient: Vec<f32>,
 }
 
 /// What [`Engine::with_base`] is made of besides the base.
 #[derive(Debug, Clone)]
 pub struct EngineParts {
-    /// Where each trained tensor lies; an empty layout trains nothing.
-    pub layout: ParameterLayout,
-    /// Share of each branch's input set to 0 while training.
-    pub dropout: f32,
+    /// What is trained; none runs the bare base.
+    pub adapter: Option<SharedMethod>,
     /// What the memory plan is made for.
     pub request: PlanRequest,
 }
@@ -117,48 +123,50 @@ impl Engine {
     /// As [`Engine::with_base`], on a device. The base must keep its numbers where they are in host memory.
     ///
     /// # Errors
-    /// When threads cannot be started, the device cannot be used, or the base does not fit it.
+    /// When threads cannot be started, the device cannot be used, the base does not fit it, or the adapter the base.
     pub fn with_base_on(device: EngineDevice, base: SharedBase, parts: EngineParts) -> Result<Self> {
         let machine = Machine::open(device, parts.request.threads)?;
-        Self::on(machine, base, parts)
+        let fit = match parts.adapter {
+            Some(method) => Fit::new(method, base.config())?,
+            None => Fit::bare(),
+        };
+        Self::on(machine, base, fit, parts.request)
     }
 
     /// An engine over a base that is already there. The base must keep its numbers where they are.
     ///
     /// # Errors
     /// When the base does not fit the card's memory.
-    fn on(mut machine: Machine, mut base: SharedBase, parts: EngineParts) -> Result<Self> {
-        let EngineParts { layout, dropout, mut request } = parts;
-        machine.hold(&mut *base)?;
+    fn on(mut machine: Machine, mut base: SharedBase, fit: Fit, mut request: PlanRequest) -> Result<Self> {
+        machine.adapt(&fit, base.config().layers);
         request.threads = machine.threads();
         if let Some(card) = machine.card() {
-            // The base lies there already. The rest is free but for what the driver takes as it goes.
-            let room = card.free_bytes() / 100 * 96 + request.base_bytes;
+            // All that is free, but for what the driver takes as it goes.
+            let room = card.free_bytes() / 100 * 96;
             request.memory_limit = Some(request.memory_limit.map_or(room, |limit| limit.min(room)));
+            request.accelerated = true;
+            let (embedding, head) = (base.embedding().place(), base.head().place());
+            request.embedding_bytes = if embedding.0 == head.0 { 0 } else { embedding.1 };
+            request.half_activations = card.precision() == Precision::Bf16;
         }
-        request.dropout = dropout > 0.0;
+        request.dropout = fit.dropout() > 0.0;
         let config = base.config().clone();
-        let sizes = |tokens| Sizes::new(&config, &layout, tokens, request.max_length, &request);
+        let sizes = |tokens| Sizes::new(&config, fit.layout(), tokens, request.max_length, &request);
         let plan = MemoryPlan::choose(sizes, &request);
+        if machine.card().is_some() {
+            plan.check(request.memory_limit)?;
+        }
+        machine.hold(&mut *base, plan.embedding_aside)?;
         let sizes = sizes(plan.micro_batch_tokens);
         let packed = PackedBatch::with_capacity(plan.micro_batch_tokens);
-        let targets = layout.entries().iter().filter(|entry| entry.kind == Kind::A);
-        let targets = targets.map(|entry| Target { layer: entry.layer, projection: entry.projection });
-        let mut targets: Vec<Target> = targets.collect();
-        targets.sort();
-        Ok(Self {
-            machine,
-            config,
-            base,
-            layout,
-            dropout,
-            request,
-            sizes,
-            plan,
-            packed,
-            matched: Matched { targets, unused: Vec::new() },
-            base_hash: None,
-        })
+        let made = match fit.network() {
+            Some(_) => {
+                let length = fit.layout().len();
+                Made { parameters: vec![0.0; length], gradient: vec![0.0; length] }
+            }
+            None => Made::default(),
+        };
+        Ok(Self { machine, config, base, fit, made, request, sizes, plan, packed, base_hash: None })
     }
 
     /// What the model is made of.
@@ -168,7 +176,12 @@ impl Engine {
 
     /// Where each trained tensor lies in the flat buffers.
     pub fn layout(&self) -> &ParameterLayout {
-        &self.layout
+        self.fit.trained()
+    }
+
+    /// The method, fitted to the model.
+    pub fn fit(&self) -> &Fit {
+        &self.fit
     }
 
     /// Rows that one [`Engine::forward_backward`] has room for.
@@ -183,7 +196,7 @@ impl Engine {
 
     /// The modules that are adapted.
     pub fn matched(&self) -> &Matched {
-        &self.matched
+        self.fit.matched()
     }
 
     /// Hash of the base as it was stored; none where the base was handed in by [`Engine::with_base`].
@@ -196,6 +209,21 @@ impl Engine {
         self.machine.take_profile()
     }
 
+    /// Times every operation on the card from now on, or no longer; nothing on the processor, which always does.
+    pub fn set_profiling(&self, on: bool) {
+        if let Some(card) = self.machine.card() {
+            card.set_profiling(on);
+        }
+    }
+
+    /// What took how long on the card since [`Engine::set_profiling`]: operation, seconds, calls, the longest first.
+    ///
+    /// # Errors
+    /// What failed on the card before.
+    pub fn card_profile(&self) -> Result<Vec<(String, f64, u64)>> {
+        self.machine.card().map_or(Ok(Vec::new()), crate::backend::cuda::Cuda::take_profile)
+    }
+
     /// Threads that work.
     pub fn threads(&self) -> usize {
         self.machine.threads()
@@ -206,16 +234,34 @@ impl Engine {
         self.machine.card().map(|card| (card.card(), card.peak_bytes()))
     }
 
-    /// Flat parameters at their start: A as PEFT draws it, B zero.
+    /// Flat parameters at their start, as the method says.
     pub fn initial_parameters(&self, seed: u64) -> Vec<f32> {
-        let mut parameters = vec![0.0; self.layout.len()];
-        self.layout.initialise(seed, &mut parameters);
+        let mut parameters = vec![0.0; self.layout().len()];
+        self.layout().initialise(seed, &mut parameters);
         parameters
     }
 
-    /// What passes run on, taken apart: the machine, its parts, and what plans are made for.
-    pub(crate) fn take_apart(&mut self) -> (&mut Machine, Parts<'_>, &PlanRequest) {
-        let Self { machine, config, base, layout, request, .. } = self;
-        (machine, Parts { config, base: &mut **base, layout }, request)
+    /// What passes run on, taken apart: the machine, its parts, what plans are made for, and the parameters as passes read
+    /// them.
+    pub(crate) fn take_apart<'a>(
+        &'a mut self,
+        parameters: Option<&'a [f32]>,
+    ) -> Result<(&'a mut Machine, Parts<'a>, &'a PlanRequest, Option<&'a [f32]>)> {
+        let Self { machine, config, base, fit, made, request, .. } = self;
+        let parameters = made.parameters(fit, parameters)?;
+        Ok((machine, Parts { config, base: &mut **base, layout: fit.layout() }, request, parameters))
+    }
+}
+
+impl Made {
+    /// The parameters as passes read them: what the network makes of the trained ones, where there is one.
+    fn parameters<'a>(&'a mut self, fit: &Fit, trained: Option<&'a [f32]>) -> Result<Option<&'a [f32]>> {
+        match (fit.network(), trained) {
+            (Some(network), Some(trained)) => {
+                network.network.forward(trained, &mut self.parameters)?;
+                Ok(Some(&self.parameters))
+            }
+            (_, trained) => Ok(trained),
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::{adapter::LoraConfig, backend::cuda::Precision, plan::Recompute, quant::Nf4Options};
+use crate::{adapter::SharedMethod, backend::cuda::Precision, plan::Recompute, quant::Nf4Options};
 
 /// Where an engine computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -27,7 +27,7 @@ pub struct EngineOptions {
     /// 4-bit NormalFloat for the decoder's matrices; none widens them to f32.
     pub quantization: Option<Nf4Options>,
     /// What is trained; none runs the bare base.
-    pub lora: Option<LoraConfig>,
+    pub adapter: Option<SharedMethod>,
     /// Where to compute.
     pub device: EngineDevice,
     /// Threads; 0 takes as many as the machine has.
@@ -48,7 +48,7 @@ impl EngineOptions {
         Self {
             base: base.into(),
             quantization: None,
-            lora: None,
+            adapter: None,
             device: EngineDevice::Cpu,
             threads: 0,
             recompute: Recompute::Auto,

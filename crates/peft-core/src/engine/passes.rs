@@ -1,10 +1,10 @@
 //! Passes over rows: training, evaluation, logits.
 
 use super::{
-    Engine, GradientSink, LossSum, StepError, StepKey,
+    Engine, GradientSink, LossSum, NoSink, StepError, StepKey,
     machine::{Parts, Pass},
 };
-use crate::{batch::Row, error::Result, model::decoder::PassDropout};
+use crate::{adapter::PassDropout, batch::Row, error::Result};
 
 impl Engine {
     /// Runs one micro-batch forward and backward: returns the summed loss of its trained tokens and **adds** the
@@ -24,9 +24,22 @@ impl Engine {
         sink: &mut dyn GradientSink,
     ) -> Result<LossSum> {
         self.check_flat(gradient.len())?;
-        let p = self.dropout;
+        let p = self.fit.dropout();
         let dropout = (p > 0.0).then_some(PassDropout { p, seed: key.seed, step: key.step });
-        self.pass(Some(parameters), rows, dropout, Some((gradient, sink)))
+        let Some(network) = self.fit.network().cloned() else {
+            return self.pass(Some(parameters), rows, dropout, Some((gradient, sink)));
+        };
+        // The gradient of what the network makes is whole before any of the trained tensors' is known.
+        let mut made = std::mem::take(&mut self.made.gradient);
+        made.fill(0.0);
+        let sum = self.pass(Some(parameters), rows, dropout, Some((&mut made, &mut NoSink)));
+        let sum = sum.and_then(|sum| {
+            network.network.backward(parameters, &made, gradient)?;
+            Ok(sum)
+        });
+        self.made.gradient = made;
+        sink.ready(0..gradient.len(), gradient);
+        sum
     }
 
     /// Summed loss of any number of rows, without dropout.
@@ -63,11 +76,12 @@ impl Engine {
         self.check_parameters(parameters)?;
         self.check_rows(rows)?;
         self.packed.fill(rows)?;
-        let Self { machine, config, base, layout, packed, sizes, plan, .. } = self;
-        let parts = Parts { config, base: &mut **base, layout };
+        let Self { machine, config, base, fit, made, packed, sizes, plan, .. } = self;
+        let parameters = made.parameters(fit, parameters)?;
+        let parts = Parts { config, base: &mut **base, layout: fit.layout() };
         let tokens = packed.predicting.len() as u64;
-        let recompute = plan.recompute;
-        let loss = machine.pass(parts, Pass { packed, sizes, recompute, parameters, dropout, training })?;
+        let levels = plan.levels;
+        let loss = machine.pass(parts, Pass { packed, sizes, levels, parameters, dropout, training })?;
         Ok(LossSum { loss, tokens })
     }
 
@@ -75,12 +89,12 @@ impl Engine {
         parameters.map_or(Ok(()), |parameters| self.check_flat(parameters.len()))
     }
 
-    fn check_flat(&self, found: usize) -> Result<()> {
-        let expected = self.layout.len();
+    pub(super) fn check_flat(&self, found: usize) -> Result<()> {
+        let expected = self.layout().len();
         if found == expected { Ok(()) } else { Err(StepError::FlatLength { found, expected }.into()) }
     }
 
-    fn check_rows(&self, rows: &[Row]) -> Result<()> {
+    pub(super) fn check_rows(&self, rows: &[Row]) -> Result<()> {
         let plan = &self.plan;
         let tokens: usize = rows.iter().map(|row| row.token_ids.len()).sum();
         if rows.len() > plan.micro_batch_rows || tokens > plan.micro_batch_tokens {

@@ -10,6 +10,7 @@ use candle_transformers::generation::{LogitsProcessor, Sampling};
 use session::Session;
 
 use crate::{
+    adapter::Branches,
     backend::Backend,
     engine::{Engine, Machine, Parts, StepError},
     error::Result,
@@ -81,16 +82,16 @@ impl Engine {
         }
         self.check_parameters(parameters)?;
         self.check_tokens(0, prompt)?;
-        let (machine, parts, request) = self.take_apart();
+        let (machine, parts, request, parameters) = self.take_apart(parameters)?;
         let wanted = Wanted { prompt, positions, options };
         match machine {
             Machine::Cpu(worker) => {
-                let (backend, parameters) = worker.lend(parameters)?;
-                continue_prompt(backend, parts, request, parameters, &wanted, on_token)
+                let (backend, branches, parameters) = worker.lend(parameters)?;
+                continue_prompt(backend, parts, request, (branches, parameters), &wanted, on_token)
             }
             Machine::Cuda(worker) => {
-                let (backend, parameters) = worker.lend(parameters)?;
-                continue_prompt(backend, parts, request, parameters, &wanted, on_token)
+                let (backend, branches, parameters) = worker.lend(parameters)?;
+                continue_prompt(backend, parts, request, (branches, parameters), &wanted, on_token)
             }
         }
     }
@@ -119,15 +120,15 @@ impl Engine {
             }
             self.check_tokens(index as u64, row)?;
         }
-        let (machine, parts, request) = self.take_apart();
+        let (machine, parts, request, parameters) = self.take_apart(parameters)?;
         match machine {
             Machine::Cpu(worker) => {
-                let (backend, parameters) = worker.lend(parameters)?;
-                all_logits(backend, parts, request, parameters, ids, &mut out)?;
+                let (backend, branches, parameters) = worker.lend(parameters)?;
+                all_logits(backend, parts, request, (branches, parameters), ids, &mut out)?;
             }
             Machine::Cuda(worker) => {
-                let (backend, parameters) = worker.lend(parameters)?;
-                all_logits(backend, parts, request, parameters, ids, &mut out)?;
+                let (backend, branches, parameters) = worker.lend(parameters)?;
+                all_logits(backend, parts, request, (branches, parameters), ids, &mut out)?;
             }
         }
         Ok(out)
@@ -146,7 +147,7 @@ fn continue_prompt<B: Backend>(
     backend: &B,
     mut parts: Parts<'_>,
     request: &PlanRequest,
-    parameters: Option<&B::Buffer>,
+    adapter: (&Branches<B>, Option<&B::Buffer>),
     wanted: &Wanted<'_>,
     on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Vec<u32>> {
@@ -156,7 +157,7 @@ fn continue_prompt<B: Backend>(
     let mut processor = LogitsProcessor::from_sampling(options.seed, options.sampling());
     let mut logits = vec![0.0; parts.config.vocabulary_size];
     let mut tokens = Vec::with_capacity(room);
-    session.advance(backend, &mut parts, parameters, prompt, 1, &mut logits)?;
+    session.advance(backend, &mut parts, adapter, prompt, 1, &mut logits)?;
     while tokens.len() < room {
         let token = sample(&mut processor, &logits)?;
         if options.stop_ids.contains(&token) {
@@ -166,7 +167,7 @@ fn continue_prompt<B: Backend>(
         if on_token(token).is_break() || tokens.len() == room {
             break;
         }
-        session.advance(backend, &mut parts, parameters, &[token], 1, &mut logits)?;
+        session.advance(backend, &mut parts, adapter, &[token], 1, &mut logits)?;
     }
     Ok(tokens)
 }
@@ -175,7 +176,7 @@ fn all_logits<B: Backend>(
     backend: &B,
     mut parts: Parts<'_>,
     request: &PlanRequest,
-    parameters: Option<&B::Buffer>,
+    adapter: (&Branches<B>, Option<&B::Buffer>),
     ids: &[Vec<u32>],
     out: &mut [f32],
 ) -> Result<()> {
@@ -184,7 +185,7 @@ fn all_logits<B: Backend>(
     let row_length = tokens * parts.config.vocabulary_size;
     for (row, out) in ids.iter().zip(out.chunks_exact_mut(row_length)) {
         session.restart();
-        session.advance(backend, &mut parts, parameters, row, tokens, out)?;
+        session.advance(backend, &mut parts, adapter, row, tokens, out)?;
     }
     Ok(())
 }

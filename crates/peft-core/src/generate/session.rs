@@ -1,13 +1,14 @@
 //! A sequence in progress: the keys and values of what came before, and memory for what comes next.
 
 use crate::{
+    adapter::Branches,
     backend::{Backend, Use, View, ViewMut},
     batch::{PackedBatch, Span},
     engine::Parts,
     error::Result,
-    model::decoder::{Attend, Branches, Decoder},
+    model::decoder::{Attend, Decoder, Trained},
     nn::rope::RopeTable,
-    plan::{Arena, PlanRequest, Recompute, Sizes},
+    plan::{Arena, Levels, PlanRequest, Sizes},
 };
 
 /// Keys and values of one layer, `[positions, kv_heads * head_dim]` each.
@@ -42,7 +43,7 @@ impl<B: Backend> Session<B> {
         let room = || backend.allocate(room, Use::Activation);
         let cache = || Ok(Cache { keys: room()?, values: room()? });
         Ok(Self {
-            arena: Arena::new(backend, &sizes, Recompute::Layers)?,
+            arena: Arena::new(backend, &sizes, Levels::boundaries(sizes.layers))?,
             rope: RopeTable::new(backend, parts.config, positions)?,
             caches: (0..layers).map(|_| cache()).collect::<Result<_>>()?,
             packed: PackedBatch::with_capacity(tokens),
@@ -55,12 +56,12 @@ impl<B: Backend> Session<B> {
         self.length = 0;
     }
 
-    /// Appends `ids`, which the base knows; writes the logits of the last `rows` of them to `out`.
+    /// Appends `ids`, which the base knows, with the branches and parameters of an adapter; writes the logits of the last `rows` of them to `out`.
     pub(crate) fn advance(
         &mut self,
         backend: &B,
         parts: &mut Parts<'_>,
-        parameters: Option<&B::Buffer>,
+        adapter: (&Branches<B>, Option<&B::Buffer>),
         ids: &[u32],
         rows: usize,
         out: &mut [f32],
@@ -76,9 +77,19 @@ impl<B: Backend> Session<B> {
 
         let Parts { config, base, layout } = parts;
         let features = config.key_value_heads * config.head_dim;
-        let branches = Branches { parameters, layout, dropout: None };
-        let mut decoder =
-            Decoder { backend, config, base: &mut **base, branches, rope, arena, tokens, predicting: 0 };
+        let (branches, parameters) = adapter;
+        let trained = Trained { parameters, layout, branches, dropout: None };
+        let mut decoder = Decoder {
+            backend,
+            config,
+            base: &mut **base,
+            trained,
+            rope,
+            arena,
+            tokens,
+            predicting: 0,
+            training: false,
+        };
         backend.run(|| {
             decoder.forward_with(|layer, attention, step| {
                 let Attend { backend, batch, tokens, work, attended } = step;

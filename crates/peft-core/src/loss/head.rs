@@ -9,7 +9,7 @@ use crate::{
     backend::{Backend, View, ViewMut},
     model::EmbeddingView,
     nn::rms_norm::RmsNorm,
-    plan::HeadScratch,
+    plan::{HeadMemory, HeadScratch},
 };
 
 /// The frozen end of a decoder.
@@ -38,44 +38,43 @@ impl<B: Backend> Head<'_, B> {
         batch: &B::Batch,
         count: usize,
         hidden: View<'_, B>,
-        scratch: &mut HeadScratch<B>,
+        scratch: &mut HeadScratch<'_, B>,
         mut gradient: Option<ViewMut<'_, B>>,
     ) {
         if let Some(gradient) = &mut gradient {
             backend.fill(0.0, gradient.reborrow());
         }
         let (features, vocabulary) = (hidden.columns, self.table.rows());
-        let HeadScratch {
-            x, normed, dnormed, dx, reciprocal, logits, losses, block, rows, block_rows, ..
-        } = scratch;
+        let HeadScratch { x, normed, dnormed, logits, own } = scratch;
+        let HeadMemory { dx, reciprocal, losses, block, rows, block_rows, .. } = &mut **own;
         let mut table = self.table(backend, block, *block_rows);
         for first in (0..count).step_by(*rows) {
             let rows = (*rows).min(count - first);
-            let x_view = ViewMut::<B>::new(&mut *x, rows, features);
+            let x_view = ViewMut::<B>::new(&mut **x, rows, features);
             backend.gather_predicting(batch, first, hidden, x_view);
-            let x = View::<B>::new(&*x, rows, features);
-            let normed_view = ViewMut::<B>::new(&mut *normed, rows, features);
+            let x = View::<B>::new(&**x, rows, features);
+            let normed_view = ViewMut::<B>::new(&mut **normed, rows, features);
             self.norm.forward(backend, x, normed_view, ViewMut::<B>::new(&mut *reciprocal, rows, 1));
-            let normed = View::<B>::new(&*normed, rows, features);
+            let normed = View::<B>::new(&**normed, rows, features);
             for (start, size) in blocks(vocabulary, *block_rows) {
                 let weight = table.block(backend, &self.table, start, size);
-                let part = ViewMut::<B>::new(&mut *logits, rows, vocabulary).column_range(start, size);
+                let part = ViewMut::<B>::new(&mut **logits, rows, vocabulary).column_range(start, size);
                 backend.gemm(1.0, normed, false, weight, true, 0.0, part);
             }
-            let logits_view = ViewMut::<B>::new(&mut *logits, rows, vocabulary);
+            let logits_view = ViewMut::<B>::new(&mut **logits, rows, vocabulary);
             let losses = ViewMut::<B>::at(&mut *losses, first, rows, 1);
             backend.cross_entropy(batch, first, gradient.is_some(), logits_view, losses);
 
             let Some(gradient) = &mut gradient else { continue };
-            let dlogits = View::<B>::new(&*logits, rows, vocabulary);
+            let dlogits = View::<B>::new(&**logits, rows, vocabulary);
             for (start, size) in blocks(vocabulary, *block_rows) {
                 let weight = table.block(backend, &self.table, start, size);
                 let beta = if start > 0 { 1.0 } else { 0.0 };
-                let dnormed = ViewMut::<B>::new(&mut *dnormed, rows, features);
+                let dnormed = ViewMut::<B>::new(&mut **dnormed, rows, features);
                 backend.gemm(1.0, dlogits.column_range(start, size), false, weight, false, beta, dnormed);
             }
             backend.fill(0.0, ViewMut::<B>::new(&mut *dx, rows, features));
-            let dnormed = View::<B>::new(&*dnormed, rows, features);
+            let dnormed = View::<B>::new(&**dnormed, rows, features);
             let reciprocal = View::<B>::new(&*reciprocal, rows, 1);
             self.norm.backward(backend, dnormed, x, reciprocal, ViewMut::<B>::new(&mut *dx, rows, features));
             let dx = View::<B>::new(&*dx, rows, features);
@@ -84,30 +83,37 @@ impl<B: Backend> Head<'_, B> {
     }
 
     /// The sum of the losses that [`Head::loss`] left, in f64 in the order of the tokens. Waits for them.
-    pub fn sum(backend: &B, count: usize, scratch: &mut HeadScratch<B>) -> f64 {
-        let HeadScratch { losses, read_losses, .. } = scratch;
+    pub fn sum(backend: &B, count: usize, memory: &mut HeadMemory<B>) -> f64 {
+        let HeadMemory { losses, read_losses, .. } = memory;
         read_losses.resize(count, 0.0);
         backend.download(View::<B>::new(losses, count, 1), read_losses);
         read_losses.iter().map(|loss| f64::from(*loss)).sum()
     }
 
     /// Logits of every row of `hidden`, written to `out` row after row.
-    pub fn logits(&self, backend: &B, hidden: View<'_, B>, scratch: &mut HeadScratch<B>, out: &mut [f32]) {
+    pub fn logits(
+        &self,
+        backend: &B,
+        hidden: View<'_, B>,
+        scratch: &mut HeadScratch<'_, B>,
+        out: &mut [f32],
+    ) {
         let (features, vocabulary) = (hidden.columns, self.table.rows());
-        let HeadScratch { normed, reciprocal, logits, block, rows, block_rows, .. } = scratch;
+        let HeadScratch { normed, logits, own, .. } = scratch;
+        let HeadMemory { reciprocal, block, rows, block_rows, .. } = &mut **own;
         let mut table = self.table(backend, block, *block_rows);
         for first in (0..hidden.rows).step_by(*rows) {
             let rows = (*rows).min(hidden.rows - first);
             let x = hidden.row_range(first, rows);
-            let normed_view = ViewMut::<B>::new(&mut *normed, rows, features);
+            let normed_view = ViewMut::<B>::new(&mut **normed, rows, features);
             self.norm.forward(backend, x, normed_view, ViewMut::<B>::new(&mut *reciprocal, rows, 1));
             for (start, size) in blocks(vocabulary, *block_rows) {
                 let weight = table.block(backend, &self.table, start, size);
-                let part = ViewMut::<B>::new(&mut *logits, rows, vocabulary).column_range(start, size);
-                backend.gemm(1.0, View::<B>::new(&*normed, rows, features), false, weight, true, 0.0, part);
+                let part = ViewMut::<B>::new(&mut **logits, rows, vocabulary).column_range(start, size);
+                backend.gemm(1.0, View::<B>::new(&**normed, rows, features), false, weight, true, 0.0, part);
             }
             let out = &mut out[first * vocabulary..(first + rows) * vocabulary];
-            backend.download(View::<B>::new(&*logits, rows, vocabulary), out);
+            backend.download(View::<B>::new(&**logits, rows, vocabulary), out);
         }
     }
 

@@ -4,48 +4,42 @@
 //! says of each layer's part of the flat gradient when it is final, so that its reduction may begin.
 
 use crate::{
-    adapter::{
-        ParameterLayout,
-        lora::{Dropout, Lora},
-    },
+    adapter::{Branches, EmbeddingBranch, EmbeddingSite, ParameterLayout, PassDropout},
     backend::{AttentionShape, Backend, Ready, View, ViewMut},
     error::Result,
     loss::head::Head,
-    model::{BaseSource, LayerWeights, LinearWeights, ModelConfig, Projection},
-    nn::{attention::Attention, embedding, linear::Linear, mlp::Mlp, rms_norm::RmsNorm, rope::RopeTable},
-    plan::Arena,
-    random::DropoutKey,
+    model::{BaseSource, LayerWeights, LinearWeights, ModelConfig, Place, Projection},
+    nn::{
+        attention::Attention,
+        embedding,
+        linear::{Branch, Linear},
+        mlp::Mlp,
+        rms_norm::RmsNorm,
+        rope::RopeTable,
+    },
+    plan::{Arena, Attended, Boundary, Level, two},
 };
 
-/// The trained tensors as one pass sees them.
-pub struct Branches<'a, B: Backend> {
+/// What is trained, as one pass sees it.
+pub struct Trained<'a, B: Backend> {
     /// The flat parameters; none runs the bare base.
     pub parameters: Option<&'a B::Buffer>,
     /// Where each tensor lies.
     pub layout: &'a ParameterLayout,
+    /// What the method does beside each module.
+    pub branches: &'a Branches<B>,
     /// Dropout of this pass.
     pub dropout: Option<PassDropout>,
 }
 
-/// Dropout of one pass over the model.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct PassDropout {
-    /// Share of numbers set to 0.
-    pub p: f32,
-    /// The job's seed.
-    pub seed: u64,
-    /// The optimizer step.
-    pub step: u64,
-}
+impl<'a, B: Backend> Trained<'a, B> {
+    fn linear(&self, layer: usize, index: usize) -> Option<Branch<'a, B>> {
+        let branch = self.branches.linear(layer, index)?;
+        Some(Branch { branch, parameters: self.parameters?, dropout: self.dropout })
+    }
 
-impl<'a, B: Backend> Branches<'a, B> {
-    fn lora(&self, layer: usize, projection: Projection) -> Option<Lora<'a, B>> {
-        let pair = self.layout.pair(layer, projection)?;
-        let dropout = self.dropout.map(|pass| {
-            let module = (layer * Projection::ALL.len() + projection.index()) as u32;
-            Dropout { p: pass.p, key: DropoutKey { seed: pass.seed, step: pass.step, module } }
-        });
-        Some(Lora::new(self.parameters?, pair, dropout))
+    fn embedding(&self) -> Option<(&'a dyn EmbeddingBranch<B>, &'a B::Buffer)> {
+        Some((self.branches.embedding()?, self.parameters?))
     }
 }
 
@@ -58,7 +52,7 @@ pub struct Decoder<'a, B: Backend, S: BaseSource + ?Sized> {
     /// Frozen weights.
     pub base: &'a mut S,
     /// What is trained.
-    pub branches: Branches<'a, B>,
+    pub trained: Trained<'a, B>,
     /// Angles.
     pub rope: &'a RopeTable<B>,
     /// Memory.
@@ -67,6 +61,8 @@ pub struct Decoder<'a, B: Backend, S: BaseSource + ?Sized> {
     pub tokens: usize,
     /// Rows of it that predict a trained token.
     pub predicting: usize,
+    /// Whether a backward pass follows.
+    pub training: bool,
 }
 
 impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
@@ -95,24 +91,42 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         let hidden = config.hidden_size;
         let first = ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden);
         embedding::forward(backend, &arena.batch, &self.base.embedding(), first);
+        if let Some((branch, parameters)) = self.trained.embedding() {
+            let site = EmbeddingSite { backend, batch: &arena.batch, parameters };
+            let first = ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden);
+            branch.forward(&site, first, &mut arena.scratch.branch);
+        }
         for layer in 0..config.layers {
             if layer + 1 < config.layers {
                 self.base.prefetch(layer + 1);
             }
             let weights = self.base.layer(layer)?;
-            let site = Site { backend, config, layer, branches: &self.branches, rope: self.rope };
+            let site = Site { backend, config, layer, trained: &self.trained, rope: self.rope };
             let (attention, mlp) = site.blocks(&weights, &mut arena.weights);
-            let (inputs, next) = arena.inputs.split_at_mut(layer + 1);
-            let x = View::<B>::new(&inputs[layer], tokens, hidden);
-            let index = if arena.work.len() == 1 { 0 } else { layer };
-            let (work, scratch) = (&mut arena.work[index], &mut arena.scratch);
-            let attended = &mut arena.attended[layer];
+            let levels = arena.levels;
+            let (own, after) = (levels.boundary_place(layer), levels.boundary_place(layer + 1));
+            // What lay in the places that this layer writes to may still be on its way to the host.
+            let shared = |layer: usize| self.training && layer < levels.aside;
+            if shared(layer) && layer >= 2 {
+                arena.aside[layer - 2].wait(backend);
+            }
+            let (x, next) = two(&mut arena.inputs, own, after);
+            let x = View::<B>::new(x, tokens, hidden);
+            let (work, scratch) = (&mut arena.work[levels.work_place(layer)], &mut arena.scratch);
+            let expansion = &mut arena.expansions[levels.expansion_place(layer)];
+            let attended = &mut arena.attended[own];
             attention.project(backend, &arena.batch, x, work, scratch);
             attend(layer, &attention, Attend { backend, batch: &arena.batch, tokens, work, attended });
             attention.output(backend, &arena.batch, x, attended, work, scratch);
-            mlp.expand(backend, &arena.batch, tokens, work, scratch);
-            let next = ViewMut::<B>::new(&mut next[0], tokens, hidden);
-            mlp.contract(backend, &arena.batch, work, scratch, next);
+            if let Some(boundary) = arena.aside.get_mut(layer).filter(|_| self.training) {
+                boundary.put(backend, x, attended, config);
+            }
+            mlp.expand(backend, &arena.batch, tokens, work, expansion, scratch);
+            if shared(layer + 1) && layer >= 1 {
+                arena.aside[layer - 1].wait(backend);
+            }
+            let next = ViewMut::<B>::new(next, tokens, hidden);
+            mlp.contract(backend, &arena.batch, work, expansion, scratch, next);
         }
         Ok(())
     }
@@ -124,9 +138,10 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         let (hidden, layers) = (self.config.hidden_size, self.config.layers);
         let head = head(backend, &*self.base);
         let arena = &mut *self.arena;
-        let last = View::<B>::new(&arena.inputs[layers], tokens, hidden);
-        let gradient = gradient.then(|| ViewMut::<B>::new(&mut arena.scratch.gradient, tokens, hidden));
-        head.loss(backend, &arena.batch, self.predicting, last, &mut arena.head, gradient);
+        let last = View::<B>::new(&arena.inputs[arena.levels.boundary_place(layers)], tokens, hidden);
+        let (mut scratch, flowing) = Arena::head_scratch(&mut arena.scratch, &mut arena.head);
+        let gradient = gradient.then(|| ViewMut::<B>::new(flowing, tokens, hidden));
+        head.loss(backend, &arena.batch, self.predicting, last, &mut scratch, gradient);
     }
 
     /// Summed loss. Waits for it: asked for when all work is queued, it delays nothing.
@@ -140,11 +155,12 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         let (hidden, layers) = (self.config.hidden_size, self.config.layers);
         let head = head(backend, &*self.base);
         let arena = &mut *self.arena;
-        let last = View::<B>::new(&arena.inputs[layers], tokens, hidden).row_range(tokens - rows, rows);
-        head.logits(backend, last, &mut arena.head, out);
+        let last = View::<B>::new(&arena.inputs[arena.levels.boundary_place(layers)], tokens, hidden);
+        let (mut scratch, _) = Arena::head_scratch(&mut arena.scratch, &mut arena.head);
+        head.logits(backend, last.row_range(tokens - rows, rows), &mut scratch, out);
     }
 
-    /// From the last hidden state's gradient down to the lowest trained layer; adds to `flat`.
+    /// From the last hidden state's gradient down to the lowest trained tensor; adds to `flat`.
     ///
     /// # Errors
     /// When a layer's weights cannot be had.
@@ -153,29 +169,63 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         let config = self.config;
         let hidden = config.hidden_size;
         let arena = &mut *self.arena;
-        let layout = self.branches.layout;
-        let Some(lowest) = layout.entries().iter().map(|entry| entry.layer).min() else { return Ok(()) };
-        let again = arena.work.len() == 1 && config.layers > 1;
+        let layout = self.trained.layout;
+        let head = layout.range(Place::Head);
+        if !head.is_empty() {
+            ready(head, flat);
+        }
+        let (lowest, through) = match layout.lowest() {
+            None | Some(Place::Head) => return Ok(()),
+            Some(Place::Layer(layer)) => (layer, false),
+            Some(Place::Input) => (0, true),
+        };
+        let levels = arena.levels;
         for layer in (lowest..config.layers).rev() {
             if layer > lowest {
                 self.base.prefetch(layer - 1);
             }
             let weights = self.base.layer(layer)?;
-            let site = Site { backend, config, layer, branches: &self.branches, rope: self.rope };
+            let site = Site { backend, config, layer, trained: &self.trained, rope: self.rope };
             let (attention, mlp) = site.blocks(&weights, &mut arena.weights);
-            let x = View::<B>::new(&arena.inputs[layer], tokens, hidden);
-            let (work, scratch) = (&mut arena.work[if again { 0 } else { layer }], &mut arena.scratch);
-            let attended = &arena.attended[layer];
+            let own = levels.boundary_place(layer);
+            // The two highest of those that lie aside are still here as well.
+            let returns = |layer: usize| layer + 2 < levels.aside;
+            if returns(layer) {
+                arena.aside[layer].wait(backend);
+            }
+            if layer > lowest && returns(layer - 1) {
+                let below = levels.boundary_place(layer - 1);
+                let (input, attended) = (&mut arena.inputs[below], &mut arena.attended[below]);
+                arena.aside[layer - 1].bring(backend, tokens, input, attended, config);
+            }
+            let x = View::<B>::new(&arena.inputs[own], tokens, hidden);
+            let (work, scratch) = (&mut arena.work[levels.work_place(layer)], &mut arena.scratch);
+            let expansion = &mut arena.expansions[levels.expansion_place(layer)];
+            let attended = &arena.attended[own];
             // The last layer's work is still there from the forward pass.
-            let again = again && layer + 1 < config.layers;
+            let last = layer + 1 == config.layers;
+            let level = if last { Level::Everything } else { levels.of(layer) };
+            let again = matches!(level, Level::Boundaries | Level::Aside);
             if again {
                 attention.project(backend, &arena.batch, x, work, scratch);
                 attention.output(backend, &arena.batch, x, attended, work, scratch);
-                mlp.expand(backend, &arena.batch, tokens, work, scratch);
             }
-            let below = layer > lowest;
+            if level != Level::Everything {
+                mlp.expand(backend, &arena.batch, tokens, work, expansion, scratch);
+            }
+            let below = layer > lowest || through;
             let into_attention = below || attention.is_adapted();
-            mlp.backward(backend, &arena.batch, tokens, work, scratch, flat, again, into_attention);
+            mlp.backward(
+                backend,
+                &arena.batch,
+                tokens,
+                work,
+                expansion,
+                scratch,
+                flat,
+                again,
+                into_attention,
+            );
             if into_attention {
                 attention.backward(backend, &arena.batch, x, attended, work, scratch, flat, below);
             }
@@ -184,7 +234,48 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
                 ready(range, flat);
             }
         }
+        if through {
+            if let Some((branch, parameters)) = self.trained.embedding() {
+                let site = EmbeddingSite { backend, batch: &arena.batch, parameters };
+                let gradient = View::<B>::new(&arena.scratch.gradient, tokens, hidden);
+                branch.backward(&site, gradient, flat, &mut arena.scratch.branch);
+            }
+            ready(layout.range(Place::Input), flat);
+        }
         Ok(())
+    }
+}
+
+impl<B: Backend> Boundary<B> {
+    /// Begins to copy a layer's input and attention's output to the host.
+    fn put(&mut self, backend: &B, x: View<'_, B>, attended: &Attended<B>, config: &ModelConfig) {
+        let queries = config.attention_heads * config.head_dim;
+        backend.put_aside(x, &mut self.input);
+        backend.put_aside(View::<B>::new(&attended.out, x.rows, queries), &mut self.out);
+        let log_sum = View::<B>::new(&attended.log_sum, x.rows, config.attention_heads);
+        backend.put_aside(log_sum, &mut self.log_sum);
+    }
+
+    /// Begins to copy them back.
+    fn bring(
+        &self,
+        backend: &B,
+        tokens: usize,
+        input: &mut B::Buffer,
+        attended: &mut Attended<B>,
+        config: &ModelConfig,
+    ) {
+        let queries = config.attention_heads * config.head_dim;
+        backend.bring_back(&self.input, ViewMut::<B>::new(input, tokens, config.hidden_size));
+        backend.bring_back(&self.out, ViewMut::<B>::new(&mut attended.out, tokens, queries));
+        let log_sum = ViewMut::<B>::new(&mut attended.log_sum, tokens, config.attention_heads);
+        backend.bring_back(&self.log_sum, log_sum);
+    }
+
+    /// Whatever is queued from now on comes after the last copy.
+    fn wait(&self, backend: &B) {
+        // Copies follow each other in the order in which they were begun.
+        backend.await_aside(&self.log_sum);
     }
 }
 
@@ -199,7 +290,7 @@ pub struct Attend<'a, B: Backend> {
     /// q, k, v.
     pub work: &'a crate::plan::Work<B>,
     /// Where the result goes.
-    pub attended: &'a mut crate::plan::Attended<B>,
+    pub attended: &'a mut Attended<B>,
 }
 
 fn head<'a, B: Backend, S: BaseSource + ?Sized>(backend: &'a B, base: &'a S) -> Head<'a, B> {
@@ -213,7 +304,7 @@ struct Site<'a, 'b, B: Backend> {
     backend: &'a B,
     config: &'b ModelConfig,
     layer: usize,
-    branches: &'b Branches<'a, B>,
+    trained: &'b Trained<'a, B>,
     rope: &'a RopeTable<B>,
 }
 
@@ -256,11 +347,14 @@ impl<'a, B: Backend> Site<'a, '_, B> {
     where
         'a: 'c,
     {
-        Linear {
-            weight: self.backend.frozen(&weights.weight, scratch),
-            bias: weights.bias.map(|bias| self.backend.frozen_vector(bias)),
-            lora: self.branches.lora(self.layer, projection),
-        }
+        let branch = self.trained.linear(self.layer, projection.index());
+        let update = branch.as_ref().and_then(|on| on.branch.update(on.parameters, on.dropout));
+        let (weight, merged) = match &update {
+            Some(update) => self.backend.frozen_updated(&weights.weight, update, scratch),
+            None => (self.backend.frozen(&weights.weight, scratch), false),
+        };
+        let bias = weights.bias.map(|bias| self.backend.frozen_vector(bias));
+        Linear { weight, bias, branch, merged }
     }
 }
 

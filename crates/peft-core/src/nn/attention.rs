@@ -6,7 +6,6 @@
 
 use super::{linear::Linear, rms_norm::RmsNorm, rope::RopeTable};
 use crate::{
-    adapter::lora::LoraScratch,
     backend::{AttentionShape, Backend, View, ViewMut},
     plan::{Attended, Scratch, Work},
 };
@@ -42,11 +41,11 @@ impl<B: Backend> Attention<'_, B> {
 
     /// Whether a part of this block is trained.
     pub fn is_adapted(&self) -> bool {
-        self.o.lora.is_some() || self.inputs_adapted()
+        self.o.is_trained() || self.inputs_adapted()
     }
 
     fn inputs_adapted(&self) -> bool {
-        self.q.lora.is_some() || self.k.lora.is_some() || self.v.lora.is_some()
+        self.q.is_trained() || self.k.is_trained() || self.v.is_trained()
     }
 
     /// Norm, q, k, v, rotation; `x` `[T, hidden]`.
@@ -63,14 +62,14 @@ impl<B: Backend> Attention<'_, B> {
         let normed = ViewMut::<B>::new(&mut scratch.normed, tokens, hidden);
         self.norm.forward(backend, x, normed, ViewMut::<B>::new(&mut work.attention_norm, tokens, 1));
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
-        let [q_projected, k_projected, v_projected, ..] = &mut work.projected;
-        let wide = &mut scratch.lora_wide;
+        let [q_kept, k_kept, v_kept, ..] = &mut work.kept;
+        let branch = &mut scratch.branch;
         let q = ViewMut::<B>::new(&mut work.q, tokens, queries);
-        self.q.forward(backend, batch, normed, false, q, q_projected, wide);
+        self.q.forward(backend, batch, normed, false, q, q_kept, branch);
         let k = ViewMut::<B>::new(&mut work.k, tokens, keys);
-        self.k.forward(backend, batch, normed, false, k, k_projected, wide);
+        self.k.forward(backend, batch, normed, false, k, k_kept, branch);
         let v = ViewMut::<B>::new(&mut work.v, tokens, keys);
-        self.v.forward(backend, batch, normed, false, v, v_projected, wide);
+        self.v.forward(backend, batch, normed, false, v, v_kept, branch);
         self.rope.forward(backend, batch, ViewMut::<B>::new(&mut work.q, tokens, queries));
         self.rope.forward(backend, batch, ViewMut::<B>::new(&mut work.k, tokens, keys));
     }
@@ -121,8 +120,8 @@ impl<B: Backend> Attention<'_, B> {
         backend.copy(x, ViewMut::<B>::new(&mut work.middle, tokens, hidden));
         let out = View::<B>::new(&attended.out, tokens, self.query_features());
         let middle = ViewMut::<B>::new(&mut work.middle, tokens, hidden);
-        let [_, _, _, o_projected, ..] = &mut work.projected;
-        self.o.forward(backend, batch, out, true, middle, o_projected, &mut scratch.lora_wide);
+        let [_, _, _, o_kept, ..] = &mut work.kept;
+        self.o.forward(backend, batch, out, true, middle, o_kept, &mut scratch.branch);
     }
 
     /// Turns `scratch.gradient` from that of `middle` into that of `x`, and adds the branches' gradients to `flat`.
@@ -142,13 +141,12 @@ impl<B: Backend> Attention<'_, B> {
         let (tokens, hidden) = (x.rows, x.columns);
         let (queries, keys) = (self.query_features(), self.key_features());
         let attend_gradient = input_gradient || self.inputs_adapted();
-        let [q_projected, k_projected, v_projected, o_projected, ..] = &work.projected;
+        let [q_kept, k_kept, v_kept, o_kept, ..] = &work.kept;
 
         let out = View::<B>::new(&attended.out, tokens, queries);
         let dmiddle = View::<B>::new(&scratch.gradient, tokens, hidden);
-        let dout = attend_gradient.then(|| ViewMut::<B>::new(&mut scratch.wide_b, tokens, queries));
-        let lora = LoraScratch::<B> { wide: &mut scratch.lora_wide, narrow: &mut scratch.lora_narrow };
-        self.o.backward(backend, batch, out, o_projected, dmiddle, false, dout, flat, lora);
+        let dout = attend_gradient.then(|| ViewMut::<B>::new(&mut scratch.wide, tokens, queries));
+        self.o.backward(backend, batch, out, o_kept, dmiddle, false, dout, flat, &mut scratch.branch);
         if !attend_gradient {
             return;
         }
@@ -161,12 +159,12 @@ impl<B: Backend> Attention<'_, B> {
             View::<B>::new(&work.v, tokens, keys),
             out,
             View::<B>::new(&attended.log_sum, tokens, self.shape.heads),
-            View::<B>::new(&scratch.wide_b, tokens, queries),
-            ViewMut::<B>::new(&mut scratch.wide_a, tokens, queries),
+            View::<B>::new(&scratch.wide, tokens, queries),
+            ViewMut::<B>::new(&mut scratch.dq, tokens, queries),
             ViewMut::<B>::new(&mut scratch.dk, tokens, keys),
             ViewMut::<B>::new(&mut scratch.dv, tokens, keys),
         );
-        self.rope.backward(backend, batch, ViewMut::<B>::new(&mut scratch.wide_a, tokens, queries));
+        self.rope.backward(backend, batch, ViewMut::<B>::new(&mut scratch.dq, tokens, queries));
         self.rope.backward(backend, batch, ViewMut::<B>::new(&mut scratch.dk, tokens, keys));
 
         if self.inputs_adapted() {
@@ -175,14 +173,13 @@ impl<B: Backend> Attention<'_, B> {
         }
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
         let parts = [
-            (&self.v, v_projected, View::<B>::new(&scratch.dv, tokens, keys)),
-            (&self.k, k_projected, View::<B>::new(&scratch.dk, tokens, keys)),
-            (&self.q, q_projected, View::<B>::new(&scratch.wide_a, tokens, queries)),
+            (&self.v, v_kept, View::<B>::new(&scratch.dv, tokens, keys)),
+            (&self.k, k_kept, View::<B>::new(&scratch.dk, tokens, keys)),
+            (&self.q, q_kept, View::<B>::new(&scratch.dq, tokens, queries)),
         ];
-        for (index, (linear, projected, dy)) in parts.into_iter().enumerate() {
+        for (index, (linear, kept, dy)) in parts.into_iter().enumerate() {
             let dnormed = input_gradient.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));
-            let lora = LoraScratch::<B> { wide: &mut scratch.lora_wide, narrow: &mut scratch.lora_narrow };
-            linear.backward(backend, batch, normed, projected, dy, index > 0, dnormed, flat, lora);
+            linear.backward(backend, batch, normed, kept, dy, index > 0, dnormed, flat, &mut scratch.branch);
         }
         if input_gradient {
             let dnormed = View::<B>::new(&scratch.dnormed, tokens, hidden);

@@ -1,11 +1,11 @@
-//! A frozen linear layer, with a LoRA branch where it is adapted.
+//! A frozen linear layer, with a branch where it is adapted.
 //!
-//! `y = x Wᵀ + b + branch`. Backward `dx = dy W + branch`; W is frozen and the product for its gradient is never made.
-//! The backward pass needs x where there is a branch, and the branch's projection.
+//! `y = x Wᵀ + b`, changed by the branch. Backward `dx = dy W` and what the branch adds; W is frozen and the product for
+//! its gradient is never made. The backward pass needs x where there is a branch, and what the branch keeps.
 
 use crate::{
-    adapter::lora::{Lora, LoraScratch},
-    backend::{Backend, Product, View, ViewMut},
+    adapter::{BranchScratch, LinearBranch, LinearSite, PassDropout},
+    backend::{Backend, View, ViewMut},
 };
 
 /// Weights of a linear layer, ready for use.
@@ -14,13 +14,30 @@ pub struct Linear<'a, B: Backend> {
     pub weight: View<'a, B>,
     /// b, `[1, out]`.
     pub bias: Option<View<'a, B>>,
-    /// The trained branch.
-    pub lora: Option<Lora<'a, B>>,
+    /// What is trained beside it.
+    pub branch: Option<Branch<'a, B>>,
+    /// Whether W holds the branch's update already.
+    pub merged: bool,
+}
+
+/// A branch in a pass.
+pub struct Branch<'a, B: Backend> {
+    /// What it does.
+    pub branch: &'a dyn LinearBranch<B>,
+    /// The flat parameters.
+    pub parameters: &'a B::Buffer,
+    /// Dropout of this pass.
+    pub dropout: Option<PassDropout>,
 }
 
 impl<B: Backend> Linear<'_, B> {
-    /// `y = x Wᵀ + b + branch`, or `y += …` with `accumulate`. `x` `[T, in]`, `y` `[T, out]`.
-    /// `projected` `[T, r]` keeps what the branch's backward pass needs; `wide` is scratch `[T, in]`.
+    /// Whether anything here is trained.
+    pub fn is_trained(&self) -> bool {
+        self.branch.is_some()
+    }
+
+    /// `y = x Wᵀ + b` and the branch, or `y += …` with `accumulate`. `x` `[T, in]`, `y` `[T, out]`.
+    /// `kept` holds what the branch's backward pass needs.
     #[expect(clippy::too_many_arguments, reason = "inputs, outputs and scratch of a layer without memory")]
     pub fn forward(
         &self,
@@ -29,20 +46,31 @@ impl<B: Backend> Linear<'_, B> {
         x: View<'_, B>,
         accumulate: bool,
         mut y: ViewMut<'_, B>,
-        projected: &mut B::Buffer,
-        wide: &mut B::Buffer,
+        kept: &mut B::Buffer,
+        scratch: &mut BranchScratch<B>,
     ) {
-        let beta = if accumulate { 1.0 } else { 0.0 };
-        let frozen = Product { alpha: 1.0, a: x, transpose_a: false, b: self.weight, transpose_b: true };
-        if let Some(lora) = &self.lora {
-            lora.project(backend, batch, x, wide, ViewMut::<B>::new(&mut *projected, x.rows, lora.rank()));
-            let branch = lora.expansion(View::<B>::new(projected, x.rows, lora.rank()));
-            backend.gemm_pair(frozen, branch, beta, y.reborrow());
-        } else {
-            backend.gemm(1.0, x, false, self.weight, true, beta, y.reborrow());
+        if let Some(branch) = &self.branch {
+            let site = self.site(backend, batch, branch);
+            return branch.branch.forward(&site, x, accumulate, y, kept, scratch);
         }
+        let beta = if accumulate { 1.0 } else { 0.0 };
+        backend.gemm(1.0, x, false, self.weight, true, beta, y.reborrow());
         if let Some(bias) = self.bias {
             backend.add_bias(bias, y);
+        }
+    }
+
+    /// Fills `kept` as the forward pass does, without y.
+    pub fn keep_again(
+        &self,
+        backend: &B,
+        batch: &B::Batch,
+        x: View<'_, B>,
+        kept: &mut B::Buffer,
+        scratch: &mut BranchScratch<B>,
+    ) {
+        if let Some(branch) = &self.branch {
+            branch.branch.keep_again(&self.site(backend, batch, branch), x, kept, scratch);
         }
     }
 
@@ -54,31 +82,55 @@ impl<B: Backend> Linear<'_, B> {
         backend: &B,
         batch: &B::Batch,
         x: View<'_, B>,
-        projected: &B::Buffer,
+        kept: &B::Buffer,
         dy: View<'_, B>,
         accumulate: bool,
         dx: Option<ViewMut<'_, B>>,
         flat: &mut B::Buffer,
-        mut scratch: LoraScratch<'_, B>,
+        scratch: &mut BranchScratch<B>,
     ) {
-        if let Some(lora) = &self.lora {
-            let projected = View::<B>::new(projected, x.rows, lora.rank());
-            lora.backward(backend, batch, x, projected, dy, flat, &mut scratch);
+        if let Some(branch) = &self.branch {
+            let site = self.site(backend, batch, branch);
+            return branch.branch.backward(&site, x, kept, dy, accumulate, dx, flat, scratch);
         }
-        let Some(mut dx) = dx else { return };
+        let Some(dx) = dx else { return };
         let beta = if accumulate { 1.0 } else { 0.0 };
-        let frozen = Product { alpha: 1.0, a: dy, transpose_a: false, b: self.weight, transpose_b: false };
-        match &self.lora {
-            Some(lora) if lora.dropout.is_none() => {
-                let narrow = View::<B>::new(&*scratch.narrow, x.rows, lora.rank());
-                backend.gemm_pair(frozen, lora.contraction(narrow), beta, dx);
-            }
-            lora => {
-                backend.gemm(1.0, dy, false, self.weight, false, beta, dx.reborrow());
-                if let Some(lora) = lora {
-                    lora.input_gradient(backend, batch, dx, &mut scratch);
-                }
-            }
+        backend.gemm(1.0, dy, false, self.weight, false, beta, dx);
+    }
+
+    /// `dx = dy W` and what the branch adds, or `dx += …` with `accumulate`, without the branch's own gradients: for a
+    /// caller that has the layer's input only afterwards, and then calls [`Linear::backward`] without dx.
+    pub fn input_gradient(
+        &self,
+        backend: &B,
+        batch: &B::Batch,
+        dy: View<'_, B>,
+        accumulate: bool,
+        dx: ViewMut<'_, B>,
+        scratch: &mut BranchScratch<B>,
+    ) {
+        if let Some(branch) = &self.branch {
+            let site = self.site(backend, batch, branch);
+            return branch.branch.input_gradient(&site, dy, accumulate, dx, scratch);
+        }
+        let beta = if accumulate { 1.0 } else { 0.0 };
+        backend.gemm(1.0, dy, false, self.weight, false, beta, dx);
+    }
+
+    fn site<'b>(
+        &'b self,
+        backend: &'b B,
+        batch: &'b B::Batch,
+        branch: &'b Branch<'_, B>,
+    ) -> LinearSite<'b, B> {
+        LinearSite {
+            backend,
+            batch,
+            weight: self.weight,
+            bias: self.bias,
+            parameters: branch.parameters,
+            dropout: branch.dropout,
+            merged: self.merged,
         }
     }
 }

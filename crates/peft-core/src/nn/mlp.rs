@@ -6,9 +6,8 @@
 
 use super::{linear::Linear, rms_norm::RmsNorm};
 use crate::{
-    adapter::lora::LoraScratch,
     backend::{Backend, View, ViewMut},
-    plan::{Scratch, Work},
+    plan::{Expansion, Scratch, Work},
 };
 
 /// Weights of a feed-forward block.
@@ -29,7 +28,7 @@ impl<B: Backend> Mlp<'_, B> {
     }
 
     fn inputs_adapted(&self) -> bool {
-        self.gate.lora.is_some() || self.up.lora.is_some()
+        self.gate.is_trained() || self.up.is_trained()
     }
 
     /// Norm, gate, up.
@@ -39,17 +38,18 @@ impl<B: Backend> Mlp<'_, B> {
         batch: &B::Batch,
         tokens: usize,
         work: &mut Work<B>,
+        expansion: &mut Expansion<B>,
         scratch: &mut Scratch<B>,
     ) {
         let (hidden, features) = (self.down.weight.rows, self.features());
         self.normalise(backend, tokens, work, scratch);
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
-        let [_, _, _, _, gate_projected, up_projected, _] = &mut work.projected;
-        let wide = &mut scratch.lora_wide;
-        let gate = ViewMut::<B>::new(&mut work.gate, tokens, features);
-        self.gate.forward(backend, batch, normed, false, gate, gate_projected, wide);
-        let up = ViewMut::<B>::new(&mut work.up, tokens, features);
-        self.up.forward(backend, batch, normed, false, up, up_projected, wide);
+        let [_, _, _, _, gate_kept, up_kept, _] = &mut work.kept;
+        let branch = &mut scratch.branch;
+        let gate = ViewMut::<B>::new(&mut expansion.gate, tokens, features);
+        self.gate.forward(backend, batch, normed, false, gate, gate_kept, branch);
+        let up = ViewMut::<B>::new(&mut expansion.up, tokens, features);
+        self.up.forward(backend, batch, normed, false, up, up_kept, branch);
     }
 
     /// `next = middle + down(silu(gate) * up)`; `next` `[T, hidden]`.
@@ -58,19 +58,20 @@ impl<B: Backend> Mlp<'_, B> {
         backend: &B,
         batch: &B::Batch,
         work: &mut Work<B>,
+        expansion: &Expansion<B>,
         scratch: &mut Scratch<B>,
         mut next: ViewMut<'_, B>,
     ) {
         let (tokens, hidden) = (next.rows, next.columns);
-        self.activate(backend, tokens, work, scratch);
-        let activated = View::<B>::new(&scratch.wide_a, tokens, self.features());
+        self.activate(backend, tokens, expansion, scratch);
+        let activated = View::<B>::new(&scratch.wide, tokens, self.features());
         backend.copy(View::<B>::new(&work.middle, tokens, hidden), next.reborrow());
-        let [.., down_projected] = &mut work.projected;
-        self.down.forward(backend, batch, activated, true, next, down_projected, &mut scratch.lora_wide);
+        let [.., down_kept] = &mut work.kept;
+        self.down.forward(backend, batch, activated, true, next, down_kept, &mut scratch.branch);
     }
 
     /// Turns `scratch.gradient` from that of `next` into that of `middle`, and adds the branches' gradients to `flat`.
-    /// `again` says that the forward pass kept no projection of `down`. Without `input_gradient` nothing
+    /// `again` says that the forward pass kept nothing of `down`'s branch. Without `input_gradient` nothing
     /// below this block is trained: the gradient of middle is not made.
     #[expect(clippy::too_many_arguments, reason = "what the forward pass kept, and where gradients go")]
     pub fn backward(
@@ -79,6 +80,7 @@ impl<B: Backend> Mlp<'_, B> {
         batch: &B::Batch,
         tokens: usize,
         work: &mut Work<B>,
+        expansion: &mut Expansion<B>,
         scratch: &mut Scratch<B>,
         flat: &mut B::Buffer,
         again: bool,
@@ -86,43 +88,53 @@ impl<B: Backend> Mlp<'_, B> {
     ) {
         let (hidden, features) = (self.down.weight.rows, self.features());
         let expand_gradient = input_gradient || self.inputs_adapted();
-        if let Some(lora) = &self.down.lora {
-            self.activate(backend, tokens, work, scratch);
-            if again {
-                let activated = View::<B>::new(&scratch.wide_a, tokens, features);
-                let [.., projected] = &mut work.projected;
-                let projected = ViewMut::<B>::new(projected, tokens, lora.rank());
-                lora.project(backend, batch, activated, &mut scratch.lora_wide, projected);
-            }
-        }
-        let [.., down_projected] = &work.projected;
-        let activated = View::<B>::new(&scratch.wide_a, tokens, features);
         let dnext = View::<B>::new(&scratch.gradient, tokens, hidden);
-        let dactivated = expand_gradient.then(|| ViewMut::<B>::new(&mut scratch.wide_b, tokens, features));
-        let lora = LoraScratch::<B> { wide: &mut scratch.lora_wide, narrow: &mut scratch.lora_narrow };
-        self.down.backward(backend, batch, activated, down_projected, dnext, false, dactivated, flat, lora);
+        if expand_gradient {
+            let dactivated = ViewMut::<B>::new(&mut scratch.wide, tokens, features);
+            self.down.input_gradient(backend, batch, dnext, false, dactivated, &mut scratch.branch);
+            // Leaves the activated product where its gradient was.
+            backend.swiglu_backward(
+                ViewMut::<B>::new(&mut scratch.wide, tokens, features),
+                ViewMut::<B>::new(&mut expansion.gate, tokens, features),
+                ViewMut::<B>::new(&mut expansion.up, tokens, features),
+            );
+        } else if self.down.is_trained() {
+            self.activate(backend, tokens, expansion, scratch);
+        }
+        let activated = View::<B>::new(&scratch.wide, tokens, features);
+        let dnext = View::<B>::new(&scratch.gradient, tokens, hidden);
+        if again {
+            let [.., down_kept] = &mut work.kept;
+            self.down.keep_again(backend, batch, activated, down_kept, &mut scratch.branch);
+        }
+        let [.., down_kept] = &work.kept;
+        self.down.backward(
+            backend,
+            batch,
+            activated,
+            down_kept,
+            dnext,
+            false,
+            None,
+            flat,
+            &mut scratch.branch,
+        );
         if !expand_gradient {
             return;
         }
 
-        backend.swiglu_backward(
-            View::<B>::new(&scratch.wide_b, tokens, features),
-            ViewMut::<B>::new(&mut work.gate, tokens, features),
-            ViewMut::<B>::new(&mut work.up, tokens, features),
-        );
         if self.inputs_adapted() {
             self.normalise(backend, tokens, work, scratch);
         }
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
-        let [_, _, _, _, gate_projected, up_projected, _] = &work.projected;
+        let [_, _, _, _, gate_kept, up_kept, _] = &work.kept;
         let parts = [
-            (&self.up, up_projected, View::<B>::new(&work.up, tokens, features)),
-            (&self.gate, gate_projected, View::<B>::new(&work.gate, tokens, features)),
+            (&self.up, up_kept, View::<B>::new(&expansion.up, tokens, features)),
+            (&self.gate, gate_kept, View::<B>::new(&expansion.gate, tokens, features)),
         ];
-        for (index, (linear, projected, dy)) in parts.into_iter().enumerate() {
+        for (index, (linear, kept, dy)) in parts.into_iter().enumerate() {
             let dnormed = input_gradient.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));
-            let lora = LoraScratch::<B> { wide: &mut scratch.lora_wide, narrow: &mut scratch.lora_narrow };
-            linear.backward(backend, batch, normed, projected, dy, index > 0, dnormed, flat, lora);
+            linear.backward(backend, batch, normed, kept, dy, index > 0, dnormed, flat, &mut scratch.branch);
         }
         if input_gradient {
             let dnormed = View::<B>::new(&scratch.dnormed, tokens, hidden);
@@ -140,11 +152,11 @@ impl<B: Backend> Mlp<'_, B> {
         self.norm.forward(backend, middle, normed, ViewMut::<B>::new(&mut work.mlp_norm, tokens, 1));
     }
 
-    /// `wide_a = silu(gate) * up`.
-    fn activate(&self, backend: &B, tokens: usize, work: &Work<B>, scratch: &mut Scratch<B>) {
+    /// `wide = silu(gate) * up`.
+    fn activate(&self, backend: &B, tokens: usize, expansion: &Expansion<B>, scratch: &mut Scratch<B>) {
         let features = self.features();
-        let gate = View::<B>::new(&work.gate, tokens, features);
-        let up = View::<B>::new(&work.up, tokens, features);
-        backend.swiglu(gate, up, ViewMut::<B>::new(&mut scratch.wide_a, tokens, features));
+        let gate = View::<B>::new(&expansion.gate, tokens, features);
+        let up = View::<B>::new(&expansion.up, tokens, features);
+        backend.swiglu(gate, up, ViewMut::<B>::new(&mut scratch.wide, tokens, features));
     }
 }

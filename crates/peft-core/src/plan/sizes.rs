@@ -1,9 +1,9 @@
-//! The number of f32 in every buffer of a step.
+//! How large every buffer of a step is.
 
-use super::{PlanRequest, Recompute};
+use super::{Levels, PlanRequest};
 use crate::{
-    adapter::ParameterLayout,
-    model::{ModelConfig, Projection},
+    adapter::{Needs, ParameterLayout},
+    model::{ModelConfig, ModuleKind, Projection},
 };
 
 /// Numbers that a chunk of logits may hold.
@@ -12,13 +12,17 @@ const LOGITS: usize = 1 << 24;
 const HEAD_ROWS: usize = 512;
 /// Numbers of the head that are widened at once, at most.
 const HEAD_BLOCK: usize = 1 << 24;
-/// Numbers that a chunk of logits may hold, and its rows at most, on a GPU.
-const LOGITS_ACCELERATED: usize = 1 << 28;
+/// Rows of logits made at once on a GPU: no fewer where memory is to be had for them, and at most.
+const FEWEST_ROWS_ACCELERATED: usize = 256;
 const HEAD_ROWS_ACCELERATED: usize = 4096;
+/// Bytes that products on a GPU may work in.
+pub(crate) const WORKSPACE: usize = 32 << 20;
 
-/// The number of f32 in every buffer of a step.
+/// How large every buffer of a step is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sizes {
+    /// Bytes of an activation.
+    pub activation: usize,
     /// Tokens of a micro-batch.
     pub tokens: usize,
     /// Layers.
@@ -39,16 +43,17 @@ pub struct Sizes {
     pub intermediate: usize,
     /// Vocabulary.
     pub vocabulary: usize,
-    /// Rank of each adapted projection, in the order of [`Projection::ALL`]; 0 where none is adapted in any layer.
-    pub ranks: [usize; 7],
+    /// What the branch of each projection keeps for each token, in the order of [`Projection::ALL`]; 0 where none is adapted
+    /// in any layer.
+    pub kept: [usize; 7],
+    /// What branches work in.
+    pub branch: Needs,
     /// Numbers of each matrix written out, in the order of [`Projection::ALL`]; 0 where it is read in place.
     pub weights: [usize; 7],
     /// Rows of logits made at once.
     pub head_rows: usize,
     /// Rows of the head widened at once; 0 where it is read in place.
     pub head_block: usize,
-    /// Columns of the widest matrix that dropout is applied to; 0 where it is off.
-    pub dropout_columns: usize,
     /// Numbers in the threads' own scratch.
     pub lanes: usize,
     /// Numbers in the table of angles.
@@ -64,11 +69,12 @@ impl Sizes {
         max_length: usize,
         request: &PlanRequest,
     ) -> Self {
-        let mut ranks = [0; 7];
-        for entry in layout.entries().iter().filter(|entry| entry.kind == crate::adapter::Kind::A) {
-            let rank = &mut ranks[entry.projection.index()];
-            *rank = entry.shape[0].max(*rank);
+        let mut kept = [0; 7];
+        for adapted in layout.modules().iter().filter(|adapted| adapted.module.kind == ModuleKind::Linear) {
+            let of_projection: &mut usize = &mut kept[adapted.module.index];
+            *of_projection = adapted.needs.kept.max(*of_projection);
         }
+        let branch = layout.needs();
         let size = |projection: Projection| {
             let [rows, columns] = config.shape(projection);
             rows * columns
@@ -76,19 +82,23 @@ impl Sizes {
         let weights = if request.dequantised { Projection::ALL.map(size) } else { [0; 7] };
         let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
         let queries = config.attention_heads * config.head_dim;
-        let widest = hidden.max(intermediate).max(queries);
-        let (logits, most_rows) = match request.accelerated {
-            true => (LOGITS_ACCELERATED, HEAD_ROWS_ACCELERATED),
-            false => (LOGITS, HEAD_ROWS),
-        };
-        let head_rows = (logits / config.vocabulary_size).clamp(1, most_rows).min(tokens.max(1));
+        let wide = tokens * intermediate.max(queries);
+        let head_rows = if request.accelerated {
+            // Logits lie where the feed-forward halves work.
+            let least = FEWEST_ROWS_ACCELERATED.min(tokens.max(1));
+            (wide / config.vocabulary_size).clamp(least, HEAD_ROWS_ACCELERATED.max(least))
+        } else {
+            (LOGITS / config.vocabulary_size).clamp(1, HEAD_ROWS)
+        }
+        .min(tokens.max(1));
         let head_block = match request.accelerated {
             true => config.vocabulary_size,
             false => (HEAD_BLOCK / hidden).clamp(1, config.vocabulary_size),
         };
         // Two tiles of attention, or a row that dropout is applied to.
-        let lane = (2 * 64 * max_length).max(if request.dropout { widest } else { 0 });
+        let lane = (2 * 64 * max_length).max(if request.dropout { branch.wide } else { 0 });
         Self {
+            activation: if request.half_activations { 2 } else { 4 },
             tokens,
             layers: config.layers,
             parameters: layout.len(),
@@ -99,59 +109,83 @@ impl Sizes {
             keys: config.key_value_heads * config.head_dim,
             intermediate,
             vocabulary: config.vocabulary_size,
-            ranks,
+            kept,
+            branch,
             weights,
             head_rows,
             head_block: if request.head_widened { head_block } else { 0 },
-            dropout_columns: if request.dropout { widest } else { 0 },
             lanes: match request.accelerated {
-                // Ids and the like, attention's sums by head, the larger operand of a product rounded to 2 bytes.
-                true => {
-                    let operand =
-                        (tokens * intermediate.max(queries)).max(head_rows * config.vocabulary_size);
-                    tokens * (config.attention_heads + 11) + operand / 2
-                }
+                // Ids and the like, attention's sums by head, and what products work in.
+                true => tokens * (config.attention_heads + 11) + WORKSPACE / 4,
                 false => request.threads.max(1) * lane,
             },
             rope: max_length * config.head_dim,
         }
     }
 
-    /// Features of the two widest scratch buffers.
+    /// Numbers of the widest scratch buffer: a row of the feed-forward half for each token, or a chunk of logits.
     pub(super) fn wide(&self) -> usize {
-        self.intermediate.max(self.queries)
+        (self.tokens * self.intermediate.max(self.queries)).max(self.head_rows * self.vocabulary)
     }
 
-    /// The largest rank.
-    pub(super) fn rank(&self) -> usize {
-        self.ranks.iter().copied().max().unwrap_or(0)
+    /// Numbers of the scratch buffer that is as wide as queries, or as the head's gradient.
+    pub(super) fn middle(&self) -> usize {
+        (self.tokens * self.queries).max(self.head_rows * self.hidden)
     }
 
-    /// Kept for each layer whatever the plan: its input, attention's output and logarithms.
-    fn kept_always(&self) -> usize {
-        self.hidden + self.queries + self.heads
+    /// A layer's input, attention's output and logarithms, bytes.
+    pub(super) fn boundary_bytes(&self) -> u64 {
+        self.rows(self.hidden + self.queries) + 4 * (self.tokens * self.heads) as u64
     }
 
-    /// Kept for each layer, or once for the layer at work: q, k, v, middle, gate, up, norms, projections.
-    fn work(&self) -> usize {
-        let projections: usize = self.ranks.iter().sum();
-        self.queries + 2 * self.keys + self.hidden + 2 * self.intermediate + 2 + projections
+    /// What a layer needs besides: q, k, v, middle, norms, branches; bytes.
+    fn work_bytes(&self) -> u64 {
+        let kept: usize = self.kept.iter().sum();
+        self.rows(self.queries + 2 * self.keys + self.hidden + kept) + 8 * self.tokens as u64
     }
 
-    /// Numbers that the forward pass keeps.
-    pub fn activations(&self, recompute: Recompute) -> usize {
-        let works = if recompute == Recompute::Layers { 1 } else { self.layers };
-        let last_hidden = self.hidden;
-        self.tokens * (self.layers * self.kept_always() + last_hidden + works * self.work())
+    /// Gate and up, bytes.
+    fn expansion_bytes(&self) -> u64 {
+        self.rows(2 * self.intermediate)
     }
 
-    /// Numbers that operations work in.
-    pub fn scratch(&self) -> usize {
-        let per_token =
-            3 * self.hidden + 2 * self.wide() + 2 * self.keys + self.dropout_columns + self.rank();
-        let head = self.tokens
-            + self.head_rows * (self.vocabulary + 4 * self.hidden + 1)
-            + self.head_block * self.hidden;
-        self.tokens * per_token + head + self.weights.iter().sum::<usize>() + self.lanes + self.rope
+    fn rows(&self, columns: usize) -> u64 {
+        (self.activation * self.tokens * columns) as u64
+    }
+
+    /// What the forward pass keeps for the backward pass in the memory that operations work in, bytes.
+    pub fn activation_bytes(&self, levels: &Levels) -> u64 {
+        let boundaries = levels.shared_boundaries() + levels.layers() - levels.aside;
+        let works = levels.shared_work() + levels.unexpanded + levels.everything;
+        let expansions = levels.shared_expansions() + levels.everything;
+        self.rows(self.hidden)
+            + boundaries as u64 * self.boundary_bytes()
+            + works as u64 * self.work_bytes()
+            + expansions as u64 * self.expansion_bytes()
+    }
+
+    /// What the forward pass keeps in host memory, bytes.
+    pub fn aside_bytes(&self, levels: &Levels) -> u64 {
+        levels.aside as u64 * self.boundary_bytes()
+    }
+
+    /// Multiplications that a level saves for each token of a layer, by [`super::Level::Unexpanded`] and by
+    /// [`super::Level::Everything`] on top: what the choice weighs.
+    pub(super) fn savings(&self) -> [u64; 2] {
+        let attention = self.hidden * (2 * self.queries + 2 * self.keys);
+        [attention as u64, (2 * self.hidden * self.intermediate) as u64]
+    }
+
+    /// What operations work in, bytes.
+    pub fn scratch_bytes(&self) -> u64 {
+        let branch = self.branch.wide + self.branch.narrow + self.branch.output;
+        let activations = self.wide()
+            + self.middle()
+            + self.head_rows * self.hidden
+            + self.head_block * self.hidden
+            + self.weights.iter().sum::<usize>();
+        let exact = self.tokens + self.head_rows + self.rope + self.branch.fixed + self.lanes;
+        self.rows(3 * self.hidden + 2 * self.keys + branch)
+            + (self.activation * activations + 4 * exact) as u64
     }
 }

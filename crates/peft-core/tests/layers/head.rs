@@ -8,7 +8,7 @@ use shanty_peft_core::{
     loss::head::Head,
     model::EmbeddingView,
     nn::rms_norm::RmsNorm,
-    plan::HeadScratch,
+    plan::{HeadMemory, HeadScratch},
 };
 
 use crate::{
@@ -21,21 +21,30 @@ use crate::{
 
 const EPSILON: f32 = 1e-3;
 
-/// Scratch for chunks of `rows` rows, full of NaN.
-fn scratch(rows: usize, features: usize, vocabulary: usize, block_rows: usize) -> HeadScratch<Cpu> {
-    let poisoned = |columns: usize| vec![f32::NAN; rows * columns];
-    HeadScratch {
-        x: poisoned(features),
-        normed: poisoned(features),
-        dnormed: poisoned(features),
-        dx: poisoned(features),
-        reciprocal: poisoned(1),
-        logits: poisoned(vocabulary),
-        losses: vec![f32::NAN; 1000],
-        read_losses: Vec::new(),
-        block: vec![f32::NAN; block_rows * features],
-        rows,
-        block_rows,
+/// Memory for chunks of `rows` rows, full of NaN.
+struct Memory {
+    shared: [Vec<f32>; 4],
+    own: HeadMemory<Cpu>,
+}
+
+impl Memory {
+    fn new(rows: usize, features: usize, vocabulary: usize, block_rows: usize) -> Self {
+        let poisoned = |columns: usize| vec![f32::NAN; rows * columns];
+        let own = HeadMemory {
+            dx: poisoned(features),
+            reciprocal: poisoned(1),
+            losses: vec![f32::NAN; 1000],
+            read_losses: Vec::new(),
+            block: vec![f32::NAN; block_rows * features],
+            rows,
+            block_rows,
+        };
+        Self { shared: [features, features, features, vocabulary].map(poisoned), own }
+    }
+
+    fn scratch(&mut self) -> HeadScratch<'_, Cpu> {
+        let [x, normed, dnormed, logits] = &mut self.shared;
+        HeadScratch { x, normed, dnormed, logits, own: &mut self.own }
     }
 }
 
@@ -68,10 +77,10 @@ fn check(random: &mut Random, rows: &[Row], chunk: usize, vocabulary: usize, sho
     let head = Head { norm, table: view };
     let hidden = Field::holding(&hidden, tokens, features);
     let block_rows = short.unwrap_or(vocabulary);
-    let mut memory = scratch(chunk, features, vocabulary, block_rows);
+    let mut memory = Memory::new(chunk, features, vocabulary, block_rows);
     let mut dx = Field::poisoned(tokens, features);
-    head.loss(&cpu, &batch, count, hidden.view(), &mut memory, Some(dx.view_mut()));
-    let loss = Head::<Cpu>::sum(&cpu, count, &mut memory);
+    head.loss(&cpu, &batch, count, hidden.view(), &mut memory.scratch(), Some(dx.view_mut()));
+    let loss = Head::<Cpu>::sum(&cpu, count, &mut memory.own);
     assert_near("loss", &[loss as f32], &sum, SUM);
     let dx = dx.numbers();
     assert_near("dx", &dx, &wanted, SUM);
@@ -80,9 +89,9 @@ fn check(random: &mut Random, rows: &[Row], chunk: usize, vocabulary: usize, sho
         assert!(dx.iter().all(|number| *number == 0.0), "row {row} predicts nothing and got a gradient");
     }
 
-    let mut memory = scratch(chunk, features, vocabulary, block_rows);
-    head.loss(&cpu, &batch, count, hidden.view(), &mut memory, None);
-    let alone = Head::<Cpu>::sum(&cpu, count, &mut memory);
+    let mut memory = Memory::new(chunk, features, vocabulary, block_rows);
+    head.loss(&cpu, &batch, count, hidden.view(), &mut memory.scratch(), None);
+    let alone = Head::<Cpu>::sum(&cpu, count, &mut memory.own);
     assert_near("loss without gradient", &[alone as f32], &sum, SUM);
 }
 

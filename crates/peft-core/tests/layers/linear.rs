@@ -2,10 +2,10 @@
 
 use candle_core::{Tensor, Var};
 use shanty_peft_core::{
-    adapter::lora::{Dropout, Lora, LoraScratch},
+    adapter::{BranchScratch, PassDropout, lora::Lora},
     backend::{View, cpu::Cpu},
     batch::PackedBatch,
-    nn::linear::Linear,
+    nn::linear::{Branch, Linear},
     random::{DropoutKey, dropout_scales},
 };
 
@@ -80,18 +80,25 @@ impl Scene {
         &self.parameters[self.b_start()..]
     }
 
-    fn layer(&self) -> Linear<'_, Cpu> {
+    fn lora(&self) -> Lora {
+        let Case { input, output, rank, .. } = self.case;
+        let (a, b, module) = (BEFORE_A, self.b_start(), self.key.module);
+        Lora { a, b, rank, input, output, scale: self.scale, module }
+    }
+
+    fn layer<'a>(&'a self, lora: &'a Lora) -> Linear<'a, Cpu> {
         let Case { input, output, rank, p, bias } = self.case;
-        let lora = (rank > 0).then(|| Lora {
-            a: View::<Cpu>::at(&self.parameters, BEFORE_A, rank, input),
-            b: View::<Cpu>::at(&self.parameters, self.b_start(), output, rank),
-            scale: self.scale,
-            dropout: (p > 0.0).then_some(Dropout { p, key: self.key }),
+        let DropoutKey { seed, step, .. } = self.key;
+        let branch = (rank > 0).then(|| Branch {
+            branch: lora as _,
+            parameters: &self.parameters[..],
+            dropout: (p > 0.0).then_some(PassDropout { p, seed, step }),
         });
         Linear {
             weight: View::<Cpu>::new(&self.weight, output, input),
             bias: bias.then(|| View::<Cpu>::new(&self.bias, 1, output)),
-            lora,
+            branch,
+            merged: false,
         }
     }
 
@@ -124,7 +131,8 @@ impl Scene {
         let tokens = self.tokens();
         let (wanted, x_in, branch) = self.oracle();
         let gradients = backward(&wanted, &self.dy);
-        let (layer, x) = (self.layer(), Field::holding(&self.x, tokens, input));
+        let lora = self.lora();
+        let (layer, x) = (self.layer(&lora), Field::holding(&self.x, tokens, input));
         let mut start = |columns: usize| {
             if accumulate { random.numbers(tokens * columns, 1.0) } else { vec![0.0; tokens * columns] }
         };
@@ -138,17 +146,23 @@ impl Scene {
         };
 
         let mut y = target(&y_before, output);
-        let (mut projected, mut wide) = (vec![f32::NAN; tokens * rank], vec![f32::NAN; tokens * input]);
-        layer.forward(cpu, &self.batch, x.view(), accumulate, y.view_mut(), &mut projected, &mut wide);
+        let mut projected = vec![f32::NAN; tokens * rank];
+        let mut scratch = BranchScratch::<Cpu> {
+            wide: vec![f32::NAN; tokens * input],
+            narrow: vec![f32::NAN; tokens * rank],
+            output: Vec::new(),
+            fixed: Vec::new(),
+        };
+        layer.forward(cpu, &self.batch, x.view(), accumulate, y.view_mut(), &mut projected, &mut scratch);
         assert_near("y", &y.added_to(&y_before), &wanted, SUM);
 
         // The flat gradient is added to: A's and B's places hold something, their neighbours are nobody's business.
         let flat_before = random.numbers(self.parameters.len(), 1.0);
         let (dy, mut dx) = (Field::holding(&self.dy, tokens, output), target(&dx_before, input));
         for input_gradient in [true, false] {
-            let (mut flat, mut narrow) = (flat_before.clone(), vec![f32::NAN; tokens * rank]);
-            wide.fill(f32::NAN);
-            let scratch = LoraScratch::<Cpu> { wide: &mut wide, narrow: &mut narrow };
+            let mut flat = flat_before.clone();
+            scratch.wide.fill(f32::NAN);
+            scratch.narrow.fill(f32::NAN);
             let into = input_gradient.then(|| dx.view_mut());
             layer.backward(
                 cpu,
@@ -159,7 +173,7 @@ impl Scene {
                 accumulate,
                 into,
                 &mut flat,
-                scratch,
+                &mut scratch,
             );
             let added: Vec<f32> =
                 flat.iter().zip(&flat_before).map(|(after, before)| after - before).collect();

@@ -10,7 +10,7 @@ use std::{
 use candle_core::{DType, Device, Tensor};
 use shanty_peft_core::{
     Engine, Result,
-    adapter::{ParameterLayout, layout::Target},
+    adapter::{LoraConfig, SharedMethod, TargetModules},
     batch::{Row, Segment},
     engine::EngineParts,
     model::{
@@ -163,8 +163,7 @@ impl BaseSource for MemoryBase {
 
 /// What a test's engine is made of.
 pub struct Setup {
-    pub layout: ParameterLayout,
-    pub dropout: f32,
+    pub adapter: Option<SharedMethod>,
     pub recompute: Recompute,
     pub rows: usize,
     pub max_length: usize,
@@ -172,8 +171,8 @@ pub struct Setup {
 }
 
 impl Setup {
-    pub fn new(layout: ParameterLayout) -> Self {
-        Self { layout, dropout: 0.0, recompute: Recompute::Never, rows: 4, max_length: 32, threads: 2 }
+    pub fn new(adapter: Option<SharedMethod>) -> Self {
+        Self { adapter, recompute: Recompute::Never, rows: 4, max_length: 32, threads: 2 }
     }
 
     pub fn engine(&self, base: MemoryBase) -> Engine {
@@ -185,19 +184,26 @@ impl Setup {
             base_bytes: 0,
             dequantised: false,
             head_widened: false,
-            dropout: self.dropout > 0.0,
+            dropout: false,
             threads: self.threads,
             accelerated: false,
+            half_activations: false,
+            embedding_bytes: 0,
         };
-        let parts = EngineParts { layout: self.layout.clone(), dropout: self.dropout, request };
+        let parts = EngineParts { adapter: self.adapter.clone(), request };
         Engine::with_base(Box::new(base), parts).unwrap()
     }
 }
 
-/// Every linear module of a model.
-pub fn all_targets(config: &ModelConfig) -> Vec<Target> {
-    let layers = 0..config.layers;
-    layers.flat_map(|layer| Projection::ALL.map(|projection| Target { layer, projection })).collect()
+/// LoRA of rank `r`, scale `scale` and dropout `p` on the modules named.
+pub fn lora(modules: TargetModules, r: usize, scale: f64, p: f32) -> LoraConfig {
+    LoraConfig {
+        r,
+        lora_alpha: scale * r as f64,
+        lora_dropout: p,
+        target_modules: modules,
+        ..LoraConfig::default()
+    }
 }
 
 /// The rows of a padded batch of the reference: padding is cut off, labels become trained ranges.

@@ -5,7 +5,7 @@ use std::ops::Range;
 use shanty_config::job::{self, Device, JobSpec};
 use shanty_peft_core::{
     Engine, EngineDevice, EngineOptions, GradientSink, StepKey,
-    adapter::{LoraConfig, TargetModules, files},
+    adapter::{LoraConfig, SharedMethod, TargetModules, files},
     backend::cuda::Precision,
     plan::Recompute,
     quant::Nf4Options,
@@ -26,7 +26,6 @@ impl EngineLoader for PeftEngines {
         progress: &mut dyn FnMut(f64),
     ) -> Result<Box<dyn StepEngine>, Error> {
         let spec = request.spec;
-        let lora = lora(spec);
         let options = EngineOptions {
             device: device(request.device, spec.cluster.device)?,
             memory_limit: request.memory_limit_bytes,
@@ -50,7 +49,7 @@ impl EngineLoader for PeftEngines {
             total_parameters: engine.config().parameters() as u64 + trainable,
             matched_modules: engine.matched().modules(),
         };
-        Ok(Box::new(PeftEngine { engine, lora, facts }))
+        Ok(Box::new(PeftEngine { engine, facts }))
     }
 }
 
@@ -78,7 +77,7 @@ fn device(name: &str, wanted: Device) -> Result<EngineDevice, Error> {
 pub fn engine_options(spec: &JobSpec, threads: usize) -> EngineOptions {
     EngineOptions {
         quantization: quantization(spec),
-        lora: Some(lora(spec)),
+        adapter: Some(method(spec)),
         threads,
         recompute: match spec.train.recompute {
             job::Recompute::Auto => Recompute::Auto,
@@ -101,9 +100,9 @@ pub fn quantization(spec: &JobSpec) -> Option<Nf4Options> {
 }
 
 /// A job's adapter in the words of the numeric crate.
-fn lora(spec: &JobSpec) -> LoraConfig {
+fn method(spec: &JobSpec) -> SharedMethod {
     let adapter = &spec.adapter;
-    LoraConfig {
+    let lora = LoraConfig {
         base_model_name_or_path: Some(spec.base.model.display().to_string()),
         r: adapter.r,
         lora_alpha: adapter.lora_alpha,
@@ -113,13 +112,13 @@ fn lora(spec: &JobSpec) -> LoraConfig {
             job::TargetModules::Pattern(pattern) => TargetModules::Pattern(pattern.clone()),
             job::TargetModules::Names(names) => TargetModules::Names(names.clone()),
         },
-    }
+    };
+    lora.shared()
 }
 
 /// A loaded engine with what its files need.
 struct PeftEngine {
     engine: Engine,
-    lora: LoraConfig,
     facts: Facts,
 }
 
@@ -168,6 +167,6 @@ impl StepEngine for PeftEngine {
     }
 
     fn adapter_files(&self, parameters: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {
-        files::contents(&self.lora, self.engine.layout(), parameters).map_err(|error| Error::part(&error))
+        files::contents(self.engine.fit(), parameters, &[]).map_err(|error| Error::part(&error))
     }
 }

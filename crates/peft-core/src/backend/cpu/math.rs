@@ -247,12 +247,14 @@ fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
 }
 
 vectorized! {
-/// Replaces `gate` and `up` by their gradients.
-fn swiglu_backward(dout: &[f32], gate: &mut [f32], up: &mut [f32]) {
-    for ((dout, gate), up) in dout.iter().zip(gate).zip(up) {
+/// Replaces `gate` and `up` by their gradients, and `dout` by the product.
+fn swiglu_backward(dout: &mut [f32], gate: &mut [f32], up: &mut [f32]) {
+    for ((out, gate), up) in dout.iter_mut().zip(gate).zip(up) {
+        let dout = *out;
         let sigmoid = sigmoid(*gate);
         let silu = *gate * sigmoid;
         let slope = sigmoid * (1.0 + *gate * (1.0 - sigmoid));
+        *out = silu * *up;
         *gate = dout * *up * slope;
         *up = dout * silu;
     }

@@ -106,8 +106,8 @@ impl Backend for Cpu {
         Ok(memory)
     }
 
-    fn allocate_aside(&self, length: usize) -> Result<Vec<f32>> {
-        self.allocate(length, Use::Activation)
+    fn allocate_aside(&self, length: usize, purpose: Use) -> Result<Vec<f32>> {
+        self.allocate(length, purpose)
     }
 
     fn put_aside(&self, from: View<'_, Self>, to: &mut Vec<f32>) {
@@ -315,9 +315,9 @@ impl Backend for Cpu {
         });
     }
 
-    fn swiglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
+    fn swiglu_backward(&self, dout: ViewMut<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
         self.measure(Operation::Swiglu, || {
-            self.row_pairs(gate, up, |row, gate, up| math::swiglu_backward(row_of(dout, row), gate, up))
+            self.row_triples(dout, gate, up, |dout, gate, up| math::swiglu_backward(dout, gate, up))
         });
     }
 

@@ -19,9 +19,7 @@ use super::{
     DeviceError, Precision, attention::AttentionKernels, compile::Unit, libraries, memory::Numbers,
     profile::Profile,
 };
-
-/// Bytes that products may work in.
-const WORKSPACE: usize = 32 << 20;
+use crate::plan::WORKSPACE;
 
 /// One card.
 pub(super) struct Device {

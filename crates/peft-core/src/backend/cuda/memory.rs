@@ -177,6 +177,49 @@ impl Drop for Pinned {
     }
 }
 
+/// Memory of the host that the card reads where it is.
+pub(super) struct Registered {
+    start: *mut std::ffi::c_void,
+    /// Where the card finds it.
+    pub(super) address: u64,
+    pub(super) numbers: Numbers,
+    device: Arc<Device>,
+}
+
+// SAFETY: only the address is used, by the driver.
+unsafe impl Send for Registered {}
+// SAFETY: as above.
+unsafe impl Sync for Registered {}
+
+impl Registered {
+    /// `data` must stay where it is for as long as this value lives.
+    pub(super) fn new(device: &Arc<Device>, data: &[u8], numbers: Numbers) -> Result<Self, DeviceError> {
+        const PORTABLE_AND_MAPPED: u32 = 1 | 2;
+        device.bind()?;
+        let start = data.as_ptr().cast_mut().cast();
+        // SAFETY: the memory is there, and stays as the caller promises.
+        unsafe {
+            sys::cuMemHostRegister_v2(start, data.len(), PORTABLE_AND_MAPPED)
+                .result()
+                .map_err(|_| DeviceError::HostMemory { bytes: data.len() })?;
+            let mut this = Self { start, address: 0, numbers, device: Arc::clone(device) };
+            sys::cuMemHostGetDevicePointer_v2(&mut this.address, start, 0)
+                .result()
+                .map_err(call("cuMemHostGetDevicePointer"))?;
+            Ok(this)
+        }
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: registered once, by this value; work that reads it is over: owners settle first.
+            let _ = unsafe { sys::cuMemHostUnregister(self.start).result() };
+        }
+    }
+}
+
 /// Activations on the host, and how far their copies are.
 pub struct Aside {
     memory: Pinned,

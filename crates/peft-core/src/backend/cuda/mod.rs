@@ -13,6 +13,7 @@ mod device;
 mod error;
 mod libraries;
 mod memory;
+mod merge;
 mod operations;
 mod optimizer;
 mod profile;
@@ -161,12 +162,14 @@ impl Cuda {
         })
     }
 
-    /// Uploads a base, which must stay where it is on the host for as long as this backend works on it.
+    /// Uploads a base, which must stay where it is on the host for as long as this backend works on it. With
+    /// `embedding_stays` the card reads the rows of the embedding that it needs from there, unless it is the head as well.
     ///
     /// # Errors
     /// Where the card's memory is short, or a layer cannot be had.
-    pub fn hold<S: BaseSource + ?Sized>(&mut self, base: &mut S) -> Result<()> {
-        self.base = DeviceBase::upload(&self.device, base)?;
+    pub fn hold<S: BaseSource + ?Sized>(&mut self, base: &mut S, embedding_stays: bool) -> Result<()> {
+        self.base = DeviceBase::default();
+        self.base = DeviceBase::upload(&self.device, base, embedding_stays)?;
         Ok(())
     }
 

@@ -5,12 +5,12 @@ use half::bf16;
 use super::{
     Aside, Cuda, CudaBatch, DeviceBuffer, DeviceError, DeviceMemory, Numbers, THREADS, attention,
     attention::{Backward, Forward, TileLists},
-    base::{key, table_key},
+    base::{Table, key, table_key},
     device::{Operand, Product},
     grid, kernel, launch, matrix, target,
 };
 use crate::{
-    backend::{AttentionShape, Backend, BatchRoom, Ready, Use, View, ViewMut, cuda::Precision},
+    backend::{AttentionShape, Backend, BatchRoom, LowRank, Ready, Use, View, ViewMut, cuda::Precision},
     batch::PackedBatch,
     engine::GradientSink,
     error::Result,
@@ -104,8 +104,8 @@ impl Backend for Cuda {
         self.in_one_region(build)
     }
 
-    fn allocate_aside(&self, length: usize) -> Result<Aside> {
-        Ok(Aside::new(&self.device, self.numbers(Use::Activation).bytes() * length)?)
+    fn allocate_aside(&self, length: usize, purpose: Use) -> Result<Aside> {
+        Ok(Aside::new(&self.device, self.numbers(purpose).bytes() * length)?)
     }
 
     fn put_aside(&self, from: View<'_, Self>, to: &mut Aside) {
@@ -212,6 +212,18 @@ impl Backend for Cuda {
         View::new(scratch, rows, columns)
     }
 
+    fn frozen_updated<'a>(
+        &'a self,
+        matrix: &Matrix<'a>,
+        update: &LowRank<'_, Self>,
+        scratch: &'a mut DeviceBuffer,
+    ) -> (View<'a, Self>, bool) {
+        match self.merge(matrix, update, scratch) {
+            true => (View::new(scratch, matrix.rows(), matrix.columns()), true),
+            false => (self.frozen(matrix, scratch), false),
+        }
+    }
+
     fn frozen_vector<'a>(&'a self, vector: &'a [f32]) -> View<'a, Self> {
         match self.base.vectors.get(&key(vector)) {
             Some(memory) => View::new(&memory.buffer, 1, vector.len()),
@@ -230,7 +242,7 @@ impl Backend for Cuda {
         scratch: &'a mut DeviceBuffer,
     ) -> View<'a, Self> {
         let columns = table.columns();
-        let Some(memory) = self.base.tables.get(&table_key(table)) else {
+        let Some(Table::Near(memory)) = self.base.tables.get(&table_key(table)) else {
             self.missing("a table");
             return View::new(&self.nothing, rows, columns);
         };
@@ -299,8 +311,9 @@ impl Backend for Cuda {
 
     fn gather_embedding(&self, batch: &CudaBatch, table: &EmbeddingView<'_>, out: ViewMut<'_, Self>) {
         let Some(memory) = self.base.tables.get(&table_key(table)) else { return self.missing("a table") };
-        let (grid, ids, from) = (grid(out.rows, out.columns), batch.ids.address, memory.address);
-        let name = kernel!("gather_table", memory.numbers, out.data.numbers);
+        let (from, numbers) = memory.place();
+        let (grid, ids) = (grid(out.rows, out.columns), batch.ids.address);
+        let name = kernel!("gather_table", numbers, out.data.numbers);
         launch!(self.device, name, grid, [THREADS, 1], ids, from, target(&out));
     }
 
@@ -383,11 +396,11 @@ impl Backend for Cuda {
         }
     }
 
-    fn swiglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
+    fn swiglu_backward(&self, dout: ViewMut<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
         let (grid, numbers) = (grid(gate.rows, gate.columns), dout.data.numbers);
         if self.alike("swiglu_backward", numbers, &[gate.data.numbers, up.data.numbers]) {
             let name = kernel!("swiglu_backward", numbers);
-            launch!(self.device, name, grid, [THREADS, 1], matrix(dout), target(&gate), target(&up));
+            launch!(self.device, name, grid, [THREADS, 1], target(&dout), target(&gate), target(&up));
         }
     }
 

@@ -82,11 +82,13 @@ __device__ __forceinline__ void scatter_rows_of(const u32* rows, MatrixOf<T> x, 
 }
 BOTH(scatter_rows, (const u32* rows, MatrixOf<T> x, MatrixOf<T> out), (rows, x, out))
 
-__device__ __forceinline__ float silu(float g) { return g / (1.0f + expf(-g)); }
+// As in swiglu_gradient, so that what is computed again has the same bits.
+__device__ __forceinline__ float silu(float g) { return g * (1.0f / (1.0f + expf(-g))); }
 
-// The gradients of silu(gate) * up, in place.
-__device__ __forceinline__ void swiglu_gradient(float dy, float& gate, float& up) {
-    float g = gate, u = up, sigmoid = 1.0f / (1.0f + expf(-g));
+// silu(gate) * up in the place of its gradient, and the gradients of gate and up in theirs.
+__device__ __forceinline__ void swiglu_gradient(float& out, float& gate, float& up) {
+    float dy = out, g = gate, u = up, sigmoid = 1.0f / (1.0f + expf(-g));
+    out = g * sigmoid * u;
     gate = dy * u * sigmoid * (1.0f + g * (1.0f - sigmoid));
     up = dy * g * sigmoid;
 }
@@ -113,7 +115,7 @@ BOTH(swiglu, (MatrixOf<T> gate, MatrixOf<T> up, MatrixOf<T> out), (gate, up, out
 
 template <class T>
 __device__ __forceinline__ void swiglu_backward_of(MatrixOf<T> dout, MatrixOf<T> gate, MatrixOf<T> up) {
-    const T* d = row_of(dout, blockIdx.x);
+    T* d = row_of(dout, blockIdx.x);
     T* gs = row_of(gate, blockIdx.x);
     T* us = row_of(up, blockIdx.x);
     if (by_eights(gate) && by_eights(up) && by_eights(dout)) {
@@ -124,13 +126,15 @@ __device__ __forceinline__ void swiglu_backward_of(MatrixOf<T> dout, MatrixOf<T>
             get8(us + 8 * c, u);
 #pragma unroll
             for (int i = 0; i < 8; i++) swiglu_gradient(dy[i], g[i], u[i]);
+            set8(d + 8 * c, dy);
             set8(gs + 8 * c, g);
             set8(us + 8 * c, u);
         }
     } else {
         FOR_COLUMNS(c, gate.columns) {
-            float g = get(gs + c), u = get(us + c);
-            swiglu_gradient(get(d + c), g, u);
+            float dy = get(d + c), g = get(gs + c), u = get(us + c);
+            swiglu_gradient(dy, g, u);
+            set(d + c, dy);
             set(gs + c, g);
             set(us + c, u);
         }

@@ -1,0 +1,319 @@
+//! What a method of adaptation is: [`Method`] and [`MethodOn`].
+//!
+//! A method is one type in one file. [`Method`] says what does not depend on where it computes: which modules it adapts,
+//! which tensors each of them gets (names as PEFT writes them, shapes, start, learning rate), what memory a pass needs for
+//! them, and its `adapter_config.json`. [`MethodOn`] gives, for a backend, the [`LinearBranch`] or [`EmbeddingBranch`]
+//! that stands beside a module in forward and backward. Everything else (flat buffers, files, checkpoints, reduction,
+//! the optimizer) follows from these.
+//!
+//! A method of this crate is made known to files by one line in [`super::registry`]; a method of another crate
+//! by handing its [`super::Registration`] to [`super::AdapterFolder::open_with`].
+
+use std::{fmt::Debug, sync::Arc};
+
+use serde_json::{Map, Value};
+
+use super::{
+    branch::{EmbeddingBranch, LinearBranch},
+    layout::{ParameterEntry, ParameterLayout},
+    targets::Matched,
+};
+use crate::{
+    backend::{Backend, cpu::Cpu, cuda::Cuda},
+    error::Result,
+    model::{ModelConfig, Module},
+};
+
+/// How a tensor begins. Every start depends on the job's seed and the tensor's name alone.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Start {
+    /// The same number everywhere.
+    Constant(f32),
+    /// Even between `-bound` and `bound`.
+    Uniform {
+        /// The bound.
+        bound: f32,
+    },
+    /// Normal around 0.
+    Normal {
+        /// The standard deviation.
+        deviation: f32,
+    },
+    /// As the tensor of the base that it stands for.
+    Base,
+    /// By [`Method::start`].
+    Computed,
+}
+
+/// The learning rate of a tensor, beside the schedule.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum Rate {
+    /// The job's.
+    #[default]
+    Job,
+    /// The job's, times a factor (LoRA+).
+    Times(f64),
+    /// A peak of its own; the schedule shapes it as it shapes the job's.
+    Peak(f64),
+    /// Not trained: its numbers stay, weight decay included. It gets no gradient.
+    Frozen,
+}
+
+/// What a tensor is to its module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Role {
+    /// The method's own; [`MethodOn`] knows what it does.
+    #[default]
+    Branch,
+    /// It takes the place of the module's weight (`modules_to_save`).
+    Weight,
+    /// It takes the place of the module's bias (`bias`, `modules_to_save`).
+    Bias,
+}
+
+/// A tensor that a method adds to a module.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tensor {
+    /// What follows the module's name in PEFT's files, for example `lora_A.weight`.
+    pub suffix: String,
+    /// One or two lengths.
+    pub shape: Vec<usize>,
+    /// How it begins.
+    pub start: Start,
+    /// How fast it learns.
+    pub rate: Rate,
+    /// What it is to its module.
+    pub role: Role,
+}
+
+impl Tensor {
+    /// A trained tensor of zeros.
+    pub fn new(suffix: impl Into<String>, shape: impl Into<Vec<usize>>) -> Self {
+        Self {
+            suffix: suffix.into(),
+            shape: shape.into(),
+            start: Start::Constant(0.0),
+            rate: Rate::Job,
+            role: Role::Branch,
+        }
+    }
+
+    /// Begins otherwise.
+    #[must_use]
+    pub fn start(mut self, start: Start) -> Self {
+        self.start = start;
+        self
+    }
+
+    /// Learns at another rate.
+    #[must_use]
+    pub fn rate(mut self, rate: Rate) -> Self {
+        self.rate = rate;
+        self
+    }
+
+    /// Takes the place of a tensor of the base.
+    #[must_use]
+    pub fn role(mut self, role: Role) -> Self {
+        self.role = role;
+        self
+    }
+}
+
+/// Memory that a branch needs, in numbers. What is kept is kept for each module; what is worked in is shared by all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Needs {
+    /// For each token, from forward to backward.
+    pub kept: usize,
+    /// For each token, in [`super::branch::BranchScratch::wide`]; the columns of what dropout is applied to come here.
+    pub wide: usize,
+    /// For each token, in [`super::branch::BranchScratch::narrow`].
+    pub narrow: usize,
+    /// For each token, in [`super::branch::BranchScratch::output`].
+    pub output: usize,
+    /// Whatever the number of tokens, in [`super::branch::BranchScratch::fixed`].
+    pub fixed: usize,
+}
+
+impl Needs {
+    /// Enough for either.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self {
+            kept: self.kept.max(other.kept),
+            wide: self.wide.max(other.wide),
+            narrow: self.narrow.max(other.narrow),
+            output: self.output.max(other.output),
+            fixed: self.fixed.max(other.fixed),
+        }
+    }
+}
+
+/// What stands before the tokens of a sample.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum VirtualTokens {
+    /// Nothing.
+    #[default]
+    None,
+    /// So many keys and values in every layer (prefix tuning).
+    Keys(usize),
+    /// So many rows before the token embeddings (prompt tuning, p-tuning).
+    Rows(usize),
+}
+
+/// A step, as the hooks of a method see it. All buffers are of the layout that is trained.
+#[derive(Debug)]
+pub struct StepHook<'a> {
+    /// Where each tensor lies.
+    pub layout: &'a ParameterLayout,
+    /// The step, from 1.
+    pub step: u64,
+    /// Steps of the job.
+    pub total_steps: u64,
+    /// The gradient of the mean loss is the reduced gradient times this; clipping included once it is known.
+    pub scale: f64,
+}
+
+/// A method of adaptation, without what depends on where it computes.
+///
+/// Only [`Method::peft_type`], [`Method::targets`] and [`Method::tensors`] must be written; the rest has an answer that fits
+/// a method that is the same at every step.
+pub trait Method: Debug + Send + Sync {
+    /// PEFT's name, for example `LORA`.
+    fn peft_type(&self) -> &'static str;
+
+    /// The base that it was trained on, a folder or a hub id, where that is known.
+    fn base_model(&self) -> Option<&str> {
+        None
+    }
+
+    /// Refuses settings that cannot be.
+    ///
+    /// # Errors
+    /// [`crate::Error::AdapterSetting`].
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The modules that get tensors of their own.
+    ///
+    /// # Errors
+    /// Where the settings do not fit the model.
+    fn targets(&self, model: &ModelConfig) -> Result<Matched>;
+
+    /// The tensors of an adapted module. Order them as the backward pass fills their gradients.
+    fn tensors(&self, module: &Module) -> Vec<Tensor>;
+
+    /// Tensors of other modules, such as biases and whole modules that are trained (`modules_to_save`).
+    ///
+    /// # Errors
+    /// Where the settings do not fit the model.
+    fn other_tensors(&self, _model: &ModelConfig) -> Result<Vec<(Module, Vec<Tensor>)>> {
+        Ok(Vec::new())
+    }
+
+    /// Tensors that stand before the tokens. They are named in PEFT's files by their suffix alone.
+    ///
+    /// # Errors
+    /// Where the settings do not fit the model.
+    fn input_tensors(&self, _model: &ModelConfig) -> Result<Vec<Tensor>> {
+        Ok(Vec::new())
+    }
+
+    /// What stands before the tokens of each sample; its numbers are those of [`Method::input_tensors`].
+    fn virtual_tokens(&self) -> VirtualTokens {
+        VirtualTokens::None
+    }
+
+    /// A small network that makes the tensors above out of others, which are trained in their place.
+    ///
+    /// # Errors
+    /// Where the settings do not fit the model.
+    fn reparameterisation(&self, _model: &ModelConfig) -> Result<Option<Box<dyn Reparameterisation>>> {
+        Ok(None)
+    }
+
+    /// What a pass needs for a module.
+    fn needs(&self, _module: &Module) -> Needs {
+        Needs::default()
+    }
+
+    /// Share of each branch's input set to 0 while training.
+    fn dropout(&self) -> f32 {
+        0.0
+    }
+
+    /// The keys that the method adds to PEFT's `adapter_config.json`; those that every method has are added to them.
+    /// `state` is that of [`Method::state`].
+    fn settings(&self, _layout: &ParameterLayout, _state: &[f32]) -> Map<String, Value> {
+        Map::new()
+    }
+
+    /// Numbers that the method carries from step to step besides its parameters; checkpoints keep them.
+    fn state(&self, _layout: &ParameterLayout) -> Vec<f32> {
+        Vec::new()
+    }
+
+    /// Adds terms of the loss that depend on the parameters alone to the gradient, which is the **reduced** one, the same
+    /// on every rank: call it once a step, before clipping.
+    fn regularise(&self, _step: &StepHook<'_>, _parameters: &[f32], _gradient: &mut [f32]) {}
+
+    /// Called after the optimizer's update with the reduced gradient that it used: same bits on every rank.
+    fn after_step(
+        &self,
+        _step: &StepHook<'_>,
+        _parameters: &mut [f32],
+        _gradient: &[f32],
+        _state: &mut [f32],
+    ) {
+    }
+}
+
+/// What a method adds to a pass on a backend.
+pub trait MethodOn<B: Backend>: Method {
+    /// The branch beside a linear layer or the output head, whose tensors are `tensors` in the order of
+    /// [`Method::tensors`] (those of [`Role::Branch`]).
+    fn linear(&self, _module: &Module, _tensors: &[ParameterEntry]) -> Option<Box<dyn LinearBranch<B>>> {
+        None
+    }
+
+    /// The branch beside the token embedding.
+    fn embedding(
+        &self,
+        _module: &Module,
+        _tensors: &[ParameterEntry],
+    ) -> Option<Box<dyn EmbeddingBranch<B>>> {
+        None
+    }
+}
+
+/// A method on every backend that there is.
+pub trait AnyMethod: MethodOn<Cpu> + MethodOn<Cuda> {}
+
+impl<M: MethodOn<Cpu> + MethodOn<Cuda>> AnyMethod for M {}
+
+/// A method that is shared.
+pub type SharedMethod = Arc<dyn AnyMethod>;
+
+/// A small network on the host whose output is what passes use, and whose weights are what is trained.
+pub trait Reparameterisation: Debug + Send + Sync {
+    /// The trained tensors; they stand in no module and are named by their suffix alone.
+    fn tensors(&self) -> Vec<Tensor>;
+
+    /// `trained` is of the layout of [`Self::tensors`], `effective` of the method's own tensors.
+    ///
+    /// # Errors
+    /// Where the network cannot compute.
+    fn forward(&self, trained: &[f32], effective: &mut [f32]) -> Result<()>;
+
+    /// Adds to `trained_gradient` what `effective_gradient` means for the trained tensors.
+    ///
+    /// # Errors
+    /// Where the network cannot compute.
+    fn backward(
+        &self,
+        trained: &[f32],
+        effective_gradient: &[f32],
+        trained_gradient: &mut [f32],
+    ) -> Result<()>;
+}
