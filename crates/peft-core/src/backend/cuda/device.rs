@@ -68,8 +68,8 @@ impl Device {
         libraries::cublas()
     }
 
-    /// Bytes of a card that are free.
-    pub(super) fn free_bytes(index: usize) -> Result<u64, DeviceError> {
+    /// Bytes of a card, and how many are free.
+    pub(super) fn memory_bytes(index: usize) -> Result<(u64, u64), DeviceError> {
         let card = Card::find(index)?;
         // SAFETY: the device exists; its context is given back at once.
         unsafe {
@@ -79,7 +79,8 @@ impl Device {
                 .map_err(call("cuCtxSetCurrent"))
                 .and_then(|()| result::mem_get_info().map_err(call("cuMemGetInfo")));
             let _ = result::primary_ctx::release(card.number);
-            Ok(free?.0 as u64)
+            let (free, total) = free?;
+            Ok((total as u64, free as u64))
         }
     }
 

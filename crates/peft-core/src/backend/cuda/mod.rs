@@ -17,6 +17,7 @@ mod merge;
 mod operations;
 mod optimizer;
 mod profile;
+mod survey;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -25,6 +26,7 @@ pub use libraries::{LIBRARIES_VARIABLE, NVRTC_VARIABLE};
 pub use memory::{Aside, DeviceBuffer, DeviceMemory};
 use memory::{Numbers, Pinned, Region, Source};
 use serde::{Deserialize, Serialize};
+pub use survey::{Survey, survey};
 
 use self::{
     attention::TileLists,
@@ -39,9 +41,14 @@ pub fn is_available() -> bool {
     Device::probe().is_ok()
 }
 
+/// Bytes of a card, and how many are free; none where there is no such card.
+pub fn memory_bytes(index: usize) -> Option<(u64, u64)> {
+    Device::memory_bytes(index).ok()
+}
+
 /// Bytes of a card that are free; none where there is no such card.
 pub fn free_bytes(index: usize) -> Option<u64> {
-    Device::free_bytes(index).ok()
+    Device::memory_bytes(index).ok().map(|(_, free)| free)
 }
 
 /// How products are computed.
