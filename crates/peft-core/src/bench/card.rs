@@ -282,6 +282,8 @@ pub fn operations(index: usize) -> Result<Vec<CardOperation>> {
         cuda.rms_norm_backward(narrow(b), narrow(a), weight, factors, out);
     })?;
     bench.bytes("RMSNorm backward", 4.0 * row, seconds);
+    // What gradients were written over again and again is no noise any more.
+    (*a, *b) = (noise(cuda, tokens * inner)?, noise(cuda, tokens * inner)?);
     for (name, rows, columns, inner) in
         [("gate", tokens, inner, hidden), ("down", tokens, hidden, inner), ("q", tokens, hidden, hidden)]
     {

@@ -367,6 +367,18 @@ impl Cuda {
         Operand { address, stride: columns, transposed }
     }
 
+    /// Whether a block can hold a row of these matrices: 1024 bf16, or two to eight times as many, aligned.
+    fn can_hold(&self, numbers: Numbers, all: &[View<'_, Self>], weight: View<'_, Self>) -> bool {
+        let aligned = |view: &View<'_, Self>| {
+            let MatrixArgument { address, stride, columns, .. } = matrix(*view);
+            address.is_multiple_of(16)
+                && stride.is_multiple_of(8)
+                && columns.is_multiple_of(1024)
+                && (1024..=8192).contains(&columns)
+        };
+        numbers == Numbers::Bf16 && all.iter().all(aligned) && matrix(weight).address.is_multiple_of(16)
+    }
+
     /// Threads for a block that takes a row.
     fn row_threads(columns: usize) -> [usize; 2] {
         [columns.div_ceil(8).next_multiple_of(32).clamp(32, 1024), 1]

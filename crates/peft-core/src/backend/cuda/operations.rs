@@ -26,6 +26,8 @@ use crate::{
 const CHUNK: usize = 1 << 16;
 /// Rows that a block of norms takes.
 const NORM_ROWS: usize = 8;
+/// Threads of a block that holds a row of a norm, as in `kernels/rows.cu`.
+const HELD: [usize; 2] = [128, 1];
 
 impl Backend for Cuda {
     type Buffer = DeviceBuffer;
@@ -400,9 +402,16 @@ impl Backend for Cuda {
         if !self.alike("rms_norm", numbers, &[out.data.numbers]) {
             return;
         }
+        let held = self.can_hold(numbers, &[x, out.view()], weight);
         let weight = matrix(weight).address;
-        let (grid, block) = ([x.rows.div_ceil(NORM_ROWS), 1, 1], [32, NORM_ROWS]);
+        let rows = x.rows;
         let (x, out, reciprocal) = (matrix(x), target(&out), target(&reciprocal));
+        if held {
+            let name = kernel!("rms_norm_held", numbers);
+            launch!(self.device, name, [rows, 1, 1], HELD, x, weight, epsilon, out, reciprocal);
+            return;
+        }
+        let (grid, block) = ([rows.div_ceil(NORM_ROWS), 1, 1], [32, NORM_ROWS]);
         let name = kernel!("rms_norm", numbers);
         launch!(self.device, name, grid, block, x, weight, epsilon, out, reciprocal);
     }
@@ -419,9 +428,16 @@ impl Backend for Cuda {
         if !self.alike("rms_norm_backward", numbers, &[dout.data.numbers, dx.data.numbers]) {
             return;
         }
+        let held = self.can_hold(numbers, &[dout, x, dx.view()], weight);
         let weight = matrix(weight).address;
-        let (grid, block) = ([x.rows.div_ceil(NORM_ROWS), 1, 1], [32, NORM_ROWS]);
+        let rows = x.rows;
         let (dout, x, reciprocal, dx) = (matrix(dout), matrix(x), matrix(reciprocal), target(&dx));
+        if held {
+            let name = kernel!("rms_norm_backward_held", numbers);
+            launch!(self.device, name, [rows, 1, 1], HELD, dout, x, weight, reciprocal, dx);
+            return;
+        }
+        let (grid, block) = ([rows.div_ceil(NORM_ROWS), 1, 1], [32, NORM_ROWS]);
         let name = kernel!("rms_norm_backward", numbers);
         launch!(self.device, name, grid, block, dout, x, weight, reciprocal, dx);
     }

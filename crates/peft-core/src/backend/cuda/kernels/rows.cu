@@ -86,6 +86,121 @@ BOTH(rms_norm_backward,
      (MatrixOf<T> dout, MatrixOf<T> x, const float* weight, MatrixOf<float> reciprocal, MatrixOf<T> dx),
      (dout, x, weight, reciprocal, dx))
 
+// The same for rows of 1024 numbers, or two to eight times as many: a block of 128 threads takes a row and holds it, so that
+// memory is read once and all its loads are under way at once.
+#define HELD_THREADS 128
+
+__device__ __forceinline__ float held_sum(float value) {
+    __shared__ float warps[HELD_THREADS / 32];
+    value = warp_sum(value);
+    if ((threadIdx.x & 31) == 0) warps[threadIdx.x >> 5] = value;
+    __syncthreads();
+    return (warps[0] + warps[1]) + (warps[2] + warps[3]);
+}
+
+// Eight numbers as they lie in memory.
+template <class T>
+struct Held {
+    uint4 words[sizeof(T) / 2];
+};
+
+template <class T>
+__device__ __forceinline__ void hold(const T* from, Held<T>& to) {
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(T) / 2; i++) to.words[i] = ((const uint4*)from)[i];
+}
+
+template <int N, class T>
+__device__ __forceinline__ void held_norm(const T* in, const float* weight, float epsilon, T* to, float* reciprocal) {
+    Held<T> x[N];
+    u32 start = threadIdx.x * 8;
+#pragma unroll
+    for (int i = 0; i < N; i++) hold(in + start + i * 1024, x[i]);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        float a[8];
+        get8((const T*)&x[i], a);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum += a[j] * a[j];
+    }
+    float factor = 1.0f / sqrtf(held_sum(sum) / (float)(N * 1024) + epsilon);
+    if (threadIdx.x == 0) *reciprocal = factor;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        float a[8], w[8];
+        get8((const T*)&x[i], a);
+        get8(weight + start + i * 1024, w);
+#pragma unroll
+        for (int j = 0; j < 8; j++) a[j] = a[j] * factor * w[j];
+        set8(to + start + i * 1024, a);
+    }
+}
+
+template <int N, class T>
+__device__ __forceinline__ void held_norm_backward(const T* dy, const T* in, const float* weight, float factor, T* to) {
+    Held<T> x[N], d[N], old[N];
+    u32 start = threadIdx.x * 8;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        hold(in + start + i * 1024, x[i]);
+        hold(dy + start + i * 1024, d[i]);
+        hold(to + start + i * 1024, old[i]);
+    }
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        float a[8], b[8], w[8];
+        get8((const T*)&x[i], a);
+        get8((const T*)&d[i], b);
+        get8(weight + start + i * 1024, w);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum += a[j] * b[j] * w[j];
+    }
+    float slope = held_sum(sum) / (float)(N * 1024) * factor * factor * factor;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        float a[8], b[8], w[8], c[8];
+        get8((const T*)&x[i], a);
+        get8((const T*)&d[i], b);
+        get8((const T*)&old[i], c);
+        get8(weight + start + i * 1024, w);
+#pragma unroll
+        for (int j = 0; j < 8; j++) c[j] += b[j] * w[j] * factor - a[j] * slope;
+        set8(to + start + i * 1024, c);
+    }
+}
+
+#define HELD_SIZES(call) \
+    switch (x.columns / 1024) { \
+        case 1: call(1); break; case 2: call(2); break; case 3: call(3); break; case 4: call(4); break; \
+        case 5: call(5); break; case 6: call(6); break; case 7: call(7); break; case 8: call(8); break; \
+    }
+
+template <class T>
+__device__ __forceinline__ void rms_norm_held_of(MatrixOf<T> x, const float* weight, float epsilon, MatrixOf<T> out,
+                                                 MatrixOf<float> reciprocal) {
+    u32 row = blockIdx.x;
+#define CALL(N) held_norm<N>(row_of(x, row), weight, epsilon, row_of(out, row), row_of(reciprocal, row))
+    HELD_SIZES(CALL)
+#undef CALL
+}
+BOTH(rms_norm_held, (MatrixOf<T> x, const float* weight, float epsilon, MatrixOf<T> out, MatrixOf<float> reciprocal),
+     (x, weight, epsilon, out, reciprocal))
+
+template <class T>
+__device__ __forceinline__ void rms_norm_backward_held_of(MatrixOf<T> dout, MatrixOf<T> x, const float* weight,
+                                                          MatrixOf<float> reciprocal, MatrixOf<T> dx) {
+    u32 row = blockIdx.x;
+#define CALL(N) \
+    held_norm_backward<N>(row_of(dout, row), row_of(x, row), weight, row_of(reciprocal, row)[0], row_of(dx, row))
+    HELD_SIZES(CALL)
+#undef CALL
+}
+BOTH(rms_norm_backward_held,
+     (MatrixOf<T> dout, MatrixOf<T> x, const float* weight, MatrixOf<float> reciprocal, MatrixOf<T> dx),
+     (dout, x, weight, reciprocal, dx))
+
 // losses[r] = ln(sum of e^logit) - logit[target]; with `gradient` the logits become softmax - one_hot(target). A `cap` that
 // is not 0 bounds the logits first; its slope multiplies the gradient. One pass finds the largest and the sum, another writes.
 template <class T>
