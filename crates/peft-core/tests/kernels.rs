@@ -86,6 +86,45 @@ fn attention_on_hopper_spills_nothing_and_its_products_overlap() {
     }
 }
 
+/// Bytes that a hot kernel outside attention may spill: none. What is not hot is not asked.
+const SPILLED: usize = 0;
+const HOT: [&str; 11] = [
+    "nf4_bf16",
+    "nf4_merged",
+    "swiglu_bf16",
+    "swiglu_backward_bf16",
+    "rms_norm_bf16",
+    "rms_norm_held_bf16",
+    "rms_norm_backward_held_bf16",
+    "rope_bf16",
+    "cross_entropy_bf16",
+    "adamw",
+    "copy_bf16_bf16",
+];
+
+#[test]
+fn hot_kernels_spill_nothing() {
+    for architecture in ARCHITECTURES {
+        let report = match Unit::general().report(architecture) {
+            Ok(report) => report,
+            Err(DeviceError::NoLibrary { .. }) if std::env::var_os(NVRTC_VARIABLE).is_none() => {
+                eprintln!("SKIPPED: no libnvrtc here; set {NVRTC_VARIABLE} to one");
+                return;
+            }
+            Err(error) => panic!("{architecture}: {error}"),
+        };
+        let lines: Vec<&str> = report.lines().collect();
+        for kernel in HOT {
+            let named = format!("'{kernel}'");
+            let at = lines.iter().position(|line| line.contains(&named));
+            let at = at.unwrap_or_else(|| panic!("{architecture}: no report of {kernel}: {report}"));
+            let spills = lines[at..].iter().find(|line| line.contains("spill stores")).unwrap();
+            let bytes = spills.split("bytes stack frame,").nth(1).unwrap().split_whitespace().next().unwrap();
+            assert!(bytes.parse::<usize>().unwrap() <= SPILLED, "{architecture}, {kernel}: {spills}");
+        }
+    }
+}
+
 #[test]
 fn attention_on_hopper_fits_its_shared_memory() {
     for tiles in hopper_tiles() {
