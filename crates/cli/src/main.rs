@@ -5,6 +5,7 @@
 use std::process::ExitCode;
 
 mod args;
+mod base;
 mod client;
 mod commands;
 mod error;

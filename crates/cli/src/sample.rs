@@ -8,6 +8,7 @@ use shanty_data::Tokenizer;
 use shanty_worker::engine::quantization;
 
 use crate::{
+    base,
     failure::CommandResult,
     model::{Model, Sampling},
     ui::{Paint, Ui, paint},
@@ -23,6 +24,7 @@ pub(crate) struct Sample {
 
 /// Continues the job's prompt with the base alone and with the adapter.
 pub(crate) fn compare(spec: &JobSpec, adapter: &Path) -> CommandResult<Sample> {
+    let spec = &base::with_folder(spec)?;
     let prompt = spec.sample.prompt.clone().unwrap_or_default();
     let tokenizer = Tokenizer::load(&spec.base.model)?;
     let sampling = Sampling {

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{error::Error, job::JobSpec, loaded::Loaded};
+use crate::{error::Error, job::JobSpec, loaded::Loaded, paths::HUB};
 
 /// Files and folders that are not there, or are not what the job needs.
 ///
@@ -13,7 +13,9 @@ use crate::{error::Error, job::JobSpec, loaded::Loaded};
 pub(crate) fn check(job: &Loaded<JobSpec>) -> Vec<Error> {
     let mut errors = Vec::new();
     base_model(job, &mut errors);
-    data(job, "data.train", &job.value.data.train, &mut errors);
+    for (key, path) in job.value.data.train.paths() {
+        data(job, &key, path, &mut errors);
+    }
     if let Some(eval) = &job.value.data.eval {
         data(job, "data.eval", eval, &mut errors);
     }
@@ -25,6 +27,10 @@ pub(crate) fn check(job: &Loaded<JobSpec>) -> Vec<Error> {
 
 fn base_model(job: &Loaded<JobSpec>, errors: &mut Vec<Error>) {
     let folder = &job.value.base.model;
+    if folder.as_os_str().to_string_lossy().starts_with(HUB) {
+        // What the hub holds is seen when it is asked.
+        return;
+    }
     let mut refuse = |reason: String, hint: &str| {
         errors.push(Error::BaseModel {
             path: folder.clone(),
@@ -33,10 +39,15 @@ fn base_model(job: &Loaded<JobSpec>, errors: &mut Vec<Error>) {
             place: job.locate("base.model"),
         });
     };
-    let layout = "name a folder in Hugging Face layout: config.json, *.safetensors, tokenizer.json";
+    let layout =
+        "name a folder in Hugging Face layout (config.json, *.safetensors, tokenizer.json) or a GGUF file";
     match fs::metadata(folder) {
         Err(error) => return refuse(in_words(&error), "paths in the job file count from its folder"),
-        Ok(found) if !found.is_dir() => return refuse("it is a file, not a folder".to_owned(), layout),
+        // What is inside is looked at by whoever reads it: it says more than a missing file would.
+        Ok(found) if found.is_file() && is_gguf(folder) => return,
+        Ok(found) if !found.is_dir() => {
+            return refuse("it is neither a folder nor a GGUF file".to_owned(), layout);
+        }
         Ok(_) => {}
     }
     let config = match fs::read_to_string(folder.join("config.json")) {
@@ -65,6 +76,13 @@ fn base_model(job: &Loaded<JobSpec>, errors: &mut Vec<Error>) {
     }
 }
 
+/// Whether a file begins as GGUF does.
+fn is_gguf(file: &Path) -> bool {
+    let mut magic = [0; 4];
+    let read = fs::File::open(file).and_then(|mut file| io::Read::read_exact(&mut file, &mut magic));
+    read.is_ok() && &magic == b"GGUF"
+}
+
 fn has_weights(folder: &Path) -> bool {
     let Ok(entries) = fs::read_dir(folder) else { return false };
     entries.flatten().any(|entry| entry.path().extension().is_some_and(|ending| ending == "safetensors"))
@@ -90,6 +108,10 @@ fn data(job: &Loaded<JobSpec>, key: &str, pattern: &str, errors: &mut Vec<Error>
             place: job.locate(key),
         });
     };
+    if pattern.contains("://") {
+        // What a store holds is seen when it is asked.
+        return;
+    }
     let is_glob = pattern.contains(['*', '?', '[']) && !Path::new(pattern).exists();
     if !is_glob {
         match fs::metadata(pattern) {

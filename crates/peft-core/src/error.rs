@@ -92,6 +92,34 @@ pub enum Error {
         /// What does not hold together.
         problem: String,
     },
+    /// A GGUF file does not hold together.
+    #[error("the GGUF file `{}` is damaged: {problem}", file.display())]
+    DamagedGguf {
+        /// The file.
+        file: PathBuf,
+        /// What does not hold together.
+        problem: String,
+    },
+    /// A GGUF file is of an architecture that is not known.
+    #[error("the GGUF file `{}` is of the architecture `{found}`, which is not supported", file.display())]
+    GgufArchitecture {
+        /// The file.
+        file: PathBuf,
+        /// Its `general.architecture`; empty where there is none.
+        found: String,
+        /// What there is.
+        known: Vec<&'static str>,
+    },
+    /// A setting of a GGUF file is missing, wrong or not supported.
+    #[error("`{key}` in the GGUF file `{}` {problem}", file.display())]
+    GgufSetting {
+        /// The file.
+        file: PathBuf,
+        /// The key of its metadata, or the tensor.
+        key: String,
+        /// What is wrong.
+        problem: String,
+    },
     /// The base lacks a tensor that its configuration calls for.
     #[error("tensor `{tensor}` is missing from `{}`", folder.display())]
     MissingTensor {
@@ -350,6 +378,9 @@ impl Error {
             Self::UnknownFamily { .. } => "SH0304",
             Self::UnsupportedModelOption { .. } => "SH0305",
             Self::DamagedTensors { origin, .. } => origin.code("SH0306", "SH0410"),
+            Self::DamagedGguf { .. } => "SH0320",
+            Self::GgufArchitecture { .. } => "SH0321",
+            Self::GgufSetting { .. } => "SH0322",
             Self::MissingTensor { .. } => "SH0307",
             Self::WrongShape { origin, .. } => origin.code("SH0308", "SH0411"),
             Self::WrongDtype { origin, .. } => origin.code("SH0309", "SH0412"),
@@ -389,6 +420,9 @@ impl Error {
             | Self::UnknownFamily { file, .. }
             | Self::UnsupportedModelOption { file, .. }
             | Self::DamagedTensors { file, .. }
+            | Self::DamagedGguf { file, .. }
+            | Self::GgufArchitecture { file, .. }
+            | Self::GgufSetting { file, .. }
             | Self::WrongShape { file, .. }
             | Self::WrongDtype { file, .. }
             | Self::Index { file, .. }
@@ -438,7 +472,11 @@ impl Error {
             Self::Read { origin: Origin::Adapter, .. } => {
                 "an adapter is a folder as PEFT saves it: adapter_config.json and adapter_model.safetensors".to_owned()
             }
-            Self::DamagedTensors { .. } => {
+            Self::GgufArchitecture { known, .. } => format!("there are: {}", known.join(", ")),
+            Self::GgufSetting { .. } => {
+                "take the same model as safetensors, or a GGUF file made by llama.cpp's converter".to_owned()
+            }
+            Self::DamagedTensors { .. } | Self::DamagedGguf { .. } => {
                 "download or copy the file again; compare its size and checksum with the source".to_owned()
             }
             Self::MissingTensor { tensor, .. } if tensor == "lm_head.weight" => {

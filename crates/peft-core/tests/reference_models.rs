@@ -13,7 +13,7 @@ use shanty_peft_core::{
     model::ModelConfig,
 };
 
-const MODELS: [&str; 8] = [
+const MODELS: [&str; 9] = [
     "models/llama",
     "models/llama_tied",
     "models/llama_rope3",
@@ -22,6 +22,7 @@ const MODELS: [&str; 8] = [
     "models/qwen3",
     "models/gemma",
     "models/gemma2",
+    "models/phi3",
 ];
 
 fn engine(model: &str) -> Engine {

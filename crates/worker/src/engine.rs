@@ -4,7 +4,7 @@ mod method;
 mod peft;
 mod virtual_tokens;
 
-use std::ops::Range;
+use std::{ops::Range, path::Path};
 
 use shanty_config::job::JobSpec;
 
@@ -132,6 +132,8 @@ pub struct LoadRequest<'a> {
     pub memory_limit_bytes: Option<u64>,
     /// Steps of the job.
     pub steps: u64,
+    /// The folder of the run.
+    pub store: &'a Path,
 }
 
 /// Loads engines.

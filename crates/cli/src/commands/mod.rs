@@ -11,6 +11,7 @@ pub(crate) mod cancel;
 pub(crate) mod checkpoints;
 pub(crate) mod completions;
 pub(crate) mod coordinator;
+pub(crate) mod data;
 pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod explain;
@@ -43,6 +44,7 @@ pub(crate) fn dispatch(command: Command, ui: &Ui) -> CommandResult<Exit> {
         Command::Worker(args) => worker::execute(args, ui),
         Command::WorkerDevice(args) => worker_device::execute(args, ui),
         Command::PrepareData(args) => prepare_data::execute(args, ui),
+        Command::Data(args) => data::execute(args, ui),
         Command::Generate(args) => generate::execute(args, ui),
         Command::Eval(args) => eval::execute(args, ui),
         Command::Logits(args) => logits::execute(args, ui),

@@ -1,6 +1,6 @@
-"""Opens an adapter folder in Hugging Face PEFT and compares its logits with those that `shanty logits` wrote.
+"""Opens adapter folders in Hugging Face PEFT and compares their logits with those that `shanty logits` wrote.
 
-Exits with 1, saying why, when PEFT or transformers warn while the adapter is opened, when nothing moved against the base alone, or when
+One folder by --model, --adapter, --logits; or many by --cases: a JSON list of objects with these keys. Exits with 1, saying why, when PEFT or transformers warn while the adapter is opened, when nothing moved against the base alone, or when
 max |theirs - ours| / max |theirs| is above the tolerance. The base is run in f32.
 """
 
@@ -29,15 +29,27 @@ class Heard(logging.Handler):
 
 def main() -> None:
     arguments = argparse.ArgumentParser()
-    arguments.add_argument("--model", required=True)
-    arguments.add_argument("--adapter", required=True)
+    arguments.add_argument("--cases")
+    arguments.add_argument("--model")
+    arguments.add_argument("--adapter")
+    arguments.add_argument("--logits")
     arguments.add_argument("--ids", required=True)
-    arguments.add_argument("--logits", required=True)
     arguments.add_argument("--tolerance", type=float, default=1e-4)
     given = arguments.parse_args()
+    cases = [{"model": given.model, "adapter": given.adapter, "logits": given.logits}]
+    if given.cases:
+        with open(given.cases) as file:
+            cases = json.load(file)
+    wrong = [problem for case in cases if (problem := check(case, given))]
+    if wrong:
+        sys.exit("\n".join(wrong))
 
+
+def check(case: dict[str, str], given: argparse.Namespace) -> str | None:
+    """What is wrong with a case, if anything."""
+    folder = case["adapter"]
     ids = torch.tensor(json.loads(given.ids))
-    base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
+    base = AutoModelForCausalLM.from_pretrained(case["model"], dtype=torch.float32).eval()
     with torch.no_grad():
         untouched = base(ids).logits
 
@@ -46,27 +58,31 @@ def main() -> None:
         logging.getLogger(name).addHandler(heard)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = PeftModel.from_pretrained(base, given.adapter).eval()
+        model = PeftModel.from_pretrained(base, folder).eval()
     # Deprecations speak of PEFT's own use of transformers, whatever adapter is opened.
     about_code = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)
     complaints = [str(warning.message) for warning in caught if not issubclass(warning.category, about_code)]
     complaints += heard.lines
     if complaints:
-        sys.exit("opening the adapter warned:\n" + "\n".join(complaints))
+        return f"{folder}: opening the adapter warned:\n" + "\n".join(complaints)
 
     with torch.no_grad():
         theirs = model(ids).logits
-    ours = load_file(given.logits)["logits"]
+    ours = load_file(case["logits"])["logits"]
+    # Prompts are rows of their own in PEFT.
+    theirs = theirs[:, theirs.shape[1] - ours.shape[1] :]
     if ours.shape != theirs.shape:
-        sys.exit(f"shapes differ: theirs {tuple(theirs.shape)}, ours {tuple(ours.shape)}")
+        return f"{folder}: shapes differ: theirs {tuple(theirs.shape)}, ours {tuple(ours.shape)}"
     largest = theirs.abs().max()
     difference = ((theirs - ours).abs().max() / largest).item()
     moved = ((theirs - untouched).abs().max() / largest).item()
-    print(json.dumps({"difference": difference, "moved_by_the_adapter": moved, "tolerance": given.tolerance}))
+    figures = {"adapter": folder, "difference": difference, "moved_by_the_adapter": moved}
+    print(json.dumps({**figures, "tolerance": given.tolerance}))
     if moved <= given.tolerance:
-        sys.exit("the adapter moved nothing: the comparison would prove nothing")
+        return f"{folder}: the adapter moved nothing: the comparison would prove nothing"
     if difference > given.tolerance:
-        sys.exit(f"logits differ by {difference:.2e}, more than {given.tolerance:.0e}")
+        return f"{folder}: logits differ by {difference:.2e}, more than {given.tolerance:.0e}"
+    return None
 
 
 if __name__ == "__main__":

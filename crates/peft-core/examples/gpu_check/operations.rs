@@ -8,7 +8,7 @@ use shanty_peft_core::{
     },
     batch::{PackedBatch, Row, Segment},
     bench::{RandomBase, Shape},
-    model::{BaseSource, Matrix},
+    model::{BaseSource, Matrix, Projection},
     optim::{AdamWOptions, FlatState, FlatUpdate, groups},
     random::{self, DropoutKey},
 };
@@ -494,7 +494,8 @@ fn frozen(report: &mut Report, cpu: &Cpu) {
                 let mut cuda = Cuda::new(0, precision).unwrap();
                 cuda.hold(&mut base, block_size > 64).unwrap();
                 let weights = base.layer(0).unwrap();
-                for linear in [&weights.q, &weights.gate, &weights.down] {
+                for projection in [Projection::Q, Projection::Gate, Projection::Down] {
+                    let linear = weights.linear(projection);
                     let (rows, columns) = (linear.weight.rows(), linear.weight.columns());
                     let mut expected = vec![0.0; rows * columns];
                     linear.weight.write_f32(&mut expected);
@@ -508,8 +509,9 @@ fn frozen(report: &mut Report, cpu: &Cpu) {
                     let name = format!("nf4 {rows} x {columns} blocks of {block_size}, bits, {precision:?}");
                     report.note(name, (expected.len() - same) as f64, 0.0);
                 }
-                for (linear, rank) in [(&weights.q, 16), (&weights.down, 8), (&weights.gate, 40)] {
-                    merged(report, &cuda, linear.weight, rank, block_size);
+                for (projection, rank) in [(Projection::Q, 16), (Projection::Down, 8), (Projection::Gate, 40)]
+                {
+                    merged(report, &cuda, weights.linear(projection).weight, rank, block_size);
                 }
                 let batch = packed(&[50, 9], vocabulary as u32);
                 let table = base.embedding();

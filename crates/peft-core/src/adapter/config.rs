@@ -14,10 +14,7 @@ use super::{
     registry::Registration,
     targets::TargetModules,
 };
-use crate::{
-    error::{Error, Origin, Result},
-    model::ModelConfig,
-};
+use crate::error::{Error, Origin, Result};
 
 /// The PEFT version whose keys are written.
 pub const PEFT_VERSION: &str = "0.21.2";
@@ -67,20 +64,11 @@ pub(super) fn parse(text: &[u8], file: &Path) -> Result<Value> {
 
 /// The text of an `adapter_config.json` as PEFT 0.21.2 writes it.
 pub fn to_json(method: &dyn Method, layout: &ParameterLayout, state: &[f32]) -> String {
-    written(method, method.settings(layout, state))
+    complete(method, method.settings(layout, state))
 }
 
-/// As [`to_json`], for a method that is fitted to `model`.
-pub fn to_json_on(
-    method: &dyn Method,
-    model: &ModelConfig,
-    layout: &ParameterLayout,
-    state: &[f32],
-) -> String {
-    written(method, method.settings_on(model, layout, state))
-}
-
-fn written(method: &dyn Method, mut map: Map<String, Value>) -> String {
+/// The text with the keys that every method has added to `map`.
+pub(super) fn complete(method: &dyn Method, mut map: Map<String, Value>) -> String {
     for (key, value) in [
         ("auto_mapping", Value::Null),
         ("base_model_name_or_path", json!(method.base_model())),

@@ -185,14 +185,20 @@ pub fn contents(fit: &Fit, parameters: &[f32], state: &[f32]) -> Result<Vec<(Str
         }
         None => parameters,
     };
-    let saved = method.saved(fit.layout(), effective, state)?;
+    let converted = fit.start().and_then(|start| method.converted(fit.layout(), effective, start));
+    let (settings, saved) = match converted {
+        Some(converted) => converted,
+        None => {
+            let settings = match fit.model() {
+                Some(model) => method.settings_on(model, fit.layout(), state),
+                None => method.settings(fit.layout(), state),
+            };
+            (settings, method.saved(fit.layout(), effective, state)?)
+        }
+    };
     let tensors =
         serialise(&saved).map_err(|error| unwritable(Path::new(TENSORS_FILE), io::Error::other(error)))?;
-    let settings = match fit.model() {
-        Some(model) => config::to_json_on(&**method, model, fit.layout(), state),
-        None => config::to_json(&**method, fit.layout(), state),
-    }
-    .into_bytes();
+    let settings = config::complete(&**method, settings).into_bytes();
     Ok(vec![(TENSORS_FILE.to_owned(), tensors), (CONFIG_FILE.to_owned(), settings)])
 }
 

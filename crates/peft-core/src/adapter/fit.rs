@@ -23,6 +23,8 @@ pub struct Fit {
     layout: ParameterLayout,
     matched: Matched,
     network: Option<Network>,
+    /// Parameters that a start computed from the base began with, where the base was changed or the start prepared.
+    start: Option<Arc<[f32]>>,
 }
 
 /// A small network in front of a method's tensors.
@@ -63,7 +65,7 @@ impl Fit {
             layout: ParameterLayout::new(Vec::new(), network.tensors()),
             network: Arc::from(network),
         });
-        Ok(Self { method: Some(method), model: Some(model.clone()), layout, matched, network })
+        Ok(Self { method: Some(method), model: Some(model.clone()), layout, matched, network, start: None })
     }
 
     /// The bare base: no method, nothing trained.
@@ -101,6 +103,15 @@ impl Fit {
     /// The network in front of the tensors, where there is one.
     pub fn network(&self) -> Option<&Network> {
         self.network.as_ref()
+    }
+
+    /// What a start that was computed from the base put into the flat parameters; 0 where it puts nothing.
+    pub fn start(&self) -> Option<&[f32]> {
+        self.start.as_deref()
+    }
+
+    pub(crate) fn set_start(&mut self, start: Vec<f32>) {
+        self.start = Some(start.into());
     }
 
     /// The modules that are adapted.

@@ -180,6 +180,15 @@ pub struct StepHook<'a> {
     pub scale: f64,
 }
 
+/// What a start computes for a module.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct PreparedModule {
+    /// Suffix, shape and numbers of tensors.
+    pub tensors: Vec<(&'static str, Vec<usize>, Vec<f32>)>,
+    /// The weight that stands for the base's from now on.
+    pub residual: Option<Vec<f32>>,
+}
+
 /// A module whose tensors are to begin, as [`Method::start`] sees it.
 pub struct ModuleStart<'a> {
     /// The module.
@@ -270,6 +279,38 @@ pub trait Method: Debug + Send + Sync {
     /// Where the base's numbers cannot be had, or the start cannot be computed.
     fn start(&self, _start: &mut ModuleStart<'_>) -> Result<()> {
         Ok(())
+    }
+
+    /// PEFT's word for a start whose tensors are computed from the base as it is on disk, once and for all workers, by
+    /// [`Method::prepare`]; none where there is no such start.
+    fn prepared_start(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// Computes such a start for a module: `weight` is the base's, row after row, `lost` what 4 bits lose of it (empty where
+    /// the base is not quantised).
+    ///
+    /// # Errors
+    /// Where it cannot be computed.
+    fn prepare(
+        &self,
+        _cpu: &Cpu,
+        _module: &Module,
+        _weight: &[f32],
+        _lost: &[f32],
+    ) -> Result<PreparedModule> {
+        Ok(PreparedModule::default())
+    }
+
+    /// Settings and tensors as they are saved for the base on disk, where a start changed the base that is trained on; none where
+    /// it did not. `start` is [`super::Fit::start`].
+    fn converted(
+        &self,
+        _layout: &ParameterLayout,
+        _parameters: &[f32],
+        _start: &[f32],
+    ) -> Option<(Map<String, Value>, Vec<SavedTensor>)> {
+        None
     }
 
     /// What a pass needs for a module.

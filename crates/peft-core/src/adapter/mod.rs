@@ -31,8 +31,8 @@ pub use ia3::Ia3Config;
 pub use layout::{ParameterEntry, ParameterLayout};
 pub use lora::{Bias, LoraConfig, LoraStart};
 pub use method::{
-    AnyMethod, Method, MethodOn, ModuleStart, Needs, Rate, Reparameterisation, Role, SavedTensor,
-    SharedMethod, Start, StepHook, Tensor,
+    AnyMethod, Method, MethodOn, ModuleStart, Needs, PreparedModule, Rate, Reparameterisation, Role,
+    SavedTensor, SharedMethod, Start, StepHook, Tensor,
 };
 pub use p_tuning::{PTuningConfig, PromptEncoder};
 pub use prefix_tuning::{PrefixStart, PrefixTuningConfig};

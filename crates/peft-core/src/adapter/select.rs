@@ -129,7 +129,7 @@ impl Selection {
     }
 
     fn is_saved(&self, module: &Module) -> bool {
-        self.modules_to_save.iter().any(|name| module.is_named(name))
+        self.modules_to_save.iter().any(|name| ends_in(module, name))
     }
 
     fn is_in_layers(&self, module: &Module) -> bool {
@@ -151,7 +151,7 @@ impl Selection {
         let modules = model.modules();
         let mut saved = Vec::new();
         for name in &self.modules_to_save {
-            let mut matches = modules.iter().filter(|module| module.is_named(name)).peekable();
+            let mut matches = modules.iter().filter(|module| ends_in(module, name)).peekable();
             if matches.peek().is_none() {
                 let available =
                     modules.iter().filter(|module| has_weight(module)).map(|m| m.name().to_owned());
@@ -172,6 +172,11 @@ impl Selection {
         }
         Ok(saved)
     }
+}
+
+/// PEFT's rule for whole modules asks for no dot: `norm` is every module whose name ends so, `input_layernorm` included.
+fn ends_in(module: &Module, name: &str) -> bool {
+    module.path.ends_with(name)
 }
 
 fn has_weight(module: &Module) -> bool {

@@ -106,7 +106,7 @@ impl StoredAdapter {
                 return Err(UseError::TensorName { file: path, tensor: name.to_owned(), problem }.into());
             }
         }
-        let base_hash = stored.metadata(BASE_HASH).map(str::to_owned);
+        let base_hash = stored.metadata(BASE_HASH);
         Ok(Self { folder: folder.to_owned(), config, tensors, foreign_names, base_hash })
     }
 

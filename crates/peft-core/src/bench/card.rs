@@ -14,7 +14,7 @@ use crate::{
     batch::{PackedBatch, Row},
     engine::{Engine, EngineDevice, EngineParts, StepKey},
     error::Result,
-    model::{BaseSource, ModelConfig},
+    model::{BaseSource, ModelConfig, Projection},
     optim::{AdamWOptions, FlatUpdate, Outcome, groups},
     plan::{MemoryPlan, PlanRequest, Recompute},
     random,
@@ -251,7 +251,7 @@ pub fn operations(index: usize) -> Result<Vec<CardOperation>> {
     let seconds = bench.time(|| cuda.copy(view(a), ViewMut::<Cuda>::new(&mut *b, tokens, inner)))?;
     bench.copy = 2.0 * size / seconds;
     bench.bytes("copy", 2.0 * size, seconds);
-    let gate = base.layer(0)?.gate.weight;
+    let gate = base.layer(0)?.linear(Projection::Gate).weight;
     let seconds = bench.time(|| {
         let _ = cuda.frozen(&gate, c);
     })?;

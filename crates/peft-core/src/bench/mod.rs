@@ -113,6 +113,7 @@ pub fn step(options: &StepBenchOptions) -> Result<StepBench> {
             micro_batch_rows: Some(options.micro_batch_rows.unwrap_or(options.rows).min(options.rows)),
             max_length: options.length,
             memory_limit: None,
+            start: None,
         },
         &mut |_| {},
     )?;

@@ -146,13 +146,7 @@ impl BaseSource for RandomBase {
             attention_output_norm: None,
             mlp_norm: &self.norm,
             mlp_output_norm: None,
-            q: linear(Projection::Q),
-            k: linear(Projection::K),
-            v: linear(Projection::V),
-            o: linear(Projection::O),
-            gate: linear(Projection::Gate),
-            up: linear(Projection::Up),
-            down: linear(Projection::Down),
+            linears: LayerWeights::by_projection(&self.config, linear),
         })
     }
 

@@ -2,7 +2,7 @@
 
 use crate::{
     adapter::{AnyMethod, Fit, ModuleStart, ParameterEntry, Role, Start},
-    error::Result,
+    error::{Error, Result},
     model::{BaseSource, LayerWeights, ModelConfig, Module, ModuleKind, Norm, Place, Projection},
 };
 
@@ -23,8 +23,16 @@ pub(super) fn fill(
         for entry in tensors.iter().filter(|entry| entry.start == Start::Base) {
             copy(&**method, config, base, module, entry, &mut parameters[entry.range.clone()])?;
         }
-        if adapted.branch && tensors.iter().any(|entry| entry.start == Start::Computed) {
-            let weight = weight(base, module)?;
+        let computed = || tensors.iter().filter(|entry| entry.start == Start::Computed);
+        if adapted.branch && computed().next().is_some() {
+            match (fit.start(), method.prepared_start()) {
+                (Some(start), _) => computed().for_each(|entry| {
+                    parameters[entry.range.clone()].copy_from_slice(&start[entry.range.clone()]);
+                }),
+                (None, Some(start)) => return Err(Error::StartMissing { start }),
+                (None, None) => {}
+            }
+            let weight = weight(config, base, module)?;
             method.start(&mut ModuleStart { module, tensors, weight: &weight, parameters })?;
         }
     }
@@ -32,12 +40,14 @@ pub(super) fn fill(
 }
 
 /// A module's weight, row after row.
-fn weight(base: &mut dyn BaseSource, module: &Module) -> Result<Vec<f32>> {
+fn weight(config: &ModelConfig, base: &mut dyn BaseSource, module: &Module) -> Result<Vec<f32>> {
     let mut weight = vec![0.0; module.shape[0] * module.shape[1]];
     match (module.place, module.kind) {
         (Place::Layer(layer), ModuleKind::Linear) => {
             let weights = base.layer(layer)?;
-            weights.linear(Projection::ALL[module.index]).weight.write_f32(&mut weight);
+            if let Some(projection) = projection(config, module) {
+                weights.linear(projection).weight.write_f32(&mut weight);
+            }
         }
         (Place::Layer(layer), ModuleKind::Norm) => {
             weight.copy_from_slice(norm(&base.layer(layer)?, Norm::ALL[module.index]));
@@ -48,6 +58,10 @@ fn weight(base: &mut dyn BaseSource, module: &Module) -> Result<Vec<f32>> {
         _ => {}
     }
     Ok(weight)
+}
+
+fn projection(config: &ModelConfig, module: &Module) -> Option<Projection> {
+    config.projections().iter().copied().find(|projection| projection.index() == module.index)
 }
 
 fn norm<'a>(weights: &LayerWeights<'a>, norm: Norm) -> &'a [f32] {
@@ -79,11 +93,12 @@ fn copy(
         }
         (Role::Bias, Place::Layer(layer)) => {
             let weights = base.layer(layer)?;
-            if let Some(bias) = weights.linear(Projection::ALL[module.index]).bias {
+            let linear = projection(config, module).map(|projection| weights.linear(projection));
+            if let Some(bias) = linear.and_then(|linear| linear.bias) {
                 out.copy_from_slice(bias);
             }
         }
-        _ => out.copy_from_slice(&weight(base, module)?),
+        _ => out.copy_from_slice(&weight(config, base, module)?),
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! From a base's folder to an engine, or to what an engine would take.
 
-use super::{Engine, EngineDevice, EngineOptions, Machine};
+use super::{Engine, EngineDevice, EngineOptions, Machine, prepared::Prepared};
 use crate::{
     adapter::{Fit, SharedMethod},
     backend::cuda::{self, Precision},
@@ -30,10 +30,16 @@ impl Engine {
     /// threads cannot be started.
     pub fn load(options: EngineOptions, progress: &mut dyn FnMut(LoadProgress)) -> Result<Self> {
         // What can be wrong with the adapter is said before the base is read.
-        let fit = fit(&ModelConfig::load(&options.base)?, options.adapter.as_ref())?;
+        let config = ModelConfig::load(&options.base)?;
+        let mut fit = fit(&config, options.adapter.as_ref())?;
         // So is what is wrong with the device.
         let machine = Machine::open(options.device, options.threads)?;
-        let base = ResidentBase::load(&options.base, options.quantization, progress)?;
+        let prepared = Prepared::open(&options, &fit, &config)?;
+        let over = prepared.as_ref().map_or(&[][..], Prepared::files);
+        let base = ResidentBase::load_over(&options.base, over, options.quantization, progress)?;
+        if let Some(prepared) = &prepared {
+            fit.set_start(prepared.parameters(fit.layout())?);
+        }
         let request = PlanRequest {
             base_bytes: base.memory().total_bytes() as u64,
             dequantised: options.quantization.is_some() || base.config().stored_nf4,

@@ -15,6 +15,7 @@ mod load;
 mod machine;
 mod options;
 mod passes;
+mod prepared;
 mod resident;
 mod start;
 

@@ -40,6 +40,9 @@ pub struct EngineOptions {
     pub max_length: usize,
     /// Bytes that the plan may take; half of what is free when none.
     pub memory_limit: Option<u64>,
+    /// Where a start that is computed from the base (PiSSA, OLoRA, LoftQ) lies, or is put where it is not there. All
+    /// engines of a run must be given the same, also where they resume.
+    pub start: Option<PathBuf>,
 }
 
 impl EngineOptions {
@@ -55,6 +58,7 @@ impl EngineOptions {
             micro_batch_rows: None,
             max_length,
             memory_limit: None,
+            start: None,
         }
     }
 }

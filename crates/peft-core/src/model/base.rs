@@ -122,20 +122,8 @@ pub struct LayerWeights<'a> {
     pub mlp_norm: &'a [f32],
     /// Scale of the norm of the MLP's output, `[hidden]`, where there is one.
     pub mlp_output_norm: Option<&'a [f32]>,
-    /// Queries, `[heads * head_dim, hidden]`.
-    pub q: LinearWeights<'a>,
-    /// Keys, `[key_value_heads * head_dim, hidden]`.
-    pub k: LinearWeights<'a>,
-    /// Values, `[key_value_heads * head_dim, hidden]`.
-    pub v: LinearWeights<'a>,
-    /// Attention's output, `[hidden, heads * head_dim]`.
-    pub o: LinearWeights<'a>,
-    /// MLP gate, `[intermediate, hidden]`.
-    pub gate: LinearWeights<'a>,
-    /// MLP up, `[intermediate, hidden]`.
-    pub up: LinearWeights<'a>,
-    /// MLP down, `[hidden, intermediate]`.
-    pub down: LinearWeights<'a>,
+    /// The linear layers by [`Projection::index`]; none where another holds it too.
+    pub linears: [Option<LinearWeights<'a>>; 7],
 }
 
 impl<'a> LayerWeights<'a> {
@@ -145,17 +133,24 @@ impl<'a> LayerWeights<'a> {
         [self.input_norm, self.mlp_norm].into_iter().chain(some.into_iter().flatten())
     }
 
-    /// The linear layer of `projection`.
+    /// The linear layer of `projection`, or the one that holds it too.
+    ///
+    /// # Panics
+    /// If the configuration has no such projection: a defect of the caller.
     pub fn linear(&self, projection: Projection) -> &LinearWeights<'a> {
-        match projection {
-            Projection::Q => &self.q,
-            Projection::K => &self.k,
-            Projection::V => &self.v,
-            Projection::O => &self.o,
-            Projection::Gate => &self.gate,
-            Projection::Up => &self.up,
-            Projection::Down => &self.down,
+        self.linears[projection.index()].as_ref().expect("a base has every projection of its configuration")
+    }
+
+    /// [`LayerWeights::linears`] of a model, each by `linear`.
+    pub fn by_projection(
+        config: &ModelConfig,
+        mut linear: impl FnMut(Projection) -> LinearWeights<'a>,
+    ) -> [Option<LinearWeights<'a>>; 7] {
+        let mut all = [None; 7];
+        for projection in config.projections() {
+            all[projection.index()] = Some(linear(*projection));
         }
+        all
     }
 }
 

@@ -4,13 +4,16 @@
 //! fill it. Both ways of writing rotary settings are read: `rope_parameters` (transformers 5) and `rope_theta` with
 //! `rope_scaling` (transformers 4).
 
-use std::{fmt, fs, path::Path};
+use std::{
+    fmt, fs,
+    path::{Path, PathBuf},
+};
 
 use serde_json::Value;
 
 use crate::{
     error::{Error, Origin, Result},
-    model::families,
+    model::{families, gguf},
 };
 
 mod fields;
@@ -28,23 +31,37 @@ pub enum Projection {
     K,
     /// Values.
     V,
+    /// Queries, keys and values in one.
+    QueryKeyValue,
     /// Attention's output.
     O,
     /// MLP gate.
     Gate,
     /// MLP up.
     Up,
+    /// MLP gate and up in one.
+    GateUp,
     /// MLP down.
     Down,
 }
 
 impl Projection {
-    /// All of them, in the order of the forward pass.
+    /// Those of a model that keeps each apart, in the order of the forward pass.
     pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+    /// Those of a model that keeps some in one, in the order of the forward pass.
+    pub const FUSED: [Self; 4] = [Self::QueryKeyValue, Self::O, Self::GateUp, Self::Down];
 
-    /// Its place in [`Self::ALL`].
+    /// Its place in [`Self::ALL`]; of several in one, that of the first.
     pub fn index(self) -> usize {
-        self as usize
+        match self {
+            Self::Q | Self::QueryKeyValue => 0,
+            Self::K => 1,
+            Self::V => 2,
+            Self::O => 3,
+            Self::Gate | Self::GateUp => 4,
+            Self::Up => 5,
+            Self::Down => 6,
+        }
     }
 
     /// Name below the layer, for example `self_attn.q_proj`.
@@ -53,9 +70,11 @@ impl Projection {
             Self::Q => "self_attn.q_proj",
             Self::K => "self_attn.k_proj",
             Self::V => "self_attn.v_proj",
+            Self::QueryKeyValue => "self_attn.qkv_proj",
             Self::O => "self_attn.o_proj",
             Self::Gate => "mlp.gate_proj",
             Self::Up => "mlp.up_proj",
+            Self::GateUp => "mlp.gate_up_proj",
             Self::Down => "mlp.down_proj",
         }
     }
@@ -121,6 +140,21 @@ impl Norm {
     }
 }
 
+/// The text of a base's `config.json`, made from the metadata where the base is a GGUF file; and the file it comes from.
+///
+/// # Errors
+/// Unreadable, or a GGUF file that is damaged or of an unknown architecture.
+pub fn config_text(base: &Path) -> Result<(Vec<u8>, PathBuf)> {
+    if base.is_file() {
+        return Ok((gguf::config(base)?.to_string().into_bytes(), base.to_owned()));
+    }
+    let file = base.join("config.json");
+    match fs::read(&file) {
+        Ok(text) => Ok((text, file)),
+        Err(source) => Err(Error::Read { origin: Origin::Base, file, source }),
+    }
+}
+
 /// A decoder: embedding, equal layers of attention and gated MLP with norms ahead, norm, output head.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
@@ -162,6 +196,8 @@ pub struct ModelConfig {
     pub query_key_norms: bool,
     /// Whether the outputs of attention and MLP pass norms of their own.
     pub output_norms: bool,
+    /// Whether queries, keys and values are one matrix, and so are gate and up.
+    pub fused: bool,
     /// Whether norms are stored less 1.
     pub norms_less_one: bool,
     /// Whether q, k and v have a bias.
@@ -183,18 +219,16 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// Reads `config.json` of a model's folder.
+    /// Reads `config.json` of a model's folder, or what a GGUF file says instead.
     ///
     /// # Errors
     /// Unreadable, not JSON, an unknown family, an option that is not there, an impossible value.
-    pub fn load(folder: &Path) -> Result<Self> {
-        let file = folder.join("config.json");
-        let text = fs::read(&file).map_err(|source| Error::Read {
-            origin: Origin::Base,
-            file: file.clone(),
-            source,
-        })?;
-        Self::from_json(&text, &file)
+    pub fn load(base: &Path) -> Result<Self> {
+        let (text, file) = config_text(base)?;
+        let config = Self::from_json(&text, &file)?;
+        // GGUF holds the scales of norms as they multiply.
+        let norms_less_one = config.norms_less_one && !base.is_file();
+        Ok(Self { norms_less_one, ..config })
     }
 
     /// Reads the text of a `config.json`; `file` is named in errors.
@@ -226,7 +260,9 @@ impl ModelConfig {
         match projection {
             Projection::Q => [queries, hidden],
             Projection::K | Projection::V => [keys, hidden],
+            Projection::QueryKeyValue => [queries + 2 * keys, hidden],
             Projection::O => [hidden, queries],
+            Projection::GateUp => [2 * intermediate, hidden],
             Projection::Gate | Projection::Up => [intermediate, hidden],
             Projection::Down => [hidden, intermediate],
         }
@@ -235,10 +271,17 @@ impl ModelConfig {
     /// Whether a projection has a bias.
     pub fn has_bias(&self, projection: Projection) -> bool {
         match projection {
-            Projection::Q | Projection::K | Projection::V => self.query_key_value_bias,
+            Projection::Q | Projection::K | Projection::V | Projection::QueryKeyValue => {
+                self.query_key_value_bias
+            }
             Projection::O => self.output_bias,
-            Projection::Gate | Projection::Up | Projection::Down => self.mlp_bias,
+            Projection::Gate | Projection::Up | Projection::GateUp | Projection::Down => self.mlp_bias,
         }
+    }
+
+    /// The linear layers of a decoder layer, in the order of the forward pass.
+    pub fn projections(&self) -> &'static [Projection] {
+        if self.fused { &Projection::FUSED } else { &Projection::ALL }
     }
 
     /// The norms of every layer.
@@ -280,7 +323,8 @@ impl ModelConfig {
 
     /// Number of frozen parameters: a tied head counts once.
     pub fn parameters(&self) -> usize {
-        let linear: usize = Projection::ALL
+        let linear: usize = self
+            .projections()
             .iter()
             .map(|projection| {
                 let [out, input] = self.shape(*projection);
@@ -313,6 +357,7 @@ impl ModelConfig {
             logits_soft_cap,
             query_key_norms,
             output_norms,
+            fused,
             norms_less_one,
             query_key_value_bias,
             output_bias,
@@ -345,6 +390,7 @@ impl ModelConfig {
         add(logits_soft_cap.is_some(), format!("logits{logits_soft_cap:?}"));
         add(*query_key_norms, "qknorms".to_owned());
         add(*output_norms, "outputnorms".to_owned());
+        add(*fused, "fused".to_owned());
         add(*norms_less_one, "lessone".to_owned());
         text
     }

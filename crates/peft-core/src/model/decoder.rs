@@ -13,6 +13,7 @@ use crate::{
     nn::{
         attention::{Attention, Prefix},
         embedding,
+        inputs::Inputs,
         linear::{Branch, Linear, TrainedParts},
         mlp::Mlp,
         rms_norm::RmsNorm,
@@ -435,13 +436,21 @@ impl<'a, B: Backend> Site<'a, '_, B> {
             let trained = self.trained.place(self.trained.branches.norm(self.layer, kind));
             RmsNorm { weight: self.trained.vector(self.backend, trained, weight), epsilon, trained }
         };
+        let linear = |projection: Projection, scratch: &'c mut B::Owned| {
+            self.linear(projection, weights.linear(projection), scratch)
+        };
         let [q, k, v, o, gate, up, down] = scratch;
         let attention = Attention {
             norm: norm(Norm::AttentionInput, weights.input_norm),
-            q: self.linear(Projection::Q, &weights.q, q),
-            k: self.linear(Projection::K, &weights.k, k),
-            v: self.linear(Projection::V, &weights.v, v),
-            o: self.linear(Projection::O, &weights.o, o),
+            inputs: match self.config.fused {
+                true => Inputs::Fused(linear(Projection::QueryKeyValue, q)),
+                false => Inputs::Apart([
+                    linear(Projection::Q, q),
+                    linear(Projection::K, k),
+                    linear(Projection::V, v),
+                ]),
+            },
+            o: linear(Projection::O, o),
             query_key_norms: weights
                 .query_norm
                 .zip(weights.key_norm)
@@ -456,9 +465,11 @@ impl<'a, B: Backend> Site<'a, '_, B> {
         };
         let mlp = Mlp {
             norm: norm(Norm::MlpInput, weights.mlp_norm),
-            gate: self.linear(Projection::Gate, &weights.gate, gate),
-            up: self.linear(Projection::Up, &weights.up, up),
-            down: self.linear(Projection::Down, &weights.down, down),
+            inputs: match self.config.fused {
+                true => Inputs::Fused(linear(Projection::GateUp, gate)),
+                false => Inputs::Apart([linear(Projection::Gate, gate), linear(Projection::Up, up)]),
+            },
+            down: linear(Projection::Down, down),
             output_norm: weights.mlp_output_norm.map(|weight| norm(Norm::MlpOutput, weight)),
             activation: self.config.activation,
         };

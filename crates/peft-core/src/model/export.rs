@@ -7,13 +7,15 @@ use std::{
     path::Path,
 };
 
+use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 
 use crate::{
     error::{Error, Origin, Result},
     model::{
-        BaseSource, ModelConfig, Projection, ResidentBase,
+        BaseSource, ModelConfig, ResidentBase,
         base::Matrix,
+        config::config_text,
         weights::{ModelFiles, SINGLE_FILE},
     },
     quant::{
@@ -22,7 +24,7 @@ use crate::{
     },
 };
 
-/// Quantises the base in `source` and writes `config.json` and `model.safetensors` into `target`.
+/// Quantises the base in `source`, a folder or a GGUF file, and writes `config.json` and `model.safetensors` into `target`.
 ///
 /// transformers opens the folder as one that was saved with `BitsAndBytesConfig(load_in_4bit=True,
 /// bnb_4bit_quant_type="nf4")`. Tensors other than the decoder's linear weights keep their bytes; what was pre-quantised
@@ -37,7 +39,7 @@ pub fn save_nf4(source: &Path, target: &Path, options: Nf4Options) -> Result<()>
     let mut done = std::collections::BTreeSet::new();
     let mut dtype = None;
     for layer in 0..base.config().layers {
-        for projection in Projection::ALL {
+        for &projection in base.config().projections() {
             let name = format!("{}.weight", projection.module(layer));
             let Matrix::Nf4(view) = base.weights(layer).linear(projection).weight else { continue };
             let original = if bitsandbytes::is_stored(&files, &name) {
@@ -54,27 +56,35 @@ pub fn save_nf4(source: &Path, target: &Path, options: Nf4Options) -> Result<()>
     }
     for name in files.names().filter(|name| !done.contains(*name)) {
         let tensor = files.tensor(name)?;
-        let mut bytes = vec![0; tensor.bytes()];
-        tensor.read_bytes(&mut bytes, &mut |_| {})?;
+        let (dtype, bytes) = match tensor.is_plain() {
+            true => {
+                let mut bytes = vec![0; tensor.bytes()];
+                tensor.read_bytes(&mut bytes, &mut |_| {})?;
+                (tensor.dtype(), bytes)
+            }
+            false => {
+                let mut numbers = vec![0.0; tensor.elements()];
+                tensor.read_f32(&mut numbers, &mut |_| {})?;
+                (Dtype::F32, numbers.iter().flat_map(|number| number.to_le_bytes()).collect())
+            }
+        };
         let shape = tensor.shape().to_vec();
-        tensors.push(OwnedTensor { name: name.to_owned(), dtype: tensor.dtype(), shape, bytes });
+        tensors.push(OwnedTensor { name: name.to_owned(), dtype, shape, bytes });
     }
     write(target, &tensors, &config(source, dtype.as_deref().unwrap_or("float32"), options.double)?)
 }
 
-fn torch_name(dtype: safetensors::Dtype) -> &'static str {
+fn torch_name(dtype: Dtype) -> &'static str {
     match dtype {
-        safetensors::Dtype::BF16 => "bfloat16",
-        safetensors::Dtype::F16 => "float16",
+        Dtype::BF16 => "bfloat16",
+        Dtype::F16 => "float16",
         _ => "float32",
     }
 }
 
 /// `config.json` of `source` with the settings that transformers saves beside NF4 weights.
 fn config(source: &Path, dtype: &str, double: bool) -> Result<String> {
-    let file = source.join("config.json");
-    let text =
-        fs::read(&file).map_err(|source| Error::Read { origin: Origin::Base, file: file.clone(), source })?;
+    let (text, file) = config_text(source)?;
     // Checked by loading: a JSON object of a known family.
     let stored_nf4 = ModelConfig::from_json(&text, &file)?.stored_nf4;
     let parsed: Result<BTreeMap<String, Value>, _> = serde_json::from_slice(&text);

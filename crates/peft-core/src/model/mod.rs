@@ -9,6 +9,7 @@ pub mod config;
 pub mod decoder;
 pub mod export;
 pub mod families;
+pub mod gguf;
 pub mod modules;
 pub mod resident;
 pub mod weights;

@@ -105,7 +105,7 @@ impl ModelConfig {
             all.extend(self.norms().map(|kind: Norm| {
                 norm(self.norm_module(layer, kind), place, kind.index(), self.norm_features(kind))
             }));
-            all.extend(Projection::ALL.iter().map(|&projection| {
+            all.extend(self.projections().iter().map(|&projection| {
                 let (shape, bias) = (self.shape(projection), self.has_bias(projection));
                 module(projection.module(layer), place, ModuleKind::Linear, projection.index(), shape, bias)
             }));

@@ -1,6 +1,9 @@
 //! A whole base in memory.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use half::bf16;
 use safetensors::tensor::Dtype;
@@ -10,7 +13,7 @@ use crate::{
     model::{
         base::{BaseSource, DenseView, EmbeddingView, LayerWeights, LinearWeights, Matrix},
         config::{ModelConfig, Norm, Projection},
-        weights::{ModelFiles, Tensor},
+        weights::{ModelFiles, Tensor, TensorFile},
     },
     quant::{
         Nf4Options, double, nf4,
@@ -96,9 +99,9 @@ enum Weight {
 struct ResidentLayer {
     /// By [`Norm::index`]; empty where there is none.
     norms: [Vec<f32>; Norm::ALL.len()],
-    /// By [`Projection::index`].
+    /// In the order of [`ModelConfig::projections`].
     weights: Vec<Weight>,
-    /// By [`Projection::index`].
+    /// In the order of [`ModelConfig::projections`].
     biases: Vec<Option<Vec<f32>>>,
     packed: PackedLayer,
 }
@@ -129,8 +132,24 @@ impl ResidentBase {
         nf4: Option<Nf4Options>,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self> {
+        Self::load_over(folder, &[], nf4, progress)
+    }
+
+    /// As [`ResidentBase::load`], with tensors of the safetensors `over` in the place of the folder's.
+    ///
+    /// # Errors
+    /// As [`ResidentBase::load`].
+    pub fn load_over(
+        folder: &Path,
+        over: &[PathBuf],
+        nf4: Option<Nf4Options>,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self> {
         let config = ModelConfig::load(folder)?;
-        let files = ModelFiles::open(folder)?;
+        let mut files = ModelFiles::open(folder)?;
+        for file in over {
+            files.put_over(TensorFile::open(file, Origin::Adapter)?);
+        }
         let plan = BasePlan::new(&files, &config, nf4)?;
         let total_bytes = plan.tensors().iter().map(|tensor| tensor.bytes() as u64).sum();
         let mut reader = Reader { hashers: BTreeMap::new(), done_bytes: 0, total_bytes, progress };
@@ -166,15 +185,17 @@ impl ResidentBase {
     /// If there is no such layer: a defect of the caller.
     pub fn weights(&self, layer: usize) -> LayerWeights<'_> {
         let resident = &self.layers[layer];
+        let mut stored = resident.weights.iter().zip(&resident.biases);
         let linear = |projection: Projection| {
-            let weight = match &resident.weights[projection.index()] {
+            let (weight, bias) = stored.next().expect("a layer is loaded with all its projections");
+            let weight = match weight {
                 Weight::Dense(data) => {
                     let [rows, columns] = self.config.shape(projection);
                     Matrix::Dense(DenseView::new(data, rows, columns))
                 }
                 Weight::Packed(index) => Matrix::Nf4(resident.packed.view(*index)),
             };
-            LinearWeights { weight, bias: resident.biases[projection.index()].as_deref() }
+            LinearWeights { weight, bias: bias.as_deref() }
         };
         let norm = |norm: Norm| resident.norms[norm.index()].as_slice();
         let some = |of: Norm| Some(norm(of)).filter(|weight| !weight.is_empty());
@@ -185,13 +206,7 @@ impl ResidentBase {
             attention_output_norm: some(Norm::AttentionOutput),
             mlp_norm: norm(Norm::MlpInput),
             mlp_output_norm: some(Norm::MlpOutput),
-            q: linear(Projection::Q),
-            k: linear(Projection::K),
-            v: linear(Projection::V),
-            o: linear(Projection::O),
-            gate: linear(Projection::Gate),
-            up: linear(Projection::Up),
-            down: linear(Projection::Down),
+            linears: LayerWeights::by_projection(&self.config, linear),
         }
     }
 
@@ -257,7 +272,7 @@ impl Reader<'_> {
             None => {
                 let mut hasher = blake3::Hasher::new();
                 hasher.update(
-                    format!("{} {:?} {:?}\n", tensor.name(), tensor.dtype(), tensor.shape()).as_bytes(),
+                    format!("{} {} {:?}\n", tensor.name(), tensor.stored_as(), tensor.shape()).as_bytes(),
                 );
                 self.hashers.entry(tensor.name().to_owned()).or_insert(hasher)
             }

@@ -5,7 +5,7 @@
 //! attention's output and the logarithm of each row's sum. Everything but the last two can be computed again by
 //! [`Attention::project`] and [`Attention::output`], without attending again.
 
-use super::{linear::Linear, rms_norm::RmsNorm, rope::RopeTable};
+use super::{inputs::Inputs, linear::Linear, rms_norm::RmsNorm, rope::RopeTable};
 use crate::{
     backend::{AttentionShape, Backend, SpanStart, View, ViewMut},
     plan::{Attended, Joined, Scratch, Work},
@@ -15,12 +15,8 @@ use crate::{
 pub struct Attention<'a, B: Backend> {
     /// The norm ahead.
     pub norm: RmsNorm<'a, B>,
-    /// Queries.
-    pub q: Linear<'a, B>,
-    /// Keys.
-    pub k: Linear<'a, B>,
-    /// Values.
-    pub v: Linear<'a, B>,
+    /// Queries, keys and values.
+    pub inputs: Inputs<'a, B, 3>,
     /// Output.
     pub o: Linear<'a, B>,
     /// The norms of each head's queries and keys.
@@ -70,7 +66,7 @@ impl<B: Backend> Attention<'_, B> {
     }
 
     fn inputs_adapted(&self) -> bool {
-        self.q.is_trained() || self.k.is_trained() || self.v.is_trained()
+        self.inputs.is_trained()
     }
 
     /// Norm, q, k, v, rotation; `x` `[T, hidden]`.
@@ -88,17 +84,16 @@ impl<B: Backend> Attention<'_, B> {
         self.norm.forward(backend, x, normed, ViewMut::<B>::new(&mut work.attention_norm, tokens, 1));
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
         let [q_kept, k_kept, v_kept, ..] = &mut work.kept;
-        let branch = &mut scratch.branch;
         let (q, k) = match &self.query_key_norms {
             None => (&mut work.q, &mut work.k),
             Some(_) => (&mut work.query_key.q, &mut work.query_key.k),
         };
-        let q = ViewMut::<B>::new(q, tokens, queries);
-        self.q.forward(backend, batch, normed, false, q, q_kept, branch);
-        let k = ViewMut::<B>::new(k, tokens, keys);
-        self.k.forward(backend, batch, normed, false, k, k_kept, branch);
-        let v = ViewMut::<B>::new(&mut work.v, tokens, keys);
-        self.v.forward(backend, batch, normed, false, v, v_kept, branch);
+        let parts = [
+            (ViewMut::<B>::new(q, tokens, queries), q_kept),
+            (ViewMut::<B>::new(k, tokens, keys), k_kept),
+            (ViewMut::<B>::new(&mut work.v, tokens, keys), v_kept),
+        ];
+        self.inputs.forward(backend, batch, normed, parts, &mut scratch.fused, &mut scratch.branch);
         if let Some([query_norm, key_norm]) = &self.query_key_norms {
             let (dim, kept) = (self.shape.head_dim, &mut work.query_key);
             let by_head = |norm: &RmsNorm<'_, B>, heads, x: &B::Buffer, y, reciprocal| {
@@ -287,14 +282,13 @@ impl<B: Backend> Attention<'_, B> {
         }
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
         let parts = [
-            (&self.v, v_kept, View::<B>::new(&scratch.dv, tokens, keys)),
-            (&self.k, k_kept, View::<B>::new(dk, tokens, keys)),
-            (&self.q, q_kept, View::<B>::new(dq, tokens, queries)),
+            (View::<B>::new(dq, tokens, queries), q_kept),
+            (View::<B>::new(dk, tokens, keys), k_kept),
+            (View::<B>::new(&scratch.dv, tokens, keys), v_kept),
         ];
-        for (index, (linear, kept, dy)) in parts.into_iter().enumerate() {
-            let dnormed = into_norm.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));
-            linear.backward(backend, batch, normed, kept, dy, index > 0, dnormed, flat, &mut scratch.branch);
-        }
+        let dnormed = into_norm.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));
+        let (fused, branch) = (&mut scratch.fused, &mut scratch.branch);
+        self.inputs.backward(backend, batch, normed, parts, dnormed, fused, flat, branch);
         if into_norm {
             let dnormed = View::<B>::new(&scratch.dnormed, tokens, hidden);
             let reciprocal = View::<B>::new(&work.attention_norm, tokens, 1);

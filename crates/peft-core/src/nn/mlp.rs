@@ -4,7 +4,7 @@
 //! The backward pass needs middle, the norm's factors, and the outputs of gate and up, which [`Mlp::expand`] can compute
 //! again; the product with `down` has to be repeated only where its output passes a norm. It overwrites gate and up by their gradients.
 
-use super::{linear::Linear, rms_norm::RmsNorm};
+use super::{inputs::Inputs, linear::Linear, rms_norm::RmsNorm};
 use crate::{
     backend::{Backend, View, ViewMut},
     model::Activation,
@@ -15,10 +15,8 @@ use crate::{
 pub struct Mlp<'a, B: Backend> {
     /// The norm ahead.
     pub norm: RmsNorm<'a, B>,
-    /// Gate.
-    pub gate: Linear<'a, B>,
-    /// Up.
-    pub up: Linear<'a, B>,
+    /// Gate and up.
+    pub inputs: Inputs<'a, B, 2>,
     /// Down.
     pub down: Linear<'a, B>,
     /// The norm of the output.
@@ -33,7 +31,7 @@ impl<B: Backend> Mlp<'_, B> {
     }
 
     fn inputs_adapted(&self) -> bool {
-        self.gate.is_trained() || self.up.is_trained()
+        self.inputs.is_trained()
     }
 
     /// Norm, gate, up.
@@ -50,11 +48,11 @@ impl<B: Backend> Mlp<'_, B> {
         self.normalise(backend, tokens, work, scratch);
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
         let [_, _, _, _, gate_kept, up_kept, _] = &mut work.kept;
-        let branch = &mut scratch.branch;
-        let gate = ViewMut::<B>::new(&mut expansion.gate, tokens, features);
-        self.gate.forward(backend, batch, normed, false, gate, gate_kept, branch);
-        let up = ViewMut::<B>::new(&mut expansion.up, tokens, features);
-        self.up.forward(backend, batch, normed, false, up, up_kept, branch);
+        let parts = [
+            (ViewMut::<B>::new(&mut expansion.gate, tokens, features), gate_kept),
+            (ViewMut::<B>::new(&mut expansion.up, tokens, features), up_kept),
+        ];
+        self.inputs.forward(backend, batch, normed, parts, &mut scratch.fused, &mut scratch.branch);
     }
 
     /// `next = middle + down(f(gate) * up)`; `next` `[T, hidden]`.
@@ -176,13 +174,12 @@ impl<B: Backend> Mlp<'_, B> {
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
         let [_, _, _, _, gate_kept, up_kept, _] = &work.kept;
         let parts = [
-            (&self.up, up_kept, View::<B>::new(&expansion.up, tokens, features)),
-            (&self.gate, gate_kept, View::<B>::new(&expansion.gate, tokens, features)),
+            (View::<B>::new(&expansion.gate, tokens, features), gate_kept),
+            (View::<B>::new(&expansion.up, tokens, features), up_kept),
         ];
-        for (index, (linear, kept, dy)) in parts.into_iter().enumerate() {
-            let dnormed = into_norm.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));
-            linear.backward(backend, batch, normed, kept, dy, index > 0, dnormed, flat, &mut scratch.branch);
-        }
+        let dnormed = into_norm.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));
+        let (fused, branch) = (&mut scratch.fused, &mut scratch.branch);
+        self.inputs.backward(backend, batch, normed, parts, dnormed, fused, flat, branch);
         if into_norm {
             let dnormed = View::<B>::new(&scratch.dnormed, tokens, hidden);
             let middle = View::<B>::new(&work.middle, tokens, hidden);

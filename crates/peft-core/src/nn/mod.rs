@@ -5,6 +5,7 @@
 
 pub mod attention;
 pub mod embedding;
+pub mod inputs;
 pub mod linear;
 pub mod mlp;
 pub mod rms_norm;

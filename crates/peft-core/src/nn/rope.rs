@@ -23,13 +23,14 @@ impl<B: Backend> RopeTable<B> {
     /// When its memory cannot be had.
     pub fn new(backend: &B, config: &ModelConfig, positions: usize) -> Result<Self> {
         let head_dim = config.head_dim;
-        let frequencies = config.rope.inverse_frequencies(head_dim);
+        let frequencies = config.rope.inverse_frequencies(head_dim, positions);
+        let factor = config.rope.attention_factor();
         let mut table = Vec::with_capacity(positions * head_dim);
         for position in 0..positions {
             // Angles are f32 products, as in the reference; their cosines are rounded from f64.
             let angle = |frequency: &f32| f64::from(position as f32 * frequency);
-            table.extend(frequencies.iter().map(|frequency| angle(frequency).cos() as f32));
-            table.extend(frequencies.iter().map(|frequency| angle(frequency).sin() as f32));
+            table.extend(frequencies.iter().map(|frequency| (angle(frequency).cos() * factor) as f32));
+            table.extend(frequencies.iter().map(|frequency| (angle(frequency).sin() * factor) as f32));
         }
         let mut data = backend.allocate(table.len(), Use::Exact)?;
         backend.upload(&table, &mut data);

@@ -104,6 +104,8 @@ pub struct Scratch<B: Backend> {
     pub dk: B::Owned,
     /// Gradient of the values, `[T, kv_heads * head_dim]`.
     pub dv: B::Owned,
+    /// A product that is cut into parts, or its gradient, `[T, parts]`; empty where there is none.
+    pub fused: B::Owned,
     /// Gradient of the keys ahead of their norm, `[T, kv_heads * head_dim]`; empty where there is none.
     pub dk_normed: B::Owned,
     /// Keys and values behind a prefix.
@@ -233,6 +235,7 @@ impl<B: Backend> Arena<B> {
                 dk: rows(sizes.keys)?,
                 dv: rows(sizes.keys)?,
                 dk_normed: rows(sizes.normed_keys)?,
+                fused: rows(sizes.fused)?,
                 joined: Joined {
                     keys: rows(sizes.joined)?,
                     values: rows(sizes.joined)?,

@@ -48,7 +48,9 @@ pub struct Sizes {
     pub normed_keys: usize,
     /// Features of the residual stream where norms of the blocks' outputs keep them; 0 where there are none.
     pub normed_output: usize,
-    /// The same where keys and values are laid behind a prefix, else 0. With its virtual tokens a micro-batch has as many
+    /// Features of the widest product that is cut into parts; 0 where there is none.
+    pub fused: usize,
+    /// Features of all key heads where keys and values are laid behind a prefix, else 0. With its virtual tokens a micro-batch has as many
     /// keys as there is room for tokens.
     pub joined: usize,
     /// Numbers that a network in front of the adapter makes, and their gradient.
@@ -97,7 +99,10 @@ impl Sizes {
             let [rows, columns] = config.shape(projection);
             rows * columns
         };
-        let weights = if request.dequantised { Projection::ALL.map(size) } else { [0; 7] };
+        let mut weights = [0; 7];
+        for projection in config.projections().iter().filter(|_| request.dequantised) {
+            weights[projection.index()] = size(*projection);
+        }
         let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
         let queries = config.attention_heads * config.head_dim;
         let keys = config.key_value_heads * config.head_dim;
@@ -133,6 +138,7 @@ impl Sizes {
             normed_queries: if config.query_key_norms { queries } else { 0 },
             normed_keys: if config.query_key_norms { keys } else { 0 },
             normed_output: if config.output_norms { hidden } else { 0 },
+            fused: if config.fused { (queries + 2 * keys).max(2 * intermediate) } else { 0 },
             joined: match layout.virtual_tokens() {
                 VirtualTokens::Keys(_) => config.key_value_heads * config.head_dim,
                 VirtualTokens::None | VirtualTokens::Rows(_) => 0,
@@ -240,7 +246,7 @@ impl Sizes {
             + self.weights.iter().sum::<usize>();
         let fixed: usize = self.branch.fixed.iter().sum();
         let exact = self.tokens + self.head_rows + self.rope + fixed + self.lanes + self.made;
-        self.rows(3 * self.hidden + 2 * self.keys + self.normed_keys + 4 * self.joined + branch)
+        self.rows(3 * self.hidden + 2 * self.keys + self.normed_keys + self.fused + 4 * self.joined + branch)
             + (self.activation * activations + 4 * exact) as u64
     }
 }

@@ -15,6 +15,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot set its scene should fail")]
 
 mod attention;
+mod dora;
 mod head;
 mod linear;
 #[path = "../memory/mod.rs"]

@@ -59,7 +59,7 @@ fn rope_with_positions_that_restart() {
     let (x, dy) = (random.numbers(tokens * columns, 1.0), random.numbers(tokens * columns, 1.0));
 
     // Angles are products in f32, as in Hugging Face's model; everything behind them is exact here.
-    let frequencies = config.rope.inverse_frequencies(head_dim);
+    let frequencies = config.rope.inverse_frequencies(head_dim, 200);
     let angles = |number: fn(f64) -> f64| {
         let numbers: Vec<f64> = packed
             .positions

@@ -94,7 +94,7 @@ impl MemoryBase {
         let mut random = Random::new(seed);
         let mut tensors = HashMap::new();
         for layer in 0..config.layers {
-            for projection in Projection::ALL {
+            for &projection in config.projections() {
                 let [rows, columns] = config.shape(projection);
                 let bound = 1.7 / (columns as f32).sqrt();
                 let name = projection.module(layer);
@@ -146,13 +146,7 @@ impl BaseSource for MemoryBase {
             attention_output_norm: some(Norm::AttentionOutput),
             mlp_norm: norm(Norm::MlpInput),
             mlp_output_norm: some(Norm::MlpOutput),
-            q: self.linear(layer, Projection::Q),
-            k: self.linear(layer, Projection::K),
-            v: self.linear(layer, Projection::V),
-            o: self.linear(layer, Projection::O),
-            gate: self.linear(layer, Projection::Gate),
-            up: self.linear(layer, Projection::Up),
-            down: self.linear(layer, Projection::Down),
+            linears: LayerWeights::by_projection(&self.config, |projection| self.linear(layer, projection)),
         })
     }
 

@@ -15,6 +15,9 @@ use crate::Error;
 
 use super::{EngineLoader, Facts, LoadRequest, Row, StepEngine, StepHooks, StepInfo, Sum, method::method};
 
+/// Where below the run's folder a start lies that is computed from the base.
+const START: &str = "start";
+
 /// Loads peft-core's engine.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct PeftEngines;
@@ -29,6 +32,7 @@ impl EngineLoader for PeftEngines {
         let options = EngineOptions {
             device: device(request.device, spec.cluster.device)?,
             memory_limit: [request.memory_limit_bytes, spec.train.memory_limit()].into_iter().flatten().min(),
+            start: Some(request.store.join(START)),
             ..engine_options_for(spec, request.threads, Some(request.steps))?
         };
         let quantised = format!("{:?}", options.quantization);

@@ -30,12 +30,16 @@ use super::{
     config::Keys,
     fit::Fit,
     layout::{ParameterEntry, ParameterLayout},
-    method::{Method, MethodOn, ModuleStart, Needs, Rate, Role, SharedMethod, Start, Tensor},
+    method::{
+        Method, MethodOn, ModuleStart, Needs, PreparedModule, Rate, Role, SavedTensor, SharedMethod, Start,
+        Tensor,
+    },
     registry::Registration,
+    select::Pattern,
     targets::Matched,
 };
 use crate::{
-    backend::Backend,
+    backend::{Backend, cpu::Cpu},
     error::{Error, Result},
     model::{ModelConfig, Module, ModuleKind, Place},
 };
@@ -203,6 +207,67 @@ impl Method for LoraConfig {
 
     fn start(&self, start: &mut ModuleStart<'_>) -> Result<()> {
         start::fill(self, start)
+    }
+
+    fn prepared_start(&self) -> Option<&'static str> {
+        match self.init_lora_weights {
+            LoraStart::Pissa => Some("pissa"),
+            LoraStart::Olora => Some("olora"),
+            LoraStart::Loftq => Some("loftq"),
+            LoraStart::Default | LoraStart::Gaussian | LoraStart::Random => None,
+        }
+    }
+
+    fn prepare(&self, cpu: &Cpu, module: &Module, weight: &[f32], lost: &[f32]) -> Result<PreparedModule> {
+        let ([out, input], (r, scale)) = (module.shape, self.of_module(&module.path));
+        let how = self.init_lora_weights;
+        if how == LoraStart::Loftq && lost.is_empty() {
+            let problem = "makes up for what 4 bits lose, and the base is not quantised".to_owned();
+            return Err(self.refuse("init_lora_weights", problem));
+        }
+        let factors = start::factors(cpu, how, module.shape, (r, scale), weight, lost)?;
+        let residual = how.changes_base().then(|| start::residual(weight, module.shape, r, scale, &factors));
+        let tensors = vec![(A, vec![r, input], factors.a), (B, vec![out, r], factors.b)];
+        Ok(PreparedModule { tensors, residual })
+    }
+
+    /// `W + s (B A - B0 A0)`: twice the rank, as PEFT converts it.
+    fn converted(
+        &self,
+        layout: &ParameterLayout,
+        parameters: &[f32],
+        start: &[f32],
+    ) -> Option<(Map<String, Value>, Vec<SavedTensor>)> {
+        if !self.init_lora_weights.changes_base() {
+            return None;
+        }
+        let growth = if self.use_rslora { 2.0_f64.sqrt() } else { 2.0 };
+        let twice = Self {
+            r: 2 * self.r,
+            lora_alpha: growth * self.lora_alpha,
+            rank_pattern: Pattern(
+                self.rank_pattern.0.iter().map(|(name, r)| (name.clone(), 2 * r)).collect(),
+            ),
+            alpha_pattern: Pattern(
+                self.alpha_pattern.0.iter().map(|(name, alpha)| (name.clone(), growth * alpha)).collect(),
+            ),
+            ..self.clone()
+        };
+        let mut saved = self.saved(layout, parameters, &[]).ok()?;
+        for (tensor, entry) in saved.iter_mut().zip(layout.entries()) {
+            let begun = &start[entry.range.clone()];
+            if entry.suffix == A {
+                tensor.values.extend_from_slice(begun);
+                tensor.shape[0] *= 2;
+            } else if entry.suffix == B {
+                let rows = tensor.values.chunks(entry.columns()).zip(begun.chunks(entry.columns()));
+                let values =
+                    rows.flat_map(|(now, begun)| now.iter().copied().chain(begun.iter().map(|b| -b)));
+                tensor.values = values.collect();
+                tensor.shape[1] *= 2;
+            }
+        }
+        Some((twice.write(layout), saved))
     }
 
     fn needs(&self, module: &Module) -> Needs {

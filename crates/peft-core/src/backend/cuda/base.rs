@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     error::Result,
-    model::{BaseSource, EmbeddingView, Matrix, Projection},
+    model::{BaseSource, EmbeddingView, Matrix},
     quant::{Nf4View, nf4::Scales},
 };
 
@@ -89,8 +89,7 @@ impl DeviceBase {
             for norm in weights.norms() {
                 this.vector(device, norm)?;
             }
-            for projection in Projection::ALL {
-                let linear = weights.linear(projection);
+            for linear in weights.linears.iter().flatten() {
                 match &linear.weight {
                     Matrix::Nf4(view) => this.pack(device, view)?,
                     Matrix::Dense(view) => this.matrix(device, view.data())?,

@@ -136,7 +136,7 @@ impl<'a> Fields<'a> {
     }
 
     /// Rotary settings, in transformers' new form or in its old one.
-    pub(crate) fn rope(&self, max_positions: usize) -> Result<Rope> {
+    pub(crate) fn rope(&self, max_positions: usize, head_dim: usize) -> Result<Rope> {
         let (key, object) = match self.object("rope_parameters")? {
             Some(object) => ("rope_parameters", Some(object)),
             None => ("rope_scaling", self.object("rope_scaling")?),
@@ -160,7 +160,8 @@ impl<'a> Fields<'a> {
             }
             other => other,
         };
-        inner.rope_settings(outer_theta, max_positions).map_err(nested)
+        let outer_original = self.optional_size("original_max_position_embeddings")?;
+        inner.rope_settings(outer_theta, max_positions, outer_original, head_dim / 2).map_err(nested)
     }
 
     fn theta(&self, theta: Option<f64>) -> Result<f64> {
@@ -172,7 +173,13 @@ impl<'a> Fields<'a> {
     }
 
     /// The inside of `rope_parameters` or `rope_scaling`.
-    fn rope_settings(&self, outer_theta: Option<f64>, max_positions: usize) -> Result<Rope> {
+    fn rope_settings(
+        &self,
+        outer_theta: Option<f64>,
+        max_positions: usize,
+        outer_original: Option<usize>,
+        pairs: usize,
+    ) -> Result<Rope> {
         let theta = self.theta(self.number("rope_theta")?.or(outer_theta))?;
         if let Some(share) = self.number("partial_rotary_factor")?
             && share != 1.0
@@ -199,9 +206,54 @@ impl<'a> Fields<'a> {
                     original_positions: self.size_or("original_max_position_embeddings", max_positions)?,
                 }
             }
+            // Written by no library: what GGUF files hold in place of llama3's settings.
+            "factors" => RopeScaling::Divided { factors: self.factors("factors", pairs)? },
+            "longrope" | "su" => {
+                let original_positions = match self.optional_size("original_max_position_embeddings")? {
+                    Some(original) => original,
+                    None => outer_original.unwrap_or(max_positions),
+                };
+                RopeScaling::LongRope {
+                    short: self.factors("short_factor", pairs)?,
+                    long: self.factors("long_factor", pairs)?,
+                    original_positions,
+                    attention_factor: self.long_attention_factor(max_positions, original_positions)?,
+                }
+            }
             other => return Err(self.unsupported(key, &Value::from(other))),
         };
         Ok(Rope { theta, scaling })
+    }
+
+    /// One factor a pair of a head's features.
+    fn factors(&self, key: &str, pairs: usize) -> Result<Vec<f64>> {
+        let list = self.list(key)?.ok_or_else(|| self.problem(key, "is missing"))?;
+        if list.len() != pairs {
+            return Err(
+                self.problem(key, format!("has {} factors for {pairs} pairs of features", list.len()))
+            );
+        }
+        let factor = |value: &Value| value.as_f64().filter(|factor| *factor > 0.0 && factor.is_finite());
+        let factors: Option<Vec<f64>> = list.iter().map(factor).collect();
+        factors.ok_or_else(|| self.problem(key, "holds something else than numbers above 0"))
+    }
+
+    /// As transformers has it: what the file says, or by how far the context grew.
+    fn long_attention_factor(&self, max_positions: usize, original: usize) -> Result<f64> {
+        if let Some(factor) = self.number("attention_factor")? {
+            return match factor > 0.0 && factor.is_finite() {
+                true => Ok(factor),
+                false => Err(self.problem("attention_factor", format!("is {factor}, not above 0"))),
+            };
+        }
+        let grown = match self.number("factor")? {
+            Some(_) => self.factor("factor")?,
+            None => max_positions as f64 / original as f64,
+        };
+        if grown <= 1.0 || original < 2 {
+            return Ok(1.0);
+        }
+        Ok((1.0 + grown.ln() / (original as f64).ln()).sqrt())
     }
 
     fn factor(&self, key: &str) -> Result<f64> {

@@ -1,7 +1,7 @@
 //! Rotary positions: angles per position, and how they are changed for long contexts.
 
 /// Rotary position embedding, half-rotation as in transformers.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
     /// Base of the frequencies.
     pub theta: f64,
@@ -10,7 +10,7 @@ pub struct Rope {
 }
 
 /// How rotary frequencies are changed for long contexts.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     /// Not at all.
     None,
@@ -30,28 +30,60 @@ pub enum RopeScaling {
         /// Context length before scaling.
         original_positions: usize,
     },
+    /// Each divided by a factor of its own.
+    Divided {
+        /// The factors, one a pair of a head's features.
+        factors: Vec<f64>,
+    },
+    /// Each divided by a factor of its own, by others where more positions are wanted than the model was first made for;
+    /// angles' cosines and sines multiplied (LongRoPE, Phi-3).
+    LongRope {
+        /// The factors for short contexts.
+        short: Vec<f64>,
+        /// The factors for contexts longer than `original_positions`.
+        long: Vec<f64>,
+        /// Context length before scaling.
+        original_positions: usize,
+        /// What cosines and sines are multiplied by.
+        attention_factor: f64,
+    },
 }
 
 impl Rope {
-    /// Angle per position of each pair of a head's features, `[head_dim / 2]`.
+    /// Angle per position of each pair of a head's features, `[head_dim / 2]`, where `positions` positions are wanted.
     ///
     /// Rounded to f32 where transformers rounds, so that angles agree at long positions too.
-    pub fn inverse_frequencies(&self, head_dim: usize) -> Vec<f32> {
+    pub fn inverse_frequencies(&self, head_dim: usize, positions: usize) -> Vec<f32> {
         (0..head_dim / 2)
             .map(|pair| {
                 let exponent = (2 * pair) as f32 / head_dim as f32;
-                let frequency = 1.0 / (self.theta as f32).powf(exponent);
-                self.scaling.apply(frequency)
+                let power = (self.theta as f32).powf(exponent);
+                self.scaling.apply(power, pair, positions)
             })
             .collect()
+    }
+
+    /// What cosines and sines are multiplied by.
+    pub fn attention_factor(&self) -> f64 {
+        match self.scaling {
+            RopeScaling::LongRope { attention_factor, .. } => attention_factor,
+            _ => 1.0,
+        }
     }
 }
 
 impl RopeScaling {
-    fn apply(self, frequency: f32) -> f32 {
-        match self {
+    /// The frequency of a pair whose wavelength without scaling is 2π `power`.
+    fn apply(&self, power: f32, pair: usize, positions: usize) -> f32 {
+        let frequency = 1.0 / power;
+        match *self {
             Self::None => frequency,
             Self::Linear { factor } => frequency / factor as f32,
+            Self::Divided { ref factors } => frequency / factors[pair] as f32,
+            Self::LongRope { ref short, ref long, original_positions, .. } => {
+                let factors = if positions > original_positions { long } else { short };
+                1.0 / (factors[pair] as f32 * power)
+            }
             Self::Llama3 { factor, low_frequency_factor, high_frequency_factor, original_positions } => {
                 let wavelength = std::f32::consts::TAU / frequency;
                 let original = original_positions as f64;
@@ -82,7 +114,7 @@ mod tests {
 
     #[test]
     fn rotary_frequencies_are_scaled_as_transformers_scales_them() {
-        let of = |scaling| Rope { theta: 500_000.0, scaling }.inverse_frequencies(128);
+        let of = |scaling| Rope { theta: 500_000.0, scaling }.inverse_frequencies(128, 100);
         let (plain, linear, llama3) =
             (of(RopeScaling::None), of(RopeScaling::Linear { factor: 4.0 }), of(LLAMA3));
         assert_eq!(plain.len(), 64);

@@ -8,6 +8,7 @@ mod gemma;
 mod gemma2;
 mod llama;
 mod mistral;
+mod phi3;
 mod qwen2;
 mod qwen3;
 mod shared;
@@ -27,8 +28,15 @@ pub struct Family {
 }
 
 /// All families.
-static FAMILIES: &[Family] =
-    &[llama::FAMILY, mistral::FAMILY, qwen2::FAMILY, qwen3::FAMILY, gemma::FAMILY, gemma2::FAMILY];
+static FAMILIES: &[Family] = &[
+    llama::FAMILY,
+    mistral::FAMILY,
+    qwen2::FAMILY,
+    qwen3::FAMILY,
+    gemma::FAMILY,
+    gemma2::FAMILY,
+    phi3::FAMILY,
+];
 
 /// The family of a `model_type`.
 pub(crate) fn find(model_type: &str) -> Option<&'static Family> {

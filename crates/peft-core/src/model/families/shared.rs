@@ -67,7 +67,7 @@ pub(super) fn decoder(fields: &Fields<'_>, family: &Family, defaults: Defaults) 
         head_dim,
         max_positions,
         norm_epsilon: norm_epsilon(fields, defaults)?,
-        rope: fields.rope(max_positions)?,
+        rope: fields.rope(max_positions, head_dim)?,
         activation: match defaults.activation {
             Some(activation) => activation,
             None => activation(fields, "hidden_act", Activation::Silu)?,
@@ -79,6 +79,7 @@ pub(super) fn decoder(fields: &Fields<'_>, family: &Family, defaults: Defaults) 
         logits_soft_cap: None,
         query_key_norms: false,
         output_norms: false,
+        fused: false,
         norms_less_one: false,
         query_key_value_bias: false,
         output_bias: false,

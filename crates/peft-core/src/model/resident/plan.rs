@@ -7,7 +7,7 @@ use safetensors::tensor::Dtype;
 use crate::{
     error::{Error, Result},
     model::{
-        config::{ModelConfig, Norm, Projection},
+        config::{ModelConfig, Norm},
         resident::MemoryUse,
         weights::{ModelFiles, Tensor},
     },
@@ -46,9 +46,9 @@ impl WeightPlan<'_> {
 pub(super) struct LayerPlan<'a> {
     /// In the order of [`Norm::ALL`].
     pub(super) norms: Vec<(Norm, Tensor<'a>)>,
-    /// By [`Projection::index`].
+    /// In the order of [`ModelConfig::projections`].
     pub(super) weights: Vec<WeightPlan<'a>>,
-    /// By [`Projection::index`].
+    /// In the order of [`ModelConfig::projections`].
     pub(super) biases: Vec<Option<Tensor<'a>>>,
 }
 
@@ -77,7 +77,7 @@ impl<'a> BasePlan<'a> {
         let table = |name: &str| float(name, &[config.vocabulary_size, config.hidden_size]);
         let layers = (0..config.layers)
             .map(|layer| {
-                let weights = Projection::ALL.iter().map(|projection| {
+                let weights = config.projections().iter().map(|projection| {
                     let name = format!("{}.weight", projection.module(layer));
                     let shape = config.shape(*projection);
                     if bitsandbytes::is_stored(files, &name) {
@@ -98,7 +98,7 @@ impl<'a> BasePlan<'a> {
                         _ => WeightPlan::Dense(tensor),
                     })
                 });
-                let biases = Projection::ALL.iter().map(|projection| {
+                let biases = config.projections().iter().map(|projection| {
                     let name = format!("{}.bias", projection.module(layer));
                     let wanted = config.has_bias(*projection);
                     wanted.then(|| float(&name, &[config.shape(*projection)[0]])).transpose()
@@ -162,7 +162,7 @@ impl<'a> BasePlan<'a> {
         for layer in &self.layers {
             let packed: Vec<_> = layer.weights.iter().filter_map(WeightPlan::packed).collect();
             memory.linear_bytes += PackedLayer::bytes_for(&packed);
-            for (projection, weight) in Projection::ALL.iter().zip(&layer.weights) {
+            for (projection, weight) in config.projections().iter().zip(&layer.weights) {
                 if weight.packed().is_none() {
                     let [out, input] = config.shape(*projection);
                     memory.linear_bytes += 4 * out * input;
