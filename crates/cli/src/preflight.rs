@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 use shanty_config::{JobSpec, Loaded, job::Device};
 use shanty_diagnostic::Diagnose;
-use shanty_peft_core::{Engine, EngineDevice, EngineOptions, backend::cuda};
+use shanty_peft_core::{Engine, EngineDevice, EngineOptions, Error, backend::cuda, engine::Estimate};
 use shanty_worker::engine::engine_options;
 
 use crate::{base, failure::CommandResult, job_file::at_key};
@@ -39,8 +39,8 @@ pub(crate) struct Preflight {
     pub(crate) recompute: bool,
     /// What becomes of each layer's activations, in words.
     pub(crate) layers: String,
-    /// Names in `target_modules` that matched nothing while others did.
-    pub(crate) unused_targets: Vec<String>,
+    /// What is allowed, and perhaps not meant.
+    pub(crate) warnings: Vec<String>,
 }
 
 /// Memory of one worker by part, bytes.
@@ -72,6 +72,12 @@ fn device(spec: &JobSpec) -> EngineDevice {
     }
 }
 
+fn warnings(estimate: &Estimate) -> Vec<String> {
+    let unused = estimate.fit.matched().unused.iter();
+    let unused = unused.map(|name| format!("`{name}` in adapter.target_modules matches no module"));
+    unused.chain(estimate.fit.doubts(&estimate.config)).collect()
+}
+
 impl Preflight {
     /// Checks base and targets, and counts. What is wrong is shown at the key of the job file that names it.
     pub(crate) fn of(job: &Loaded<JobSpec>, threads: usize) -> CommandResult<Self> {
@@ -81,12 +87,14 @@ impl Preflight {
         let options = EngineOptions { device: device(spec), ..options };
         let estimate = Engine::estimate(&options).map_err(|error| {
             let diagnostic = error.diagnostic();
-            let key = match diagnostic.code.starts_with("SH04") {
-                true if spec.adapter.method.has_virtual_tokens() => "adapter.num_virtual_tokens",
-                true => "adapter.target_modules",
-                false => "base.model",
+            let key = match &error {
+                Error::AdapterSetting { key, .. } => format!("adapter.{key}"),
+                Error::NoModuleToSave { .. } => "adapter.modules_to_save".to_owned(),
+                _ if !diagnostic.code.starts_with("SH04") => "base.model".to_owned(),
+                _ if spec.adapter.method.has_virtual_tokens() => "adapter.num_virtual_tokens".to_owned(),
+                _ => "adapter.target_modules".to_owned(),
             };
-            at_key(job, key, diagnostic)
+            at_key(job, &key, diagnostic)
         })?;
         let (plan, trainable) = (estimate.plan, estimate.fit.trained().parameters() as u64);
         Ok(Self {
@@ -105,7 +113,7 @@ impl Preflight {
             micro_batch_rows: plan.micro_batch_rows,
             recompute: plan.levels.everything < plan.levels.layers(),
             layers: plan.levels.describe(),
-            unused_targets: estimate.fit.matched().unused.clone(),
+            warnings: warnings(&estimate),
         })
     }
 

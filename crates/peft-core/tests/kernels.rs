@@ -86,8 +86,6 @@ fn attention_on_hopper_spills_nothing_and_its_products_overlap() {
     }
 }
 
-/// Bytes that a hot kernel outside attention may spill: none. What is not hot is not asked.
-const SPILLED: usize = 0;
 const HOT: [&str; 11] = [
     "nf4_bf16",
     "nf4_merged",
@@ -102,6 +100,7 @@ const HOT: [&str; 11] = [
     "copy_bf16_bf16",
 ];
 
+/// What is not hot is not asked.
 #[test]
 fn hot_kernels_spill_nothing() {
     for architecture in ARCHITECTURES {
@@ -119,8 +118,7 @@ fn hot_kernels_spill_nothing() {
             let at = lines.iter().position(|line| line.contains(&named));
             let at = at.unwrap_or_else(|| panic!("{architecture}: no report of {kernel}: {report}"));
             let spills = lines[at..].iter().find(|line| line.contains("spill stores")).unwrap();
-            let bytes = spills.split("bytes stack frame,").nth(1).unwrap().split_whitespace().next().unwrap();
-            assert!(bytes.parse::<usize>().unwrap() <= SPILLED, "{architecture}, {kernel}: {spills}");
+            assert!(spills.contains(" 0 bytes spill stores"), "{architecture}, {kernel}: {spills}");
         }
     }
 }

@@ -106,12 +106,7 @@ fn plan(spec: &JobSpec, preflight: Preflight, data: &Summary) -> CommandResult<P
     let order = Order::mixed(spec.train.seed, data.train.rows, &mix, spec.train.global_batch_size as u64)?;
     let steps = spec.train.steps.unwrap_or_else(|| u64::from(spec.train.epochs) * order.steps_per_epoch());
     let mut warnings = data.warnings.clone();
-    warnings.extend(
-        preflight
-            .unused_targets
-            .iter()
-            .map(|name| format!("`{name}` in adapter.target_modules matches no module")),
-    );
+    warnings.extend(preflight.warnings);
     warnings.extend(doubts(spec, data, steps, &order));
     Ok(Plan {
         trainable_parameters: preflight.trainable_parameters,

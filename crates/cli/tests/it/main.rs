@@ -7,9 +7,13 @@ mod coordinator;
 mod data;
 mod help;
 mod interop;
+mod methods;
 mod resume;
 mod run;
 mod support;
 mod tools;
+
+mod using;
+mod virtual_tokens;
 mod worker_death;
 mod world_size;

@@ -12,14 +12,11 @@ use serde_json::{Map, Value};
 
 use super::keys::Key;
 use crate::{
-    adapter::files::{CONFIG_FILE, TENSORS_FILE},
+    adapter::files::{BASE_HASH, CONFIG_FILE, TENSORS_FILE},
     error::{Error, Origin, Result},
     model::weights::TensorFile,
     use_error::UseError,
 };
-
-/// Key of the file's metadata under which the base's hash lies.
-pub const BASE_HASH: &str = "shanty.base";
 
 /// A tensor, widened to f32.
 #[derive(Debug, Clone, PartialEq)]

@@ -49,6 +49,7 @@ impl Engine {
         let hash = base.content_hash();
         let mut engine = Self::on(machine, Box::new(base), fit, request)?;
         engine.base_hash = Some(hash);
+        engine.fit.on_base(hash);
         Ok(engine)
     }
 

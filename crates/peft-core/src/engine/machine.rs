@@ -55,6 +55,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) parameters: Option<&'a [f32]>,
     pub(crate) dropout: Option<PassDropout>,
     pub(crate) training: Option<(&'a mut [f32], &'a mut dyn GradientSink)>,
+    /// Where the loss of each trained token goes, where that is wanted and no gradient is.
+    pub(crate) each: Option<&'a mut Vec<f32>>,
 }
 
 impl<B: Backend> Worker<B> {
@@ -91,7 +93,7 @@ impl<B: Backend> Worker<B> {
         let Self { backend, branches, memory, parameters: place, gradient: gradient_place, staging, .. } =
             self;
         let Parts { config, base, layout } = parts;
-        let Pass { packed, sizes, levels, parameters, dropout, training } = pass;
+        let Pass { packed, sizes, levels, parameters, dropout, training, each } = pass;
         let StepMemory { arena, rope } = StepMemory::of(memory, backend, config, sizes, levels)?;
         let backend = &*backend;
         backend.load_batch(packed, &mut arena.batch);
@@ -122,6 +124,11 @@ impl<B: Backend> Worker<B> {
                 return Ok(0.0);
             }
             decoder.forward()?;
+            if let Some(each) = each {
+                each.resize(predicting, 0.0);
+                decoder.losses(each);
+                return Ok(each.iter().map(|loss| f64::from(*loss)).sum());
+            }
             match training {
                 None => decoder.loss(None),
                 Some((gradient, sink)) => {

@@ -48,8 +48,10 @@ impl Engine {
         let parts = Parts { config, base: &mut **base, layout: fit.layout() };
         let tokens = packed.predicting.len() as u64;
         let levels = plan.levels;
-        machine
-            .accumulate(parts, Pass { packed, sizes, levels, parameters: None, dropout, training: None })?;
+        machine.accumulate(
+            parts,
+            Pass { packed, sizes, levels, parameters: None, dropout, training: None, each: None },
+        )?;
         Ok(tokens)
     }
 

@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::writer::Meta;
 use crate::{
     error::{Error, Result},
-    model::{ModelConfig, RopeScaling},
+    model::{ModelConfig, Rope, RopeScaling},
     use_error::UseError,
 };
 
@@ -48,6 +48,10 @@ impl<'a> Architecture<'a> {
                 return Err(UseError::NotExportable { reason }.into());
             }
         };
+        if let RopeScaling::LongRope { .. } = config.rope.scaling {
+            let reason = "its rotary positions (LongRoPE) are not written yet".to_owned();
+            return Err(UseError::NotExportable { reason }.into());
+        }
         Ok(Self { name, config, permutes, norms_less_one })
     }
 
@@ -142,10 +146,13 @@ impl<'a> Architecture<'a> {
 
     /// Factors that divide rotary frequencies (Llama 3.1), which llama.cpp wants as a tensor.
     pub(super) fn rope_factors(&self) -> Option<Vec<f32>> {
-        let RopeScaling::Llama3 { .. } = self.config.rope.scaling else { return None };
-        let plain = crate::model::Rope { scaling: RopeScaling::None, ..self.config.rope.clone() };
-        let plain = plain.inverse_frequencies(self.config.head_dim);
-        let scaled = self.config.rope.inverse_frequencies(self.config.head_dim);
+        let (RopeScaling::Llama3 { .. } | RopeScaling::Divided { .. }) = self.config.rope.scaling else {
+            return None;
+        };
+        let (width, positions) = (self.config.head_dim, self.config.max_positions);
+        let plain = Rope { theta: self.config.rope.theta, scaling: RopeScaling::None };
+        let plain = plain.inverse_frequencies(width, positions);
+        let scaled = self.config.rope.inverse_frequencies(width, positions);
         Some(plain.iter().zip(scaled).map(|(plain, scaled)| plain / scaled).collect())
     }
 }

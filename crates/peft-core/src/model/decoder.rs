@@ -231,6 +231,12 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         Head::<B>::sum(self.backend, self.predicting, &mut self.arena.head)
     }
 
+    /// Loss of each row that predicts a trained token, in their order. Waits for them.
+    pub fn losses(&mut self, out: &mut [f32]) {
+        self.loss(None);
+        self.backend.download(View::<B>::new(&self.arena.head.losses, out.len(), 1), out);
+    }
+
     /// Logits of the last `rows` rows of the micro-batch, written to `out`.
     pub fn logits(&mut self, rows: usize, out: &mut [f32]) {
         let (backend, tokens) = (self.backend, self.tokens);

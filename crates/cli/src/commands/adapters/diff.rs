@@ -58,12 +58,15 @@ pub(super) fn execute(args: &Args, ui: &Ui) -> CommandResult<()> {
     }
     let mut parts = Vec::new();
     if !difference.settings.is_empty() {
-        let rows = difference.settings.iter().map(|(key, a, b)| {
-            vec![key.clone(), shortened(&a.to_string()), shortened(&b.to_string())]
-        });
+        let rows = difference
+            .settings
+            .iter()
+            .map(|(key, a, b)| vec![key.clone(), shortened(&a.to_string()), shortened(&b.to_string())]);
         parts.push(table(&["setting", "first", "second"], rows.collect()));
     }
-    for (title, names) in [("only in the first", &difference.only_first), ("only in the second", &difference.only_second)] {
+    for (title, names) in
+        [("only in the first", &difference.only_first), ("only in the second", &difference.only_second)]
+    {
         if !names.is_empty() {
             parts.push(table(&[title], names.iter().map(|name| vec![name.clone()]).collect()));
         }
