@@ -10,7 +10,6 @@ mod resume;
 mod run;
 mod support;
 mod tools;
-
 mod using;
 mod virtual_tokens;
 mod worker_death;
