@@ -1,12 +1,28 @@
 //! What a job would train and take, from headers alone: no weight is read.
 
+use std::path::PathBuf;
+
 use serde::Serialize;
 use shanty_config::{JobSpec, Loaded};
 use shanty_diagnostic::Diagnose;
-use shanty_peft_core::{Engine, plan::Recompute};
+use shanty_peft_core::{Engine, Error, engine::Estimate, plan::Recompute};
 use shanty_worker::engine::engine_options;
 
-use crate::{failure::CommandResult, job_file::at_key};
+use crate::{base, failure::CommandResult, job_file::at_key};
+
+/// Records of each source that are looked at ahead of a job.
+const FIRST_RECORDS: u64 = 1000;
+
+/// Checks the base's tokenizer and the first records of the data as preparing them will, so that what is wrong with them
+/// is said before anybody waits: at once, at the key of the job file that names the data. The base must be here.
+pub(crate) fn check_data(job: &Loaded<JobSpec>) -> CommandResult<()> {
+    let options = shanty_coordinator::prepare::options(&base::with_folder(&job.value)?, PathBuf::new());
+    match shanty_data::check_first(&options, FIRST_RECORDS) {
+        // Preparing all of it says the warnings, with figures of all of it.
+        Ok(_) => Ok(()),
+        Err(error) => Err(at_key(job, "data", error.diagnostic())),
+    }
+}
 
 /// What a job would train and take.
 #[derive(Debug, Clone)]
@@ -20,8 +36,8 @@ pub(crate) struct Preflight {
     pub(crate) memory: Memory,
     pub(crate) micro_batch_rows: usize,
     pub(crate) recompute: bool,
-    /// Names in `target_modules` that matched nothing while others did.
-    pub(crate) unused_targets: Vec<String>,
+    /// What is allowed, and perhaps not meant.
+    pub(crate) warnings: Vec<String>,
 }
 
 /// Memory of one worker by part, bytes.
@@ -40,20 +56,28 @@ impl Memory {
     }
 }
 
+fn warnings(estimate: &Estimate) -> Vec<String> {
+    let unused = estimate.fit.matched().unused.iter();
+    let unused = unused.map(|name| format!("`{name}` in adapter.target_modules matches no module"));
+    unused.chain(estimate.fit.doubts(&estimate.config)).collect()
+}
+
 impl Preflight {
     /// Checks base and targets, and counts. What is wrong is shown at the key of the job file that names it.
     pub(crate) fn of(job: &Loaded<JobSpec>, threads: usize) -> CommandResult<Self> {
-        let spec = &job.value;
+        let spec = &base::with_folder(&job.value)?;
         let options =
             engine_options(spec, threads).map_err(|error| at_key(job, "base.model", error.diagnostic()))?;
         let estimate = Engine::estimate(&options).map_err(|error| {
             let diagnostic = error.diagnostic();
-            let key = match diagnostic.code.starts_with("SH04") {
-                true if spec.adapter.method.has_virtual_tokens() => "adapter.num_virtual_tokens",
-                true => "adapter.target_modules",
-                false => "base.model",
+            let key = match &error {
+                Error::AdapterSetting { key, .. } => format!("adapter.{key}"),
+                Error::NoModuleToSave { .. } => "adapter.modules_to_save".to_owned(),
+                _ if !diagnostic.code.starts_with("SH04") => "base.model".to_owned(),
+                _ if spec.adapter.method.has_virtual_tokens() => "adapter.num_virtual_tokens".to_owned(),
+                _ => "adapter.target_modules".to_owned(),
             };
-            at_key(job, key, diagnostic)
+            at_key(job, &key, diagnostic)
         })?;
         let (plan, trainable) = (estimate.plan, estimate.fit.trained().parameters() as u64);
         Ok(Self {
@@ -70,7 +94,7 @@ impl Preflight {
             },
             micro_batch_rows: plan.micro_batch_rows,
             recompute: plan.recompute == Recompute::Layers,
-            unused_targets: estimate.fit.matched().unused.clone(),
+            warnings: warnings(&estimate),
         })
     }
 

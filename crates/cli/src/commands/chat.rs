@@ -21,16 +21,17 @@ use crate::{
 /// Talk with a base model, and switch between adapters on it
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
-  shanty chat --model models/tiny --adapter pirate=runs/pirate/adapter --adapter gnome=runs/gnome/adapter
+  shanty chat --model models/tiny --adapter pirate=P --adapter gnome=G
   shanty chat --model models/tiny --system 'Answer in one sentence.' --temperature 0.7 --top-p 0.9
 
 In the conversation:
-  /adapter NAME   answer with another adapter from now on; base is the bare base; alone it lists them
+  /adapter NAME   answer with another adapter, or the bare base; alone it lists them
   /system TEXT    set what the model is told ahead of the conversation, and begin anew
   /reset          begin anew
   /save FILE      write the conversation to a file, as a line of `messages`
   /help, /quit
-A line that ends with a backslash goes on in the next. The base is loaded once, whatever the number of adapters.")]
+A line that ends with a backslash goes on in the next. The base is loaded once, whatever the
+number of adapters.")]
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelFlags,

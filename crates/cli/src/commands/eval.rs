@@ -20,13 +20,14 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   shanty eval --model models/tiny --data data/eval.jsonl
-  shanty eval --model models/tiny --adapter runs/pirate/adapter --data data/eval.jsonl --output json
-  shanty eval --model models/tiny --adapter a=A --adapter b=B --with-base --data data/eval.jsonl --exact-match
+  shanty eval --model models/tiny --adapter runs/pirate/adapter --data data/eval.jsonl
+  shanty eval --model models/tiny --adapter a=A --adapter b=B --with-base --data ask.jsonl
 
-Loss is the mean over trained tokens. Where rows have `choices` beside `prompt` and `completion`, accuracy is the share of
-rows whose completion has the highest log likelihood of its choices: summed over a choice's tokens, given the prompt,
-without an end token. --exact-match continues each prompt, the likeliest token every time, and compares the text.
-With several adapters, or --with-base, there is a row for each; the base is loaded once.")]
+Loss is the mean over trained tokens. Where rows have `choices` beside `prompt` and
+`completion`, accuracy is the share of rows whose completion has the highest log likelihood of
+its choices: summed over a choice's tokens, given the prompt, without an end token.
+--exact-match continues each prompt, the likeliest token every time, and compares the text. With
+several adapters, or --with-base, there is a row for each; the base is loaded once.")]
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelFlags,

@@ -35,12 +35,12 @@ enum Format {
 /// Write a GGUF file for llama.cpp: a model with its adapter folded in, or the adapter alone
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
-  shanty export gguf --model models/tiny --adapter runs/pirate/adapter --type q8_0 --out pirate.gguf
+  shanty export gguf --model models/tiny --adapter P --type q8_0 --out pirate.gguf
   shanty export gguf --model models/tiny --type f16 --out tiny.gguf
-  shanty export gguf --model models/tiny --adapter runs/pirate/adapter --adapter-only --out pirate-lora.gguf
+  shanty export gguf --model models/tiny --adapter P --adapter-only --out pirate-lora.gguf
 
-llama.cpp lays an adapter alone on the model's own GGUF: llama-cli -m tiny.gguf --lora pirate-lora.gguf
-With q4_0 the output head gets 8 bits. Norms and biases are always f32.")]
+llama.cpp lays an adapter alone on the model's own GGUF: llama-cli -m tiny.gguf --lora
+pirate-lora.gguf With q4_0 the output head gets 8 bits. Norms and biases are always f32.")]
 struct Gguf {
     /// The base model's folder
     #[arg(long, value_name = "DIR")]

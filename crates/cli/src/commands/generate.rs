@@ -24,15 +24,17 @@ use crate::{
 #[command(after_help = "Examples:
   shanty generate --model models/tiny --adapter runs/pirate/adapter --prompt 'Ahoy'
   shanty generate --model models/tiny --prompt 'Once' --temperature 0.8 --top-p 0.95 --seed 7
-  shanty generate --model models/tiny --adapter pirate=P --adapter gnome=G --prompt 'Ahoy'
-  shanty generate --model models/tiny --adapter pirate=P --adapter gnome=G --prompts prompts.jsonl --output json
+  shanty generate --model models/tiny --adapter pirate=P --adapter gnome=G --prompt Ahoy
+  shanty generate --model models/tiny --adapter pirate=P --adapter gnome=G --prompts ask.jsonl
   echo 'Once upon' | shanty generate --model models/tiny --prompts -
 
-Without --temperature the likeliest token is taken every time. One text streams to stdout; of several each is shown
-when it is whole, in the order of the prompts. With several adapters each prompt is continued by every one of them,
-unless --use or the prompt itself says which. The base is loaded once; prompts of one adapter go through it together.
+Without --temperature the likeliest token is taken every time. One text streams to stdout; of
+several each is shown when it is whole, in the order of the prompts. With several adapters each
+prompt is continued by every one of them, unless --use or the prompt itself says which. The base
+is loaded once; prompts of one adapter go through it together.
 
-A file of prompts has one on each line, or JSON Lines with `prompt` or `messages`, and perhaps `adapter`.")]
+A file of prompts has one on each line, or JSON Lines with `prompt` or `messages`, and perhaps
+`adapter`.")]
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelFlags,

@@ -26,12 +26,13 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   shanty merge --model models/tiny --adapter runs/pirate/adapter --out pirate
-  shanty merge --model models/tiny --adapter runs/pirate/adapter --form nf4 --eval data/eval.jsonl --out pirate-4bit
+  shanty merge --model models/tiny --adapter P --form nf4 --eval eval.jsonl --out pirate-4bit
   shanty merge --model pirate --adapter runs/pirate/adapter --unmerge --out back
 
-One weight at a time is in memory, with nf4 one file of weights besides. What rounding or quantising loses is measured: as a
-share of each weight, and as a share of what the adapter changed in it. --check takes the adapter out again and compares
-with the base. LoRA, DoRA, IA3 and the like can be folded in; prefixes and prompts cannot.")]
+One weight at a time is in memory, with nf4 one file of weights besides. What rounding or
+quantising loses is measured: as a share of each weight, and as a share of what the adapter
+changed in it. --check takes the adapter out again and compares with the base. LoRA, DoRA, IA3
+and the like can be folded in; prefixes and prompts cannot.")]
 pub(crate) struct Args {
     /// The base model's folder
     #[arg(long, value_name = "DIR")]

@@ -4,8 +4,10 @@
 
 mod bad_input;
 mod coordinator;
+mod data;
 mod help;
 mod interop;
+mod methods;
 mod resume;
 mod run;
 mod support;

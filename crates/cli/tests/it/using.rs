@@ -304,8 +304,16 @@ fn adapters_are_looked_at_combined_and_converted() {
     assert_eq!(differ["same"], false);
 
     ok(&place, &["adapters", "combine", "a", "b", "--weights", "0.5,-2", "--out", "sum"]);
-    ok(&place, &["adapters", "convert", "sum", "--keys", "named", "--name", "x", "--out", "named"]);
+    ok(&place, &["adapters", "convert", "sum", "--keys", "named", "--out", "named"]);
     ok(&place, &["adapters", "convert", "named", "--dtype", "bf16", "--out", "small"]);
+    // Names with another adapter's name in them are read by these commands alone.
+    ok(&place, &["adapters", "convert", "sum", "--keys", "named", "--name", "x", "--out", "elsewhere"]);
+    assert_eq!(code(&place, &[GENERATE, &["--adapter", "elsewhere", "--prompt", "a"]].concat()), "SH0413");
+    ok(&place, &["adapters", "convert", "elsewhere", "--out", "home"]);
+    assert_eq!(
+        fs::read(place.path("home/adapter_model.safetensors")).unwrap(),
+        fs::read(place.path("sum/adapter_model.safetensors")).unwrap()
+    );
     ok(&place, &["adapters", "rename", "small", "--base", "somewhere/else", "--out", "renamed"]);
     let config = fs::read_to_string(place.path("renamed/adapter_config.json")).unwrap();
     assert!(config.contains("somewhere/else"), "{config}");
@@ -320,6 +328,28 @@ fn adapters_are_looked_at_combined_and_converted() {
     assert!(close(&logits("named"), &sum, 0.0), "names change nothing");
     // bf16 factors: 2^-9 of each, through two layers.
     assert!(close(&logits("renamed"), &sum, 2e-2) && !close(&logits("a"), &sum, 2e-2));
+}
+
+/// What people see, whole. Numbers of the reference adapters never change.
+#[test]
+fn what_is_shown_of_adapters() {
+    let place = place();
+    insta::assert_snapshot!("inspect", ok(&place, &["adapters", "inspect", "a"]).stdout);
+    insta::assert_snapshot!("diff", ok(&place, &["adapters", "diff", "a", "b"]).stdout);
+    insta::assert_snapshot!("check", ok(&place, &["adapters", "check", "b", "--model", "model"]).stdout);
+    let merge = [
+        "merge",
+        "--model",
+        "model",
+        "--adapter",
+        "pirate=a",
+        "--form",
+        "bf16",
+        "--check",
+        "--out",
+        "merged",
+    ];
+    insta::assert_snapshot!("merge", ok(&place, &merge).stdout);
 }
 
 #[test]

@@ -21,6 +21,13 @@ macro_rules! after_head {
     };
 }
 
+/// The same with several sources, in line 4.
+macro_rules! mixed {
+    ($train:literal) => {
+        concat!("name = \"x\"\nbase.model = \"model\"\n[data]\ntrain = ", $train, "\n")
+    };
+}
+
 const WRONG: &[Wrong] = &[
     // not a file that can be read as TOML
     wrong("no closing quote", "name = \"x\n", &[("SH0106", 1)]),
@@ -105,6 +112,47 @@ const WRONG: &[Wrong] = &[
         after_head!("[adapter]\ntarget_modules = [\"all-linear\"]\n"),
         &[("SH0104", 5)],
     ),
+    wrong("an unknown start", after_head!("[adapter]\ninit_lora_weights = \"eva\"\n"), &[("SH0103", 5)]),
+    wrong(
+        "whole modules as a text",
+        after_head!("[adapter]\nmodules_to_save = \"lm_head\"\n"),
+        &[("SH0104", 5)],
+    ),
+    wrong("layers without names", after_head!("[adapter]\nlayers_to_transform = [0, 1]\n"), &[("SH0104", 5)]),
+    wrong(
+        "a negative layer",
+        after_head!("[adapter]\ntarget_modules = [\"q\"]\nlayers_to_transform = [0, -1]\n"),
+        &[("SH0104", 6)],
+    ),
+    wrong("a rank of a half", after_head!("[adapter]\nrank_pattern = { q_proj = 2.5 }\n"), &[("SH0104", 5)]),
+    wrong(
+        "a rank as a text",
+        after_head!("[adapter]\nr = 4\nrank_pattern = { q_proj = \"8\" }\n"),
+        &[("SH0103", 6)],
+    ),
+    wrong("alpha 0 for some", after_head!("[adapter]\nalpha_pattern = { q_proj = 0 }\n"), &[("SH0104", 5)]),
+    wrong("a ratio of 0", after_head!("[adapter]\nloraplus_lr_ratio = 0\n"), &[("SH0104", 5)]),
+    wrong(
+        "magnitudes and a bias",
+        after_head!("[adapter]\nmethod = \"dora\"\nlora_bias = true\n"),
+        &[("SH0104", 6)],
+    ),
+    wrong(
+        "a start from what nothing loses",
+        after_head!("base.quantization = \"none\"\n[adapter]\ninit_lora_weights = \"loftq\"\n"),
+        &[("SH0104", 6)],
+    ),
+    wrong(
+        "a higher rank in the end",
+        after_head!("[adapter]\nmethod = \"adalora\"\ninit_r = 4\ntarget_r = 8\n"),
+        &[("SH0104", 7)],
+    ),
+    wrong(
+        "no step to prune in",
+        after_head!("train.steps = 10\n[adapter]\nmethod = \"adalora\"\ntinit = 4\ntfinal = 6\n"),
+        &[("SH0104", 7)],
+    ),
+    wrong("smoothing by 1", after_head!("[adapter]\nmethod = \"adalora\"\nbeta1 = 1.0\n"), &[("SH0104", 6)]),
     wrong(
         "no virtual token",
         after_head!("[adapter]\nmethod = \"prefix_tuning\"\nnum_virtual_tokens = 0\n"),
@@ -147,7 +195,16 @@ const WRONG: &[Wrong] = &[
     ),
     wrong("rows of no token", after_head!("data.max_length = 0\n"), &[("SH0104", 4)]),
     wrong("a broken glob", after_head!("data.eval = \"data/[.jsonl\"\n"), &[("SH0104", 4)]),
-    wrong("data of an object store", after_head!("data.eval = \"s3://b/x.jsonl\"\n"), &[("SH0104", 4)]),
+    wrong("data of an unknown store", after_head!("data.eval = \"ftp://b/x.jsonl\"\n"), &[("SH0104", 4)]),
+    wrong("data of nowhere", after_head!("data.eval = \"s3://\"\n"), &[("SH0104", 4)]),
+    wrong("no source", mixed!("[]"), &[("SH0104", 4)]),
+    wrong("a source without path", mixed!("[{ weight = 1 }]"), &[("SH0103", 4)]),
+    wrong("an unknown key of a source", mixed!("[{ path = \"a\", weigth = 1 }]"), &[("SH0102", 4)]),
+    wrong("a source that is a number", mixed!("[\n3]"), &[("SH0103", 5)]),
+    wrong("a weight of nothing", mixed!("[{ path = \"a\",\nweight = 0 }]"), &[("SH0104", 5)]),
+    wrong("a weight in quotes", mixed!("[{ path = \"a\", weight = \"1\" }]"), &[("SH0103", 4)]),
+    wrong("some weights", mixed!("[{ path = \"a\", weight = 1 }, { path = \"b\" }]"), &[("SH0104", 4)]),
+    wrong("an unknown form of a source", mixed!("[{ path = \"a\", format = \"csv\" }]"), &[("SH0107", 4)]),
     wrong("steps without rows", after_head!("[train]\nglobal_batch_size = 0\n"), &[("SH0104", 5)]),
     wrong("passes without rows", after_head!("[train]\nmicro_batch_size = 0\n"), &[("SH0104", 5)]),
     wrong("a rate of 0", after_head!("[train]\nlearning_rate = 0.0\n"), &[("SH0104", 5)]),

@@ -1,6 +1,6 @@
 //! A method fitted to a model: which modules, which tensors, and the branches of a backend.
 
-use std::{fmt, sync::Arc};
+use std::{collections::BTreeSet, fmt, sync::Arc};
 
 use super::{
     branch::{EmbeddingBranch, LinearBranch},
@@ -122,6 +122,40 @@ impl Fit {
     /// The network in front of the tensors, where there is one.
     pub fn network(&self) -> Option<&Network> {
         self.network.as_ref()
+    }
+
+    /// What is allowed, and perhaps not meant: few layers are adapted, or whole modules make the adapter large. Sentences for
+    /// people; `model` is the one that it is fitted to.
+    pub fn doubts(&self, model: &ModelConfig) -> Vec<String> {
+        let mut doubts = Vec::new();
+        let adapted = self.layout.modules().iter().filter(|adapted| adapted.branch);
+        let layers: BTreeSet<usize> = adapted
+            .filter_map(|adapted| match adapted.module.place {
+                Place::Layer(layer) => Some(layer),
+                _ => None,
+            })
+            .collect();
+        if !layers.is_empty() && 2 * layers.len() < model.layers {
+            doubts.push(format!("only {} of {} layers are adapted", layers.len(), model.layers));
+        }
+        let count = |whole: bool| -> usize {
+            let entries = self.layout.entries().iter();
+            let of = entries.filter(|entry| matches!(entry.role, Role::Weight | Role::Bias) == whole);
+            of.map(|entry| entry.range.len()).sum()
+        };
+        let (whole, rest) = (count(true), count(false));
+        if whole > rest {
+            let megabytes = |numbers: usize| 4.0 * numbers as f64 / 1e6;
+            doubts.push(format!(
+                "modules that are trained whole are {:.0} % of what is trained: workers send each other {:.1} MB at every \
+                 step, {:.1} MB without them, and every checkpoint holds {:.1} MB",
+                100.0 * whole as f64 / (whole + rest) as f64,
+                megabytes(whole + rest),
+                megabytes(rest),
+                3.0 * megabytes(whole + rest),
+            ));
+        }
+        doubts
     }
 
     /// What a start that was computed from the base put into the flat parameters; 0 where it puts nothing.

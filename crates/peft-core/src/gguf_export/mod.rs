@@ -128,6 +128,7 @@ fn write_tensor(
     match change {
         Change::None => {}
         Change::AddOne => values.iter_mut().for_each(|value| *value += 1.0),
+        Change::Times(factor) => values.iter_mut().for_each(|value| *value *= factor),
         Change::Permute { heads } => {
             let columns = if tensor.shape.len() > 1 { tensor.shape[1] } else { 1 };
             values = names::permute(&values, heads, columns);
@@ -198,8 +199,10 @@ pub fn adapter(
         }
         let own = (scale * rank as f64 / alpha) as f32;
         let mut up = b.values.clone();
-        if let Change::Permute { heads } = change {
-            up = names::permute(&up, heads, rank);
+        match change {
+            Change::Permute { heads } => up = names::permute(&up, heads, rank),
+            Change::Times(factor) => up.iter_mut().for_each(|value| *value *= factor),
+            Change::None | Change::AddOne => {}
         }
         if own != 1.0 {
             up.iter_mut().for_each(|value| *value *= own);

@@ -86,6 +86,11 @@ pub fn merge(
     progress: &mut MergeProgress<'_>,
 ) -> Result<MergeReport> {
     let MergeOptions { base, out, .. } = options;
+    if base.is_file() {
+        let reason =
+            "a GGUF file holds no folder's settings; merge into the folder that it was made from".to_owned();
+        return Err(UseError::NotMergeable { method: "any kind".to_owned(), reason }.into());
+    }
     for taken in [SINGLE_FILE, INDEX_FILE, "config.json"] {
         if out.join(taken).exists() {
             return Err(UseError::OutputTaken { path: out.join(taken) }.into());

@@ -18,8 +18,8 @@ use crate::{failure::CommandResult, format, job_file::short, ui::Ui};
   shanty adapters check runs/pirate/adapter --model models/tiny
   shanty adapters check downloaded --model models/tiny --force
 
-Adapters that shanty trained carry the hash of their base; another base is refused, unless --force. Of others the hash is
-not known: that their tensors fit is all that can be said.")]
+Adapters that shanty trained carry the hash of their base; another base is refused, unless
+--force. Of others the hash is not known: that their tensors fit is all that can be said.")]
 pub(super) struct Args {
     /// The adapter's folder
     #[arg(value_name = "DIR")]

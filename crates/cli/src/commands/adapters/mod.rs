@@ -19,7 +19,7 @@ mod rename;
 #[command(after_help = "Examples:
   shanty adapters inspect runs/pirate/adapter
   shanty adapters diff runs/pirate/adapter runs/gnome/adapter
-  shanty adapters combine runs/pirate/adapter runs/gnome/adapter --weights 0.7,0.3 --how svd --out mixed
+  shanty adapters combine pirate gnome --weights 0.7,0.3 --how svd --out mixed
   shanty adapters convert downloaded --keys peft --out mine
   shanty adapters check runs/pirate/adapter --model models/tiny
 
