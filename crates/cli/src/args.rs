@@ -72,6 +72,7 @@ pub(crate) enum Command {
     WorkerDevice(commands::worker_device::Args),
     #[command(hide = true)]
     PrepareData(commands::prepare_data::Args),
+    Data(commands::data::Args),
     Generate(commands::generate::Args),
     Chat(commands::chat::Args),
     Eval(commands::eval::Args),

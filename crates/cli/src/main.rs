@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 mod args;
 mod bar;
+mod base;
 mod client;
 mod commands;
 mod error;

@@ -1,12 +1,28 @@
 //! What a job would train and take, from headers alone: no weight is read.
 
+use std::path::PathBuf;
+
 use serde::Serialize;
 use shanty_config::{JobSpec, Loaded};
 use shanty_diagnostic::Diagnose;
 use shanty_peft_core::{Engine, Error, engine::Estimate, plan::Recompute};
 use shanty_worker::engine::engine_options;
 
-use crate::{failure::CommandResult, job_file::at_key};
+use crate::{base, failure::CommandResult, job_file::at_key};
+
+/// Records of each source that are looked at ahead of a job.
+const FIRST_RECORDS: u64 = 1000;
+
+/// Checks the base's tokenizer and the first records of the data as preparing them will, so that what is wrong with them
+/// is said before anybody waits: at once, at the key of the job file that names the data. The base must be here.
+pub(crate) fn check_data(job: &Loaded<JobSpec>) -> CommandResult<()> {
+    let options = shanty_coordinator::prepare::options(&base::with_folder(&job.value)?, PathBuf::new());
+    match shanty_data::check_first(&options, FIRST_RECORDS) {
+        // Preparing all of it says the warnings, with figures of all of it.
+        Ok(_) => Ok(()),
+        Err(error) => Err(at_key(job, "data", error.diagnostic())),
+    }
+}
 
 /// What a job would train and take.
 #[derive(Debug, Clone)]
@@ -49,7 +65,7 @@ fn warnings(estimate: &Estimate) -> Vec<String> {
 impl Preflight {
     /// Checks base and targets, and counts. What is wrong is shown at the key of the job file that names it.
     pub(crate) fn of(job: &Loaded<JobSpec>, threads: usize) -> CommandResult<Self> {
-        let spec = &job.value;
+        let spec = &base::with_folder(&job.value)?;
         let options =
             engine_options(spec, threads).map_err(|error| at_key(job, "base.model", error.diagnostic()))?;
         let estimate = Engine::estimate(&options).map_err(|error| {

@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use shanty_config::{JobSpec, job};
+use shanty_config::JobSpec;
+use shanty_coordinator::prepare;
 use shanty_data::{Format, PrepareOptions, Prepared, Progress, Row, Split};
 use uuid::Uuid;
 
-use crate::failure::CommandResult;
+use crate::{base, failure::CommandResult};
 
 /// A folder that is removed with all in it when this is dropped.
 #[derive(Debug)]
@@ -38,18 +39,7 @@ pub(crate) fn of_job(
     progress: &mut dyn FnMut(&Progress),
 ) -> CommandResult<(Scratch, Prepared)> {
     let out = Scratch::new();
-    let options = PrepareOptions {
-        model_dir: spec.base.model.clone(),
-        train: spec.data.train.clone(),
-        eval: spec.data.eval.clone(),
-        format: format_of(spec.data.format),
-        max_length: u32::try_from(spec.data.max_length).unwrap_or(u32::MAX),
-        packing: spec.data.packing,
-        virtual_tokens: u32::try_from(spec.adapter.virtual_tokens()).unwrap_or(u32::MAX),
-        template_time: None,
-        out: out.path().to_owned(),
-        threads: 0,
-    };
+    let options = prepare::options(&base::with_folder(spec)?, out.path().to_owned());
     shanty_data::prepare(&options, progress)?;
     let prepared = Prepared::open(out.path())?;
     Ok((out, prepared))
@@ -65,29 +55,14 @@ pub(crate) fn rows_of_file(
 ) -> CommandResult<Vec<Row>> {
     let out = Scratch::new();
     let options = PrepareOptions {
-        model_dir: model.to_owned(),
-        train: data.to_owned(),
-        eval: None,
         format,
         max_length: u32::try_from(max_length).unwrap_or(u32::MAX),
-        packing: true,
         virtual_tokens: u32::try_from(virtual_tokens).unwrap_or(u32::MAX),
-        template_time: None,
-        out: out.path().to_owned(),
-        threads: 0,
+        require_end_token: false,
+        ..PrepareOptions::new(model, data, out.path())
     };
     shanty_data::prepare(&options, &mut |_| {})?;
     let prepared = Prepared::open(out.path())?;
     let rows = (0..prepared.rows(Split::Train)).map(|id| prepared.row(Split::Train, id));
     Ok(rows.collect::<Result<_, _>>()?)
-}
-
-/// The same form in the words of the data crate.
-pub(crate) fn format_of(format: job::Format) -> Format {
-    match format {
-        job::Format::Auto => Format::Auto,
-        job::Format::Text => Format::Text,
-        job::Format::PromptCompletion => Format::PromptCompletion,
-        job::Format::Messages => Format::Messages,
-    }
 }

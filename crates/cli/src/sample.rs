@@ -9,6 +9,7 @@ use shanty_peft_core::generate::{Request, SamplingOptions};
 use shanty_worker::engine::quantization;
 
 use crate::{
+    base,
     failure::CommandResult,
     flags::AdapterFlag,
     model::{Model, ModelOptions, prompt_ids},
@@ -25,6 +26,7 @@ pub(crate) struct Sample {
 
 /// Continues the job's prompt with the base alone and with the adapter.
 pub(crate) fn compare(spec: &JobSpec, adapter: &Path, ui: &Ui) -> CommandResult<Sample> {
+    let spec = &base::with_folder(spec)?;
     let prompt = spec.sample.prompt.clone().unwrap_or_default();
     let tokenizer = Tokenizer::load(&spec.base.model)?;
     let adapter = AdapterFlag { name: "adapter".to_owned(), folder: adapter.to_owned() };

@@ -33,7 +33,9 @@ impl Checker<'_> {
             (Shape::Number, Node::Integer(value)) => (*value).into(),
             (Shape::Number, Node::Float(value)) => (*value).into(),
             (Shape::Boolean, Node::Boolean(value)) => (*value).into(),
-            (Shape::Text | Shape::Path | Shape::TextOrList, Node::Text(text)) => text.as_str().into(),
+            (Shape::Text | Shape::Path | Shape::TextOrList | Shape::TextOrTables(_), Node::Text(text)) => {
+                text.as_str().into()
+            }
             (Shape::Words(_), Node::Text(word)) => self.word(key, item, word, shape)?,
             (Shape::Numbers(length), Node::Array(items)) if items.len() == *length => {
                 self.list(key, items, &Shape::Number)?
@@ -42,6 +44,9 @@ impl Checker<'_> {
                 return self.wrong_type(key, item, shape, format!("a list of {}", items.len()));
             }
             (Shape::TextOrList, Node::Array(items)) => self.list(key, items, &Shape::Text)?,
+            (Shape::TextOrTables(table), Node::Array(items)) => {
+                self.list(key, items, &Shape::Table(table.clone()))?
+            }
             (Shape::Integers { max }, Node::Array(items)) => {
                 self.list(key, items, &Shape::Integer { max: *max })?
             }
@@ -173,7 +178,7 @@ fn type_hint(key: &str, item: &Item, shape: &Shape) -> Option<String> {
         (Shape::Integer { .. }, Node::Float(value)) if value.fract() == 0.0 && value.abs() < 1e15 => {
             Some(format!("write it without a point: `{name} = {value:.0}`"))
         }
-        (Shape::Table(table), _) => {
+        (Shape::Table(table) | Shape::TextOrTables(table), _) => {
             let keys = quoted(table.fields.iter().map(|field| field.key));
             Some(format!("write it as a table, with the keys {keys}"))
         }

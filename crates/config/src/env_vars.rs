@@ -27,6 +27,39 @@ pub const NO_COLOR: &str = "NO_COLOR";
 /// All of them, in the order of the alphabet. `docs/reference/environment.md` is made from this list.
 pub const ENVIRONMENT_VARIABLES: &[EnvironmentVariable] = &[
     EnvironmentVariable {
+        name: "AWS_…",
+        doc: "Credentials, region and endpoint of `s3://`: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, \
+              `AWS_REGION`, `AWS_ENDPOINT`, `AWS_ALLOW_HTTP`, `AWS_SKIP_SIGNATURE`. Read where the data is read: by the \
+              coordinator, or by this program.",
+    },
+    EnvironmentVariable {
+        name: "AZURE_…",
+        doc: "Credentials of `az://`: `AZURE_STORAGE_ACCOUNT_NAME`, `AZURE_STORAGE_ACCOUNT_KEY`, `AZURE_STORAGE_SAS_KEY`.",
+    },
+    EnvironmentVariable {
+        name: "GOOGLE_…",
+        doc: "Credentials of `gs://`: `GOOGLE_APPLICATION_CREDENTIALS`, `GOOGLE_SERVICE_ACCOUNT`.",
+    },
+    EnvironmentVariable {
+        name: "HF_ENDPOINT",
+        doc: "The hub that `base.model = \"org/name\"` is downloaded from; `https://huggingface.co` without it.",
+    },
+    EnvironmentVariable {
+        name: "HF_HOME",
+        doc: "Where Hugging Face's files lie; `~/.cache/huggingface` without it. Models lie in `hub` below it, unless \
+              `HF_HUB_CACHE` names another folder.",
+    },
+    EnvironmentVariable { name: "HF_HUB_CACHE", doc: "The folder of downloaded models, shared with Python." },
+    EnvironmentVariable {
+        name: "HF_HUB_OFFLINE",
+        doc: "Set to `1`, only what was downloaded before is used, and the hub is not asked. `TRANSFORMERS_OFFLINE` does the same.",
+    },
+    EnvironmentVariable {
+        name: "HF_TOKEN",
+        doc: "The token that is sent to the hub for gated and private models; without it the file that `HF_TOKEN_PATH` names or that \
+              `hf auth login` wrote. Never logged, never sent to anybody else.",
+    },
+    EnvironmentVariable {
         name: NO_COLOR,
         doc: "Set to anything but nothing, it turns colour off everywhere.",
     },

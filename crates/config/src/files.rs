@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{error::Error, job::JobSpec, loaded::Loaded};
+use crate::{error::Error, job::JobSpec, loaded::Loaded, paths::HUB};
 
 /// Files and folders that are not there, or are not what the job needs.
 ///
@@ -13,7 +13,9 @@ use crate::{error::Error, job::JobSpec, loaded::Loaded};
 pub(crate) fn check(job: &Loaded<JobSpec>) -> Vec<Error> {
     let mut errors = Vec::new();
     base_model(job, &mut errors);
-    data(job, "data.train", &job.value.data.train, &mut errors);
+    for (key, path) in job.value.data.train.paths() {
+        data(job, &key, path, &mut errors);
+    }
     if let Some(eval) = &job.value.data.eval {
         data(job, "data.eval", eval, &mut errors);
     }
@@ -25,6 +27,10 @@ pub(crate) fn check(job: &Loaded<JobSpec>) -> Vec<Error> {
 
 fn base_model(job: &Loaded<JobSpec>, errors: &mut Vec<Error>) {
     let folder = &job.value.base.model;
+    if folder.as_os_str().to_string_lossy().starts_with(HUB) {
+        // What the hub holds is seen when it is asked.
+        return;
+    }
     let mut refuse = |reason: String, hint: &str| {
         errors.push(Error::BaseModel {
             path: folder.clone(),
@@ -102,6 +108,10 @@ fn data(job: &Loaded<JobSpec>, key: &str, pattern: &str, errors: &mut Vec<Error>
             place: job.locate(key),
         });
     };
+    if pattern.contains("://") {
+        // What a store holds is seen when it is asked.
+        return;
+    }
     let is_glob = pattern.contains(['*', '?', '[']) && !Path::new(pattern).exists();
     if !is_glob {
         match fs::metadata(pattern) {

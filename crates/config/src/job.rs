@@ -41,7 +41,9 @@ described! {
     #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
     #[serde(deny_unknown_fields)]
     pub struct BaseSpec {
-        /// A folder in Hugging Face layout: `config.json`, safetensors, tokenizer.
+        /// A folder in Hugging Face layout: `config.json`, safetensors, tokenizer. Or a model of the Hugging Face hub,
+        /// `org/name` or `org/name@revision`, which is downloaded into the hub's usual cache (`HF_HOME`) and shared with
+        /// Python; a folder of that name is taken first.
         pub model: PathBuf,
         /// How the frozen weights are kept.
         #[serde(default)]
@@ -371,14 +373,26 @@ described! {
     #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
     #[serde(deny_unknown_fields)]
     pub struct DataSpec {
-        /// Training data: JSONL or Parquet; a path or a glob.
-        pub train: String,
+        /// Training data: JSONL (also `.gz` and `.zst`) or Parquet; a path, a glob, or a URL (`s3://bucket/key`, `gs://…`,
+        /// `az://container/key`, `https://…`; globs in the first three). Several sources are a list of tables:
+        /// `train = [{ path = "a.jsonl", weight = 7 }, { path = "b.jsonl", weight = 3 }]`.
+        pub train: TrainData,
         /// Held-out data, evaluated before, after, and every `train.eval_every_steps`.
         #[serde(default)]
         pub eval: Option<String>,
         /// Form of the rows; `auto` detects it from the columns.
         #[serde(default)]
         pub format: Format,
+        /// What of a row is trained. A message of the assistant may say for itself: `"weight": 0` (or `"train": false`)
+        /// leaves it out.
+        #[serde(default)]
+        pub train_on: TrainOn,
+        /// Whether rows become conversations by the model's chat template.
+        #[serde(default)]
+        pub chat_template: ChatTemplate,
+        /// Whether training data in which no end token is ever trained is refused (SH0222): a model trained on it never stops.
+        #[serde(default = "yes")]
+        pub require_end_token: bool,
         /// Longest row, tokens, an adapter's virtual tokens included. Longer samples are truncated and counted; `text` is
         /// cut into samples.
         #[serde(default = "default_max_length")]
@@ -386,6 +400,24 @@ described! {
         /// Whether several samples share a row (no attention between them).
         #[serde(default = "yes")]
         pub packing: bool,
+    }
+
+    /// A source of training data. With weights, an epoch has as many rows as all sources together, and of these each
+    /// source gives the share `weight / sum of weights`, in exact counts. Which rows those are follows from `train.seed`
+    /// and the epoch: a source is a deck that is shuffled, dealt from, and shuffled anew when it is used up, so no row
+    /// comes again before all others of its source have come, and a source that gives less than it has goes
+    /// on in the next epoch where it stopped. Without weights every row of every source comes once an epoch.
+    #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    pub struct TrainSource {
+        /// A path, a glob, or a URL.
+        pub path: String,
+        /// Form of its rows, where it is not `data.format`.
+        #[serde(default)]
+        pub format: Option<Format>,
+        /// Its share beside the weights of the others; all sources have one, or none has.
+        #[serde(default)]
+        pub weight: Option<f64>,
     }
 
     /// Form of the rows.
@@ -399,8 +431,37 @@ described! {
         Text,
         /// Columns `prompt` and `completion`: the completion is trained.
         PromptCompletion,
-        /// A column `messages`: what the assistant says is trained.
+        /// A column `messages` (`role`, `content`), perhaps `tools`: what the assistant says is trained.
         Messages,
+        /// Columns `instruction`, `output`, perhaps `input` and `system`: the output is trained. Without a chat template the
+        /// text is Stanford's: `Below is an instruction …`.
+        Alpaca,
+        /// A column `conversations` (`from`, `value`), perhaps `system` and `tools`: what `gpt` says is trained.
+        Sharegpt,
+    }
+
+    /// What of a row is trained.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    pub enum TrainOn {
+        /// What the model is to say: completions, outputs, the assistant's messages.
+        #[default]
+        Answers,
+        /// Prompts and what others say, too: every token but the first.
+        All,
+    }
+
+    /// Whether rows become conversations by the model's chat template.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    pub enum ChatTemplate {
+        /// `messages` and `sharegpt` do, `alpaca` where the model has a template, `prompt-completion` does not.
+        #[default]
+        Auto,
+        /// All forms but `text` do: a prompt is a message of the user, a completion one of the assistant.
+        Model,
+        /// None does.
+        None,
     }
 
     /// `[train]`
@@ -438,6 +499,54 @@ described! {
         pub eval_every_steps: u64,
         /// Activation memory: keep everything, or recompute a layer in its backward pass.
         pub recompute: Recompute,
+    }
+}
+
+/// Training data: one source, or several.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TrainData {
+    /// A path, a glob, or a URL.
+    One(String),
+    /// Several, perhaps mixed by weight.
+    Many(Vec<TrainSource>),
+}
+
+impl TrainData {
+    /// The sources; one without form and weight where there is but a path.
+    pub fn sources(&self) -> Vec<TrainSource> {
+        match self {
+            Self::One(path) => vec![TrainSource { path: path.clone(), format: None, weight: None }],
+            Self::Many(sources) => sources.clone(),
+        }
+    }
+
+    /// The paths, each with the dotted key that names it.
+    pub fn paths(&self) -> Vec<(String, &str)> {
+        match self {
+            Self::One(path) => vec![("data.train".to_owned(), path)],
+            Self::Many(sources) => {
+                let key = |index| format!("data.train[{index}].path");
+                sources.iter().enumerate().map(|(index, source)| (key(index), source.path.as_str())).collect()
+            }
+        }
+    }
+
+    /// Changes every path.
+    pub(crate) fn map_paths(&mut self, change: impl Fn(&str) -> String) {
+        match self {
+            Self::One(path) => *path = change(path),
+            Self::Many(sources) => sources.iter_mut().for_each(|source| source.path = change(&source.path)),
+        }
+    }
+}
+
+impl Describe for TrainData {
+    fn shape() -> Shape {
+        match TrainSource::shape() {
+            Shape::Table(table) => Shape::TextOrTables(table),
+            other => other,
+        }
     }
 }
 

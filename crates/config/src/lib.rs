@@ -37,5 +37,6 @@ pub use json::{from_json, to_json};
 pub use layers::parse_override;
 pub use load::{JOB_PREFIX, check_files, load_job, load_job_with};
 pub use loaded::Loaded;
+pub use paths::{HUB, model_reference};
 pub use place::{Place, Position};
 pub use service::{CoordinatorFile, WorkerFile, load_coordinator, load_worker};

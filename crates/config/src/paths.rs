@@ -10,8 +10,9 @@ use crate::{job::JobSpec, layers::folder_of, loaded::Sources};
 /// Makes every path of a job absolute, and names the store where it is not named.
 pub(crate) fn resolve_job(spec: &mut JobSpec, sources: &Sources) {
     let folder = |key: &str| folder_of(&sources.locate_named(key), &sources.path);
-    spec.base.model = absolute(&folder("base.model"), &spec.base.model);
-    spec.data.train = absolute_pattern(&folder("data.train"), &spec.data.train);
+    spec.base.model = model_reference(&folder("base.model"), &spec.base.model);
+    let data = folder("data.train");
+    spec.data.train.map_paths(|path| absolute_pattern(&data, path));
     if let Some(eval) = &mut spec.data.eval {
         *eval = absolute_pattern(&folder("data.eval"), eval);
     }
@@ -31,6 +32,51 @@ pub(crate) fn absolute(folder: &Path, path: &Path) -> PathBuf {
         (Ok(_), Err(_)) => joined,
         _ => tidy,
     }
+}
+
+/// What the name of a model on the Hugging Face hub begins with, once it is known to be one.
+pub const HUB: &str = "hf://";
+
+/// A model as it is named in a file or on the command line: `hf://org/name`, with `@revision` perhaps, for a model of the
+/// hub; the absolute path of a folder or file for all else.
+///
+/// `org/name` is of the hub if it can be a name there and if neither it nor a folder `org` lies in `folder`: whoever
+/// writes `models/tiny` beside a folder `models` means a path.
+pub fn model_reference(folder: &Path, model: &Path) -> PathBuf {
+    let Some(name) = model.to_str() else { return absolute(folder, model) };
+    if name.starts_with(HUB) {
+        return model.to_owned();
+    }
+    match name.split_once('/') {
+        Some((org, _)) if is_hub_name(name) && !absolute(folder, Path::new(org)).exists() => {
+            PathBuf::from(format!("{HUB}{name}"))
+        }
+        _ => absolute(folder, model),
+    }
+}
+
+/// Words that the hub keeps for itself, so that `models/tiny` is a folder that is missing, and nobody's model.
+const NO_ORGANISATIONS: [&str; 6] = ["models", "datasets", "spaces", "docs", "api", "settings"];
+
+/// Whether a text is `org/name` or `org/name@revision` as the hub allows it.
+fn is_hub_name(text: &str) -> bool {
+    let (id, revision) = text.split_once('@').map_or((text, None), |(id, revision)| (id, Some(revision)));
+    let part = |part: &str| {
+        let good = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '-' | '_' | '.');
+        let ends = |letter: char| matches!(letter, '-' | '.');
+        (1..=96).contains(&part.len())
+            && part.chars().all(good)
+            && !part.starts_with(ends)
+            && !part.ends_with(ends)
+    };
+    // A name that ends like a file is one.
+    let is_file = id.ends_with(".gguf") || id.ends_with(".safetensors");
+    let parts: Vec<&str> = id.split('/').collect();
+    parts.len() == 2
+        && !NO_ORGANISATIONS.contains(&parts[0])
+        && !is_file
+        && parts.iter().all(|inner| part(inner))
+        && revision.is_none_or(|revision| !revision.is_empty())
 }
 
 /// The same for data: a path, a glob, or a URL, which stays as it is.
@@ -83,6 +129,32 @@ mod tests {
         assert_eq!(absolute_pattern(Path::new("/jobs/a"), "../d/*.jsonl"), "/jobs/d/*.jsonl");
         assert_eq!(absolute_pattern(Path::new("/jo[b]s"), "d/*.jsonl"), "/jo[[]b[]]s/d/*.jsonl");
         assert_eq!(absolute_pattern(Path::new("/jobs"), "s3://bucket/*.jsonl"), "s3://bucket/*.jsonl");
+    }
+
+    #[test]
+    fn models_of_the_hub_are_told_from_paths() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        std::fs::create_dir(folder.path().join("models")).expect("create");
+        let reference = |model: &str| model_reference(folder.path(), Path::new(model));
+        let hub = ["org/name", "org/name@main", "Qwen/Qwen2.5-0.5B-Instruct@refs/pr/1", "a_b/c.d"];
+        for model in hub {
+            assert_eq!(reference(model), Path::new(&format!("{HUB}{model}")));
+        }
+        assert_eq!(reference("hf://org/name"), Path::new("hf://org/name"));
+        let paths = [
+            "models/tiny",
+            "tiny",
+            "./org/name",
+            "../org/name",
+            "/org/name",
+            "a/b/c",
+            "org/n.gguf",
+            "o/-n",
+            "org/",
+        ];
+        for model in paths {
+            assert_eq!(reference(model), absolute(folder.path(), Path::new(model)), "{model}");
+        }
     }
 
     #[test]

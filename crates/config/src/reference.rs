@@ -117,6 +117,18 @@ fn key_table(page: &mut String, shape: &Shape, parent: &str, defaults: &Value, r
             format!("`{default}`")
         };
         let _ = writeln!(page, "| `{name}` | {} | {default} | {} |", type_of(&field.shape), cell(field.doc));
+        if let Shape::TextOrTables(table) = &field.shape {
+            let _ = write!(words, "\nEach table of `{name}`: {}\n\n", paragraph(table.doc));
+            for inner in &table.fields {
+                let _ = writeln!(
+                    words,
+                    "- `{}` ({}): {}",
+                    inner.key,
+                    type_of(&inner.shape),
+                    paragraph(inner.doc)
+                );
+            }
+        }
         if let Shape::Words(known) = &field.shape {
             let _ = write!(words, "\n`{name}`:\n");
             for word in known {
@@ -138,6 +150,7 @@ fn type_of(shape: &Shape) -> String {
         Shape::Words(words) => crate::shape::quoted(words.iter().map(|word| word.word.as_str())),
         Shape::Numbers(length) => format!("list of {length} numbers"),
         Shape::TextOrList => "text or list of texts".to_owned(),
+        Shape::TextOrTables(_) => "text or list of tables".to_owned(),
         Shape::Integers { .. } => "list of whole numbers".to_owned(),
         Shape::NumbersByName => "table of names and numbers".to_owned(),
     }

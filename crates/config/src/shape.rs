@@ -30,6 +30,8 @@ pub enum Shape {
     Numbers(usize),
     /// Text, or a list of texts.
     TextOrList,
+    /// Text, or a list of tables with keys of their own.
+    TextOrTables(Table),
     /// A list of whole numbers from 0 to `max`.
     Integers {
         /// The highest value that fits.
@@ -80,17 +82,18 @@ pub trait Describe {
 }
 
 impl Shape {
-    /// The keys of a table; none for anything else.
+    /// The keys of a table, or of the tables of a list; none for anything else.
     pub fn fields(&self) -> &[Field] {
         match self {
-            Self::Table(table) => &table.fields,
+            Self::Table(table) | Self::TextOrTables(table) => &table.fields,
             _ => &[],
         }
     }
 
-    /// The shape of a dotted key below this one.
+    /// The shape of a dotted key below this one. Indices of lists of tables are passed over.
     pub fn find(&self, key: &str) -> Option<&Shape> {
         key.split('.').try_fold(self, |shape, part| {
+            let part = part.split_once('[').map_or(part, |(name, _)| name);
             shape.fields().iter().find(|field| field.key == part).map(|field| &field.shape)
         })
     }
@@ -114,6 +117,7 @@ impl Shape {
             Self::Words(words) => format!("one of {}", quoted(words.iter().map(|word| word.word.as_str()))),
             Self::Numbers(length) => format!("a list of {length} numbers"),
             Self::TextOrList => "text or a list of texts".to_owned(),
+            Self::TextOrTables(_) => "text or a list of tables".to_owned(),
             Self::Integers { .. } => "a list of whole numbers".to_owned(),
             Self::NumbersByName => "a table of names and numbers".to_owned(),
         }

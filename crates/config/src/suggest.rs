@@ -28,6 +28,8 @@ const BORROWED: &[(&str, &str)] = &[
     ("save_total_limit", "checkpoint.keep"),
     ("scheduler", "train.schedule"),
     ("train_dataset", "data.train"),
+    ("train_on_inputs", "data.train_on"),
+    ("datasets", "data.train"),
 ];
 
 /// The known word that an unknown one most resembles, if it does.

@@ -1,6 +1,6 @@
 //! What a job may say: every check that needs no file.
 
-use crate::job::{JobSpec, Method, PrefixInit, PromptTuningInit};
+use crate::job::{JobSpec, Method, PrefixInit, PromptTuningInit, TrainData};
 
 /// A value that cannot be, or looks wrong.
 #[derive(Debug, Clone, PartialEq)]
@@ -130,7 +130,10 @@ fn virtual_tokens(spec: &JobSpec, findings: &mut Findings) {
 
 fn data(spec: &JobSpec, findings: &mut Findings) {
     let data = &spec.data;
-    pattern("data.train", &data.train, findings);
+    for (key, path) in data.train.paths() {
+        pattern(&key, path, findings);
+    }
+    weights(&data.train, findings);
     if let Some(eval) = &data.eval {
         pattern("data.eval", eval, findings);
     }
@@ -146,18 +149,45 @@ fn data(spec: &JobSpec, findings: &mut Findings) {
 fn pattern(key: &str, pattern: &str, findings: &mut Findings) {
     let shown = format!("`{pattern}`");
     findings.require(!pattern.is_empty(), key, "empty", "must be a path or a glob");
-    findings.require_hinted(
-        !pattern.contains("://"),
-        key,
-        &shown,
-        "must be a path or a glob on this machine",
-        Some("object stores are not read yet: copy the data here first"),
-    );
+    if let Some((scheme, rest)) = pattern.split_once("://") {
+        let known = ["s3", "gs", "az", "http", "https"];
+        findings.require_hinted(
+            known.contains(&scheme) && !rest.is_empty(),
+            key,
+            &shown,
+            "must be a path, a glob, or a URL that can be read",
+            Some("`s3://`, `gs://`, `az://`, `http://` and `https://` can be"),
+        );
+        if scheme.starts_with("http") {
+            // What stands behind a `?` is no glob there.
+            return;
+        }
+    }
     if let Err(error) = glob::Pattern::new(pattern) {
         let rule = format!("no valid glob: {} at character {}", error.msg, error.pos + 1);
         let hint =
             Some("`*`, `?` and `[abc]` match letters, `**` matches folders; write `[[]` for a bracket");
         findings.require_hinted(false, key, shown, &rule, hint);
+    }
+}
+
+/// All sources have a weight above 0, or none has one.
+fn weights(train: &TrainData, findings: &mut Findings) {
+    let TrainData::Many(sources) = train else { return };
+    findings.require(!sources.is_empty(), "data.train", "an empty list", "must name at least one source");
+    let weighted = sources.iter().filter(|source| source.weight.is_some()).count();
+    findings.require_hinted(
+        weighted == 0 || weighted == sources.len(),
+        "data.train",
+        format!("weighted in {weighted} of {} sources", sources.len()),
+        "must have a weight in all or in none",
+        Some("without weights every row comes once an epoch"),
+    );
+    for (index, weight) in
+        sources.iter().enumerate().filter_map(|(index, source)| Some((index, source.weight?)))
+    {
+        let key = format!("data.train[{index}].weight");
+        findings.require(weight.is_finite() && weight > 0.0, &key, weight, "must be above 0");
     }
 }
 

@@ -18,7 +18,7 @@ use crate::{
     hub::Hub,
     leases::{self, Leases},
     machine::{Effect, Event, Machine, Moment, Reply},
-    prepare::{self, PrepareRequest},
+    prepare,
     services::wire,
     store::Store,
 };
@@ -290,7 +290,7 @@ impl Task {
         let command = self.works.prepare_command.clone();
         self.helpers.spawn(async move {
             let folder = leases::prepared_folder(&spec);
-            let request = PrepareRequest::of(&spec, folder);
+            let request = prepare::options(&spec, folder);
             let reused = match known {
                 Some(hash) => leases.open(&job, &spec, Some(hash)).await.ok(),
                 None => None,

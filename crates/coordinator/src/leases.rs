@@ -74,7 +74,8 @@ impl Leases {
         let (seed, batch) = (spec.train.seed, spec.train.global_batch_size as u64);
         let open = blocking(move || {
             let prepared = Prepared::open(&folder)?;
-            let order = Order::new(seed, prepared.rows(Split::Train), batch)?;
+            let mix = prepared.summary().train.mix();
+            let order = Order::mixed(seed, prepared.rows(Split::Train), &mix, batch)?;
             Ok(Open { prepared, order, announcements: Mutex::new(BTreeMap::new()) })
         })
         .await?;

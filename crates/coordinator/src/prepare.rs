@@ -1,14 +1,14 @@
 //! Preparing data in a child process: tokenising takes memory and all cores, and must not take the coordinator down.
 //!
-//! The child reads a [`PrepareRequest`] as JSON from its standard input, until the end, and writes
+//! The child reads [`PrepareOptions`] as JSON from its standard input, until the end, and writes
 //! [`PrepareLine`]s to its standard output, one JSON object a line; the last is `done` or `failed`. What it
 //! writes to standard error goes to the coordinator's log.
 
 use std::{ffi::OsString, path::PathBuf, process::Stdio};
 
 use serde::{Deserialize, Serialize};
-use shanty_config::{JobSpec, job::Format};
-use shanty_data::Summary;
+use shanty_config::{JobSpec, job};
+use shanty_data::{Format, PrepareOptions, Summary, TemplateUse, TrainData, TrainOn, TrainSource};
 use shanty_diagnostic::{Diagnostic, Kind};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
@@ -21,45 +21,47 @@ use crate::{
     machine::record::DataFacts,
 };
 
-/// What the child is asked to do. The fields are those of `shanty_data::PrepareOptions`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct PrepareRequest {
-    /// The model folder: tokenizer and chat template.
-    pub model_dir: PathBuf,
-    /// Training data: a path or a glob.
-    pub train: String,
-    /// Held-out data: a path or a glob.
-    pub eval: Option<String>,
-    /// Form of the rows.
-    pub format: Format,
-    /// Longest row, tokens.
-    pub max_length: usize,
-    /// Whether several samples share a row.
-    pub packing: bool,
-    /// Virtual tokens in front of every sample.
-    #[serde(default)]
-    pub virtual_tokens: usize,
-    /// The folder to write.
-    pub out: PathBuf,
-    /// Threads; 0: one a core.
-    pub threads: usize,
+/// What a job needs prepared, into the folder `out`.
+pub fn options(spec: &JobSpec, out: PathBuf) -> PrepareOptions {
+    let source = |source: job::TrainSource| TrainSource {
+        path: source.path,
+        format: source.format.map(format),
+        weight: source.weight,
+    };
+    let data = &spec.data;
+    PrepareOptions {
+        eval: data.eval.clone(),
+        format: format(data.format),
+        train_on: match data.train_on {
+            job::TrainOn::Answers => TrainOn::Answers,
+            job::TrainOn::All => TrainOn::All,
+        },
+        chat_template: match data.chat_template {
+            job::ChatTemplate::Auto => TemplateUse::Auto,
+            job::ChatTemplate::Model => TemplateUse::Model,
+            job::ChatTemplate::None => TemplateUse::None,
+        },
+        require_end_token: data.require_end_token,
+        max_length: u32::try_from(data.max_length).unwrap_or(u32::MAX),
+        packing: data.packing,
+        virtual_tokens: u32::try_from(spec.adapter.virtual_tokens()).unwrap_or(u32::MAX),
+        ..PrepareOptions::new(
+            &spec.base.model,
+            TrainData(data.train.sources().into_iter().map(source).collect()),
+            out,
+        )
+    }
 }
 
-impl PrepareRequest {
-    /// What a job needs prepared.
-    pub fn of(spec: &JobSpec, out: PathBuf) -> Self {
-        Self {
-            model_dir: spec.base.model.clone(),
-            train: spec.data.train.clone(),
-            eval: spec.data.eval.clone(),
-            format: spec.data.format,
-            max_length: spec.data.max_length,
-            packing: spec.data.packing,
-            virtual_tokens: spec.adapter.virtual_tokens(),
-            out,
-            threads: 0,
-        }
+/// The same form in the words of the data crate.
+fn format(format: job::Format) -> Format {
+    match format {
+        job::Format::Auto => Format::Auto,
+        job::Format::Text => Format::Text,
+        job::Format::PromptCompletion => Format::PromptCompletion,
+        job::Format::Messages => Format::Messages,
+        job::Format::Alpaca => Format::Alpaca,
+        job::Format::Sharegpt => Format::Sharegpt,
     }
 }
 
@@ -115,6 +117,7 @@ pub fn facts(summary: &Summary) -> DataFacts {
         eval_rows: summary.eval.as_ref().map_or(0, |eval| eval.rows),
         train_tokens: summary.train.tokens,
         train_trained_tokens: summary.train.trained_tokens,
+        train_mix: summary.train.mix(),
         warnings: summary.warnings.clone(),
     }
 }
@@ -122,7 +125,7 @@ pub fn facts(summary: &Summary) -> DataFacts {
 /// Runs the child to its end; gives what it found, or why it could not. `progress` gets words for people.
 pub(crate) async fn run(
     command: &[OsString],
-    request: &PrepareRequest,
+    request: &PrepareOptions,
     stop: &CancellationToken,
     progress: impl FnMut(String),
 ) -> Result<DataFacts, Diagnostic> {
@@ -140,7 +143,7 @@ pub(crate) async fn run(
 /// The inner result is what the child said. Dropping the future kills the child.
 async fn converse(
     command: &[OsString],
-    request: &PrepareRequest,
+    request: &PrepareOptions,
     mut progress: impl FnMut(String),
 ) -> Result<Result<DataFacts, Diagnostic>> {
     let mut child = spawn(command)?;

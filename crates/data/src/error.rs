@@ -53,6 +53,9 @@ pub enum Error {
         /// What the system says.
         source: io::Error,
     },
+    /// A data file in a store cannot be read.
+    #[error(transparent)]
+    Remote(#[from] shanty_remote::Error),
     /// A data file has no record.
     #[error("data file `{}` has no rows", path.display())]
     EmptyFile {
@@ -173,6 +176,22 @@ pub enum Error {
         /// What became of the samples.
         reason: String,
     },
+    /// All records have tokens, and none of them is a target.
+    #[error("every {split} token is masked: {reason}")]
+    AllMasked {
+        /// The split.
+        split: Split,
+        /// What became of the samples.
+        reason: String,
+    },
+    /// No sample trains a token that ends generation.
+    #[error("none of {samples} samples trains an end token, so the model never learns to stop: {reason}")]
+    EndNeverTrained {
+        /// Samples in all.
+        samples: u64,
+        /// Why.
+        reason: String,
+    },
     /// A prepared folder is not what its manifest says.
     #[error("prepared data `{}` is damaged: {reason}", path.display())]
     Damaged {
@@ -233,6 +252,14 @@ fn list(names: &[String]) -> String {
 }
 
 impl Error {
+    /// A file that cannot be read; the network's own error, where that is why.
+    pub(crate) fn read(path: &std::path::Path, source: io::Error) -> Self {
+        match shanty_remote::Error::inside(source) {
+            Ok(error) => Self::Remote(error),
+            Err(source) => Self::Read { path: path.to_owned(), source },
+        }
+    }
+
     /// Says which record an error of template or tokenizer is about, where it does not say so yet.
     #[must_use]
     pub(crate) fn at(mut self, at: impl FnOnce() -> Place) -> Self {
@@ -252,7 +279,7 @@ impl Error {
 
     fn code(&self) -> &'static str {
         match self {
-            Self::NoInput { .. } | Self::Read { .. } => "SH0201",
+            Self::NoInput { .. } | Self::Read { .. } | Self::Remote(_) => "SH0201",
             Self::EmptyFile { .. } => "SH0202",
             Self::InvalidUtf8 { .. } => "SH0203",
             Self::InvalidJson { .. } => "SH0204",
@@ -272,6 +299,8 @@ impl Error {
             Self::FileType { .. } => "SH0218",
             Self::Impossible { .. } => "SH0219",
             Self::NoSuchRow { .. } => "SH0220",
+            Self::AllMasked { .. } => "SH0221",
+            Self::EndNeverTrained { .. } => "SH0222",
         }
     }
 
@@ -315,14 +344,14 @@ impl Error {
     fn hint(&self) -> Option<String> {
         let hint = match self {
             Self::NoInput { .. } => {
-                "`data.train` and `data.eval` take a path or a glob; relative ones start at the job file"
+                "`data.train` and `data.eval` take a path, a glob or a URL; relative ones start at the job file"
                     .to_owned()
             }
             Self::InvalidUtf8 { .. } => "convert the file, for example with `iconv -t UTF-8`".to_owned(),
             Self::InvalidJson { .. } => "JSON Lines have one whole JSON object on each line".to_owned(),
             Self::UnknownForm { .. } => format!(
-                "rows are `text`; `prompt` and `completion`; or `messages`. `data.format` ({}) says which where \
-                 there are several",
+                "rows are `text`; `prompt` and `completion`; `messages`; `instruction` and `output`; or \
+                 `conversations`. `data.format` ({}) says which where there are several",
                 Format::NAMES.join(", ")
             ),
             Self::MissingColumn { .. } => "all rows of all files must be of the same form".to_owned(),
@@ -345,6 +374,16 @@ impl Error {
             Self::NothingToTrain { .. } => {
                 "raise `data.max_length`, or check that the rows hold answers".to_owned()
             }
+            Self::AllMasked { .. } => {
+                "answers are messages of the role `assistant` (`gpt` in sharegpt); `weight = 0` leaves one out, and \
+                 `data.train_on = \"all\"` trains everything"
+                    .to_owned()
+            }
+            Self::EndNeverTrained { .. } => {
+                "let the chat template end answers with the end token (`eos_token`), or raise `data.max_length`; \
+                 `data.require_end_token = false` trains it all the same"
+                    .to_owned()
+            }
             Self::Damaged { .. } => "delete the folder and prepare the data again".to_owned(),
             Self::FileType { .. } => "name files `.jsonl` (or `.json`, `.ndjson`) or `.parquet`".to_owned(),
             _ => return None,
@@ -363,6 +402,9 @@ impl Error {
 
 impl Diagnose for Error {
     fn diagnostic(&self) -> Diagnostic {
+        if let Self::Remote(error) = self {
+            return error.diagnostic();
+        }
         let mut diagnostic = Diagnostic::new(self.code(), self).kind(self.kind());
         match (self.place(), self.file()) {
             (Some(place), _) => {

@@ -10,6 +10,8 @@ mod artefact;
 mod error;
 mod form;
 mod format;
+pub mod fuzz;
+mod mix;
 pub mod order;
 mod pack;
 mod prepare;
@@ -23,10 +25,14 @@ mod tokenizer;
 pub use crate::{
     artefact::Prepared,
     error::{Error, Place},
-    format::Format,
-    prepare::{PrepareOptions, Progress, Stage, prepare},
+    format::{Format, TemplateUse, TrainOn},
+    mix::MixPart,
+    prepare::{
+        Looked, PrepareOptions, Progress, Stage, Survey, TrainData, TrainSource, check_first, look, prepare,
+        survey,
+    },
     question::{Question, questions},
     row::{Row, SampleSource, Segment, Split},
-    summary::{Dropped, SplitSummary, Summary},
+    summary::{Dropped, Example, LengthBucket, SourceSummary, SplitSummary, Summary},
     tokenizer::{Encoded, Message, Rendered, Tokenizer},
 };

@@ -11,7 +11,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use crate::Error;
+use crate::{Error, MixPart};
 
 /// SplitMix64's increment: 2^64 divided by the golden ratio, odd.
 const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -57,12 +57,55 @@ impl Draws {
 /// The order of all row ids (`0..rows`) in an epoch, counted from 0.
 pub fn epoch_order(seed: u64, epoch: u64, rows: u64) -> Vec<u64> {
     let mut order: Vec<u64> = (0..rows).collect();
-    let mut draws = Draws { state: mix(seed ^ mix(epoch.wrapping_add(GAMMA))) };
+    shuffle(&mut order, epoch_key(seed, epoch));
+    order
+}
+
+fn epoch_key(seed: u64, epoch: u64) -> u64 {
+    mix(seed ^ mix(epoch.wrapping_add(GAMMA)))
+}
+
+fn shuffle(order: &mut [u64], key: u64) {
+    let mut draws = Draws { state: key };
     for last in (1..order.len()).rev() {
         let other = draws.below(last as u64 + 1) as usize;
         order.swap(last, other);
     }
+}
+
+/// The order of the rows of a mix in an epoch, counted from 0.
+///
+/// Each source is a deck that is shuffled (pass 0), dealt from over the epochs, and shuffled anew when it is used up (pass
+/// 1, …). What an epoch is dealt from all decks is then shuffled together. A row that comes a second time within an
+/// epoch does so under an id of its own, higher by the number of all rows: see [`row_of`].
+pub fn mixed_epoch_order(seed: u64, epoch: u64, parts: &[MixPart]) -> Vec<u64> {
+    let rows: u64 = parts.iter().map(|part| part.rows).sum();
+    let mut order = Vec::new();
+    let mut first = 0;
+    for (source, part) in parts.iter().enumerate() {
+        let deck_key = mix(seed ^ mix((source as u64 + 1).wrapping_mul(GAMMA)));
+        let mut deck: Option<(u64, Vec<u64>)> = None;
+        let start = epoch.wrapping_mul(part.rows_per_epoch);
+        for at in start..start.saturating_add(part.rows_per_epoch) {
+            let pass = at / part.rows.max(1);
+            if deck.as_ref().is_none_or(|(of, _)| *of != pass) {
+                let mut cards: Vec<u64> = (first..first + part.rows).collect();
+                shuffle(&mut cards, mix(deck_key ^ mix(pass.wrapping_add(GAMMA))));
+                deck = Some((pass, cards));
+            }
+            let copy = pass - start / part.rows.max(1);
+            let card = deck.as_ref().and_then(|(_, cards)| cards.get((at % part.rows.max(1)) as usize));
+            order.extend(card.map(|card| copy * rows + card));
+        }
+        first += part.rows;
+    }
+    shuffle(&mut order, epoch_key(seed, epoch));
     order
+}
+
+/// The row that an id of an epoch's order stands for, of `rows` in all.
+pub fn row_of(id: u64, rows: u64) -> u64 {
+    id % rows.max(1)
 }
 
 /// The rows of a step (from 1), as [`Order::step_rows`] gives them; shuffles the whole epoch at each call.
@@ -90,6 +133,7 @@ pub fn slice(rows: &[u64], world_size: u32, rank: u32) -> &[u64] {
 pub struct Order {
     seed: u64,
     rows: u64,
+    parts: Vec<MixPart>,
     global_batch_size: u64,
     cached: Mutex<Option<(u64, Arc<Vec<u64>>)>>,
 }
@@ -110,7 +154,25 @@ impl Order {
             let reason = "a step must have at least one row".to_owned();
             return Err(Error::Impossible { option: "global_batch_size", reason });
         }
-        Ok(Self { seed, rows, global_batch_size, cached: Mutex::new(None) })
+        Ok(Self { seed, rows, parts: Vec::new(), global_batch_size, cached: Mutex::new(None) })
+    }
+
+    /// The order of a mix of sources; without parts, of `rows` rows as they are.
+    ///
+    /// # Errors
+    /// [`Error::Impossible`] if there is no row, or if a part has none or gives none.
+    pub fn mixed(seed: u64, rows: u64, parts: &[MixPart], global_batch_size: u64) -> Result<Self, Error> {
+        let order = Self::new(seed, rows, global_batch_size)?;
+        if parts.is_empty() {
+            return Ok(order);
+        }
+        let sum = |count: fn(&MixPart) -> u64| parts.iter().map(count).sum::<u64>();
+        let is_whole = sum(|part| part.rows) == rows && sum(|part| part.rows_per_epoch) == rows;
+        if !is_whole || parts.iter().any(|part| part.rows == 0 || part.rows_per_epoch == 0) {
+            let reason = format!("its parts do not make up the {rows} rows of an epoch");
+            return Err(Error::Impossible { option: "mix", reason });
+        }
+        Ok(Self { parts: parts.to_vec(), ..order })
     }
 
     /// Seed of the shuffles.
@@ -159,7 +221,10 @@ impl Order {
         match cached.as_ref() {
             Some((of, order)) if *of == epoch => Arc::clone(order),
             _ => {
-                let order = Arc::new(epoch_order(self.seed, epoch, self.rows));
+                let order = Arc::new(match &*self.parts {
+                    [] => epoch_order(self.seed, epoch, self.rows),
+                    parts => mixed_epoch_order(self.seed, epoch, parts),
+                });
                 *cached = Some((epoch, Arc::clone(&order)));
                 order
             }
@@ -173,6 +238,7 @@ impl Clone for Order {
         Self {
             seed: self.seed,
             rows: self.rows,
+            parts: self.parts.clone(),
             global_batch_size: self.global_batch_size,
             cached: Mutex::new(cached),
         }

@@ -34,6 +34,11 @@ impl Packer {
         Self { virtual_tokens: count as usize, ..self }
     }
 
+    /// How many rows were closed so far.
+    pub(crate) fn rows(&self) -> u64 {
+        self.next_row
+    }
+
     /// Takes the next sample; gives a row if one is full now.
     pub(crate) fn push(&mut self, sample: Sample) -> Option<Row> {
         let length = sample.ids.len() + self.virtual_tokens;

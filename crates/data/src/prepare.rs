@@ -1,30 +1,39 @@
 //! Reads, tokenises, packs and writes, ahead of the first step.
 
 mod inputs;
+mod look;
 mod split;
 
 use std::{path::Path, path::PathBuf};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
+use serde::{Deserialize, Serialize};
 
-use self::split::SplitBuilder;
+pub use self::look::{Looked, Survey, check_first, look, survey};
+use self::split::{SourceFiles, SplitBuilder};
 use crate::{
-    Error, Format, Prepared, Split, Summary, Tokenizer,
-    artefact::{self, Folder, Inputs, MANIFEST, Manifest, content_hash},
-    source,
+    Error, Format, Prepared, Split, Summary, TemplateUse, Tokenizer, TrainOn,
+    artefact::{self, Folder, Inputs, MANIFEST, Manifest, SplitWriter, content_hash},
 };
 
-/// What to prepare, and where to.
-#[derive(Debug, Clone)]
+/// What to prepare, and where to. Travels as JSON to the process that does it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PrepareOptions {
     /// The model folder: tokenizer and chat template.
     pub model_dir: PathBuf,
-    /// Training data: a path or a glob.
-    pub train: String,
-    /// Held-out data: a path or a glob.
+    /// Training data.
+    pub train: TrainData,
+    /// Held-out data: a path, a glob or a URL.
     pub eval: Option<String>,
-    /// Form of the rows.
+    /// Form of the rows, where a source does not say its own.
     pub format: Format,
+    /// What of a row is trained.
+    pub train_on: TrainOn,
+    /// Whether rows become conversations by the model's chat template.
+    pub chat_template: TemplateUse,
+    /// Whether training data in which no end token is ever trained is refused.
+    pub require_end_token: bool,
     /// Longest row, tokens; at least 2.
     pub max_length: u32,
     /// Whether several samples share a row.
@@ -39,6 +48,79 @@ pub struct PrepareOptions {
     pub out: PathBuf,
     /// Threads for tokenising; 0: one a core.
     pub threads: usize,
+}
+
+/// Training data: one source, or several.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct TrainData(pub Vec<TrainSource>);
+
+/// A source of training data.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainSource {
+    /// A path, a glob or a URL.
+    pub path: String,
+    /// Form of its rows, where it differs.
+    #[serde(default)]
+    pub format: Option<Format>,
+    /// Its share of the rows of an epoch, beside the weights of the other sources: all have one, or none has.
+    #[serde(default)]
+    pub weight: Option<f64>,
+}
+
+impl<T: Into<String>> From<T> for TrainData {
+    fn from(path: T) -> Self {
+        Self(vec![TrainSource { path: path.into(), ..TrainSource::default() }])
+    }
+}
+
+impl PrepareOptions {
+    /// Options as a job file has them where it says nothing.
+    pub fn new(model_dir: impl Into<PathBuf>, train: impl Into<TrainData>, out: impl Into<PathBuf>) -> Self {
+        Self {
+            model_dir: model_dir.into(),
+            train: train.into(),
+            eval: None,
+            format: Format::Auto,
+            train_on: TrainOn::Answers,
+            chat_template: TemplateUse::Auto,
+            require_end_token: true,
+            max_length: 2048,
+            packing: true,
+            virtual_tokens: 0,
+            template_time: None,
+            out: out.into(),
+            threads: 0,
+        }
+    }
+
+    /// Refuses what leaves nothing sensible to do.
+    fn check(&self) -> Result<(), Error> {
+        let refuse = |option, reason: String| Err(Error::Impossible { option, reason });
+        if self.max_length < 2u32.saturating_add(self.virtual_tokens) {
+            let besides = match self.virtual_tokens {
+                0 => String::new(),
+                count => format!(" besides its {count} virtual ones"),
+            };
+            let reason = format!("a row needs two tokens{besides}: one to predict from, one to predict");
+            return refuse("max_length", reason);
+        }
+        let sources = &self.train.0;
+        if sources.is_empty() {
+            return refuse("train", "it names no source".to_owned());
+        }
+        let weights: Vec<f64> = sources.iter().filter_map(|source| source.weight).collect();
+        if !weights.is_empty() && weights.len() < sources.len() {
+            return refuse(
+                "weight",
+                format!("{} of {} sources have one: all must, or none", weights.len(), sources.len()),
+            );
+        }
+        match weights.iter().find(|weight| !(weight.is_finite() && **weight > 0.0)) {
+            Some(weight) => refuse("weight", format!("{weight} is no share: it must be above 0")),
+            None => Ok(()),
+        }
+    }
 }
 
 /// How far [`prepare`] is.
@@ -86,25 +168,20 @@ pub(crate) type Report<'a> = &'a mut dyn FnMut(&Progress);
 /// # Errors
 /// Anything wrong with input, tokenizer or template, with file and line.
 pub fn prepare(options: &PrepareOptions, progress: &mut dyn FnMut(&Progress)) -> Result<Summary, Error> {
-    if options.max_length < 2u32.saturating_add(options.virtual_tokens) {
-        let reason = match options.virtual_tokens {
-            0 => "a row needs two tokens: one to predict from, one to predict".to_owned(),
-            count => format!(
-                "a row needs two tokens besides its {count} virtual ones: one to predict from, one to predict"
-            ),
-        };
-        return Err(Error::Impossible { option: "max_length", reason });
-    }
+    options.check()?;
     if !may_write(&options.out)? {
         let reason = "it holds other files, which are not touched".to_owned();
         return Err(Error::NotPrepared { path: options.out.clone(), reason });
     }
     let tokenizer = Tokenizer::load_at(&options.model_dir, options.template_time)?;
-    let train = source::expand(&options.train)?;
-    let eval = match &options.eval {
-        Some(pattern) => source::expand(pattern)?,
-        None => Vec::new(),
-    };
+    let train = options
+        .train
+        .0
+        .iter()
+        .map(|source| SourceFiles::find(options, source))
+        .collect::<Result<Vec<_>, _>>()?;
+    let eval: Vec<SourceFiles> =
+        options.eval.iter().map(|path| SourceFiles::find_eval(options, path)).collect::<Result<_, _>>()?;
     let inputs = inputs::gather(options, tokenizer.hash(), &train, &eval, progress)?;
     if let Some(summary) = reusable(&options.out, &inputs, progress) {
         progress(&Progress::of(Stage::Reused));
@@ -115,9 +192,11 @@ pub fn prepare(options: &PrepareOptions, progress: &mut dyn FnMut(&Progress)) ->
     let folder = Folder::create(&options.out)?;
     let mut files = Vec::new();
     let mut warnings = Vec::new();
-    let mut build = |split: Split, paths: &[PathBuf]| {
-        let builder = SplitBuilder::new(options, &tokenizer, split, paths)?;
-        let built = builder.run(&threads, folder.path(), progress)?;
+    let mut build = |split: Split, sources: &[SourceFiles]| {
+        let writer = SplitWriter::create(folder.path(), split)?;
+        let mut builder = SplitBuilder::new(options, &tokenizer, split, Some(writer));
+        builder.run(&threads, sources, u64::MAX, progress)?;
+        let built = builder.finish()?;
         files.extend(built.files);
         warnings.extend(built.warnings);
         Ok::<_, Error>(built.summary)
@@ -127,7 +206,7 @@ pub fn prepare(options: &PrepareOptions, progress: &mut dyn FnMut(&Progress)) ->
     inputs::check_unchanged(&inputs)?;
 
     let summary = Summary {
-        hash: content_hash(&inputs, &files),
+        hash: content_hash(&inputs, &files, &train_summary.mix()),
         tokenizer_hash: tokenizer.hash().to_owned(),
         max_length: options.max_length,
         packing: options.packing,

@@ -3,9 +3,10 @@
 
 use std::ops::Range;
 
-use serde_json::Value;
-
-use crate::{Encoded, Error, Tokenizer, form::Content};
+use crate::{
+    Encoded, Error, Tokenizer, TrainOn,
+    form::{Content, Conversation},
+};
 
 /// A sample: at least 2 tokens, at least one of them a target.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,7 +21,20 @@ pub(crate) struct Sample {
 pub(crate) enum DropReason {
     Empty,
     NoAnswer,
+    Unweighted,
     TruncatedAway,
+}
+
+impl DropReason {
+    /// As figures and reports have it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Empty => "empty",
+            Self::NoAnswer => "no_answer",
+            Self::Unweighted => "unweighted",
+            Self::TruncatedAway => "truncated_away",
+        }
+    }
 }
 
 /// What became of a record.
@@ -28,6 +42,12 @@ pub(crate) enum DropReason {
 pub(crate) struct Outcome {
     pub(crate) samples: Vec<Sample>,
     pub(crate) dropped: Option<DropReason>,
+    /// Tokens of the record before anything was cut or dropped.
+    pub(crate) tokens: u64,
+    /// The tokens of a record that became no sample.
+    pub(crate) left_out: Vec<u32>,
+    /// Whether a token that ends generation is a target of one of the samples.
+    pub(crate) trains_end: bool,
     pub(crate) truncated_tokens: u64,
     pub(crate) truncated_trained_tokens: u64,
     pub(crate) merged_boundary: bool,
@@ -42,14 +62,26 @@ impl Outcome {
 }
 
 /// Makes samples of at most `max_length` tokens (2 or more) of a record.
-pub(crate) fn make(content: &Content, tokenizer: &Tokenizer, max_length: usize) -> Result<Outcome, Error> {
-    match content {
+pub(crate) fn make(
+    content: &Content,
+    tokenizer: &Tokenizer,
+    train_on: TrainOn,
+    max_length: usize,
+) -> Result<Outcome, Error> {
+    let mut outcome = match content {
         Content::Text(text) => document(text, tokenizer, max_length),
-        Content::Pair { prompt, completion } => pair(prompt, completion, tokenizer, max_length),
-        Content::Messages { messages, tools } => {
-            conversation(messages, tools.as_ref(), tokenizer, max_length)
-        }
-    }
+        Content::Pair { prompt, completion } => pair(prompt, completion, tokenizer, train_on, max_length),
+        Content::Conversation(said) => conversation(said, tokenizer, train_on, max_length),
+    }?;
+    outcome.trains_end = outcome.samples.iter().any(|sample| trains_end(sample, tokenizer));
+    Ok(outcome)
+}
+
+fn trains_end(sample: &Sample, tokenizer: &Tokenizer) -> bool {
+    let ends = tokenizer.stop_ids();
+    let targets =
+        sample.trained.iter().flat_map(|range| &sample.ids[range.start as usize..range.end as usize]);
+    targets.into_iter().any(|id| ends.contains(id))
 }
 
 /// A text: every token but the first is a target. Longer ones are cut into consecutive samples.
@@ -65,7 +97,7 @@ fn document(text: &str, tokenizer: &Tokenizer, max_length: usize) -> Result<Outc
     let samples = cuts(ids.len(), max_length)
         .map(|cut| Sample { trained: vec![1..cut.len() as u32], ids: ids[cut].to_vec() })
         .collect();
-    Ok(Outcome { samples, ..Outcome::default() })
+    Ok(Outcome { samples, tokens: ids.len() as u64, ..Outcome::default() })
 }
 
 /// Cuts `length` tokens into pieces of `max_length`; the last may be shorter, but none has a single token.
@@ -88,7 +120,13 @@ fn cuts(length: usize, max_length: usize) -> impl Iterator<Item = Range<usize>> 
 /// Prompt and completion, tokenised as one text, as TRL does: the completion and the end token are targets.
 ///
 /// Where a token holds the end of the prompt and the start of the completion, it is a target.
-fn pair(prompt: &str, completion: &str, tokenizer: &Tokenizer, max_length: usize) -> Result<Outcome, Error> {
+fn pair(
+    prompt: &str,
+    completion: &str,
+    tokenizer: &Tokenizer,
+    train_on: TrainOn,
+    max_length: usize,
+) -> Result<Outcome, Error> {
     let text = [prompt, completion].concat();
     let mut encoded = tokenizer.encode_with_offsets(&text, true)?;
     let answer = prompt.len()..text.len();
@@ -99,23 +137,67 @@ fn pair(prompt: &str, completion: &str, tokenizer: &Tokenizer, max_length: usize
     if encoded.ids.len() < 2 || start == encoded.ids.len() {
         return Ok(Outcome::drop(DropReason::Empty));
     }
-    let end = encoded.ids.len() as u32;
-    let targets = vec![start as u32..end];
+    let start = if train_on == TrainOn::All { 0 } else { start as u32 };
+    let targets = vec![start..encoded.ids.len() as u32];
     Ok(Outcome { merged_boundary, ..whole(encoded.ids, targets, max_length, DropReason::Empty) })
 }
 
 /// A conversation by the chat template: what the assistant wrote, end tokens included, are targets.
 fn conversation(
-    messages: &[Value],
-    tools: Option<&Value>,
+    said: &Conversation,
     tokenizer: &Tokenizer,
+    train_on: TrainOn,
     max_length: usize,
 ) -> Result<Outcome, Error> {
-    let rendered = tokenizer.render_answers(messages, tools)?;
+    let rendered = tokenizer.render_trained(&said.messages, said.tools.as_ref(), &said.trained)?;
     let encoded = tokenizer.encode_with_offsets(&rendered.text, false)?;
-    let targets = targets(&encoded, &rendered.answers);
+    let targets = match train_on {
+        TrainOn::Answers => targets(&encoded, &rendered.answers),
+        TrainOn::All => all_but_left_out(said, tokenizer, &encoded, &rendered.answers)?,
+    };
     let last_answer_token = targets.last().map(|range| encoded.ids[range.end as usize - 1]);
-    Ok(Outcome { last_answer_token, ..whole(encoded.ids, targets, max_length, DropReason::NoAnswer) })
+    let answers =
+        said.messages.iter().zip(&said.trained).filter(|(message, _)| message["role"] == "assistant");
+    let is_left_out = answers.clone().count() > 0 && answers.clone().all(|(_, trained)| !trained);
+    let without = if is_left_out { DropReason::Unweighted } else { DropReason::NoAnswer };
+    Ok(Outcome { last_answer_token, ..whole(encoded.ids, targets, max_length, without) })
+}
+
+/// Every token of a conversation but those of answers whose weight is 0.
+fn all_but_left_out(
+    said: &Conversation,
+    tokenizer: &Tokenizer,
+    encoded: &Encoded,
+    kept: &[Range<usize>],
+) -> Result<Vec<Range<u32>>, Error> {
+    let others = said
+        .messages
+        .iter()
+        .zip(&said.trained)
+        .position(|(message, trained)| !trained && message["role"] != "assistant");
+    if let Some(index) = others {
+        let reason = format!(
+            "`all` trains what everybody says, and message {} has weight 0: only the assistant's can be left out",
+            index + 1
+        );
+        return Err(Error::Impossible { option: "train_on", reason });
+    }
+    let length = encoded.ids.len() as u32;
+    if said.trained.iter().all(|trained| *trained) {
+        return Ok(vec![0..length]);
+    }
+    let everything = tokenizer.render_answers(&said.messages, said.tools.as_ref())?;
+    let left_out: Vec<Range<usize>> =
+        everything.answers.into_iter().filter(|answer| !kept.contains(answer)).collect();
+    let mut trained = Vec::new();
+    let mut start = 0;
+    for gap in targets(encoded, &left_out) {
+        trained.push(start..gap.start);
+        start = gap.end;
+    }
+    trained.push(start..length);
+    trained.retain(|range| !range.is_empty());
+    Ok(trained)
 }
 
 /// The tokens that overlap some ranges of the text.
@@ -153,13 +235,14 @@ fn append_end(ids: &mut Vec<u32>, tokenizer: &Tokenizer) {
 fn whole(mut ids: Vec<u32>, targets: Vec<Range<u32>>, max_length: usize, without: DropReason) -> Outcome {
     // The first token has nothing to be predicted from.
     let targets = clip(&targets, 1, u32::MAX);
-    if targets.is_empty() {
-        return Outcome::drop(without);
-    }
     let length = ids.len();
+    if targets.is_empty() {
+        return Outcome { tokens: length as u64, left_out: ids, ..Outcome::drop(without) };
+    }
     ids.truncate(max_length);
     let trained = clip(&targets, 1, ids.len() as u32);
     let mut outcome = Outcome {
+        tokens: length as u64,
         truncated_tokens: (length - ids.len()) as u64,
         truncated_trained_tokens: count(&targets) - count(&trained),
         ..Outcome::default()

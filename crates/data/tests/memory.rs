@@ -8,7 +8,7 @@ use std::{
     path::Path,
 };
 
-use shanty_data::{Format, PrepareOptions, prepare};
+use shanty_data::{PrepareOptions, prepare};
 
 const LINES: u64 = 200_000;
 
@@ -30,22 +30,16 @@ fn two_hundred_thousand_lines_fit_into_little_memory() {
     }
     file.flush().unwrap();
     let size = std::fs::metadata(&path).unwrap().len();
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/tiny-llama-14m");
     let mut options = PrepareOptions {
-        model_dir: Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/tiny-llama-14m"),
-        train: path.to_str().unwrap().to_owned(),
-        eval: None,
-        format: Format::Auto,
         max_length: 256,
-        packing: true,
-        virtual_tokens: 0,
-        template_time: None,
-        out: folder.path().join("prepared"),
         threads: 2,
+        ..PrepareOptions::new(model, path.to_str().unwrap(), folder.path().join("prepared"))
     };
     // The tokenizer, its tables and the threads, before the large file.
     let small = folder.path().join("small.jsonl");
     std::fs::write(&small, "{\"text\": \"a b\"}\n").unwrap();
-    let large = std::mem::replace(&mut options.train, small.to_str().unwrap().to_owned());
+    let large = std::mem::replace(&mut options.train, small.to_str().unwrap().into());
     prepare(&options, &mut |_| {}).unwrap();
     let before = peak();
     options.train = large;

@@ -11,6 +11,8 @@ pub mod batch;
 pub mod bench;
 pub mod engine;
 pub mod error;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod generate;
 pub mod gguf_export;
 pub mod loss;

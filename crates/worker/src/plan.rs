@@ -3,7 +3,10 @@
 use std::path::PathBuf;
 
 use shanty_config::job::JobSpec;
-use shanty_data::order::{self, Order};
+use shanty_data::{
+    MixPart,
+    order::{self, Order},
+};
 use shanty_proto::v1::{Assign, DataSummary};
 
 use crate::Error;
@@ -29,7 +32,13 @@ impl JobPlan {
         let spec: JobSpec = serde_json::from_str(&assign.spec_json)
             .map_err(|error| unclear(format!("its job specification cannot be read: {error}")))?;
         let data = assign.data.ok_or_else(|| unclear("it has no summary of the data".to_owned()))?;
-        let order = Order::new(spec.train.seed, data.train_rows, spec.train.global_batch_size as u64)
+        let part = |part: &shanty_proto::v1::MixPart| MixPart {
+            rows: part.rows,
+            rows_per_epoch: part.rows_per_epoch,
+        };
+        let mix: Vec<MixPart> = data.train_mix.iter().map(part).collect();
+        let batch = spec.train.global_batch_size as u64;
+        let order = Order::mixed(spec.train.seed, data.train_rows, &mix, batch)
             .map_err(|error| Error::part(&error))?;
         let store = spec.checkpoint.store.clone().unwrap_or_else(|| PathBuf::from("runs").join(&spec.name));
         let Assign { job_id, attempt, spec_json, .. } = assign;

@@ -15,6 +15,7 @@ mod step;
 mod sum;
 
 use std::{
+    path::{Path, PathBuf},
     sync::{Arc, mpsc::Receiver},
     time::{Duration, Instant},
 };
@@ -207,8 +208,10 @@ impl Trainer {
         self.around.control.set_phase(MemberPhase::Loading);
         info!(job = %plan.job_id, base = %plan.spec.base.model.display(), "loading the base");
         let row_log = RowLog::open(&plan.store, &self.around.worker_id)?;
+        let mut spec = plan.spec.clone();
+        spec.base.model = local_base(&plan.spec.base.model)?;
         let request = LoadRequest {
-            spec: &plan.spec,
+            spec: &spec,
             threads: self.around.threads,
             device: &self.around.device,
             memory_limit_bytes: self.around.memory_limit_bytes,
@@ -336,4 +339,17 @@ impl Trainer {
     fn applied(&self) -> u64 {
         self.job.as_ref().and_then(|job| job.state.as_ref()).map_or(0, state::State::applied)
     }
+}
+
+/// The folder of the base: as it is named, or of the hub's cache, downloaded if it is not there.
+fn local_base(model: &Path) -> Result<PathBuf, Error> {
+    let mut told = 0;
+    let folder = shanty_remote::hub::local_folder(model, &mut |progress| {
+        let tenths = progress.bytes_done * 10 / progress.bytes_total.max(1);
+        if tenths > told {
+            told = tenths;
+            info!(percent = tenths * 10, bytes = progress.bytes_total, "downloading the base");
+        }
+    });
+    folder.map_err(|error| Error::part(&error))
 }

@@ -14,7 +14,7 @@ use std::{
 
 use common::{Crew, deadly, engine::ModelEngines, prove_exactly_once_in};
 use shanty_coordinator::{Coordinator, Options, prepare::PrepareLine};
-use shanty_data::{Format, PrepareOptions, Summary, order::Order};
+use shanty_data::{PrepareOptions, Summary, order::Order};
 use shanty_proto::v1::{
     GetStatusRequest, JobState, JobStatus, ListStepsRequest, SubmitJobRequest,
     job_service_client::JobServiceClient, status_service_client::StatusServiceClient,
@@ -58,16 +58,15 @@ impl Stage {
         std::fs::write(&eval, (50..57).map(line).collect::<Vec<_>>().join("\n")).unwrap();
         let store = folder.path().join("run");
         let options = PrepareOptions {
-            model_dir: examples().join("tiny-llama-14m"),
-            train: train.display().to_string(),
             eval: Some(eval.display().to_string()),
-            format: Format::Auto,
             max_length: 32,
             packing: false,
-            virtual_tokens: 0,
-            template_time: None,
-            out: store.join("prepared"),
             threads: 1,
+            ..PrepareOptions::new(
+                examples().join("tiny-llama-14m"),
+                train.display().to_string(),
+                store.join("prepared"),
+            )
         };
         let summary = shanty_data::prepare(&options, &mut |_| {}).unwrap();
         let done = serde_json::to_string(&PrepareLine::Done { summary: summary.clone() }).unwrap();
@@ -77,7 +76,7 @@ impl Stage {
         let spec = serde_json::json!({
             "name": "stage", "base": {"model": examples().join("tiny-llama-14m")},
             "adapter": {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
-            "data": {"train": options.train, "eval": options.eval, "max_length": 32, "packing": false},
+            "data": {"train": train, "eval": options.eval, "max_length": 32, "packing": false},
             "train": {
                 "steps": steps, "global_batch_size": BATCH, "seed": SEED, "learning_rate": 0.01, "eval_every_steps": 4,
             },

@@ -13,6 +13,7 @@ pub(crate) mod chat;
 pub(crate) mod checkpoints;
 pub(crate) mod completions;
 pub(crate) mod coordinator;
+pub(crate) mod data;
 pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod explain;
@@ -47,6 +48,7 @@ pub(crate) fn dispatch(command: Command, ui: &Ui) -> CommandResult<Exit> {
         Command::Worker(args) => worker::execute(args, ui),
         Command::WorkerDevice(args) => worker_device::execute(args, ui),
         Command::PrepareData(args) => prepare_data::execute(args, ui),
+        Command::Data(args) => data::execute(args, ui),
         Command::Generate(args) => generate::execute(args, ui),
         Command::Chat(args) => chat::execute(args, ui),
         Command::Eval(args) => eval::execute(args, ui),

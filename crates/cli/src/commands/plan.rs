@@ -2,9 +2,11 @@
 
 use serde::Serialize;
 use shanty_config::JobSpec;
-use shanty_data::{Summary, order::Order};
+use shanty_data::{SourceSummary, Summary, order::Order};
+use shanty_remote::hub::{Hub, Missing, ModelId};
 
 use crate::{
+    base,
     failure::{CommandResult, Exit},
     format,
     job_file::JobFile,
@@ -26,6 +28,9 @@ pub(crate) struct Args {
     file: JobFile,
     #[command(flatten)]
     local: LocalOptions,
+    /// Download the base model first, if it is of the Hugging Face hub and not here
+    #[arg(long)]
+    download: bool,
 }
 
 /// What scripts see; the keys are a promise (DESIGN §5).
@@ -48,11 +53,20 @@ struct Plan {
     micro_batch_rows: usize,
     recompute: bool,
     data_form: String,
+    /// Where there are several.
+    sources: Vec<SourceSummary>,
     warnings: Vec<String>,
 }
 
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
-    let job = args.file.load(&args.local.overrides(), ui)?;
+    let mut job = args.file.load(&args.local.overrides(), ui)?;
+    if args.download {
+        base::fetch(&mut job, ui)?;
+    }
+    if let Some((model, missing)) = base::missing(&job)? {
+        return tell_download(&model, &missing, ui);
+    }
+    base::fetch(&mut job, ui)?;
     let spec = &job.value;
     let workers = spec.cluster.workers.max;
     let preflight = Preflight::of(&job, args.local.threads_each(workers))?;
@@ -65,8 +79,29 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     Ok(Exit::Done)
 }
 
+/// Nothing can be planned of a model that is not here; what can be said is what it takes to get it.
+fn tell_download(model: &ModelId, missing: &Missing, ui: &Ui) -> CommandResult<Exit> {
+    let cache = Hub::from_env().cache().to_owned();
+    let report = serde_json::json!({ "download": {
+        "model": model.id, "commit": missing.commit, "files": missing.files, "bytes": missing.bytes, "cache": cache,
+    }});
+    ui.data(&report, |_| {
+        format!(
+            "would download {} in {} files: {} at commit {}, into {}\n\
+             `shanty run` does it by itself; `shanty plan --download` does it and then shows the plan",
+            format::bytes(missing.bytes),
+            missing.files,
+            model.id,
+            missing.commit,
+            cache.display(),
+        )
+    })?;
+    Ok(Exit::Done)
+}
+
 fn plan(spec: &JobSpec, preflight: Preflight, data: &Summary) -> CommandResult<Plan> {
-    let order = Order::new(spec.train.seed, data.train.rows, spec.train.global_batch_size as u64)?;
+    let mix = data.train.mix();
+    let order = Order::mixed(spec.train.seed, data.train.rows, &mix, spec.train.global_batch_size as u64)?;
     let steps = spec.train.steps.unwrap_or_else(|| u64::from(spec.train.epochs) * order.steps_per_epoch());
     let mut warnings = data.warnings.clone();
     warnings.extend(preflight.warnings);
@@ -88,6 +123,7 @@ fn plan(spec: &JobSpec, preflight: Preflight, data: &Summary) -> CommandResult<P
         micro_batch_rows: preflight.micro_batch_rows,
         recompute: preflight.recompute,
         data_form: data.train.form.clone(),
+        sources: data.train.sources.clone(),
         warnings,
     })
 }
@@ -182,6 +218,15 @@ fn render(plan: &Plan, spec: &JobSpec, color: bool) -> String {
         format::count(plan.trained_tokens_per_epoch),
         100.0 * plan.padding_fraction,
     ));
+    lines.extend(plan.sources.iter().map(|source| {
+        format!(
+            "{:12}{} of {} rows an epoch from {}",
+            "",
+            format::count(source.rows_per_epoch),
+            format::count(source.rows),
+            source.path
+        )
+    }));
     lines.push(format!(
         "{}{} of {} rows each: {:.2} epochs",
         head("steps"),

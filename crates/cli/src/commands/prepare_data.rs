@@ -6,14 +6,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use shanty_coordinator::prepare::{PrepareLine, PrepareRequest};
+use shanty_coordinator::prepare::PrepareLine;
 use shanty_data::{PrepareOptions, Progress, Stage};
 use shanty_diagnostic::Diagnose;
 
 use crate::{
     error::Error,
     failure::{CommandResult, Exit},
-    prepared::format_of,
     ui::Ui,
 };
 
@@ -29,7 +28,7 @@ pub(crate) fn execute(_: Args, ui: &Ui) -> CommandResult<Exit> {
     std::io::stdin()
         .read_to_string(&mut text)
         .map_err(|error| Error::PrepareRequest { reason: error.to_string() })?;
-    let request: PrepareRequest =
+    let mut options: PrepareOptions =
         serde_json::from_str(&text).map_err(|error| Error::PrepareRequest { reason: error.to_string() })?;
     let mut last: Option<Instant> = None;
     // A reader that went away is noticed at the last line at the latest.
@@ -39,7 +38,13 @@ pub(crate) fn execute(_: Args, ui: &Ui) -> CommandResult<Exit> {
             drop(ui.json(&line(progress)));
         }
     };
-    match shanty_data::prepare(&options(request), &mut tell) {
+    // The tokenizer alone is needed here: a coordinator has no use for the weights.
+    let folder = shanty_remote::hub::tokenizer_folder(&options.model_dir);
+    let prepared = folder.map_err(shanty_data::Error::from).and_then(|folder| {
+        options.model_dir = folder;
+        shanty_data::prepare(&options, &mut tell)
+    });
+    match prepared {
         Ok(summary) => {
             ui.json(&PrepareLine::Done { summary })?;
             Ok(Exit::Done)
@@ -50,21 +55,6 @@ pub(crate) fn execute(_: Args, ui: &Ui) -> CommandResult<Exit> {
             ui.json(&PrepareLine::failed(diagnostic))?;
             Ok(exit)
         }
-    }
-}
-
-fn options(request: PrepareRequest) -> PrepareOptions {
-    PrepareOptions {
-        model_dir: request.model_dir,
-        train: request.train,
-        eval: request.eval,
-        format: format_of(request.format),
-        max_length: u32::try_from(request.max_length).unwrap_or(u32::MAX),
-        packing: request.packing,
-        virtual_tokens: u32::try_from(request.virtual_tokens).unwrap_or(u32::MAX),
-        template_time: None,
-        out: request.out,
-        threads: request.threads,
     }
 }
 

@@ -6,6 +6,7 @@ use serde_json::json;
 use shanty_proto::v1::ResumeJobRequest;
 
 use crate::{
+    base,
     client::{Target, block_on, wire},
     commands::run::announce,
     error::Error,
@@ -57,7 +58,8 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
 }
 
 fn local(file: &JobFile, options: &LocalOptions, ui: &Ui) -> CommandResult<Exit> {
-    let job = file.load(&options.overrides(), ui)?;
+    let mut job = file.load(&options.overrides(), ui)?;
+    base::fetch(&mut job, ui)?;
     let spec = &job.value;
     let store = Store::new(store_of(spec), options.state_dir.clone());
     if !store.holds_a_job() {

@@ -3,10 +3,11 @@
 use serde_json::json;
 
 use crate::{
+    base,
     failure::{CommandResult, Exit},
     format,
     job_file::{JobFile, store_of},
-    preflight::Preflight,
+    preflight::{Preflight, check_data},
     run::{
         LocalOptions,
         local::{Begin, LocalRun, require_free},
@@ -32,10 +33,12 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
-    let job = args.file.load(&args.local.overrides(), ui)?;
+    let mut job = args.file.load(&args.local.overrides(), ui)?;
+    let store = Store::new(store_of(&job.value), args.local.state_dir.clone());
+    require_free(&store, &job.value, &args.file)?;
+    base::fetch(&mut job, ui)?;
+    check_data(&job)?;
     let spec = &job.value;
-    let store = Store::new(store_of(spec), args.local.state_dir.clone());
-    require_free(&store, spec, &args.file)?;
     let workers = spec.cluster.workers.max;
     let preflight = Preflight::of(&job, args.local.threads_each(workers))?;
     announce(ui, &spec.name, &preflight, workers, args.local.threads_each(workers))?;

@@ -5,9 +5,11 @@ use shanty_proto::v1::SubmitJobRequest;
 use uuid::Uuid;
 
 use crate::{
+    base,
     client::{Target, block_on, wire},
     failure::{CommandResult, Exit},
     job_file::JobFile,
+    preflight::check_data,
     ui::Ui,
 };
 
@@ -27,7 +29,9 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
-    let job = args.job.load(&[], ui)?;
+    let mut job = args.job.load(&[], ui)?;
+    base::pin(&mut job, ui)?;
+    check_data(&job)?;
     let request = SubmitJobRequest {
         request_id: args.request_id.unwrap_or_else(|| Uuid::new_v4().to_string()),
         spec_json: shanty_config::to_json(&job.value),

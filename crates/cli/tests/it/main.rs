@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod coordinator;
+mod data;
 mod help;
 mod interop;
 mod methods;

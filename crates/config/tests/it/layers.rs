@@ -88,7 +88,10 @@ fn paths_of_the_file_count_from_its_folder_and_others_from_here() {
     let here = std::env::current_dir().expect("a current folder");
     let job = bench.load(GOOD).expect("right").value;
     assert_eq!(job.base.model, bench.path("model"));
-    assert_eq!(job.data.train, bench.path("data/*.jsonl").to_str().expect("UTF-8"));
+    assert_eq!(
+        job.data.train.paths(),
+        [("data.train".to_owned(), bench.path("data/*.jsonl").to_str().expect("UTF-8"))]
+    );
     assert_eq!(job.checkpoint.store, Some(here.join("runs/pirate")));
 
     let text = format!("{GOOD}[checkpoint]\nstore = \"out\"\n");
@@ -192,4 +195,44 @@ fn the_learning_rate_follows_the_method_unless_it_is_named() {
     assert_eq!(["lora", "prefix_tuning", "prompt_tuning", "p_tuning"].map(rate), [2e-4, 5e-3, 1e-2, 1e-4]);
     let named = Bench::new().load_with(GOOD, &[], &[("train.learning_rate", "3e-3")]).expect("right").value;
     assert_eq!(named.learning_rate(), 3e-3);
+}
+
+#[test]
+fn several_sources_of_data_are_tables_in_either_spelling() {
+    let bench = Bench::new();
+    bench.write("data/b.jsonl", "{\"text\": \"haul away\"}\n");
+    let inline = "name = \"x\"\nbase.model = \"model\"\n[data]\nmax_length = 256\ntrain = [{ path = \"data/a.jsonl\", weight = 7 }, \
+                  { path = \"s3://crew/*.parquet\", weight = 3.0, format = \"text\" }]\n";
+    let spread = "name = \"x\"\nbase.model = \"model\"\n[data]\nmax_length = 256\n[[data.train]]\npath = \"data/a.jsonl\"\nweight = 7\n\
+                  [[data.train]]\npath = \"s3://crew/*.parquet\"\nweight = 3.0\nformat = \"text\"\n";
+    let job = bench.load(inline).expect("right");
+    assert_eq!(job.value, bench.load(spread).expect("right").value);
+    check_files(&job).expect("what is in a store is looked at later");
+    let sources = job.value.data.train.sources();
+    assert_eq!(sources[0].path, bench.path("data/a.jsonl").to_str().expect("UTF-8"));
+    assert_eq!((sources[0].weight, sources[0].format), (Some(7.0), None));
+    assert_eq!((sources[1].path.as_str(), sources[1].weight), ("s3://crew/*.parquet", Some(3.0)));
+    let wire = to_json(&job.value);
+    assert_eq!(from_json(&wire).expect("what was written"), job.value);
+    let outside = [("data.train", "[{ path = \"/d/a.jsonl\" }, { path = \"/d/b.jsonl\" }]")];
+    assert_eq!(bench.load_with(GOOD, &[], &outside).expect("right").value.data.train.sources().len(), 2);
+
+    let text = inline.replace("data/a.jsonl", "data/none.jsonl");
+    let errors = check_files(&bench.load(text).expect("right")).expect_err("it is not there");
+    let places: Vec<_> = errors.diagnostics().iter().map(|error| (error.code.clone(), error.line)).collect();
+    assert_eq!(places, [("SH0111".to_owned(), Some(5))]);
+}
+
+#[test]
+fn a_model_of_the_hub_is_no_path() {
+    let bench = Bench::new();
+    let with_model =
+        |model: &str| bench.load(GOOD.replace("\"model\"", &format!("\"{model}\""))).expect("right");
+    let job = with_model("crew/tiny@main");
+    assert_eq!(job.value.base.model.to_str(), Some("hf://crew/tiny@main"));
+    check_files(&job).expect("what is on the hub is looked at later");
+    // A folder of that name, or one that could hold it, is a path.
+    bench.write("crew/other/config.json", "{}");
+    assert_eq!(with_model("crew/tiny").value.base.model, bench.path("crew/tiny"));
+    assert_eq!(with_model("./shanty/tiny").value.base.model, bench.path("shanty/tiny"));
 }

@@ -21,6 +21,13 @@ macro_rules! after_head {
     };
 }
 
+/// The same with several sources, in line 4.
+macro_rules! mixed {
+    ($train:literal) => {
+        concat!("name = \"x\"\nbase.model = \"model\"\n[data]\ntrain = ", $train, "\n")
+    };
+}
+
 const WRONG: &[Wrong] = &[
     // not a file that can be read as TOML
     wrong("no closing quote", "name = \"x\n", &[("SH0106", 1)]),
@@ -188,7 +195,16 @@ const WRONG: &[Wrong] = &[
     ),
     wrong("rows of no token", after_head!("data.max_length = 0\n"), &[("SH0104", 4)]),
     wrong("a broken glob", after_head!("data.eval = \"data/[.jsonl\"\n"), &[("SH0104", 4)]),
-    wrong("data of an object store", after_head!("data.eval = \"s3://b/x.jsonl\"\n"), &[("SH0104", 4)]),
+    wrong("data of an unknown store", after_head!("data.eval = \"ftp://b/x.jsonl\"\n"), &[("SH0104", 4)]),
+    wrong("data of nowhere", after_head!("data.eval = \"s3://\"\n"), &[("SH0104", 4)]),
+    wrong("no source", mixed!("[]"), &[("SH0104", 4)]),
+    wrong("a source without path", mixed!("[{ weight = 1 }]"), &[("SH0103", 4)]),
+    wrong("an unknown key of a source", mixed!("[{ path = \"a\", weigth = 1 }]"), &[("SH0102", 4)]),
+    wrong("a source that is a number", mixed!("[\n3]"), &[("SH0103", 5)]),
+    wrong("a weight of nothing", mixed!("[{ path = \"a\",\nweight = 0 }]"), &[("SH0104", 5)]),
+    wrong("a weight in quotes", mixed!("[{ path = \"a\", weight = \"1\" }]"), &[("SH0103", 4)]),
+    wrong("some weights", mixed!("[{ path = \"a\", weight = 1 }, { path = \"b\" }]"), &[("SH0104", 4)]),
+    wrong("an unknown form of a source", mixed!("[{ path = \"a\", format = \"csv\" }]"), &[("SH0107", 4)]),
     wrong("steps without rows", after_head!("[train]\nglobal_batch_size = 0\n"), &[("SH0104", 5)]),
     wrong("passes without rows", after_head!("[train]\nmicro_batch_size = 0\n"), &[("SH0104", 5)]),
     wrong("a rate of 0", after_head!("[train]\nlearning_rate = 0.0\n"), &[("SH0104", 5)]),

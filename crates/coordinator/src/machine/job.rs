@@ -229,8 +229,9 @@ impl Job {
 
     /// Takes over what the prepared data is.
     pub fn set_facts(&mut self, facts: DataFacts) -> Result<(), shanty_data::Error> {
-        let order =
-            Order::new(self.spec.train.seed, facts.train_rows, self.spec.train.global_batch_size as u64)?;
+        let train = &self.spec.train;
+        let batch = train.global_batch_size as u64;
+        let order = Order::mixed(train.seed, facts.train_rows, &facts.train_mix, batch)?;
         self.order = Some(order);
         self.facts = Some(facts);
         Ok(())

@@ -62,6 +62,9 @@ pub struct DataFacts {
     pub train_tokens: u64,
     /// Those of them that are training targets.
     pub train_trained_tokens: u64,
+    /// How an epoch is dealt from weighted sources; empty where each row comes once.
+    #[serde(default)]
+    pub train_mix: Vec<shanty_data::MixPart>,
     /// What must be said aloud: dropped records, lost answers, a missing end token.
     #[serde(default)]
     pub warnings: Vec<String>,

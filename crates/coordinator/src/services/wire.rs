@@ -184,6 +184,11 @@ pub(crate) fn message_out(message: Message, beat_ms: u32, credit_ms: u32) -> v1:
                 train_trained_tokens: facts.train_trained_tokens,
                 steps: steps.0,
                 tokenizer_hash: facts.tokenizer_hash,
+                train_mix: facts
+                    .train_mix
+                    .iter()
+                    .map(|part| v1::MixPart { rows: part.rows, rows_per_epoch: part.rows_per_epoch })
+                    .collect(),
             }),
         }),
         Message::Form { job, attempt, rank, generation } => Out::Form(form(job, attempt, rank, &generation)),

@@ -86,16 +86,11 @@ impl Server {
         std::fs::write(&eval, "{\"text\": \"a verse held out\"}\n").unwrap();
         let store = folder.join("store");
         let options = shanty_data::PrepareOptions {
-            model_dir: model(),
-            train: train.display().to_string(),
             eval: Some(eval.display().to_string()),
-            format: shanty_data::Format::Auto,
             max_length: 32,
             packing: false,
-            virtual_tokens: 0,
-            template_time: None,
-            out: store.join("prepared"),
             threads: 1,
+            ..shanty_data::PrepareOptions::new(model(), train.display().to_string(), store.join("prepared"))
         };
         let summary = shanty_data::prepare(&options, &mut |_| {}).unwrap();
         let progress = PrepareLine::Progress {

@@ -254,6 +254,7 @@ impl World {
                     eval_rows: 0,
                     train_tokens: 100,
                     train_trained_tokens: 50,
+                    train_mix: Vec::new(),
                     warnings: Vec::new(),
                 };
                 self.answers.push((self.now + 20, Event::PrepareEnded { job, attempt, outcome: Ok(facts) }));

@@ -133,6 +133,7 @@ fn resume_of_changed_data_is_refused() {
         eval_rows: 0,
         train_tokens: 1,
         train_trained_tokens: 1,
+        train_mix: Vec::new(),
         warnings: Vec::new(),
     };
     stage.tell(Event::PrepareEnded { job: job(), attempt: Attempt(2), outcome: Ok(facts) });

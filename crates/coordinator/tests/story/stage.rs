@@ -145,6 +145,7 @@ impl Stage {
             eval_rows: 2,
             train_tokens: 1000,
             train_trained_tokens: 140,
+            train_mix: Vec::new(),
             warnings: Vec::new(),
         };
         let job = JobId::new(name).unwrap();

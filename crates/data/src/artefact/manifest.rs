@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Format, Split, Summary};
+use crate::{Format, MixPart, Split, Summary, TemplateUse, TrainOn, TrainSource};
 
 /// Name of the manifest.
 pub(crate) const MANIFEST: &str = "manifest.json";
@@ -40,7 +40,7 @@ pub(crate) struct FileEntry {
 }
 
 /// All that the rows follow from: equal inputs give the same folder.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Inputs {
     pub(crate) tokenizer_hash: String,
     pub(crate) format: Format,
@@ -49,8 +49,20 @@ pub(crate) struct Inputs {
     #[serde(default)]
     pub(crate) virtual_tokens: u32,
     pub(crate) template_time: Option<i64>,
+    #[serde(default)]
+    pub(crate) recipe: Recipe,
     pub(crate) train: Vec<InputFile>,
     pub(crate) eval: Vec<InputFile>,
+}
+
+/// What else decides how records become rows.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub(crate) struct Recipe {
+    pub(crate) train_on: TrainOn,
+    pub(crate) chat_template: TemplateUse,
+    pub(crate) require_end_token: bool,
+    /// Forms and weights. The paths in it are as they were asked for; what they led to stands in `train`.
+    pub(crate) sources: Vec<TrainSource>,
 }
 
 impl Inputs {
@@ -67,11 +79,13 @@ impl Inputs {
 pub(crate) struct InputFile {
     pub(crate) path: PathBuf,
     pub(crate) bytes: u64,
+    /// Of a file in a store what the store says of its version: nobody reads it twice to hash it.
     pub(crate) blake3: String,
 }
 
 /// The hash that stands for the prepared data: of rows, sample lines, options and tokenizer, not of where the files lay.
-pub(crate) fn content_hash(inputs: &Inputs, files: &[FileEntry]) -> String {
+/// How sources are mixed is a part of it: it decides which rows a step trains.
+pub(crate) fn content_hash(inputs: &Inputs, files: &[FileEntry], mix: &[MixPart]) -> String {
     let mut hasher = blake3::Hasher::new();
     let mut field = |text: &str| {
         hasher.update(&(text.len() as u64).to_le_bytes());
@@ -89,6 +103,9 @@ pub(crate) fn content_hash(inputs: &Inputs, files: &[FileEntry]) -> String {
         field(&file.name);
         field(&file.bytes.to_string());
         field(&file.blake3);
+    }
+    for part in mix {
+        field(&format!("mix {} {}", part.rows, part.rows_per_epoch));
     }
     hasher.finalize().to_hex().to_string()
 }

@@ -18,7 +18,7 @@ use std::ffi::OsStr;
 
 pub use self::read::Prepared;
 pub(crate) use self::{
-    manifest::{FileEntry, InputFile, Inputs, MANIFEST, Manifest, SEAL, content_hash},
+    manifest::{FileEntry, InputFile, Inputs, MANIFEST, Manifest, Recipe, SEAL, content_hash},
     write::{Folder, SplitWriter},
 };
 

@@ -11,7 +11,7 @@ use super::{
     Entry, INDEX_ENTRY, Numbers, PARTS, SAMPLE_ENTRY, checksum, file_name,
     manifest::{KIND, MANIFEST, Manifest, SEAL, VERSION},
 };
-use crate::{Error, Row, SampleSource, Segment, Split, Summary};
+use crate::{Error, Row, SampleSource, Segment, Split, SplitSummary, Summary, order::row_of};
 
 /// A prepared folder, opened for reading. All reads are positioned and none moves a cursor: share it as you like.
 #[derive(Debug)]
@@ -88,7 +88,8 @@ impl Prepared {
         self.summary().split(split).map_or(0, |summary| summary.rows)
     }
 
-    /// Reads a row and checks its checksum.
+    /// Reads a row and checks its checksum. Ids are those of [`order`](crate::order): a mix gives a row that comes a second
+    /// time in an epoch an id of its own, which leads to the same tokens.
     ///
     /// # Errors
     /// [`Error::NoSuchRow`]; [`Error::Damaged`] if the bytes are not those that were written.
@@ -142,6 +143,12 @@ impl Prepared {
         Ok(SampleSource { sample_id, file: input.path.clone(), line, part })
     }
 
+    /// How often a row of a split may come in an epoch.
+    fn copies(&self, split: Split) -> u64 {
+        let mix = self.summary().split(split).map(SplitSummary::mix).unwrap_or_default();
+        mix.iter().map(|part| part.rows_per_epoch.div_ceil(part.rows.max(1)) + 1).max().unwrap_or(1)
+    }
+
     fn files(&self, split: Split) -> Option<&SplitFiles> {
         match split {
             Split::Train => Some(&self.train),
@@ -151,9 +158,11 @@ impl Prepared {
 
     fn entry(&self, split: Split, id: u64) -> Result<(&SplitFiles, Entry), Error> {
         let rows = self.rows(split);
-        let Some(files) = self.files(split).filter(|_| id < rows) else {
+        let ids = rows.saturating_mul(self.copies(split));
+        let Some(files) = self.files(split).filter(|_| id < ids) else {
             return Err(Error::NoSuchRow { split, id, rows });
         };
+        let id = row_of(id, rows);
         let mut bytes = [0; INDEX_ENTRY as usize];
         let failed = |reason: &dyn ToString| damaged(&self.dir.join(file_name(split, "index")), reason);
         files.index.read_exact_at(&mut bytes, id * INDEX_ENTRY).map_err(|source| failed(&source))?;

@@ -1,30 +1,25 @@
 //! What the prepared folder follows from, with the hashes by which a later run recognises it.
 
-use std::{
-    fs::File,
-    io::Read,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
-use super::{PrepareOptions, Progress, Report, Stage};
+use super::{PrepareOptions, Progress, Report, SourceFiles, Stage};
 use crate::{
     Error,
-    artefact::{InputFile, Inputs},
+    artefact::{InputFile, Inputs, Recipe},
     source,
 };
-
-/// Bytes between two reports of progress.
-const CHUNK: usize = 1 << 20;
 
 /// Hashes all data files.
 pub(super) fn gather(
     options: &PrepareOptions,
     tokenizer_hash: &str,
-    train: &[PathBuf],
-    eval: &[PathBuf],
+    train: &[SourceFiles],
+    eval: &[SourceFiles],
     progress: Report<'_>,
 ) -> Result<Inputs, Error> {
-    let bytes_total = train.iter().chain(eval).map(|path| source::size(path)).sum::<Result<u64, Error>>()?;
+    let files = |sources: &[SourceFiles]| sources.iter().flat_map(|source| source.files.clone()).collect();
+    let (train, eval): (Vec<PathBuf>, Vec<PathBuf>) = (files(train), files(eval));
+    let bytes_total = train.iter().chain(&eval).map(|path| source::size(path)).sum::<Result<u64, Error>>()?;
     let mut report = Progress { stage: Stage::Hashing, bytes_done: 0, bytes_total, samples: 0 };
     let mut hash_all = |paths: &[PathBuf]| {
         paths
@@ -44,27 +39,20 @@ pub(super) fn gather(
         packing: options.packing,
         virtual_tokens: options.virtual_tokens,
         template_time: options.template_time,
-        train: hash_all(train)?,
-        eval: hash_all(eval)?,
+        recipe: Recipe {
+            train_on: options.train_on,
+            chat_template: options.chat_template,
+            require_end_token: options.require_end_token,
+            sources: options.train.0.clone(),
+        },
+        train: hash_all(&train)?,
+        eval: hash_all(&eval)?,
     })
 }
 
 fn hash(path: &Path, done: &mut dyn FnMut(u64)) -> Result<InputFile, Error> {
-    let failed = |source| Error::Read { path: path.to_owned(), source };
-    let mut file = File::open(path).map_err(failed)?;
-    let mut hasher = blake3::Hasher::new();
-    let mut buffer = vec![0; CHUNK];
-    let mut bytes = 0;
-    loop {
-        let length = file.read(&mut buffer).map_err(failed)?;
-        if length == 0 {
-            break;
-        }
-        hasher.update(&buffer[..length]);
-        bytes += length as u64;
-        done(length as u64);
-    }
-    Ok(InputFile { path: path.to_owned(), bytes, blake3: hasher.finalize().to_hex().to_string() })
+    let source::Identity { bytes, version } = source::identify(path, done)?;
+    Ok(InputFile { path: path.to_owned(), bytes, blake3: version })
 }
 
 /// Refuses data files that changed while they were read: their hashes would not be those of what was tokenised.

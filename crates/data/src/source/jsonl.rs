@@ -1,14 +1,13 @@
 //! JSON Lines: one JSON object on each line.
 
 use std::{
-    fs::File,
-    io::{BufRead, BufReader, Read},
+    io::{BufRead, Read},
     path::{Path, PathBuf},
 };
 
 use serde_json::{Map, Value};
 
-use super::Raw;
+use super::{Raw, input::Text};
 use crate::{Error, Place};
 
 /// A batch ends after so many records, or after this many bytes.
@@ -20,20 +19,18 @@ const LINE_BYTES: u64 = 64 << 20;
 /// Reads a file line by line.
 pub(super) struct Reader {
     path: PathBuf,
-    input: BufReader<File>,
-    bytes_done: u64,
+    input: Text,
     line: u64,
 }
 
 impl Reader {
     pub(super) fn open(path: &Path) -> Result<Self, Error> {
-        let file = File::open(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
-        let input = BufReader::with_capacity(1 << 20, file);
-        Ok(Self { path: path.to_owned(), input, bytes_done: 0, line: 0 })
+        Ok(Self { path: path.to_owned(), input: Text::open(path)?, line: 0 })
     }
 
+    /// Bytes of the file, as it is stored, that are behind the reader.
     pub(super) fn bytes_done(&self) -> u64 {
-        self.bytes_done
+        self.input.bytes_read()
     }
 
     /// The next lines that are not blank; none at the end.
@@ -52,15 +49,16 @@ impl Reader {
 
     fn next_line(&mut self) -> Result<Option<Vec<u8>>, Error> {
         let mut line = Vec::new();
-        let length = (&mut self.input)
+        let length = self
+            .input
+            .input()
             .take(LINE_BYTES)
             .read_until(b'\n', &mut line)
-            .map_err(|source| Error::Read { path: self.path.clone(), source })?;
+            .map_err(|source| Error::read(&self.path, source))?;
         if length == 0 {
             return Ok(None);
         }
         self.line += 1;
-        self.bytes_done += length as u64;
         if length as u64 == LINE_BYTES && line.last() != Some(&b'\n') {
             return Err(Error::InvalidJson {
                 place: Place { file: self.path.clone(), line: self.line },

@@ -1,17 +1,17 @@
 //! Data files: where they are, and their records in batches.
 
+mod input;
 mod jsonl;
 mod parquet;
 
-use std::{
-    fs::{self, File},
-    io::Read,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-pub(crate) use self::jsonl::name;
+pub(crate) use self::{
+    input::{Identity, identify, size},
+    jsonl::name,
+};
 use crate::{Error, Place};
 
 /// What a data file is made of.
@@ -124,8 +124,8 @@ pub(crate) fn object(raw: Raw, place: impl Fn() -> Place) -> Result<Map<String, 
 /// The files that a path or glob leads to, sorted.
 pub(crate) fn expand(pattern: &str) -> Result<Vec<PathBuf>, Error> {
     let fail = |reason: String| Error::NoInput { pattern: pattern.to_owned(), reason };
-    if pattern.contains("://") {
-        return Err(fail("only local files are read".to_owned()));
+    if shanty_remote::is_url(pattern) {
+        return Ok(shanty_remote::expand(pattern)?.into_iter().map(PathBuf::from).collect());
     }
     let path = Path::new(pattern);
     if path.is_dir() {
@@ -154,28 +154,21 @@ pub(crate) fn expand(pattern: &str) -> Result<Vec<PathBuf>, Error> {
     Ok(files)
 }
 
-/// What a file is, by its ending; by its first bytes where the ending says nothing.
+/// What a file is, by its ending (before `.gz` and `.zst`); by its first bytes where the ending says nothing.
 fn kind(path: &Path) -> Result<Kind, Error> {
-    let ending = path.extension().map(|ending| ending.to_string_lossy().to_lowercase());
-    match ending.as_deref() {
+    let name = input::name(path);
+    let plain = name.strip_suffix(".gz").or_else(|| name.strip_suffix(".zst")).unwrap_or(&name);
+    match plain.rsplit_once('.').map(|(_, ending)| ending) {
         Some("jsonl" | "json" | "ndjson") => return Ok(Kind::JsonLines),
-        Some("parquet") => return Ok(Kind::Parquet),
+        Some("parquet") if plain.len() == name.len() => return Ok(Kind::Parquet),
         _ => {}
     }
-    let read = |source| Error::Read { path: path.to_owned(), source };
-    let mut start = Vec::new();
-    File::open(path).and_then(|file| file.take(4).read_to_end(&mut start)).map_err(read)?;
-    let reason = match &*start {
+    let reason = match &*input::first_bytes(path)? {
         b"PAR1" => return Ok(Kind::Parquet),
         [b'{', ..] => return Ok(Kind::JsonLines),
-        [0x1f, 0x8b, ..] => ": it is compressed by gzip; unpack it",
-        [0x28, 0xb5, 0x2f, 0xfd] => ": it is compressed by zstd; unpack it",
+        [0x1f, 0x8b, ..] => ": it is compressed by gzip; name it `.jsonl.gz` if it holds JSON Lines",
+        [0x28, 0xb5, 0x2f, 0xfd] => ": it is compressed by zstd; name it `.jsonl.zst` if it holds JSON Lines",
         _ => "",
     };
     Err(Error::FileType { path: path.to_owned(), reason: reason.to_owned() })
-}
-
-/// Size of a file.
-pub(crate) fn size(path: &Path) -> Result<u64, Error> {
-    fs::metadata(path).map(|data| data.len()).map_err(|source| Error::Read { path: path.to_owned(), source })
 }

@@ -1,9 +1,6 @@
 //! Parquet: string columns, and lists of structs for `messages`.
 
-use std::{
-    fs::File,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use arrow::{
     array::{Array, AsArray, RecordBatch},
@@ -12,13 +9,19 @@ use arrow::{
         UInt32Type, UInt64Type,
     },
 };
-use parquet::arrow::{
-    ProjectionMask,
-    arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder},
+use parquet::{
+    arrow::{
+        ProjectionMask,
+        arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder},
+    },
+    errors::ParquetError,
 };
 use serde_json::{Map, Value};
 
-use super::Raw;
+use super::{
+    Raw,
+    input::{Chunks, network_error, network_error_of_arrow},
+};
 use crate::{Error, Place};
 
 const BATCH_RECORDS: usize = 1024;
@@ -32,13 +35,15 @@ pub(super) struct Reader {
     size: u64,
 }
 
-fn builder(path: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>, Error> {
-    let file = File::open(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
-    ParquetRecordBatchReaderBuilder::try_new(file).map_err(|source| fail(path, &source))
+fn builder(path: &Path) -> Result<ParquetRecordBatchReaderBuilder<Chunks>, Error> {
+    ParquetRecordBatchReaderBuilder::try_new(Chunks::open(path)?).map_err(|source| fail(path, source))
 }
 
-fn fail(path: &Path, source: &dyn std::error::Error) -> Error {
-    Error::Parquet { path: path.to_owned(), reason: source.to_string() }
+fn fail(path: &Path, source: ParquetError) -> Error {
+    match network_error(source) {
+        Ok(error) => error.into(),
+        Err(source) => Error::Parquet { path: path.to_owned(), reason: source.to_string() },
+    }
 }
 
 /// Names of a file's columns.
@@ -68,7 +73,7 @@ impl Reader {
             .with_projection(mask)
             .with_batch_size(BATCH_RECORDS)
             .build()
-            .map_err(|source| fail(path, &source))?;
+            .map_err(|source| fail(path, source))?;
         Ok(Self { path: path.to_owned(), rows, rows_done: 0, rows_total, size: super::size(path)? })
     }
 
@@ -80,7 +85,10 @@ impl Reader {
 
     pub(super) fn next_records(&mut self) -> Result<Vec<(u64, Raw)>, Error> {
         let Some(batch) = self.rows.next() else { return Ok(Vec::new()) };
-        let batch = batch.map_err(|source| fail(&self.path, &source))?;
+        let batch = batch.map_err(|source| match network_error_of_arrow(source) {
+            Ok(error) => error.into(),
+            Err(source) => Error::Parquet { path: self.path.clone(), reason: source.to_string() },
+        })?;
         let mut records = Vec::with_capacity(batch.num_rows());
         for row in 0..batch.num_rows() {
             self.rows_done += 1;

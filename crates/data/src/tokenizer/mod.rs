@@ -3,7 +3,7 @@
 mod gguf;
 mod python;
 mod settings;
-mod template;
+pub(crate) mod template;
 
 use std::{ops::Range, path::Path, path::PathBuf};
 
@@ -153,9 +153,10 @@ impl Tokenizer {
     fn find_broken_literals(&self, template: &str) -> Result<Vec<(String, usize)>, Error> {
         let mut broken = Vec::new();
         for literal in template::token_literals(template) {
-            let pieces = self.encode(&literal, false)?.len();
-            if pieces != 1 {
-                broken.push((literal, pieces));
+            let ids = self.encode(&literal, false)?;
+            // One id may also be the one for all that is unknown.
+            if ids.len() != 1 || self.inner.token_to_id(&literal) != ids.first().copied() {
+                broken.push((literal, ids.len()));
             }
         }
         Ok(broken)
@@ -168,7 +169,8 @@ impl Tokenizer {
             serde_json::json!({"role": "user", "content": "x"}),
             serde_json::json!({"role": "assistant", "content": "y"}),
         ];
-        let rendered = template.answers(&self.model_dir, &messages, None, &self.specials).ok()?;
+        let said = template::Said { messages: &messages, tools: None, trained: &[true, true] };
+        let rendered = template.answers(&self.model_dir, said, &self.specials).ok()?;
         let answer = rendered.answers.last()?;
         let token =
             self.specials.iter().find(|token| rendered.text[..answer.end].ends_with(token.as_str()))?;
@@ -325,13 +327,54 @@ impl Tokenizer {
     /// As [`Tokenizer::render`]; [`Error::NotPrefixStable`] if the template has no generation marks and does not
     /// render answers one after another; [`Error::SplitToken`] if it writes a token that the tokenizer does not know.
     pub fn render_answers(&self, messages: &[Value], tools: Option<&Value>) -> Result<Rendered, Error> {
-        let rendered = self.template()?.answers(&self.model_dir, messages, tools, &self.specials)?;
+        self.render_trained(messages, tools, &vec![true; messages.len()])
+    }
+
+    /// As [`Tokenizer::render_answers`], without the answers whose message `trained` says no of.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::render_answers`]; [`Error::NotPrefixStable`] too if some answers are left out and the template's
+    /// generation marks are not one pair an answer.
+    pub fn render_trained(
+        &self,
+        messages: &[Value],
+        tools: Option<&Value>,
+        trained: &[bool],
+    ) -> Result<Rendered, Error> {
+        let conversation = template::Said { messages, tools, trained };
+        let rendered = self.template()?.answers(&self.model_dir, conversation, &self.specials)?;
         for (literal, pieces) in &self.broken_literals {
             if rendered.text.contains(literal) {
                 return Err(Error::SplitToken { token: literal.clone(), pieces: *pieces, place: None });
             }
         }
+        self.check_built_tokens(&rendered.text, messages)?;
         Ok(rendered)
+    }
+
+    /// Refuses control tokens that the template puts together from parts (`<|` and the role and `|>`) and that
+    /// are none of the vocabulary. What a message itself holds is text, and no business of ours.
+    fn check_built_tokens(&self, text: &str, messages: &[Value]) -> Result<(), Error> {
+        for literal in template::built_tokens(text) {
+            if self.inner.token_to_id(literal).is_some()
+                || messages.iter().any(|message| holds(message, literal))
+            {
+                continue;
+            }
+            let pieces = self.encode(literal, false)?.len();
+            return Err(Error::SplitToken { token: literal.to_owned(), pieces, place: None });
+        }
+        Ok(())
+    }
+}
+
+/// Whether a text is somewhere in a JSON value.
+fn holds(value: &Value, text: &str) -> bool {
+    match value {
+        Value::String(inner) => inner.contains(text),
+        Value::Array(values) => values.iter().any(|value| holds(value, text)),
+        Value::Object(map) => map.iter().any(|(key, value)| key.contains(text) || holds(value, text)),
+        _ => false,
     }
 }
 

@@ -14,14 +14,39 @@ use crate::Error;
 
 /// Name of the template in its environment.
 const NAME: &str = "chat_template";
+/// Instructions that one rendering may take. Long conversations with many tools take some hundred thousand.
+const FUEL: u64 = 5_000_000;
+/// How deep macros and blocks may nest; minijinja's own limit of 500 may fill the stack of a small thread.
+const RECURSION: usize = 100;
 /// A noncharacter of Unicode: no text that is meant for interchange holds it.
 const MARK: char = '\u{10fffe}';
 const OPEN: &str = "\u{10fffe}[";
 const CLOSE: &str = "\u{10fffe}]";
 
+/// A conversation on its way into a template.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Said<'a> {
+    pub(crate) messages: &'a [Json],
+    pub(crate) tools: Option<&'a Json>,
+    /// For each message whether it is trained where it is an answer; a missing one is.
+    pub(crate) trained: &'a [bool],
+}
+
+impl Said<'_> {
+    /// Numbers of the answers, from 0 among the messages.
+    fn answers(&self) -> impl Iterator<Item = usize> + '_ {
+        let role = |message: &Json| message.get("role").and_then(Json::as_str) == Some("assistant");
+        self.messages.iter().enumerate().filter(move |(_, message)| role(message)).map(|(index, _)| index)
+    }
+
+    fn is_trained(&self, message: usize) -> bool {
+        self.trained.get(message).copied().unwrap_or(true)
+    }
+}
+
 /// A chat template, parsed.
 #[derive(Debug)]
-pub(super) struct ChatTemplate {
+pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
     tokens: Vec<(String, String)>,
     /// Whether the template itself marks what the assistant wrote.
@@ -30,12 +55,15 @@ pub(super) struct ChatTemplate {
 
 impl ChatTemplate {
     /// Parses a template. `tokens` are given to it by name; `time` is what `strftime_now` shows, if it is to exist.
-    pub(super) fn new(source: &str, tokens: &[(String, String)], time: Option<i64>) -> Result<Self, String> {
+    pub(crate) fn new(source: &str, tokens: &[(String, String)], time: Option<i64>) -> Result<Self, String> {
         let mut syntax = SyntaxConfig::builder();
         syntax.trim_blocks(true).lstrip_blocks(true);
         let syntax = syntax.build().map_err(|source| source.to_string())?;
         let mut environment = Environment::new();
         environment.set_syntax(syntax);
+        // A template comes with a model of somebody else's: it must not take for ever, nor all of the stack.
+        environment.set_fuel(Some(FUEL));
+        environment.set_recursion_limit(RECURSION);
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", |value: &Value, indent: Option<usize>, options: Kwargs| {
@@ -53,6 +81,11 @@ impl ChatTemplate {
         Ok(Self { environment, tokens: tokens.to_vec(), has_marks })
     }
 
+    /// Sets how many instructions a rendering may take.
+    pub(crate) fn set_fuel(&mut self, fuel: u64) {
+        self.environment.set_fuel(Some(fuel));
+    }
+
     fn run(&self, messages: &[Value], tools: Option<&Value>, prompt: bool) -> Result<String, String> {
         let context = [
             ("messages", Value::from(messages)),
@@ -67,7 +100,7 @@ impl ChatTemplate {
     }
 
     /// A conversation as the model reads it.
-    pub(super) fn render(
+    pub(crate) fn render(
         &self,
         model_dir: &Path,
         messages: &[Json],
@@ -88,29 +121,28 @@ impl ChatTemplate {
     ///
     /// With `{% generation %}` marks the template says it. Without, an answer is what a rendering up to its message has
     /// more than one that ends in the generation prompt before it, less the white space after a special token.
-    pub(super) fn answers(
+    pub(crate) fn answers(
         &self,
         model_dir: &Path,
-        messages: &[Json],
-        tools: Option<&Json>,
+        said: Said<'_>,
         specials: &[String],
     ) -> Result<Rendered, Error> {
         let refused = |reason| Error::Template { model_dir: model_dir.to_owned(), place: None, reason };
+        let messages = said.messages;
         if self.has_marks && messages.iter().any(holds_mark) {
             return Err(refused(format!("a message holds U+{:X}, which is no character", u32::from(MARK))));
         }
         let values: Vec<Value> = messages.iter().map(python::from_json).collect();
-        let tools = tools.map(python::from_json);
+        let tools = said.tools.map(python::from_json);
         let text = self.run(&values, tools.as_ref(), false).map_err(refused)?;
         if self.has_marks {
-            return take_marks(&text).ok_or_else(|| refused("generation marks are nested".to_owned()));
+            let marked =
+                take_marks(&text).ok_or_else(|| refused("generation marks are nested".to_owned()))?;
+            return chosen(marked, said);
         }
 
         let mut answers: Vec<Range<usize>> = Vec::new();
-        for (index, message) in messages.iter().enumerate() {
-            if message.get("role").and_then(Json::as_str) != Some("assistant") {
-                continue;
-            }
+        for index in said.answers().filter(|index| said.is_trained(*index)) {
             let unstable =
                 |reason: String| Error::NotPrefixStable { place: None, message: index + 1, reason };
             let before = self.run(&values[..index], tools.as_ref(), true).map_err(|reason| {
@@ -135,6 +167,27 @@ impl ChatTemplate {
     }
 }
 
+/// Of the ranges between marks those of answers that are trained; empty ranges go.
+fn chosen(marked: Rendered, said: Said<'_>) -> Result<Rendered, Error> {
+    let Rendered { text, mut answers } = marked;
+    let left_out = said.answers().find(|index| !said.is_trained(*index));
+    if let Some(left_out) = left_out {
+        let numbers: Vec<usize> = said.answers().collect();
+        if numbers.len() != answers.len() {
+            let reason = format!(
+                "it has a weight of 0, and the template marks {} answers where there are {}",
+                answers.len(),
+                numbers.len()
+            );
+            return Err(Error::NotPrefixStable { place: None, message: left_out + 1, reason });
+        }
+        let mut numbers = numbers.into_iter();
+        answers.retain(|_| numbers.next().is_some_and(|index| said.is_trained(index)));
+    }
+    answers.retain(|answer| !answer.is_empty());
+    Ok(Rendered { text, answers })
+}
+
 /// The end of `text[start..]` without the white space that follows a special token there.
 fn without_space_after_special(text: &str, start: usize, specials: &[String]) -> usize {
     let answer = &text[start..];
@@ -143,7 +196,7 @@ fn without_space_after_special(text: &str, start: usize, specials: &[String]) ->
     if ends_special { start + trimmed.len() } else { text.len() }
 }
 
-/// The text without marks, and what was between them. Nothing if they do not alternate.
+/// The text without marks, and what was between them, also where that is empty. Nothing if they do not alternate.
 fn take_marks(marked: &str) -> Option<Rendered> {
     let mut text = String::with_capacity(marked.len());
     let mut answers = Vec::new();
@@ -153,9 +206,7 @@ fn take_marks(marked: &str) -> Option<Rendered> {
         let (answer, rest) = piece.split_once(CLOSE)?;
         let start = text.len();
         text.push_str(answer);
-        if text.len() > start {
-            answers.push(start..text.len());
-        }
+        answers.push(start..text.len());
         text.push_str(rest);
     }
     (!text.contains(MARK)).then_some(Rendered { text, answers })
@@ -197,10 +248,16 @@ fn generation_as_filter(source: &str) -> (String, bool) {
 /// What in a template looks like a control token: `<|…|>`, `<｜…｜>`, Gemma's turns.
 pub(super) fn token_literals(template: &str) -> Vec<String> {
     let mut found: Vec<String> = Vec::new();
-    for (open, close) in [("<|", "|>"), ("<｜", "｜>"), ("<start_of", ">"), ("<end_of", ">")] {
+    for (open, close) in
+        [("<|", "|>"), ("<｜", "｜>"), ("<start_of", ">"), ("<end_of", ">"), ("<s", ">"), ("</s", ">")]
+    {
         for (at, _) in template.match_indices(open) {
             let Some(end) = template[at + open.len()..].find(close) else { continue };
             let literal = &template[at..at + open.len() + end + close.len()];
+            // `<system>` and the like are text that a template may well write.
+            if open.ends_with('s') && literal.len() > open.len() + close.len() {
+                continue;
+            }
             // Templates build some tokens from parts: those hold quotes, braces or spaces.
             let whole = !literal.contains(|character: char| {
                 character.is_whitespace() || matches!(character, '\'' | '"' | '{' | '}' | '+' | '~')
@@ -211,6 +268,17 @@ pub(super) fn token_literals(template: &str) -> Vec<String> {
         }
     }
     found
+}
+
+/// What in a rendered text looks like a control token: `<|`, letters, digits or `_`, `|>`.
+pub(super) fn built_tokens(text: &str) -> impl Iterator<Item = &str> {
+    const LONGEST: usize = 48;
+    text.match_indices("<|").filter_map(|(at, open)| {
+        let rest = &text[at + open.len()..];
+        let name = rest.find(|letter: char| !letter.is_ascii_alphanumeric() && letter != '_')?;
+        let is_token = (1..=LONGEST).contains(&name) && rest[name..].starts_with("|>");
+        is_token.then(|| &text[at..at + open.len() + name + 2])
+    })
 }
 
 fn reason_of(error: &minijinja::Error) -> String {

@@ -42,17 +42,12 @@ fn files() -> Vec<Case> {
         case("no such file", Bench::new(), "SH0201", "no such file"),
         case(
             "no match",
-            with(Bench::new(), |o| o.train = "/nowhere/*.jsonl".to_owned()),
+            with(Bench::new(), |o| o.train = "/nowhere/*.jsonl".into()),
             "SH0201",
             "no file matches",
         ),
-        case(
-            "a URL",
-            with(Bench::new(), |o| o.train = "s3://b/a.jsonl".to_owned()),
-            "SH0201",
-            "only local files",
-        ),
-        case("a folder", with(Bench::new(), |o| o.train = "/tmp".to_owned()), "SH0201", "it is a folder"),
+        case("a URL", with(Bench::new(), |o| o.train = "ftp://b/a.jsonl".into()), "SH0223", "`ftp://`"),
+        case("a folder", with(Bench::new(), |o| o.train = "/tmp".into()), "SH0201", "it is a folder"),
         case(
             "no eval file",
             with(Bench::new().train(good), |o| o.eval = Some("none.jsonl".to_owned())),
@@ -65,19 +60,19 @@ fn files() -> Vec<Case> {
             let bench = Bench::new().train(good);
             bench.write("train2.jsonl", "");
             let pattern = bench.path("train*.jsonl").to_str().unwrap().to_owned();
-            case("second file empty", with(bench, |o| o.train = pattern), "SH0202", "train2.jsonl")
+            case("second file empty", with(bench, |o| o.train = pattern.into()), "SH0202", "train2.jsonl")
         },
         {
             let bench = Bench::new();
             let path = bench.write("data.gz", [0x1f, 0x8b, 8, 0]).to_str().unwrap().to_owned();
-            case("compressed", with(bench, |o| o.train = path), "SH0218", "gzip")
+            case("compressed", with(bench, |o| o.train = path.into()), "SH0218", "gzip")
         },
         {
             let bench = Bench::new();
             let path = bench.write("data.csv", "text\nhello\n").to_str().unwrap().to_owned();
             case(
                 "comma-separated",
-                with(bench, |o| o.train = path),
+                with(bench, |o| o.train = path.into()),
                 "SH0218",
                 "neither JSON Lines nor Parquet",
             )
@@ -85,7 +80,7 @@ fn files() -> Vec<Case> {
         {
             let bench = Bench::new();
             let path = bench.write("data.parquet", "PAR1 and no more").to_str().unwrap().to_owned();
-            case("broken Parquet", with(bench, |o| o.train = path), "SH0208", "data.parquet")
+            case("broken Parquet", with(bench, |o| o.train = path.into()), "SH0208", "data.parquet")
         },
     ]
 }
@@ -128,7 +123,7 @@ fn lines() -> Vec<Case> {
         at("a number", format!("{good}12\n"), "SH0204", 2, "it is a number"),
         at("unknown columns", "{\"body\": \"a\", \"id\": 1}\n", "SH0205", 1, "`body`, `id`"),
         at("no columns", "{}\n", "SH0205", 1, "(none)"),
-        at("other tools' names", "{\"conversations\": []}\n", "SH0205", 1, "rename it to `messages`"),
+        at("other tools' names", "{\"conversations\": []}\n", "SH0207", 1, "an empty list"),
         at("half a pair", "{\"prompt\": \"a\"}\n", "SH0205", 1, "a `completion` is missing"),
         at("two forms", "{\"text\": \"a\", \"messages\": []}\n", "SH0205", 1, "text and messages"),
         at(
@@ -176,7 +171,7 @@ fn lines() -> Vec<Case> {
         at(
             "no answers",
             "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}\n",
-            "SH0214",
+            "SH0221",
             0,
             "1 hold no answer",
         ),
@@ -248,10 +243,128 @@ fn models() -> Vec<Case> {
     ]
 }
 
+/// Data sets as they are found: broken, half converted, of other programs.
+fn found_in_the_wild() -> Vec<Case> {
+    let alpaca = "{\"instruction\": \"a\", \"input\": \"\", \"output\": \"b\"}\n";
+    let shares = "{\"conversations\": [{\"from\": \"human\", \"value\": \"a\"}, {\"from\": \"gpt\", \"value\": \"b\"}]}\n";
+    let chat = |messages: &str| {
+        let text = format!("{{\"messages\": {messages}}}\n");
+        Bench::with_fixture("chat/chatml")
+            .tokenizer_config(json!({"chat_template": "{% for m in messages %}{{ m.role }}{{ m.content }}<|im_end|>{% endfor %}"}))
+            .train(text)
+    };
+    let row = |name, bench: Bench, code, says| Case { line: Some(1), ..case(name, bench, code, says) };
+    vec![
+        at("cut in the middle of a conversation", &shares[..60], "SH0204", 1, "EOF"),
+        at(
+            "alpaca, then a row without output",
+            format!("{alpaca}{{\"instruction\": \"a\"}}\n"),
+            "SH0206",
+            2,
+            "`output`",
+        ),
+        at("alpaca, then sharegpt", format!("{alpaca}{shares}"), "SH0206", 2, "`instruction`"),
+        at(
+            "alpaca and a pair",
+            "{\"instruction\": \"a\", \"output\": \"b\", \"prompt\": \"a\", \"completion\": \"b\"}\n",
+            "SH0205",
+            1,
+            "prompt-completion and alpaca",
+        ),
+        at(
+            "a question and an answer",
+            "{\"question\": \"a\", \"answer\": \"b\"}\n",
+            "SH0205",
+            1,
+            "rename them",
+        ),
+        at("preference pairs", "{\"chosen\": \"a\", \"rejected\": \"b\"}\n", "SH0205", 1, "preference pairs"),
+        at("an instruction alone", "{\"instruction\": \"a\"}\n", "SH0205", 1, "an `output` is missing"),
+        at("a comma after the last key", "{\"text\": \"a\",}\n", "SH0204", 1, "trailing comma"),
+        at("Python's words", "{\"text\": None}\n", "SH0204", 1, "expected"),
+        at("not a number", "{\"text\": NaN}\n", "SH0204", 1, "expected"),
+        at("half a surrogate", "{\"text\": \"\\ud83d\"}\n", "SH0204", 1, ""),
+        at("a control character in a string", "{\"text\": \"a\tb\"}\n", "SH0204", 1, "control character"),
+        at(
+            "lists in lists without end",
+            format!("{{\"text\": {}}}\n", "[".repeat(5000)),
+            "SH0204",
+            1,
+            "recursion limit",
+        ),
+        at("UTF-16", [0xff, 0xfe, b'{', 0, b'"', 0], "SH0203", 1, "not valid UTF-8"),
+        at("Latin 1", b"{\"text\": \"caf\xe9\"}\n", "SH0203", 1, "column 14"),
+        at("zero bytes", [0; 64], "SH0204", 1, ""),
+        at(
+            "a line without end",
+            [b"{\"text\": \"", &vec![b'a'; 65 << 20][..]].concat(),
+            "SH0204",
+            1,
+            "longer than 64 MiB",
+        ),
+        at("nulls all the way", "{\"messages\": null}\n", "SH0207", 1, "null, not a list"),
+        row("a message that is null", chat("[null]"), "SH0207", "`messages[0]`"),
+        row(
+            "a content that is an object",
+            chat("[{\"role\": \"user\", \"content\": {\"text\": \"a\"}}]"),
+            "SH0207",
+            "`messages[0].content`",
+        ),
+        row(
+            "no content and no call",
+            chat("[{\"role\": \"assistant\", \"content\": null, \"tool_calls\": null}]"),
+            "SH0207",
+            "`messages[0].content`",
+        ),
+        row("a list of lists", chat("[[]]"), "SH0207", "`messages[0]`"),
+        row("messages as one text", chat("\"user: a\""), "SH0207", "a string, not a list"),
+    ]
+}
+
+/// Templates that are broken or mean harm. A model may come from anybody.
+fn templates() -> Vec<Case> {
+    let chat = "{\"messages\": [{\"role\": \"pirate\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}\n";
+    let with_template = |template: &str| {
+        Bench::with_fixture("chat/chatml").tokenizer_config(json!({ "chat_template": template })).train(chat)
+    };
+    let whole = |name, template: &str, says| case(name, with_template(template), "SH0211", says);
+    let of_row = |name, template: &str, says| Case { line: Some(1), ..whole(name, template, says) };
+    vec![
+        whole("a block without end", "{% for m in messages %}{{ m }}", "line 1 of the template"),
+        whole("an unknown block", "{% generate %}{% endgenerate %}", "unknown statement"),
+        whole("half an expression", "{{ messages[0 }}", "line 1 of the template"),
+        of_row("an unknown filter", "{{ messages | sort_of }}", "sort_of"),
+        of_row(
+            "a role that it refuses",
+            "{% for m in messages %}{% if m.role not in ['user', 'assistant'] %}{{ raise_exception('unknown role ' + m.role) }}{% endif %}{% endfor %}",
+            "unknown role pirate",
+        ),
+        of_row("a key that is not there", "{{ messages[0].name.first }}", "undefined"),
+        of_row(
+            "a loop that takes for ever",
+            "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
+            "fuel",
+        ),
+        of_row("a macro that calls itself", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        of_row(
+            "a text that doubles",
+            "{% set ns = namespace(s='ha') %}{% for i in range(64) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
+            "fuel",
+        ),
+        of_row("a template that includes itself", "{% include 'chat_template' %}", ""),
+    ]
+}
+
 #[test]
 fn each_mistake_has_its_code_and_place() {
-    let cases: Vec<Case> = files().into_iter().chain(lines()).chain(models()).collect();
-    assert!(cases.len() >= 40);
+    let cases: Vec<Case> = files()
+        .into_iter()
+        .chain(lines())
+        .chain(models())
+        .chain(found_in_the_wild())
+        .chain(templates())
+        .collect();
+    assert!(cases.len() >= 75);
     for case in cases {
         let before = listing(&case.bench);
         let error = case.bench.prepare().expect_err(case.name);
@@ -284,7 +397,7 @@ fn listing(bench: &Bench) -> Vec<String> {
 #[test]
 fn every_code_has_a_page() {
     let pages = crate::helpers::root().join("docs/errors");
-    for number in 201..=220 {
+    for number in 201..=229 {
         let page = fs::read_to_string(pages.join(format!("SH0{number}.md"))).unwrap();
         assert!(page.starts_with(&format!("# SH0{number}: ")), "{page}");
         for heading in ["## What happened", "## Likely causes", "## What to do"] {

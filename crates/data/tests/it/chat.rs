@@ -214,11 +214,13 @@ fn template_of_another_model_is_refused() {
 }
 
 #[test]
-fn answers_without_end_token_are_warned_of() {
+fn answers_without_end_token_are_refused_or_warned_of() {
     let template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}\
                     {% if add_generation_prompt %}assistant: {% endif %}";
     let messages = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]);
-    let bench = with_template(template).train(format!("{}\n", json!({ "messages": messages })));
+    let mut bench = with_template(template).train(format!("{}\n", json!({ "messages": messages })));
+    assert_eq!(bench.prepare().unwrap_err().diagnostic().code, "SH0222");
+    bench.options.require_end_token = false;
     let summary = bench.prepare().unwrap();
     assert!(summary.warnings.iter().any(|warning| warning.contains("end token")), "{:?}", summary.warnings);
     let good = Bench::new().train(format!("{}\n", json!({ "messages": messages })));

@@ -161,7 +161,7 @@ fn globs_are_read_in_the_order_of_names() {
     for (name, text) in [("b.jsonl", "second"), ("a.jsonl", "first"), ("c.txt", "not read")] {
         bench.write(name, line(json!({"text": format!("{text} {text}")})));
     }
-    bench.options.train = bench.path("*.jsonl").to_str().unwrap().to_owned();
+    bench.options.train = bench.path("*.jsonl").to_str().unwrap().into();
     let (summary, rows) = bench.rows();
     assert_eq!(summary.train.files, 2);
     let tokenizer = Tokenizer::load(&bench.options.model_dir).unwrap();

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use shanty_data::{Format, PrepareOptions, Prepared, Row, Split, Summary, prepare};
+use shanty_data::{PrepareOptions, Prepared, Row, Split, Summary, prepare};
 use tempfile::TempDir;
 
 /// The repository.
@@ -49,17 +49,11 @@ impl Bench {
 
     fn with_model(model: &Path) -> Self {
         let folder = TempDir::new().unwrap();
+        let train = folder.path().join("train.jsonl").to_str().unwrap().to_owned();
         let options = PrepareOptions {
-            model_dir: model.to_owned(),
-            train: folder.path().join("train.jsonl").to_str().unwrap().to_owned(),
-            eval: None,
-            format: Format::Auto,
             max_length: 256,
-            packing: true,
-            virtual_tokens: 0,
-            template_time: None,
-            out: folder.path().join("prepared"),
             threads: 2,
+            ..PrepareOptions::new(model, train, folder.path().join("prepared"))
         };
         Self { folder, options }
     }

@@ -4,9 +4,12 @@
 #![expect(clippy::single_range_in_vec_init, reason = "a list of trained ranges often holds one range")]
 
 mod bad_input;
+mod borrowed_forms;
 mod chat;
 mod forms;
 mod helpers;
+mod mixed;
 mod parquet_files;
+mod remote;
 mod reuse;
 mod tasks;

@@ -35,6 +35,13 @@ fn texts() -> Vec<String> {
     (0..3000).map(|index| format!("Row {index} says {} times nothing", index % 17)).collect()
 }
 
+/// A file with a column of so many texts; gives its path.
+pub fn text_file(bench: &Bench, count: i64) -> String {
+    let ids: ArrayRef = Arc::new(Int64Array::from_iter_values(0..count));
+    let text = (0..count).map(|index| format!("Row {index} says {} times nothing", index % 17)).collect();
+    write(bench, "texts.parquet", vec![("id", ids), ("text", strings("small", text))], Compression::SNAPPY)
+}
+
 fn strings(kind: &str, texts: Vec<String>) -> ArrayRef {
     let texts = texts.iter().map(String::as_str);
     match kind {
@@ -56,7 +63,7 @@ fn text_columns_of_all_kinds_give_the_rows_of_json_lines() {
             let mut bench = Bench::new();
             let ids: ArrayRef = Arc::new(Int64Array::from_iter_values(0..3000));
             let columns = vec![("id", ids), ("text", strings(kind, texts()))];
-            bench.options.train = write(&bench, "data.parquet", columns, compression);
+            bench.options.train = write(&bench, "data.parquet", columns, compression).into();
             let (summary, rows) = bench.rows();
             assert_eq!(rows, expected, "{kind} {compression}");
             assert_eq!(summary.train.ignored_columns, ["id"]);
@@ -91,7 +98,7 @@ fn lists_of_messages_give_the_rows_of_json_lines() {
     let (_, expected) = Bench::new().train(lines).rows();
     let mut bench = Bench::new();
     bench.options.train =
-        write(&bench, "data.parquet", vec![("messages", conversations(50))], Compression::SNAPPY);
+        write(&bench, "data.parquet", vec![("messages", conversations(50))], Compression::SNAPPY).into();
     let (summary, rows) = bench.rows();
     assert_eq!(summary.train.form, "messages");
     assert_eq!(rows, expected);
@@ -105,7 +112,7 @@ fn files_of_both_kinds_may_be_mixed() {
     let mut bench = Bench::new();
     write(&bench, "a.parquet", vec![("text", strings("small", texts()))], Compression::SNAPPY);
     bench.write("b.jsonl", "{\"text\": \"the last\"}\n");
-    bench.options.train = bench.path("[ab].*").to_str().unwrap().to_owned();
+    bench.options.train = bench.path("[ab].*").to_str().unwrap().into();
     let summary = bench.prepare().unwrap();
     assert_eq!((summary.train.files, summary.train.records), (2, 3001));
     let prepared = Prepared::open(&bench.options.out).unwrap();
@@ -131,7 +138,7 @@ fn wrong_columns_are_errors_with_their_row() {
     ];
     for (columns, code, line) in cases {
         let mut bench = Bench::new();
-        bench.options.train = write(&bench, "data.parquet", columns, Compression::SNAPPY);
+        bench.options.train = write(&bench, "data.parquet", columns, Compression::SNAPPY).into();
         let diagnostic = bench.prepare().unwrap_err().diagnostic();
         assert_eq!((diagnostic.code.as_str(), diagnostic.line), (code, line), "{diagnostic}");
         assert_eq!(diagnostic.file, Some(bench.path("data.parquet")));

@@ -85,7 +85,7 @@ const TASKS: [Task; 8] = [
 fn all_example_data_is_prepared() {
     for task in &TASKS {
         let mut bench = Bench::new();
-        bench.options.train = root().join("examples/tasks").join(task.file).to_str().unwrap().to_owned();
+        bench.options.train = root().join("examples/tasks").join(task.file).to_str().unwrap().into();
         let summary = bench.prepare().unwrap();
         let prepared = Prepared::open(&bench.options.out).unwrap();
         let (tokens, trained_tokens) = check_split(&prepared, Split::Train);

@@ -26,7 +26,7 @@ pub(super) fn method(spec: &JobSpec, steps: Option<u64>) -> Result<SharedMethod,
 const UNKNOWN_STEPS: u64 = 1 << 32;
 
 fn base(spec: &JobSpec) -> Option<String> {
-    Some(spec.base.model.display().to_string())
+    Some(shanty_remote::hub::public_name(&spec.base.model))
 }
 
 fn lora(spec: &JobSpec) -> LoraConfig {

@@ -12,7 +12,7 @@ use crate::Error;
 /// The method of a job; none where it has no virtual tokens.
 pub(super) fn method(spec: &JobSpec) -> Result<Option<SharedMethod>, Error> {
     let adapter = &spec.adapter;
-    let base = spec.base.model.display().to_string();
+    let base = shanty_remote::hub::public_name(&spec.base.model);
     let common = VirtualTokenConfig::new(Some(base.clone()), adapter.num_virtual_tokens);
     Ok(match adapter.method {
         Method::PrefixTuning => {
