@@ -19,6 +19,9 @@ use crate::{
     plan::{Arena, Levels, Sizes},
 };
 
+/// A backend, the method's branches, and the flat parameters where the backend can read them.
+pub(crate) type Lent<'a, B> = (&'a B, &'a Branches<B>, Option<&'a <B as Backend>::Buffer>);
+
 /// A backend and what passes over it work in.
 pub(crate) struct Worker<B: Backend> {
     backend: B,
@@ -79,7 +82,7 @@ impl<B: Backend> Worker<B> {
     pub(crate) fn lend<'a>(
         &'a mut self,
         parameters: Option<&'a [f32]>,
-    ) -> Result<(&'a B, &'a Branches<B>, Option<&'a B::Buffer>)> {
+    ) -> Result<Lent<'a, B>> {
         let Self { backend, branches, parameters: place, .. } = self;
         let parameters = match parameters {
             Some(parameters) => Some(backend.lend(parameters, place)?),
