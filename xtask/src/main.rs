@@ -1,10 +1,12 @@
 //! House rules as code, and generated docs.
 //!
 //! - `cargo xtask tidy`: checks the house rules; each rule is a function with a test of its own.
+//! - `cargo xtask fuzz`: fuzzes every reader of files that others wrote.
 //! - `cargo xtask gpu-check`: packs the check of the GPU engine for a machine with a card.
 //! - `cargo xtask docs`: writes the pages that are made from the source; `--check` fails where one is stale.
 
 mod docs;
+mod fuzz;
 mod gpu_check;
 mod tidy;
 mod tree;
@@ -23,6 +25,8 @@ usage: cargo xtask COMMAND
   tidy            checks the house rules
   docs            writes the pages that are made from the source
   docs --check    fails where such a page is stale
+  fuzz [--seconds N] [--seed N] [TARGET…]
+                  fuzzes the readers of foreign files, 300 seconds each
   gpu-check       packs the check of the GPU engine into .gpu/, for a machine with a card";
 
 fn main() -> ExitCode {
@@ -44,6 +48,7 @@ fn run(arguments: &[&str]) -> Result<bool> {
         ["tidy"] => tidy::run(&root),
         ["docs"] => docs::write(&root),
         ["docs", "--check"] => docs::check(&root),
+        ["fuzz", asked @ ..] => fuzz::run(&root, asked),
         ["gpu-check"] => {
             say(&gpu_check::pack(&root)?);
             Ok(true)
@@ -66,6 +71,6 @@ fn workspace_root() -> PathBuf {
 
 /// What people read goes to stderr.
 #[expect(clippy::print_stderr, reason = "the one place where xtask speaks")]
-fn say(text: &str) {
+pub(crate) fn say(text: &str) {
     eprintln!("{text}");
 }

@@ -65,7 +65,8 @@ impl Tree {
     pub(crate) fn manifests(&self) -> impl Iterator<Item = (&str, &str)> {
         self.texts().filter_map(|(name, text)| {
             let folder = name.strip_suffix("/Cargo.toml")?;
-            Some((folder, text))
+            // The programs for cargo-fuzz stand outside of the workspace.
+            (folder != "fuzz").then_some((folder, text))
         })
     }
 }

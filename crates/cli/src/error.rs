@@ -57,6 +57,18 @@ pub(crate) enum Error {
     #[error("`{flag}` is {value}, {rule}")]
     Impossible { flag: &'static str, value: String, rule: String },
 
+    #[error("no adapter is called `{name}`; there is: {}", listed(known))]
+    UnknownAdapter { name: String, known: Vec<String> },
+
+    #[error("two adapters are called `{name}`, or one is called as the bare base is")]
+    AdapterName { name: String },
+
+    #[error("line {line} of `{}` is no prompt: {reason}", file.display())]
+    Prompts { file: PathBuf, line: usize, reason: String },
+
+    #[error("row {row} of `{data}` cannot be scored: {reason}")]
+    Choices { data: String, row: u64, reason: String },
+
     #[error("the coordinator's answer makes no sense: {reason}")]
     Answer { reason: String },
 }
@@ -65,6 +77,11 @@ impl Error {
     pub(crate) fn json(source: serde_json::Error) -> Self {
         Self::Answer { reason: format!("failed to write JSON: {source}") }
     }
+}
+
+/// Names with commas between, `base` at the end.
+fn listed(names: &[String]) -> String {
+    names.iter().map(String::as_str).chain(["base"]).collect::<Vec<_>>().join(", ")
 }
 
 impl Diagnose for Error {
@@ -116,6 +133,14 @@ impl Diagnose for Error {
             Self::Start { .. } => new("SH0912").kind(Kind::Transient),
             Self::Address { .. } => new("SH0916").hint("for example http://127.0.0.1:7461"),
             Self::Impossible { .. } => new("SH0915"),
+            Self::UnknownAdapter { .. } => new("SH0920").hint("give it with --adapter NAME=DIR"),
+            Self::AdapterName { .. } => new("SH0921").hint("give each a name of its own: --adapter NAME=DIR"),
+            Self::Prompts { file, line, .. } => new("SH0922").in_file(file).at_line(*line).hint(
+                "a line is {\"prompt\": \"…\"} or {\"messages\": […]}, with \"adapter\": \"NAME\" if it is to choose",
+            ),
+            Self::Choices { .. } => {
+                new("SH0923").hint("`completion` must be one of `choices`, which are texts, at least two of them")
+            }
             Self::Answer { .. } => new("SH0914").kind(Kind::Internal),
         }
     }

@@ -5,11 +5,13 @@
 use std::process::ExitCode;
 
 mod args;
+mod bar;
 mod base;
 mod client;
 mod commands;
 mod error;
 mod failure;
+mod flags;
 mod format;
 mod job_file;
 mod model;
@@ -18,6 +20,8 @@ mod prepared;
 mod progress;
 mod run;
 mod sample;
+mod score;
+mod stream;
 mod ui;
 mod watch;
 

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
-use shanty_config::{JobSpec, Loaded};
+use shanty_config::{JobSpec, Loaded, job::Device};
 use shanty_diagnostic::Diagnose;
-use shanty_peft_core::{Engine, plan::Recompute};
+use shanty_peft_core::{Engine, EngineDevice, EngineOptions, Error, backend::cuda, engine::Estimate};
 use shanty_worker::engine::engine_options;
 
 use crate::{base, failure::CommandResult, job_file::at_key};
@@ -35,9 +35,12 @@ pub(crate) struct Preflight {
     pub(crate) total_parameters: u64,
     pub(crate) memory: Memory,
     pub(crate) micro_batch_rows: usize,
+    /// Whether anything is computed again in the backward pass.
     pub(crate) recompute: bool,
-    /// Names in `target_modules` that matched nothing while others did.
-    pub(crate) unused_targets: Vec<String>,
+    /// What becomes of each layer's activations, in words.
+    pub(crate) layers: String,
+    /// What is allowed, and perhaps not meant.
+    pub(crate) warnings: Vec<String>,
 }
 
 /// Memory of one worker by part, bytes.
@@ -48,6 +51,8 @@ pub(crate) struct Memory {
     pub(crate) optimizer: u64,
     pub(crate) activations: u64,
     pub(crate) scratch: u64,
+    /// What lies in the host's memory beside a card.
+    pub(crate) host: u64,
 }
 
 impl Memory {
@@ -56,20 +61,40 @@ impl Memory {
     }
 }
 
+/// Where workers of this machine would compute. A job for cards is planned for cards, whatever this machine has.
+fn device(spec: &JobSpec) -> EngineDevice {
+    let card = EngineDevice::Cuda { index: 0, precision: cuda::Precision::default() };
+    match spec.cluster.device {
+        Device::Cpu => EngineDevice::Cpu,
+        Device::Cuda => card,
+        Device::Auto if cuda::is_available() => card,
+        Device::Auto => EngineDevice::Cpu,
+    }
+}
+
+fn warnings(estimate: &Estimate) -> Vec<String> {
+    let unused = estimate.fit.matched().unused.iter();
+    let unused = unused.map(|name| format!("`{name}` in adapter.target_modules matches no module"));
+    unused.chain(estimate.fit.doubts(&estimate.config)).collect()
+}
+
 impl Preflight {
     /// Checks base and targets, and counts. What is wrong is shown at the key of the job file that names it.
     pub(crate) fn of(job: &Loaded<JobSpec>, threads: usize) -> CommandResult<Self> {
         let spec = &base::with_folder(&job.value)?;
         let options =
             engine_options(spec, threads).map_err(|error| at_key(job, "base.model", error.diagnostic()))?;
+        let options = EngineOptions { device: device(spec), ..options };
         let estimate = Engine::estimate(&options).map_err(|error| {
             let diagnostic = error.diagnostic();
-            let key = match diagnostic.code.starts_with("SH04") {
-                true if spec.adapter.method.has_virtual_tokens() => "adapter.num_virtual_tokens",
-                true => "adapter.target_modules",
-                false => "base.model",
+            let key = match &error {
+                Error::AdapterSetting { key, .. } => format!("adapter.{key}"),
+                Error::NoModuleToSave { .. } => "adapter.modules_to_save".to_owned(),
+                _ if !diagnostic.code.starts_with("SH04") => "base.model".to_owned(),
+                _ if spec.adapter.method.has_virtual_tokens() => "adapter.num_virtual_tokens".to_owned(),
+                _ => "adapter.target_modules".to_owned(),
             };
-            at_key(job, key, diagnostic)
+            at_key(job, &key, diagnostic)
         })?;
         let (plan, trainable) = (estimate.plan, estimate.fit.trained().parameters() as u64);
         Ok(Self {
@@ -83,10 +108,12 @@ impl Preflight {
                 optimizer: plan.optimizer_bytes,
                 activations: plan.activation_bytes,
                 scratch: plan.scratch_bytes,
+                host: plan.aside_bytes,
             },
             micro_batch_rows: plan.micro_batch_rows,
-            recompute: plan.recompute == Recompute::Layers,
-            unused_targets: estimate.fit.matched().unused.clone(),
+            recompute: plan.levels.everything < plan.levels.layers(),
+            layers: plan.levels.describe(),
+            warnings: warnings(&estimate),
         })
     }
 

@@ -45,17 +45,19 @@ pub(crate) fn of_job(
     Ok((out, prepared))
 }
 
-/// Tokenises and packs one file; gives its rows, in order.
+/// Tokenises and packs one file, with room for so many virtual tokens in front of every sample; gives its rows, in order.
 pub(crate) fn rows_of_file(
     model: &Path,
     data: &str,
     format: Format,
     max_length: usize,
+    virtual_tokens: usize,
 ) -> CommandResult<Vec<Row>> {
     let out = Scratch::new();
     let options = PrepareOptions {
         format,
         max_length: u32::try_from(max_length).unwrap_or(u32::MAX),
+        virtual_tokens: u32::try_from(virtual_tokens).unwrap_or(u32::MAX),
         require_end_token: false,
         ..PrepareOptions::new(model, data, out.path())
     };

@@ -5,12 +5,14 @@ use std::path::Path;
 use serde_json::json;
 use shanty_config::JobSpec;
 use shanty_data::Tokenizer;
+use shanty_peft_core::generate::{Request, SamplingOptions};
 use shanty_worker::engine::quantization;
 
 use crate::{
     base,
     failure::CommandResult,
-    model::{Model, Sampling},
+    flags::AdapterFlag,
+    model::{Model, ModelOptions, prompt_ids},
     ui::{Paint, Ui, paint},
 };
 
@@ -23,23 +25,38 @@ pub(crate) struct Sample {
 }
 
 /// Continues the job's prompt with the base alone and with the adapter.
-pub(crate) fn compare(spec: &JobSpec, adapter: &Path) -> CommandResult<Sample> {
+pub(crate) fn compare(spec: &JobSpec, adapter: &Path, ui: &Ui) -> CommandResult<Sample> {
     let spec = &base::with_folder(spec)?;
     let prompt = spec.sample.prompt.clone().unwrap_or_default();
     let tokenizer = Tokenizer::load(&spec.base.model)?;
-    let sampling = Sampling {
-        max_tokens: spec.sample.max_tokens,
-        temperature: 0.8,
-        top_k: None,
-        top_p: Some(0.95),
-        seed: spec.train.seed,
+    let adapter = AdapterFlag { name: "adapter".to_owned(), folder: adapter.to_owned() };
+    let mut model = Model::load(
+        &ModelOptions {
+            base: spec.base.model.clone(),
+            nf4: quantization(spec),
+            adapters: vec![adapter],
+            force: false,
+            threads: 0,
+            max_length: None,
+        },
+        ui,
+    )?;
+    let request = Request {
+        prompt: prompt_ids(&tokenizer, &prompt, true)?,
+        options: SamplingOptions {
+            temperature: 0.8,
+            top_p: Some(0.95),
+            seed: spec.train.seed,
+            max_tokens: spec.sample.max_tokens,
+            stop_ids: tokenizer.stop_ids().to_vec(),
+            ..SamplingOptions::default()
+        },
     };
-    let continued = |adapter: Option<&Path>| -> CommandResult<String> {
-        let mut model = Model::load(&spec.base.model, quantization(spec), adapter, 0, None)?;
-        let ids = model.generate(&tokenizer, &prompt, &sampling, &mut |_| true)?;
-        Ok(tokenizer.decode(&ids, true)?)
+    let mut continued = |choice| -> CommandResult<String> {
+        let end = model.generate(choice, request.clone(), &mut |_| true)?;
+        Ok(tokenizer.decode(&end.tokens, true)?)
     };
-    Ok(Sample { base: continued(None)?, adapter: continued(Some(adapter))?, prompt })
+    Ok(Sample { base: continued(None)?, adapter: continued(Some(0))?, prompt })
 }
 
 impl Sample {

@@ -76,7 +76,10 @@ mod tests {
         let (rest, finished) = stream.finish().unwrap();
         assert!(pieces.iter().all(|piece| !piece.contains(HALF)), "{pieces:?}");
         assert_eq!((pieces.concat() + &rest, finished.text.as_str()), (text.to_owned(), text));
-        assert!(pieces.iter().filter(|piece| !piece.is_empty()).count() > 10, "it comes in pieces: {pieces:?}");
+        assert!(
+            pieces.iter().filter(|piece| !piece.is_empty()).count() > 10,
+            "it comes in pieces: {pieces:?}"
+        );
     }
 
     #[test]

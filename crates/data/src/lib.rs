@@ -15,6 +15,7 @@ mod mix;
 pub mod order;
 mod pack;
 mod prepare;
+mod question;
 mod row;
 mod sample;
 mod source;
@@ -30,6 +31,7 @@ pub use crate::{
         Looked, PrepareOptions, Progress, Stage, Survey, TrainData, TrainSource, check_first, look, prepare,
         survey,
     },
+    question::{Question, questions},
     row::{Row, SampleSource, Segment, Split},
     summary::{Dropped, Example, LengthBucket, SourceSummary, SplitSummary, Summary},
     tokenizer::{Encoded, Message, Rendered, Tokenizer},

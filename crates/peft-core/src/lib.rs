@@ -11,8 +11,12 @@ pub mod batch;
 pub mod bench;
 pub mod engine;
 pub mod error;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod generate;
+pub mod gguf_export;
 pub mod loss;
+pub mod merge;
 pub mod model;
 pub mod nn;
 pub mod optim;

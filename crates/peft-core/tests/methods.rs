@@ -271,6 +271,16 @@ fn the_start_is_that_of_the_base() {
     assert!(with.iter().zip(&without).any(|(with, without)| (with - without).abs() > 1e-2));
 }
 
+#[test]
+fn what_is_perhaps_not_meant_is_told() {
+    let model = MemoryBase::load(&reference("models/llama")).config;
+    let doubts = |config: LoraConfig| config.fit(&model).unwrap().doubts(&model);
+    assert_eq!(doubts(all_linear(4, 0.0)), [""; 0]);
+    let saved = LoraConfig { modules_to_save: vec!["lm_head".to_owned()], ..all_linear(1, 0.0) };
+    let doubts = doubts(saved);
+    assert!(doubts.len() == 1 && doubts[0].contains("MB at every step"), "{doubts:?}");
+}
+
 /// LoRA+: the second factor learns faster, the embedding at a rate of its own, and what is frozen stays.
 #[test]
 fn parts_learn_at_rates_of_their_own() {

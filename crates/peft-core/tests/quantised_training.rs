@@ -16,7 +16,7 @@ use shanty_peft_core::{
     adapter::TargetModules,
     batch::{Row, Segment},
     engine::EngineParts,
-    model::{BaseSource, Matrix, ModelConfig, Projection, ResidentBase},
+    model::{BaseSource, Matrix, ModelConfig, ResidentBase, families},
     optim::{AdamW, AdamWOptions, clip_factor, global_norm},
     plan::{PlanRequest, Recompute},
     quant::Nf4Options,
@@ -43,22 +43,24 @@ const LEVELS: [f64; 16] = [
 ];
 
 /// Rows of a matrix are no multiple of a block: blocks run on from one row to the next.
-const CONFIG: &str = r#"{"model_type": "llama", "vocab_size": 97, "hidden_size": 72, "intermediate_size": 104,
-    "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 128, "hidden_act": "silu", "rope_theta": 10000.0, "tie_word_embeddings": false}"#;
-
-fn config() -> ModelConfig {
-    ModelConfig::from_json(CONFIG.as_bytes(), "config.json".as_ref()).unwrap()
+fn text(family: &str) -> String {
+    format!(
+        r#"{{"model_type": "{family}", "vocab_size": 97, "hidden_size": 72, "intermediate_size": 104,
+            "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12,
+            "rms_norm_eps": 1e-5, "max_position_embeddings": 128, "rope_theta": 10000.0, "sliding_window": 11,
+            "tie_word_embeddings": false}}"#
+    )
 }
 
 /// Writes a base as Hugging Face would, in f32.
-fn save(base: &MemoryBase, folder: &Path) {
-    std::fs::write(folder.join("config.json"), CONFIG).unwrap();
+fn save(base: &MemoryBase, folder: &Path, text: &str) {
+    std::fs::write(folder.join("config.json"), text).unwrap();
     let shape = |name: &str, length: usize| {
-        if name.ends_with("norm.weight") {
+        if name.ends_with("norm.weight") || name.ends_with("bias") {
             return vec![length];
         }
-        let projection = Projection::ALL.into_iter().find(|p| name.contains(&format!(".{}.", p.name())));
+        let mut all = base.config.projections().iter().copied();
+        let projection = all.find(|p| name.contains(&format!(".{}.", p.name())));
         let columns = projection.map_or(base.config.hidden_size, |p| base.config.shape(p)[1]);
         vec![length / columns, columns]
     };
@@ -67,7 +69,8 @@ fn save(base: &MemoryBase, folder: &Path) {
         .iter()
         .map(|(name, numbers)| {
             let tensor = Tensor::from_slice(numbers, shape(name, numbers.len()), &Device::Cpu).unwrap();
-            (name.clone(), tensor)
+            let less = if base.config.norms_less_one && name.contains("norm") { 1.0 } else { 0.0 };
+            (name.clone(), (tensor - less).unwrap())
         })
         .collect();
     candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
@@ -78,7 +81,7 @@ fn twin(quantised: &ResidentBase, fresh: &MemoryBase) -> MemoryBase {
     let mut tensors = fresh.tensors.clone();
     for layer in 0..fresh.config.layers {
         let weights = quantised.weights(layer);
-        for projection in Projection::ALL {
+        for &projection in fresh.config.projections() {
             let Matrix::Nf4(view) = weights.linear(projection).weight else { panic!("not quantised") };
             let code = |at: usize| {
                 let byte = view.codes()[at / 2];
@@ -133,10 +136,12 @@ fn train(mut engine: Engine) -> (Vec<f32>, Vec<f32>) {
     (losses, parameters)
 }
 
-fn check(options: Nf4Options, recompute: Recompute) {
+fn check(family: &str, options: Nf4Options, recompute: Recompute) {
     let folder = tempfile::tempdir().unwrap();
-    let fresh = MemoryBase::random(config(), 21);
-    save(&fresh, folder.path());
+    let text = text(family);
+    let config = ModelConfig::from_json(text.as_bytes(), "config.json".as_ref()).unwrap();
+    let fresh = MemoryBase::random(config, 21);
+    save(&fresh, folder.path(), &text);
     let quantised = ResidentBase::load(folder.path(), Some(options), &mut |_| {}).unwrap();
     let twin = twin(&quantised, &fresh);
 
@@ -144,6 +149,8 @@ fn check(options: Nf4Options, recompute: Recompute) {
     let setup = Setup { recompute, rows: 3, max_length: 40, ..Setup::new(Some(method)) };
     let request = PlanRequest {
         accelerated: false,
+        half_activations: false,
+        embedding_bytes: 0,
         micro_batch_rows: Some(3),
         max_length: 40,
         recompute,
@@ -172,10 +179,17 @@ fn check(options: Nf4Options, recompute: Recompute) {
 
 #[test]
 fn twenty_steps_on_a_base_quantised_here() {
-    check(Nf4Options::default(), Recompute::Never);
+    check("llama", Nf4Options::default(), Recompute::Never);
 }
 
 #[test]
 fn twenty_steps_on_a_base_quantised_here_computed_again() {
-    check(Nf4Options { double: false, ..Nf4Options::default() }, Recompute::Layers);
+    check("llama", Nf4Options { double: false, ..Nf4Options::default() }, Recompute::Layers);
+}
+
+#[test]
+fn every_other_family_trains_in_four_bits() {
+    for family in families::names().into_iter().filter(|family| *family != "llama") {
+        check(family, Nf4Options::default(), Recompute::Layers);
+    }
 }

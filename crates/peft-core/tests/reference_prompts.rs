@@ -22,7 +22,7 @@ use shanty_peft_core::{
 };
 
 const KEY: StepKey = StepKey { seed: 1, step: 1 };
-const BASES: [&str; 1] = ["llama"];
+const BASES: [&str; 2] = ["llama", "qwen2"];
 
 /// A case of the reference.
 struct Scene {

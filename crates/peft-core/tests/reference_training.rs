@@ -1,4 +1,4 @@
-//! Twenty steps of LoRA training on an NF4 base beside those of transformers + PEFT + bitsandbytes + torch's AdamW.
+//! Twenty steps of LoRA, prefix and prompt tuning on an NF4 base beside those of transformers + PEFT + bitsandbytes + torch's AdamW.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot set its scene should fail")]
 
@@ -11,31 +11,54 @@ use memory::{assert_close, case, floats, integers, padded_rows, reference, tenso
 use shanty_peft_core::{
     Engine, EngineOptions, LossSum, NoSink, StepKey,
     adapter::AdapterFolder,
-    batch::Row,
+    batch::{Row, VirtualTokens},
     optim::{AdamW, AdamWOptions, Schedule, Shape, clip_factor, global_norm},
     plan::Recompute,
 };
 
 /// Rows of global batch `batch`, micro-batch by micro-batch.
-fn micro_batches(expected: &HashMap<String, Tensor>, batch: usize) -> Vec<Vec<Row>> {
+fn micro_batches(
+    expected: &HashMap<String, Tensor>,
+    batch: usize,
+    virtual_tokens: VirtualTokens,
+) -> Vec<Vec<Row>> {
     let part = |name: &str, micro: usize| expected[name].get(batch).unwrap().get(micro).unwrap();
     (0..2)
         .map(|micro| {
             let (ids, mask) = (part("data.input_ids", micro), part("data.attention_mask", micro));
-            padded_rows(&ids, &mask, Some(&part("data.labels", micro)))
+            let mut rows = padded_rows(&ids, &mask, Some(&part("data.labels", micro)));
+            // Behind virtual rows the first token is predicted, and its label counts.
+            if let VirtualTokens::Rows(_) = virtual_tokens {
+                let labels = integers(&part("data.labels", micro));
+                let columns = labels.len() / rows.len();
+                for (row, labels) in rows.iter_mut().zip(labels.chunks_exact(columns)) {
+                    let first = columns - row.token_ids.len();
+                    let label = if integers(&mask)[row.id as usize * columns] == 0 {
+                        labels[first]
+                    } else {
+                        labels[0]
+                    };
+                    if label != -100 {
+                        row.trained.insert(0, 0..1);
+                    }
+                }
+            }
+            rows
         })
         .collect()
 }
 
-fn check(base: &str, recompute: Recompute) {
-    let (case, expected) = (case("training/lora"), tensors(&reference("training/lora/expected.safetensors")));
-    let initial = AdapterFolder::open(&reference("training/lora/adapter_initial")).unwrap();
+fn check(method: &str, base: &str, recompute: Recompute) {
+    let folder = format!("training/{method}");
+    let (case, expected) = (case(&folder), tensors(&reference(&format!("{folder}/expected.safetensors"))));
+    let initial = AdapterFolder::open(&reference(&format!("{folder}/adapter_initial"))).unwrap();
+    let virtual_tokens = initial.method().virtual_tokens();
     let options = EngineOptions {
         adapter: Some(initial.method().clone()),
         threads: 2,
         recompute,
         micro_batch_rows: Some(2),
-        ..EngineOptions::new(reference(base), 16)
+        ..EngineOptions::new(reference(base), 16 + virtual_tokens.count())
     };
     let mut engine = Engine::load(options, &mut |_| {}).unwrap();
     let layout = engine.layout().clone();
@@ -58,7 +81,7 @@ fn check(base: &str, recompute: Recompute) {
     for step in 0..steps {
         let mut gradient = vec![0.0; layout.len()];
         let mut sum = LossSum::default();
-        for rows in micro_batches(&expected, step as usize % 3) {
+        for rows in micro_batches(&expected, step as usize % 3, virtual_tokens) {
             let key = StepKey { seed: 1, step: step + 1 };
             let part = engine.forward_backward(&parameters, &rows, key, &mut gradient, &mut NoSink).unwrap();
             micro_losses.push(part.loss as f32);
@@ -98,7 +121,7 @@ fn check(base: &str, recompute: Recompute) {
     );
     assert_eq!(tokens, integers(&expected["tokens"]));
 
-    let adapter = tensors(&reference("training/lora/adapter_final/adapter_model.safetensors"));
+    let adapter = tensors(&reference(&format!("{folder}/adapter_final/adapter_model.safetensors")));
     for entry in layout.entries() {
         let compare = |what: &str, got: &[f32], wanted: &Tensor| {
             let name = format!("{what} {}", entry.peft_name);
@@ -115,7 +138,9 @@ fn check(base: &str, recompute: Recompute) {
     for (index, row) in rows.iter().enumerate() {
         let got = engine.logits(Some(&parameters), std::slice::from_ref(&row.token_ids)).unwrap();
         let columns = mask.len() / rows.len();
-        let first = index * columns + mask[index * columns..].iter().position(|&m| m != 0).unwrap();
+        let ahead = virtual_tokens.rows();
+        let padding = mask[index * columns..].iter().position(|&m| m != 0).unwrap();
+        let first = index * (columns + ahead) + ahead + padding;
         let wanted = &floats(&expected["final.logits"])[first * vocabulary..first * vocabulary + got.len()];
         assert_close("final.logits", &got, wanted, tolerance(&case, "final.logits"));
     }
@@ -123,11 +148,28 @@ fn check(base: &str, recompute: Recompute) {
 
 #[test]
 fn twenty_steps_on_a_base_that_bitsandbytes_quantised() {
-    check("training/base_nf4", Recompute::Never);
+    check("lora", "training/base_nf4", Recompute::Never);
+}
+
+#[test]
+fn twenty_steps_of_prefix_tuning() {
+    check("prefix", "training/base_nf4", Recompute::Never);
+}
+
+#[test]
+fn twenty_steps_of_prompt_tuning() {
+    check("prompt", "training/base_nf4", Recompute::Never);
+}
+
+/// Prefix tuning with layers computed again is what PEFT refuses.
+#[test]
+fn twenty_steps_of_prefix_and_prompt_tuning_with_recompute() {
+    check("prefix", "training/base_f32", Recompute::Layers);
+    check("prompt", "training/base_f32", Recompute::Layers);
 }
 
 /// `base_f32` holds the numbers that `base_nf4` stands for.
 #[test]
 fn twenty_steps_on_the_same_numbers_in_f32_with_recompute() {
-    check("training/base_f32", Recompute::Layers);
+    check("lora", "training/base_f32", Recompute::Layers);
 }

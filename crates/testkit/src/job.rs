@@ -21,6 +21,12 @@ pub struct TinyJob {
     pub global_batch_size: usize,
     /// Rows a forward pass.
     pub micro_batch_size: Option<usize>,
+    /// Lines of `[adapter]`; LoRA on all linear layers with `dropout` when none.
+    pub adapter: Option<&'static str>,
+    /// Longest row, tokens.
+    pub max_length: usize,
+    /// Peak learning rate.
+    pub learning_rate: f64,
     /// Share of adapter inputs dropped.
     pub dropout: f32,
     /// `nf4` or `none`.
@@ -45,6 +51,9 @@ impl Default for TinyJob {
             steps: 12,
             global_batch_size: 6,
             micro_batch_size: Some(2),
+            adapter: None,
+            max_length: 32,
+            learning_rate: 5e-3,
             dropout: 0.1,
             quantization: "nf4",
             every_steps: 4,
@@ -62,6 +71,10 @@ impl TinyJob {
         let mut text = String::new();
         let micro =
             self.micro_batch_size.map(|size| format!("micro_batch_size = {size}\n")).unwrap_or_default();
+        let lora = || {
+            let dropout = self.dropout;
+            format!("r = 4\nlora_alpha = 8\nlora_dropout = {dropout}\ntarget_modules = \"all-linear\"")
+        };
         // Writing to a string does not fail.
         let _ = write!(
             text,
@@ -72,20 +85,17 @@ model = "model"
 quantization = "{quantization}"
 
 [adapter]
-r = 4
-lora_alpha = 8
-lora_dropout = {dropout}
-target_modules = "all-linear"
+{adapter}
 
 [data]
 train = "train.jsonl"
 eval = "eval.jsonl"
-max_length = 32
+max_length = {max_length}
 
 [train]
 steps = {steps}
 global_batch_size = {batch}
-{micro}learning_rate = 5e-3
+{micro}learning_rate = {rate:?}
 schedule = "cosine"
 warmup_steps = 2
 seed = {seed}
@@ -101,7 +111,9 @@ device = "cpu"
 "#,
             name = self.name,
             quantization = self.quantization,
-            dropout = self.dropout,
+            adapter = self.adapter.map_or_else(lora, str::to_owned),
+            max_length = self.max_length,
+            rate = self.learning_rate,
             steps = self.steps,
             batch = self.global_batch_size,
             seed = self.seed,

@@ -14,7 +14,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("gguf", &[]),
     ("peft-core", &["gguf"]),
     ("remote", &[]),
-    ("data", &["gguf", "remote"]),
+    ("data", &["gguf", "remote", "gguf"]),
     ("collective", &[]),
     ("checkpoint", &["remote"]),
     ("coordinator", &["proto", "config", "data", "checkpoint", "telemetry"]),
@@ -36,6 +36,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "checkpoint",
         ],
     ),
+    ("fuzz", &["gguf", "peft-core", "data"]),
     ("testkit", &["proto", "config", "data", "checkpoint", "collective", "coordinator", "telemetry"]),
 ];
 

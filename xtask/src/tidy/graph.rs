@@ -22,6 +22,7 @@ const ABSENT: &[(&str, &[&[&str]])] = &[
     ("shanty-proto", &[HEAVY]),
     ("shanty-config", &[HEAVY, NETWORKS]),
     ("shanty-telemetry", &[HEAVY, NETWORKS]),
+    ("shanty-gguf", &[HEAVY, NETWORKS]),
     ("shanty-data", &[HEAVY, &["tonic"]]),
     ("shanty-remote", &[HEAVY, FOREIGN, &["tonic"]]),
     ("shanty-coordinator", &[HEAVY]),

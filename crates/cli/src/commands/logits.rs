@@ -7,6 +7,7 @@ use serde_json::json;
 use crate::{
     error::Error,
     failure::{CommandResult, Exit},
+    flags::AdapterFlag,
     model::{BaseQuantization, Model, ModelOptions},
     ui::Ui,
 };
@@ -24,7 +25,10 @@ pub(crate) struct Args {
     model: PathBuf,
     /// The adapter's folder, as shanty or PEFT wrote it
     #[arg(long, value_name = "DIR")]
-    adapter: Option<PathBuf>,
+    adapter: Option<AdapterFlag>,
+    /// Use the adapter although it was trained on another base
+    #[arg(long)]
+    force: bool,
     /// How the base is kept in memory
     #[arg(long, value_enum, default_value_t = BaseQuantization::None)]
     quantization: BaseQuantization,
@@ -42,20 +46,22 @@ pub(crate) struct Args {
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     let rows = read_ids(&args.ids)?;
     let tokens = rows[0].len();
-    let mut model = Model::open(&ModelOptions {
+    let options = ModelOptions {
         base: args.model,
-        adapter: args.adapter,
-        quantization: args.quantization,
+        nf4: args.quantization.nf4(),
+        adapters: args.adapter.into_iter().collect(),
+        force: args.force,
         threads: args.threads.map_or(0, usize::from),
         max_length: Some(tokens.max(2)),
-    })?;
+    };
+    let mut model = Model::load(&options, ui)?;
     let vocabulary = model.vocabulary();
     let beyond = rows.iter().flatten().find(|id| **id as usize >= vocabulary);
     if let Some(id) = beyond {
         let reason = format!("{id} is not below the vocabulary of {vocabulary}");
         return Err(Error::Ids { reason }.into());
     }
-    let logits = model.logits(&rows)?;
+    let logits = model.logits(model.first(), &rows)?;
     let shape = [rows.len(), tokens, vocabulary];
     write(&args.out, &shape, &logits)?;
     ui.data(&json!({ "out": args.out, "shape": shape }), |_| {

@@ -6,8 +6,10 @@ use crate::{
     ui::Ui,
 };
 
+pub(crate) mod adapters;
 pub(crate) mod bench;
 pub(crate) mod cancel;
+pub(crate) mod chat;
 pub(crate) mod checkpoints;
 pub(crate) mod completions;
 pub(crate) mod coordinator;
@@ -15,10 +17,12 @@ pub(crate) mod data;
 pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod explain;
+pub(crate) mod export;
 pub(crate) mod generate;
 pub(crate) mod jobs;
 pub(crate) mod logits;
 pub(crate) mod logs;
+pub(crate) mod merge;
 pub(crate) mod plan;
 pub(crate) mod prepare_data;
 pub(crate) mod resume;
@@ -46,7 +50,11 @@ pub(crate) fn dispatch(command: Command, ui: &Ui) -> CommandResult<Exit> {
         Command::PrepareData(args) => prepare_data::execute(args, ui),
         Command::Data(args) => data::execute(args, ui),
         Command::Generate(args) => generate::execute(args, ui),
+        Command::Chat(args) => chat::execute(args, ui),
         Command::Eval(args) => eval::execute(args, ui),
+        Command::Merge(args) => merge::execute(args, ui),
+        Command::Export(args) => export::execute(args, ui),
+        Command::Adapters(args) => adapters::execute(args, ui),
         Command::Logits(args) => logits::execute(args, ui),
         Command::Bench(args) => bench::execute(args, ui),
         Command::Doctor(args) => doctor::execute(args, ui),

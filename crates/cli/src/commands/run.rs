@@ -60,6 +60,9 @@ pub(crate) fn announce(
             "total_parameters": preflight.total_parameters, "workers": workers, "threads": threads,
         }));
     }
+    for warning in &preflight.warnings {
+        ui.warn(warning);
+    }
     ui.note(format!(
         "trains {} of {} parameters ({}) in {}",
         format::count(preflight.trainable_parameters),

@@ -216,7 +216,7 @@ impl LocalRun<'_> {
             return Ok(());
         }
         // The adapter is there, whatever becomes of the sample.
-        match sample::compare(spec, adapter) {
+        match sample::compare(spec, adapter, self.ui) {
             Ok(sample) => sample.show(self.ui),
             Err(failure) => {
                 let why = first_message(&failure);

@@ -39,6 +39,31 @@ fn help_of_generate() {
 }
 
 #[test]
+fn help_of_chat() {
+    insta::assert_snapshot!(stdout(&["chat", "--help"]));
+}
+
+#[test]
+fn help_of_eval() {
+    insta::assert_snapshot!(stdout(&["eval", "--help"]));
+}
+
+#[test]
+fn help_of_merge() {
+    insta::assert_snapshot!(stdout(&["merge", "--help"]));
+}
+
+#[test]
+fn help_of_export_gguf() {
+    insta::assert_snapshot!(stdout(&["export", "gguf", "--help"]));
+}
+
+#[test]
+fn help_of_adapters() {
+    insta::assert_snapshot!(stdout(&["adapters", "--help"]));
+}
+
+#[test]
 fn version() {
     assert_eq!(stdout(&["--version"]), "shanty [VERSION]");
 }

@@ -112,6 +112,47 @@ const WRONG: &[Wrong] = &[
         after_head!("[adapter]\ntarget_modules = [\"all-linear\"]\n"),
         &[("SH0104", 5)],
     ),
+    wrong("an unknown start", after_head!("[adapter]\ninit_lora_weights = \"eva\"\n"), &[("SH0103", 5)]),
+    wrong(
+        "whole modules as a text",
+        after_head!("[adapter]\nmodules_to_save = \"lm_head\"\n"),
+        &[("SH0104", 5)],
+    ),
+    wrong("layers without names", after_head!("[adapter]\nlayers_to_transform = [0, 1]\n"), &[("SH0104", 5)]),
+    wrong(
+        "a negative layer",
+        after_head!("[adapter]\ntarget_modules = [\"q\"]\nlayers_to_transform = [0, -1]\n"),
+        &[("SH0104", 6)],
+    ),
+    wrong("a rank of a half", after_head!("[adapter]\nrank_pattern = { q_proj = 2.5 }\n"), &[("SH0104", 5)]),
+    wrong(
+        "a rank as a text",
+        after_head!("[adapter]\nr = 4\nrank_pattern = { q_proj = \"8\" }\n"),
+        &[("SH0103", 6)],
+    ),
+    wrong("alpha 0 for some", after_head!("[adapter]\nalpha_pattern = { q_proj = 0 }\n"), &[("SH0104", 5)]),
+    wrong("a ratio of 0", after_head!("[adapter]\nloraplus_lr_ratio = 0\n"), &[("SH0104", 5)]),
+    wrong(
+        "magnitudes and a bias",
+        after_head!("[adapter]\nmethod = \"dora\"\nlora_bias = true\n"),
+        &[("SH0104", 6)],
+    ),
+    wrong(
+        "a start from what nothing loses",
+        after_head!("base.quantization = \"none\"\n[adapter]\ninit_lora_weights = \"loftq\"\n"),
+        &[("SH0104", 6)],
+    ),
+    wrong(
+        "a higher rank in the end",
+        after_head!("[adapter]\nmethod = \"adalora\"\ninit_r = 4\ntarget_r = 8\n"),
+        &[("SH0104", 7)],
+    ),
+    wrong(
+        "no step to prune in",
+        after_head!("train.steps = 10\n[adapter]\nmethod = \"adalora\"\ntinit = 4\ntfinal = 6\n"),
+        &[("SH0104", 7)],
+    ),
+    wrong("smoothing by 1", after_head!("[adapter]\nmethod = \"adalora\"\nbeta1 = 1.0\n"), &[("SH0104", 6)]),
     wrong(
         "no virtual token",
         after_head!("[adapter]\nmethod = \"prefix_tuning\"\nnum_virtual_tokens = 0\n"),

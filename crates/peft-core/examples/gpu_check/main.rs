@@ -12,6 +12,7 @@
 mod models;
 mod operations;
 mod speed;
+mod virtual_tokens;
 
 use std::path::PathBuf;
 
@@ -69,7 +70,11 @@ fn main() {
     if what == "all" || what == "check" {
         operations::check(&mut report);
         models::check(&mut report, &repository);
+        models::memory(&mut report, &repository);
         models::train(&mut report, &repository);
+    }
+    if what == "all" || what == "check" || what == "virtual" {
+        virtual_tokens::check(&mut report, &repository);
     }
     let times = if what == "all" || what == "time" { speed::measure() } else { Vec::new() };
     let failed: Vec<&Line> = report.lines.iter().filter(|line| !line.holds()).collect();

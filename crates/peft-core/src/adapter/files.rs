@@ -28,6 +28,8 @@ use crate::{
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// Tensors.
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
+/// Key of the metadata of [`TENSORS_FILE`] under which the base's hash lies; PEFT passes over it.
+pub const BASE_HASH: &str = "shanty.base";
 
 /// An adapter's folder, its settings read and its tensors not yet.
 #[derive(Debug)]
@@ -77,6 +79,11 @@ impl AdapterFolder {
     /// Its settings do not fit the model.
     pub fn fit(&self, model: &ModelConfig) -> Result<Fit> {
         Fit::new(self.method.clone(), model)
+    }
+
+    /// Hash of the base that it was trained on, where its file says it.
+    pub fn base_hash(&self) -> Option<String> {
+        self.tensors.metadata(BASE_HASH)
     }
 
     /// Keys of its settings that nothing here knows, sorted: worth a warning.
@@ -196,13 +203,13 @@ pub fn contents(fit: &Fit, parameters: &[f32], state: &[f32]) -> Result<Vec<(Str
             (settings, method.saved(fit.layout(), effective, state)?)
         }
     };
-    let tensors =
-        serialise(&saved).map_err(|error| unwritable(Path::new(TENSORS_FILE), io::Error::other(error)))?;
+    let tensors = serialise(fit, &saved)
+        .map_err(|error| unwritable(Path::new(TENSORS_FILE), io::Error::other(error)))?;
     let settings = config::complete(&**method, settings).into_bytes();
     Ok(vec![(TENSORS_FILE.to_owned(), tensors), (CONFIG_FILE.to_owned(), settings)])
 }
 
-fn serialise(saved: &[SavedTensor]) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+fn serialise(fit: &Fit, saved: &[SavedTensor]) -> Result<Vec<u8>, safetensors::SafeTensorError> {
     let bytes: Vec<Cow<'_, [u8]>> = saved
         .iter()
         .map(|tensor| match cfg!(target_endian = "little") {
@@ -217,7 +224,9 @@ fn serialise(saved: &[SavedTensor]) -> Result<Vec<u8>, safetensors::SafeTensorEr
             Ok((tensor.name.as_str(), TensorView::new(Dtype::F32, tensor.shape.clone(), bytes)?))
         })
         .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
-    safetensors::serialize(views, Some(HashMap::from([("format".to_owned(), "pt".to_owned())])))
+    let mut metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    metadata.extend(fit.base_hash().map(|hash| (BASE_HASH.to_owned(), hash.to_hex().to_string())));
+    safetensors::serialize(views, Some(metadata))
 }
 
 fn unwritable(file: &Path, source: io::Error) -> Error {

@@ -1,6 +1,6 @@
 //! A method fitted to a model: which modules, which tensors, and the branches of a backend.
 
-use std::{fmt, sync::Arc};
+use std::{collections::BTreeSet, fmt, sync::Arc};
 
 use super::{
     branch::{EmbeddingBranch, LinearBranch},
@@ -23,6 +23,7 @@ pub struct Fit {
     layout: ParameterLayout,
     matched: Matched,
     network: Option<Network>,
+    base_hash: Option<blake3::Hash>,
     /// Parameters that a start computed from the base began with, where the base was changed or the start prepared.
     start: Option<Arc<[f32]>>,
 }
@@ -65,12 +66,30 @@ impl Fit {
             layout: ParameterLayout::new(Vec::new(), network.tensors()),
             network: Arc::from(network),
         });
-        Ok(Self { method: Some(method), model: Some(model.clone()), layout, matched, network, start: None })
+        Ok(Self {
+            method: Some(method),
+            model: Some(model.clone()),
+            layout,
+            matched,
+            network,
+            base_hash: None,
+            start: None,
+        })
     }
 
     /// The bare base: no method, nothing trained.
     pub fn bare() -> Self {
         Self::default()
+    }
+
+    /// Says which base it is trained on: its files carry the hash, so that another base can be told from it.
+    pub fn on_base(&mut self, hash: blake3::Hash) {
+        self.base_hash = Some(hash);
+    }
+
+    /// Hash of the base that it is trained on, where that is known.
+    pub fn base_hash(&self) -> Option<blake3::Hash> {
+        self.base_hash
     }
 
     /// As it is used rather than trained: the tensors themselves, without a network that made them.
@@ -105,6 +124,40 @@ impl Fit {
         self.network.as_ref()
     }
 
+    /// What is allowed, and perhaps not meant: few layers are adapted, or whole modules make the adapter large. Sentences for
+    /// people; `model` is the one that it is fitted to.
+    pub fn doubts(&self, model: &ModelConfig) -> Vec<String> {
+        let mut doubts = Vec::new();
+        let adapted = self.layout.modules().iter().filter(|adapted| adapted.branch);
+        let layers: BTreeSet<usize> = adapted
+            .filter_map(|adapted| match adapted.module.place {
+                Place::Layer(layer) => Some(layer),
+                _ => None,
+            })
+            .collect();
+        if !layers.is_empty() && 2 * layers.len() < model.layers {
+            doubts.push(format!("only {} of {} layers are adapted", layers.len(), model.layers));
+        }
+        let count = |whole: bool| -> usize {
+            let entries = self.layout.entries().iter();
+            let of = entries.filter(|entry| matches!(entry.role, Role::Weight | Role::Bias) == whole);
+            of.map(|entry| entry.range.len()).sum()
+        };
+        let (whole, rest) = (count(true), count(false));
+        if whole > rest {
+            let megabytes = |numbers: usize| 4.0 * numbers as f64 / 1e6;
+            doubts.push(format!(
+                "modules that are trained whole are {:.0} % of what is trained: workers send each other {:.1} MB at every \
+                 step, {:.1} MB without them, and every checkpoint holds {:.1} MB",
+                100.0 * whole as f64 / (whole + rest) as f64,
+                megabytes(whole + rest),
+                megabytes(rest),
+                3.0 * megabytes(whole + rest),
+            ));
+        }
+        doubts
+    }
+
     /// What a start that was computed from the base put into the flat parameters; 0 where it puts nothing.
     pub fn start(&self) -> Option<&[f32]> {
         self.start.as_deref()
@@ -128,7 +181,7 @@ impl Fit {
 /// The branches of a fitted method on a backend.
 pub struct Branches<B: Backend> {
     layers: Vec<Layer<B>>,
-    head: Option<Box<dyn LinearBranch<B>>>,
+    head: BoxedBranch<B>,
     embedding: Option<Box<dyn EmbeddingBranch<B>>>,
     /// Where tensors lie that take the place of the base's.
     final_norm: Option<usize>,
@@ -138,9 +191,12 @@ pub struct Branches<B: Backend> {
     rows: Option<(Vec<u32>, usize)>,
 }
 
+/// The branch beside a linear layer, where there is one.
+type BoxedBranch<B> = Option<Box<dyn LinearBranch<B>>>;
+
 /// What is trained in a layer.
 struct Layer<B: Backend> {
-    linear: Vec<(Option<Box<dyn LinearBranch<B>>>, TrainedParts)>,
+    linear: Vec<(BoxedBranch<B>, TrainedParts)>,
     /// By [`Norm::index`].
     norms: [Option<usize>; Norm::ALL.len()],
 }

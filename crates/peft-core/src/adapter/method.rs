@@ -318,6 +318,18 @@ pub trait Method: Debug + Send + Sync {
         Needs::default()
     }
 
+    /// Folds the branch of an adapted module into its weight `[out, in]`, in place, and says that it did. Only for methods
+    /// that know a shorter way than sending the identity through their branch, which is what is done where this says no.
+    fn fold(
+        &self,
+        _module: &Module,
+        _tensors: &[ParameterEntry],
+        _parameters: &[f32],
+        _weight: &mut [f32],
+    ) -> bool {
+        false
+    }
+
     /// Share of each branch's input set to 0 while training.
     fn dropout(&self) -> f32 {
         0.0

@@ -74,7 +74,10 @@ pub fn combine(adapters: &[(StoredAdapter, f64)], how: Combination) -> Result<St
         Combination::Cat => ranks.iter().sum(),
         Combination::Svd(rank) => rank.unwrap_or(largest),
     };
-    let modules: BTreeSet<&str> = adapters.iter().flat_map(|(adapter, _)| adapter.modules_with(A)).collect();
+    let modules: BTreeSet<&str> = adapters
+        .iter()
+        .flat_map(|(adapter, _)| [A, B].map(|factor| adapter.modules_with(factor)).concat())
+        .collect();
     let mut combined = StoredAdapter {
         folder: PathBuf::new(),
         config: first.config.clone(),

@@ -12,14 +12,11 @@ use serde_json::{Map, Value};
 
 use super::keys::Key;
 use crate::{
-    adapter::files::{CONFIG_FILE, TENSORS_FILE},
+    adapter::files::{BASE_HASH, CONFIG_FILE, TENSORS_FILE},
     error::{Error, Origin, Result},
     model::weights::TensorFile,
     use_error::UseError,
 };
-
-/// Key of the file's metadata under which the base's hash lies.
-pub const BASE_HASH: &str = "shanty.base";
 
 /// A tensor, widened to f32.
 #[derive(Debug, Clone, PartialEq)]
@@ -214,7 +211,7 @@ impl StoredAdapter {
         };
         let r = pattern("rank_pattern")?.map_or_else(|| self.number("r", 8.0), Ok)?;
         let alpha = pattern("alpha_pattern")?.map_or_else(|| self.number("lora_alpha", 8.0), Ok)?;
-        if !(r >= 1.0 && r <= 1e6) {
+        if !(1.0..=1e6).contains(&r) {
             return Err(self.wrong("r", format!("is {r}")));
         }
         let stabilised = self.config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false);

@@ -31,12 +31,12 @@ impl Engine {
         let p = self.fit.dropout();
         let dropout = (p > 0.0).then_some(PassDropout { p, seed: key.seed, step: key.step });
         let Some(network) = self.fit.network().cloned() else {
-            return self.pass(Some(parameters), rows, Some(key), dropout, Some((gradient, sink)));
+            return self.pass(Some(parameters), rows, Some(key), dropout, Some((gradient, sink)), None);
         };
         // The gradient of what the network makes is whole before any of the trained tensors' is known.
         let mut made = std::mem::take(&mut self.made.gradient);
         made.fill(0.0);
-        let sum = self.pass(Some(parameters), rows, Some(key), dropout, Some((&mut made, &mut NoSink)));
+        let sum = self.pass(Some(parameters), rows, Some(key), dropout, Some((&mut made, &mut NoSink)), None);
         let sum = sum.and_then(|sum| {
             network.network.backward(parameters, Some(key), &made, gradient)?;
             Ok(sum)
@@ -62,10 +62,31 @@ impl Engine {
         self.sum_losses(None, rows)
     }
 
+    /// Summed loss of each of any number of rows, with the adapter or of the bare base, without dropout.
+    ///
+    /// # Errors
+    /// As [`Engine::forward_backward`].
+    pub fn row_losses(&mut self, parameters: Option<&[f32]>, rows: &[Row]) -> Result<Vec<LossSum>> {
+        let mut sums = Vec::with_capacity(rows.len());
+        let mut each = Vec::new();
+        for rows in rows.chunks(self.plan.micro_batch_rows) {
+            each.clear();
+            self.pass(parameters, rows, None, None, None, Some(&mut each))?;
+            let mut left = each.as_slice();
+            for row in rows {
+                let (own, rest) = left.split_at(left.len().min(row.trained_tokens() as usize));
+                let loss = own.iter().map(|loss| f64::from(*loss)).sum();
+                sums.push(LossSum { loss, tokens: own.len() as u64 });
+                left = rest;
+            }
+        }
+        Ok(sums)
+    }
+
     fn sum_losses(&mut self, parameters: Option<&[f32]>, rows: &[Row]) -> Result<LossSum> {
         let mut sum = LossSum::default();
         for rows in rows.chunks(self.plan.micro_batch_rows) {
-            sum.add(self.pass(parameters, rows, None, None, None)?);
+            sum.add(self.pass(parameters, rows, None, None, None, None)?);
         }
         Ok(sum)
     }
@@ -77,6 +98,7 @@ impl Engine {
         key: Option<StepKey>,
         dropout: Option<PassDropout>,
         training: Option<(&'a mut [f32], &'a mut dyn GradientSink)>,
+        each: Option<&'a mut Vec<f32>>,
     ) -> Result<LossSum> {
         self.check_parameters(parameters)?;
         let virtual_tokens = parameters.map_or(VirtualTokens::None, |_| self.fit.layout().virtual_tokens());
@@ -86,8 +108,9 @@ impl Engine {
         let parameters = made.parameters(fit, parameters, key)?;
         let parts = Parts { config, base: &mut **base, layout: fit.layout() };
         let tokens = packed.predicting.len() as u64;
-        let recompute = plan.recompute;
-        let loss = machine.pass(parts, Pass { packed, sizes, recompute, parameters, dropout, training })?;
+        let levels = plan.levels;
+        let loss =
+            machine.pass(parts, Pass { packed, sizes, levels, parameters, dropout, training, each })?;
         Ok(LossSum { loss, tokens })
     }
 
@@ -95,12 +118,12 @@ impl Engine {
         parameters.map_or(Ok(()), |parameters| self.check_flat(parameters.len()))
     }
 
-    fn check_flat(&self, found: usize) -> Result<()> {
+    pub(super) fn check_flat(&self, found: usize) -> Result<()> {
         let expected = self.layout().len();
         if found == expected { Ok(()) } else { Err(StepError::FlatLength { found, expected }.into()) }
     }
 
-    fn check_rows(&self, rows: &[Row], virtual_tokens: VirtualTokens) -> Result<()> {
+    pub(super) fn check_rows(&self, rows: &[Row], virtual_tokens: VirtualTokens) -> Result<()> {
         let plan = &self.plan;
         let tokens: usize = rows.iter().map(|row| virtual_tokens.positions(row)).sum();
         if rows.len() > plan.micro_batch_rows || tokens > plan.micro_batch_tokens {

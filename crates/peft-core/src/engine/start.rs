@@ -92,10 +92,13 @@ fn read<B: Backend>(
     backend.settle()
 }
 
-/// The base's embeddings of `tokens`, a row each.
+/// The base's embeddings of `tokens`, a row each, scaled where the family scales them.
 fn embed(base: &(dyn BaseSource + Send + Sync), tokens: &[u32], out: &mut [f32]) {
     let table = base.embedding();
     for (token, row) in tokens.iter().zip(out.chunks_exact_mut(table.columns())) {
         table.gather_row(*token as usize, row);
+    }
+    if let Some(scale) = base.config().embedding_scale {
+        out.iter_mut().for_each(|number| *number *= scale);
     }
 }

@@ -6,6 +6,7 @@ use crate::{
     adapter::{AdapterFolder, Fit},
     error::Result,
     model::ModelConfig,
+    use_error::UseError,
 };
 
 /// An adapter in memory. Any number of them share one base: each takes its own numbers and nothing else.
@@ -13,6 +14,7 @@ use crate::{
 pub struct LoadedAdapter {
     fit: Fit,
     parameters: Vec<f32>,
+    base_hash: Option<String>,
     dropped_keys: Vec<String>,
 }
 
@@ -27,7 +29,8 @@ impl LoadedAdapter {
         let fit = folder.fit(base)?.without_network();
         let mut parameters = vec![0.0; fit.layout().len()];
         folder.read_into(fit.layout(), &mut parameters)?;
-        Ok(Self { fit, parameters, dropped_keys: folder.dropped_keys().to_vec() })
+        let base_hash = folder.base_hash();
+        Ok(Self { fit, parameters, base_hash, dropped_keys: folder.dropped_keys().to_vec() })
     }
 
     /// Its method, fitted to the base: for [`crate::Engine::adapt`].
@@ -38,6 +41,29 @@ impl LoadedAdapter {
     /// Its numbers.
     pub fn parameters(&self) -> &[f32] {
         &self.parameters
+    }
+
+    /// Hash of the base that it was trained on, where its file says it.
+    pub fn base_hash(&self) -> Option<&str> {
+        self.base_hash.as_deref()
+    }
+
+    /// Refuses a base that it was not trained on; `folder` is the adapter's, for the message. Where the file does not say,
+    /// there is nothing to refuse.
+    ///
+    /// # Errors
+    /// [`UseError::WrongBase`].
+    pub fn check_base(&self, folder: &Path, base: blake3::Hash) -> Result<()> {
+        let found = base.to_hex();
+        match self.base_hash() {
+            Some(expected) if expected != found.as_str() => Err(UseError::WrongBase {
+                adapter: folder.to_owned(),
+                expected: expected.chars().take(16).collect(),
+                found: found.chars().take(16).collect(),
+            }
+            .into()),
+            _ => Ok(()),
+        }
     }
 
     /// Keys of its settings that nothing here knows: worth a warning.

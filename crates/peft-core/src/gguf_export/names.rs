@@ -7,12 +7,12 @@ use serde_json::Value;
 use super::writer::Meta;
 use crate::{
     error::{Error, Result},
-    model::{ModelConfig, RopeScaling},
+    model::{ModelConfig, Rope, RopeScaling},
     use_error::UseError,
 };
 
 /// What is done to a tensor's numbers besides renaming it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Change {
     /// Nothing.
     None,
@@ -23,6 +23,8 @@ pub(super) enum Change {
     },
     /// 1 is added: the family stores norms less 1, llama.cpp does not.
     AddOne,
+    /// All are multiplied: what attention's scores are scaled by, beside the scale that llama.cpp takes.
+    Times(f32),
 }
 
 /// A family as llama.cpp knows it.
@@ -48,6 +50,10 @@ impl<'a> Architecture<'a> {
                 return Err(UseError::NotExportable { reason }.into());
             }
         };
+        if let RopeScaling::LongRope { .. } = config.rope.scaling {
+            let reason = "its rotary positions (LongRoPE) are not written yet".to_owned();
+            return Err(UseError::NotExportable { reason }.into());
+        }
         Ok(Self { name, config, permutes, norms_less_one })
     }
 
@@ -63,10 +69,23 @@ impl<'a> Architecture<'a> {
         let change = match module.rsplit('.').next() {
             Some("q_proj") if self.permutes => Change::Permute { heads: self.config.attention_heads },
             Some("k_proj") if self.permutes => Change::Permute { heads: self.config.key_value_heads },
+            Some("q_proj") if self.query_factor() != 1.0 => Change::Times(self.query_factor()),
             _ if is_norm && self.norms_less_one => Change::AddOne,
             _ => Change::None,
         };
         Ok((format!("{new}.{kind}"), change))
+    }
+
+    /// The scale of attention's scores over the one that llama.cpp takes: 1 over the root of a head's width, but for Gemma 2
+    /// of 27B, which it knows by its 46 layers.
+    fn query_factor(&self) -> f32 {
+        let config = self.config;
+        let width = match (self.name, config.layers) {
+            ("gemma2", 46) => config.hidden_size / config.attention_heads,
+            _ => config.head_dim,
+        };
+        let factor = config.attention_scale * (width as f64).sqrt();
+        if (factor - 1.0).abs() < 1e-12 { 1.0 } else { factor as f32 }
     }
 
     /// The name of a module, without `.weight`.
@@ -131,8 +150,8 @@ impl<'a> Architecture<'a> {
                 put(name, Meta::F32(value as f32));
             }
         }
-        // llama.cpp's llama has no window: what Mistral sees beyond it, it sees there.
-        if let Some(window) = json["sliding_window"].as_u64().filter(|_| self.name != "llama")
+        // llama.cpp's llama passes over it: what lies behind Mistral's window is seen there.
+        if let Some(window) = json["sliding_window"].as_u64()
             && json["use_sliding_window"] != false
         {
             put("attention.sliding_window", count(window as usize));
@@ -142,10 +161,13 @@ impl<'a> Architecture<'a> {
 
     /// Factors that divide rotary frequencies (Llama 3.1), which llama.cpp wants as a tensor.
     pub(super) fn rope_factors(&self) -> Option<Vec<f32>> {
-        let RopeScaling::Llama3 { .. } = self.config.rope.scaling else { return None };
-        let plain = crate::model::Rope { scaling: RopeScaling::None, ..self.config.rope.clone() };
-        let plain = plain.inverse_frequencies(self.config.head_dim);
-        let scaled = self.config.rope.inverse_frequencies(self.config.head_dim);
+        let (RopeScaling::Llama3 { .. } | RopeScaling::Divided { .. }) = self.config.rope.scaling else {
+            return None;
+        };
+        let (width, positions) = (self.config.head_dim, self.config.max_positions);
+        let plain = Rope { theta: self.config.rope.theta, scaling: RopeScaling::None };
+        let plain = plain.inverse_frequencies(width, positions);
+        let scaled = self.config.rope.inverse_frequencies(width, positions);
         Some(plain.iter().zip(scaled).map(|(plain, scaled)| plain / scaled).collect())
     }
 }

@@ -69,7 +69,7 @@ pub fn metadata(folder: &Path, vocabulary: usize) -> Result<Vec<(String, Meta)>>
         let text = value.as_str().or_else(|| value.get("content")?.as_str())?;
         tokens.iter().position(|token| token == text).map(|id| id as u32)
     };
-    let (bos, eos) = (named("bos_token"), named("eos_token"));
+    let [bos, eos, pad, unknown] = ["bos_token", "eos_token", "pad_token", "unk_token"].map(named);
     let adds_bos = settings
         .get("add_bos_token")
         .and_then(Value::as_bool)
@@ -84,12 +84,11 @@ pub fn metadata(folder: &Path, vocabulary: usize) -> Result<Vec<(String, Meta)>>
         (key("merges"), Meta::Texts(merges)),
         (key("add_bos_token"), Meta::Bool(adds_bos)),
     ];
-    let eos = eos.or_else(|| first_id(folder, "eos_token_id"));
     for (name, id) in [
         ("bos_token_id", bos.or_else(|| first_id(folder, "bos_token_id"))),
-        ("eos_token_id", eos),
-        ("padding_token_id", named("pad_token")),
-        ("unknown_token_id", named("unk_token")),
+        ("eos_token_id", eos.or_else(|| first_id(folder, "eos_token_id"))),
+        ("padding_token_id", pad),
+        ("unknown_token_id", unknown),
     ] {
         meta.extend(id.map(|id| (key(name), Meta::U32(id))));
     }
@@ -139,14 +138,18 @@ fn is_byte_level(decoder: &Value) -> bool {
 /// llama.cpp's name of the rule that cuts a text into words.
 fn rule(step: &Value) -> Result<&'static str> {
     let steps = parts(step);
-    let Some((last, before)) = steps.split_last() else { return Err(no("the tokenizer cuts no words".to_owned())) };
+    let Some((last, before)) = steps.split_last() else {
+        return Err(no("the tokenizer cuts no words".to_owned()));
+    };
     if last["type"] != "ByteLevel" || last["add_prefix_space"] == true {
         return Err(no(format!("llama.cpp has no name for the rule that cuts words: {step}")));
     }
     let by_itself = last["use_regex"] != false;
     let known = match (before, by_itself) {
         ([], true) => Some("gpt-2"),
-        ([digits], true) if digits["type"] == "Digits" && digits["individual_digits"] == true => Some("smollm"),
+        ([digits], true) if digits["type"] == "Digits" && digits["individual_digits"] == true => {
+            Some("smollm")
+        }
         ([split], false) if split["type"] == "Split" => {
             let pattern = split["pattern"]["Regex"].as_str().unwrap_or_default();
             let digits = pattern.strip_prefix(CONTRACTIONS).and_then(|rest| rest.strip_suffix(REST));

@@ -90,24 +90,29 @@ fn config(source: &Path, dtype: &str, double: bool) -> Result<String> {
     let parsed: Result<BTreeMap<String, Value>, _> = serde_json::from_slice(&text);
     let mut json = parsed.map_err(|source| Error::Json { origin: Origin::Base, file, source })?;
     if !stored_nf4 {
-        let settings = json!({
-            "_load_in_4bit": true,
-            "_load_in_8bit": false,
-            "bnb_4bit_compute_dtype": dtype,
-            "bnb_4bit_quant_storage": "uint8",
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": double,
-            "llm_int8_enable_fp32_cpu_offload": false,
-            "llm_int8_has_fp16_weight": false,
-            "llm_int8_skip_modules": null,
-            "llm_int8_threshold": 6.0,
-            "load_in_4bit": true,
-            "load_in_8bit": false,
-            "quant_method": "bitsandbytes"
-        });
+        let settings = nf4_settings(dtype, double);
         json.insert("quantization_config".to_owned(), settings);
     }
     Ok(format!("{:#}\n", json!(json)))
+}
+
+/// What transformers saves beside NF4 weights; `dtype` is what products are computed in, as torch names it.
+pub(crate) fn nf4_settings(dtype: &str, double: bool) -> Value {
+    json!({
+        "_load_in_4bit": true,
+        "_load_in_8bit": false,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double,
+        "llm_int8_enable_fp32_cpu_offload": false,
+        "llm_int8_has_fp16_weight": false,
+        "llm_int8_skip_modules": null,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": true,
+        "load_in_8bit": false,
+        "quant_method": "bitsandbytes"
+    })
 }
 
 fn write(target: &Path, tensors: &[OwnedTensor], config: &str) -> Result<()> {

@@ -34,7 +34,8 @@ const ARCHITECTURES: [(&str, &str); 6] = [
 /// A GGUF file with a checked header, of an architecture that is known.
 struct Gguf {
     path: PathBuf,
-    file: File,
+    /// None where only the header is there.
+    file: Option<File>,
     header: Header,
     architecture: &'static str,
     model_type: &'static str,
@@ -50,6 +51,10 @@ impl Gguf {
                 Error::DamagedGguf { file: path.to_owned(), problem: problem.to_string() }
             }
         })?;
+        Self::of_header(path, Some(file), header)
+    }
+
+    fn of_header(path: &Path, file: Option<File>, header: Header) -> Result<Self> {
         let found = header.get("general.architecture").and_then(|value| value.as_str()).unwrap_or_default();
         let known = ARCHITECTURES.iter().find(|(architecture, _)| *architecture == found);
         let Some(&(architecture, model_type)) = known else {
@@ -74,8 +79,9 @@ impl Gguf {
         if info.kind != Kind::F32 || info.bytes > 1 << 20 {
             return wrong(format!("is of {} bytes of {:?}, no short vector of F32", info.bytes, info.kind));
         }
+        let Some(file) = &self.file else { return wrong("is not there to be read".to_owned()) };
         let mut bytes = vec![0; info.bytes as usize];
-        self.file.read_exact_at(&mut bytes, info.start).map_err(|source| Error::Read {
+        file.read_exact_at(&mut bytes, info.start).map_err(|source| Error::Read {
             origin: Origin::Base,
             file: self.path.clone(),
             source,
@@ -92,6 +98,17 @@ impl Gguf {
 /// Unreadable, damaged, of an unknown architecture, or without a setting that it needs.
 pub fn config(path: &Path) -> Result<Value> {
     metadata::config(&Gguf::open(path)?)
+}
+
+/// As [`config`], of a header that lies in memory, without vectors beside it.
+///
+/// # Errors
+/// As [`config`].
+pub(crate) fn config_of_bytes(file: &[u8]) -> Result<Value> {
+    let path = Path::new("memory.gguf");
+    let header = Header::of_bytes(file)
+        .map_err(|error| Error::DamagedGguf { file: path.to_owned(), problem: error.to_string() })?;
+    metadata::config(&Gguf::of_header(path, None, header)?)
 }
 
 /// All tensors under the names that they have in safetensors.
@@ -129,7 +146,8 @@ pub fn tensors(path: &Path) -> Result<TensorFile> {
         })
         .collect::<Result<Vec<Stored>>>()?;
     tensors.sort_unstable_by(|a, b| a.name.cmp(&b.name));
-    Ok(TensorFile::of_tensors(path, gguf.file, tensors))
+    let file = gguf.file.expect("a file was opened above");
+    Ok(TensorFile::of_tensors(path, file, tensors))
 }
 
 /// The heads in each of which the rows of a tensor lie interleaved.

@@ -257,6 +257,23 @@ impl BaseSource for ResidentBase {
     }
 }
 
+/// The hash of a folder's base, as [`ResidentBase::content_hash`] has it, without keeping the base.
+///
+/// # Errors
+/// As [`ResidentBase::load`], but for numbers that are damaged.
+pub fn content_hash(folder: &Path, progress: &mut dyn FnMut(LoadProgress)) -> Result<blake3::Hash> {
+    let config = ModelConfig::load(folder)?;
+    let files = ModelFiles::open(folder)?;
+    let plan = BasePlan::new(&files, &config, None)?;
+    let tensors = plan.tensors();
+    let total_bytes = tensors.iter().map(|tensor| tensor.bytes() as u64).sum();
+    let mut reader = Reader { hashers: BTreeMap::new(), done_bytes: 0, total_bytes, progress };
+    for tensor in &tensors {
+        tensor.pieces(&mut |bytes| reader.see(tensor, bytes))?;
+    }
+    Ok(reader.content_hash(&config))
+}
+
 /// Reads tensors once, hashing and counting what passes.
 struct Reader<'a> {
     hashers: BTreeMap<String, blake3::Hasher>,

@@ -15,8 +15,9 @@ use crate::{error::Error, failure::CommandResult, format, job_file::short, ui::U
   shanty adapters combine pirate gnome --weights 0.7,0.3 --how svd --rank 16 --out mixed
   shanty adapters combine pirate --weights -1 --out anti-pirate
 
-cat adds the changes up exactly; its rank is the sum of theirs. svd is the same sum, cut to a rank. linear adds up the
-factors, as PEFT does: it keeps the rank, but products of different adapters' factors come along.")]
+cat adds the changes up exactly; its rank is the sum of theirs. svd is the same sum, cut to a
+rank. linear adds up the factors, as PEFT does: it keeps the rank, but products of different
+adapters' factors come along.")]
 pub(super) struct Args {
     /// The adapters' folders
     #[arg(value_name = "DIR", required = true)]

@@ -20,7 +20,8 @@ Names are read in every style and written as
   peft   base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
   bare   model.layers.0.self_attn.q_proj.lora_A.weight
   named  base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight
-PEFT loads peft and named; of bare names it ignores all, with no more than a warning.")]
+PEFT and shanty load peft, and named where the name is default. Of bare names PEFT ignores all, with
+no more than a warning.")]
 pub(super) struct Args {
     /// The adapter's folder
     #[arg(value_name = "DIR")]

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use serde_json::json;
-use shanty_peft_core::adapter_files::{StoredAdapter, compare};
+use shanty_peft_core::adapter_files::{StoredAdapter, compare, keys::Key};
 
 use super::number;
 use crate::{failure::CommandResult, format, ui::Ui};
@@ -17,8 +17,8 @@ const SHOWN: usize = 12;
   shanty adapters diff runs/pirate/adapter runs/gnome/adapter
   shanty adapters diff before after --output json
 
-A tensor's difference is |first - second| / |second|. The cosine compares what the two add to the weights, all modules
-together: 1 the same direction, 0 nothing in common, -1 opposite.")]
+A tensor's difference is |first - second| / |second|. The cosine compares what the two add to
+the weights, all modules together: 1 the same direction, 0 nothing in common, -1 opposite.")]
 pub(super) struct Args {
     /// The first adapter's folder
     #[arg(value_name = "FIRST")]
@@ -58,27 +58,28 @@ pub(super) fn execute(args: &Args, ui: &Ui) -> CommandResult<()> {
     }
     let mut parts = Vec::new();
     if !difference.settings.is_empty() {
-        let rows = difference.settings.iter().map(|(key, a, b)| {
-            vec![key.clone(), shortened(&a.to_string()), shortened(&b.to_string())]
-        });
+        let rows = difference
+            .settings
+            .iter()
+            .map(|(key, a, b)| vec![key.clone(), shortened(&a.to_string()), shortened(&b.to_string())]);
         parts.push(table(&["setting", "first", "second"], rows.collect()));
     }
-    for (title, names) in [("only in the first", &difference.only_first), ("only in the second", &difference.only_second)] {
+    for (title, names) in
+        [("only in the first", &difference.only_first), ("only in the second", &difference.only_second)]
+    {
         if !names.is_empty() {
-            parts.push(table(&[title], names.iter().map(|name| vec![name.clone()]).collect()));
+            parts.push(table(&[title], names.iter().map(|name| vec![bare(name)]).collect()));
         }
     }
     if !difference.shapes.is_empty() {
-        let rows = difference
-            .shapes
-            .iter()
-            .map(|(name, a, b)| vec![name.clone(), format!("{a:?}"), format!("{b:?}")]);
+        let rows =
+            difference.shapes.iter().map(|(name, a, b)| vec![bare(name), format!("{a:?}"), format!("{b:?}")]);
         parts.push(table(&["tensor", "shape in the first", "in the second"], rows.collect()));
     }
     if !difference.numbers.is_empty() {
         let mut numbers = difference.numbers.clone();
         numbers.sort_by(|a, b| b.1.total_cmp(&a.1));
-        let rows = numbers.iter().map(|(name, relative)| vec![name.clone(), number(*relative)]);
+        let rows = numbers.iter().map(|(name, relative)| vec![bare(name), number(*relative)]);
         parts.push(table(&["tensor", "difference"], rows.collect()));
     }
     let mut last = format!("{} tensors are the same, {} differ", difference.same, difference.numbers.len());
@@ -97,6 +98,11 @@ fn table(header: &[&str], mut rows: Vec<Vec<String>>) -> String {
         text.push_str(&format!("\n… and {more} more"));
     }
     text
+}
+
+/// A tensor's name without what all names begin with.
+fn bare(name: &str) -> String {
+    Key::parse(name).bare()
 }
 
 /// At most 60 letters of a value.

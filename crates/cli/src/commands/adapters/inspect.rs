@@ -14,8 +14,8 @@ use crate::{failure::CommandResult, format, job_file::short, ui::Ui};
   shanty adapters inspect runs/pirate/adapter
   shanty adapters inspect runs/pirate/adapter --output json
 
-|A|, |B| and |change| are Frobenius norms; change is what is added to the weight, scale included.
-A change of 0 says that nothing was trained there.")]
+|A|, |B| and |change| are Frobenius norms; change is what is added to the weight, scale
+included. A change of 0 says that nothing was trained there.")]
 pub(super) struct Args {
     /// The adapter's folder
     #[arg(value_name = "DIR")]

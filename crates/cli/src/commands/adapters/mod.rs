@@ -19,7 +19,7 @@ mod rename;
 #[command(after_help = "Examples:
   shanty adapters inspect runs/pirate/adapter
   shanty adapters diff runs/pirate/adapter runs/gnome/adapter
-  shanty adapters combine runs/pirate/adapter runs/gnome/adapter --weights 0.7,0.3 --how svd --out mixed
+  shanty adapters combine pirate gnome --weights 0.7,0.3 --how svd --out mixed
   shanty adapters convert downloaded --keys peft --out mine
   shanty adapters check runs/pirate/adapter --model models/tiny
 
@@ -84,9 +84,14 @@ mod tests {
 
     #[test]
     fn numbers_have_four_digits() {
-        for (value, text) in
-            [(0.0, "0"), (1.0, "1.000"), (12.3456, "12.35"), (0.0123, "0.01230"), (1234.5, "1234"), (1e-9, "1.00e-9")]
-        {
+        for (value, text) in [
+            (0.0, "0"),
+            (1.0, "1.000"),
+            (12.3456, "12.35"),
+            (0.0123, "0.01230"),
+            (1234.5, "1234"),
+            (1e-9, "1.00e-9"),
+        ] {
             assert_eq!(number(value), text);
         }
     }

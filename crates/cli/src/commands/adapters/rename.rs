@@ -49,7 +49,8 @@ pub(super) fn execute(args: Args, ui: &Ui) -> CommandResult<()> {
     let renamed = rename(&mut adapter, &Renaming { modules, base: args.base })?;
     adapter.write(&args.out.out)?;
     let total = adapter.tensors.len();
-    ui.data(&json!({ "out": args.out.out, "renamed": renamed, "tensors": total }), |_| {
-        format!("{} holds {total} tensors, {renamed} of them renamed", short(&args.out.out))
+    let base = adapter.config.get("base_model_name_or_path").and_then(|base| base.as_str()).unwrap_or("none");
+    ui.data(&json!({ "out": args.out.out, "renamed": renamed, "tensors": total, "base": base }), |_| {
+        format!("{} holds {total} tensors, {renamed} renamed, for the base {base}", short(&args.out.out))
     })
 }

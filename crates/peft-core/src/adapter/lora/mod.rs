@@ -18,6 +18,7 @@ pub mod start;
 
 use std::{path::Path, sync::Arc};
 
+use rayon::prelude::*;
 use serde_json::{Map, Value};
 
 pub use branch::Lora;
@@ -283,6 +284,31 @@ impl Method for LoraConfig {
         }
         let fixed = [if self.lora_bias { out } else { 0 }, 0, 0, 0];
         Needs { kept: r, wide, narrow: r, fixed, ..Needs::default() }
+    }
+
+    fn fold(
+        &self,
+        module: &Module,
+        tensors: &[ParameterEntry],
+        parameters: &[f32],
+        weight: &mut [f32],
+    ) -> bool {
+        let [a, b] = tensors else { return false };
+        let (rank, input) = (a.rows(), a.columns());
+        if a.suffix != A || b.suffix != B || b.columns() != rank {
+            return false;
+        }
+        let (scale, a) = (self.of_module(&module.path).1, &parameters[a.range.clone()]);
+        let rows = weight.par_chunks_exact_mut(input).zip(parameters[b.range.clone()].par_chunks_exact(rank));
+        rows.for_each(|(weight, b)| {
+            let mut change = vec![0.0; input];
+            for (b, a) in b.iter().zip(a.chunks_exact(input)) {
+                change.iter_mut().zip(a).for_each(|(change, a)| *change += b * a);
+            }
+            // As PEFT rounds: the product, its scale, the sum.
+            weight.iter_mut().zip(&change).for_each(|(weight, change)| *weight += scale * change);
+        });
+        true
     }
 
     fn dropout(&self) -> f32 {

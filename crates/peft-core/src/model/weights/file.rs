@@ -70,9 +70,24 @@ impl TensorFile {
         if info.is_dir() {
             return Err(unreadable(io::ErrorKind::IsADirectory.into()));
         }
-        let text = read_header(&file, info.len()).map_err(unreadable)?.map_err(damaged)?;
+        let read = |bytes: &mut [u8], at| file.read_exact_at(bytes, at);
+        let text = read_header(info.len(), read).map_err(unreadable)?.map_err(damaged)?;
         let tensors = header::parse(&text, info.len()).map_err(damaged)?;
         Ok(Self { path: path.to_owned(), origin, file, tensors })
+    }
+
+    /// Checks a file that lies in memory as [`TensorFile::open`] does: where each of its tensors ends, or what is wrong.
+    pub(crate) fn check_bytes(file: &[u8]) -> Result<Vec<u64>, String> {
+        let read = |bytes: &mut [u8], at: u64| {
+            let from = file.get(at as usize..).and_then(|rest| rest.get(..bytes.len()));
+            bytes.copy_from_slice(from.ok_or(io::ErrorKind::UnexpectedEof)?);
+            Ok(())
+        };
+        let text = read_header(file.len() as u64, read).map_err(|error| error.to_string())??;
+        let tensors = header::parse(&text, file.len() as u64)?;
+        let end =
+            |tensor: &Stored| tensor.start + tensor.encoding.bytes(tensor.shape.iter().product()) as u64;
+        Ok(tensors.iter().map(end).collect())
     }
 
     /// A file whose tensors are known, sorted by name.
@@ -97,7 +112,8 @@ impl TensorFile {
     /// A text that the header carries besides the tensors.
     pub fn metadata(&self, key: &str) -> Option<String> {
         let length = self.file.metadata().ok()?.len();
-        header::metadata(&read_header(&self.file, length).ok()?.ok()?, key)
+        let read = |bytes: &mut [u8], at| self.file.read_exact_at(bytes, at);
+        header::metadata(&read_header(length, read).ok()?.ok()?, key)
     }
 
     /// A tensor by name.
@@ -117,12 +133,15 @@ impl TensorFile {
 }
 
 /// The header's text, or what is wrong with the file's length.
-fn read_header(file: &File, length: u64) -> io::Result<Result<Vec<u8>, String>> {
+fn read_header(
+    length: u64,
+    read: impl Fn(&mut [u8], u64) -> io::Result<()>,
+) -> io::Result<Result<Vec<u8>, String>> {
     if length < 8 {
         return Ok(Err(format!("it is {length} bytes long, shorter than any safetensors file")));
     }
     let mut word = [0; 8];
-    file.read_exact_at(&mut word, 0)?;
+    read(&mut word, 0)?;
     let header_length = u64::from_le_bytes(word);
     if header_length > LONGEST_HEADER || header_length > length - 8 {
         return Ok(Err(format!(
@@ -131,6 +150,6 @@ fn read_header(file: &File, length: u64) -> io::Result<Result<Vec<u8>, String>> 
         )));
     }
     let mut header = vec![0; header_length as usize];
-    file.read_exact_at(&mut header, 8)?;
+    read(&mut header, 8)?;
     Ok(Ok(header))
 }

@@ -135,6 +135,22 @@ impl<'a> Tensor<'a> {
         self.file.read_at(self.stored.start + offset as u64, out)
     }
 
+    /// Reads all bytes as they are and hands them on in pieces; of use where [`Tensor::is_plain`].
+    ///
+    /// # Errors
+    /// Unreadable.
+    pub fn pieces(&self, take: &mut Witness<'_>) -> Result<()> {
+        let mut piece = vec![0; (4 * PIECE).min(self.bytes())];
+        let mut done = 0;
+        while done < self.bytes() {
+            let piece = &mut piece[..(4 * PIECE).min(self.bytes() - done)];
+            self.read_at(done, piece)?;
+            take(piece);
+            done += piece.len();
+        }
+        Ok(())
+    }
+
     /// Reads all bytes as they are; of use where [`Tensor::is_plain`].
     ///
     /// # Errors
