@@ -190,7 +190,11 @@ impl<'a> Cursor<'a> {
         }
         let mut shape = [1_u64; MOST_DIMENSIONS as usize];
         for size in &mut shape[..dimensions as usize] {
+            let at = self.at;
             *size = self.u64()?;
+            if *size == 0 {
+                return Err(self.wrong(at, "a tensor without numbers"));
+            }
         }
         let at = self.at;
         let number = self.u32()?;

@@ -149,7 +149,7 @@ fn problem(bytes: &[u8]) -> String {
 #[test]
 fn hostile_headers_are_refused_by_name() {
     let begin = |tensors, entries| Builder::begin(3, tensors, entries);
-    let cases: [(&str, Vec<u8>); 22] = [
+    let cases: [(&str, Vec<u8>); 23] = [
         ("does not begin with", b"GGML\x03\0\0\0".to_vec()),
         ("version 1;", Builder::begin(1, 0, 0).end(0)),
         ("big-endian", Builder::begin(3_u32.swap_bytes(), 0, 0).end(0)),
@@ -164,6 +164,7 @@ fn hostile_headers_are_refused_by_name() {
         ("there twice", begin(0, 2).text("k").word(7).0.iter().copied().chain([1]).chain(twin()).collect()),
         ("general.alignment is", begin(0, 1).text("general.alignment").word(4).word(0).end(64)),
         ("5 dimensions", begin(1, 0).tensor("t", &[1; 5], 0, 0).end(64)),
+        ("without numbers", begin(1, 0).tensor("t", &[0, 1 << 40, 1 << 40], 0, 0).end(64)),
         ("stored as type 16; read are F32", begin(1, 0).tensor("t", &[32], 16, 0).end(64)),
         ("which Q4_0 cannot store", begin(1, 0).tensor("t", &[33], 2, 0).end(64)),
         ("which F32 cannot store", begin(1, 0).tensor("t", &[1 << 40, 1 << 40], 0, 0).end(64)),

@@ -320,7 +320,7 @@ fn wrong_files_are_refused_by_code() {
         ("no norm", "SH0307", drop_tensor("output_norm.weight")),
         ("a matrix of another shape", "SH0308", reshape("blk.0.ffn_down.weight", [512, 256])),
         ("odd rows in a head", "SH0322", reshape("blk.0.attn_q.weight", [252, 256])),
-        ("no rows at all", "SH0322", reshape("blk.0.attn_q.weight", [0, 256])),
+        ("no rows at all", "SH0320", reshape("blk.0.attn_q.weight", [0, 256])),
     ];
     for (case, code, spoil) in cases {
         let folder = tempfile::tempdir().unwrap();
