@@ -19,8 +19,8 @@ use crate::{
     random::DropoutKey,
 };
 
-/// Rows that a block of norms takes.
-const NORM_ROWS: usize = 8;
+/// Threads of a block of norms, which takes a row.
+const NORM_THREADS: usize = 128;
 
 impl Backend for Cuda {
     type Buffer = DeviceBuffer;
@@ -348,7 +348,7 @@ impl Backend for Cuda {
             return;
         }
         let weight = matrix(weight).address;
-        let (grid, block) = ([x.rows.div_ceil(NORM_ROWS), 1, 1], [32, NORM_ROWS]);
+        let (grid, block) = ([x.rows, 1, 1], [NORM_THREADS, 1]);
         let (x, out, reciprocal) = (matrix(x), target(&out), target(&reciprocal));
         let name = kernel!("rms_norm", numbers);
         launch!(self.device, name, grid, block, x, weight, epsilon, out, reciprocal);
@@ -367,7 +367,7 @@ impl Backend for Cuda {
             return;
         }
         let weight = matrix(weight).address;
-        let (grid, block) = ([x.rows.div_ceil(NORM_ROWS), 1, 1], [32, NORM_ROWS]);
+        let (grid, block) = ([x.rows, 1, 1], [NORM_THREADS, 1]);
         let (dout, x, reciprocal, dx) = (matrix(dout), matrix(x), matrix(reciprocal), target(&dx));
         let name = kernel!("rms_norm_backward", numbers);
         launch!(self.device, name, grid, block, dout, x, weight, reciprocal, dx);

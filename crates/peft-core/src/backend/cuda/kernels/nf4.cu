@@ -86,6 +86,16 @@ nf4_merged(Nf4 m, u32 rows, u32 columns, const bf16* a, const bf16* b, u32 rank,
     u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     u32 row = blockIdx.y * MERGED_ROWS + warp * 32 + g;
     for (u32 part = 0; part < MERGED_COLUMNS && first + part < columns; part += 64) {
+        // What is read of W, asked for before the products that it is added to.
+        uint2 codes[4];
+        float blocks[4];
+#pragma unroll
+        for (int quarter = 0; quarter < 4; quarter++) {
+            u32 r = min(row + 8 * quarter, rows - 1);
+            u64 at = (u64)r * columns + first + part + 16 * t;
+            codes[quarter] = *(const uint2*)(m.codes + at / 2);
+            blocks[quarter] = scale_of(m, at >> m.block_shift);
+        }
         float acc[2][8][4];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -115,12 +125,11 @@ nf4_merged(Nf4 m, u32 rows, u32 columns, const bf16* a, const bf16* b, u32 rank,
             u32 r = row + 8 * quarter;
             if (r >= rows) continue;
             u64 at = (u64)r * columns + first + part + 16 * t;
-            uint2 codes = *(const uint2*)(m.codes + at / 2);
-            float block = scale_of(m, at >> m.block_shift);
+            float block = blocks[quarter];
             u32 words[8];
 #pragma unroll
             for (int n = 0; n < 8; n++) {
-                float2 pair = pairs[((n < 4 ? codes.x : codes.y) >> (8 * (n & 3))) & 255u];
+                float2 pair = pairs[((n < 4 ? codes[quarter].x : codes[quarter].y) >> (8 * (n & 3))) & 255u];
                 const float* sum = &acc[quarter >> 1][n][2 * (quarter & 1)];
                 words[n] = pack_bf16(fmaf(scale, sum[0], __fmul_rn(pair.x, block)),
                                      fmaf(scale, sum[1], __fmul_rn(pair.y, block)));
