@@ -15,6 +15,7 @@ const COMMON: &str = include_str!("kernels/common.cu");
 const ELEMENTWISE: &str = include_str!("kernels/elementwise.cu");
 const ROWS: &str = include_str!("kernels/rows.cu");
 const NF4: &str = include_str!("kernels/nf4.cu");
+const LOW_RANK: &str = include_str!("kernels/low_rank.cu");
 const OPTIMIZER: &str = include_str!("kernels/optimizer.cu");
 const ATTENTION: &str = include_str!("kernels/attention.cu");
 const HOPPER: &str = include_str!("kernels/hopper.cu");
@@ -171,7 +172,7 @@ impl HopperTiles {
 impl Unit {
     /// Everything but attention.
     pub fn general() -> Self {
-        Self { source: [COMMON, ELEMENTWISE, ROWS, NF4, OPTIMIZER].concat(), options: Vec::new() }
+        Self { source: [COMMON, ELEMENTWISE, ROWS, NF4, LOW_RANK, OPTIMIZER].concat(), options: Vec::new() }
     }
 
     /// Attention for heads of `head_dim` features.

@@ -12,6 +12,7 @@ pub mod compile;
 mod device;
 mod error;
 mod libraries;
+mod low_rank;
 mod memory;
 mod merge;
 mod operations;

@@ -289,6 +289,21 @@ impl Backend for Cuda {
         self.device.product(&Product { a, b, c, rows, columns, inner, alpha, beta, numbers, into });
     }
 
+    fn low_rank_backward(
+        &self,
+        scale: f32,
+        dy: View<'_, Self>,
+        b: View<'_, Self>,
+        p: View<'_, Self>,
+        dp: ViewMut<'_, Self>,
+        db: ViewMut<'_, Self>,
+    ) {
+        if !self.low_rank_slopes(scale, dy, b, p, &dp, &db) {
+            self.gemm(scale, dy, true, p, false, 1.0, db);
+            self.gemm(scale, dy, false, b, false, 0.0, dp);
+        }
+    }
+
     fn fill(&self, value: f32, to: ViewMut<'_, Self>) {
         let name = kernel!("fill", to.data.numbers);
         launch!(self.device, name, grid(to.rows, to.columns), [THREADS, 1], target(&to), value);

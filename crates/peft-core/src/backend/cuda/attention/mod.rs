@@ -12,7 +12,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-pub(super) use self::tiles::TileLists;
+pub(super) use self::{plain::allow_shared, tiles::TileLists};
 use super::{Cuda, CudaBatch, DeviceError};
 use crate::backend::{AttentionShape, View, ViewMut};
 
