@@ -114,6 +114,7 @@ impl Model {
             temperature: sampling.temperature,
             top_k: sampling.top_k,
             top_p: sampling.top_p,
+            repetition_penalty: 1.0,
             seed: sampling.seed,
             max_tokens: sampling.max_tokens,
             stop_ids: tokenizer.stop_ids().to_vec(),

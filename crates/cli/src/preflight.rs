@@ -12,6 +12,8 @@ use crate::{failure::CommandResult, job_file::at_key};
 #[derive(Debug, Clone)]
 pub(crate) struct Preflight {
     pub(crate) matched_modules: Vec<String>,
+    /// Virtual tokens in front of every sample.
+    pub(crate) virtual_tokens: usize,
     pub(crate) trainable_parameters: u64,
     /// Base and adapter together.
     pub(crate) total_parameters: u64,
@@ -42,15 +44,21 @@ impl Preflight {
     /// Checks base and targets, and counts. What is wrong is shown at the key of the job file that names it.
     pub(crate) fn of(job: &Loaded<JobSpec>, threads: usize) -> CommandResult<Self> {
         let spec = &job.value;
-        let estimate = Engine::estimate(&engine_options(spec, threads)).map_err(|error| {
+        let options =
+            engine_options(spec, threads).map_err(|error| at_key(job, "base.model", error.diagnostic()))?;
+        let estimate = Engine::estimate(&options).map_err(|error| {
             let diagnostic = error.diagnostic();
-            let key =
-                if diagnostic.code.starts_with("SH04") { "adapter.target_modules" } else { "base.model" };
+            let key = match diagnostic.code.starts_with("SH04") {
+                true if spec.adapter.method.has_virtual_tokens() => "adapter.num_virtual_tokens",
+                true => "adapter.target_modules",
+                false => "base.model",
+            };
             at_key(job, key, diagnostic)
         })?;
         let (plan, trainable) = (estimate.plan, estimate.fit.trained().parameters() as u64);
         Ok(Self {
             matched_modules: estimate.fit.matched().modules(),
+            virtual_tokens: estimate.fit.layout().virtual_tokens().count(),
             trainable_parameters: trainable,
             total_parameters: estimate.config.parameters() as u64 + trainable,
             memory: Memory {
@@ -66,8 +74,16 @@ impl Preflight {
         })
     }
 
+    /// What is trained, in words.
+    pub(crate) fn what(&self) -> String {
+        if self.virtual_tokens > 0 {
+            return format!("{} virtual tokens in front of every sample", self.virtual_tokens);
+        }
+        format!("{} modules: {}", self.matched_modules.len(), self.modules_by_kind())
+    }
+
     /// `q_proj, k_proj, …`: the last parts of the matched names, each once.
-    pub(crate) fn modules_by_kind(&self) -> String {
+    fn modules_by_kind(&self) -> String {
         let mut kinds: Vec<&str> = Vec::new();
         for module in &self.matched_modules {
             let kind = module.rsplit('.').next().unwrap_or(module);

@@ -42,6 +42,17 @@ impl Checker<'_> {
                 return self.wrong_type(key, item, shape, format!("a list of {}", items.len()));
             }
             (Shape::TextOrList, Node::Array(items)) => self.list(key, items, &Shape::Text)?,
+            (Shape::Integers { max }, Node::Array(items)) => {
+                self.list(key, items, &Shape::Integer { max: *max })?
+            }
+            (Shape::NumbersByName, Node::Table(entries)) => {
+                let mut map = Vec::new();
+                for entry in entries {
+                    let value = self.value(&join_key(key, &entry.key), &entry.item, &Shape::Number)?;
+                    map.push((entry.key.clone(), value));
+                }
+                map.into_iter().collect::<Map<String, Value>>().into()
+            }
             _ => return self.wrong_type(key, item, shape, found(&item.node)),
         };
         Some(kind)

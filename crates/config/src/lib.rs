@@ -15,6 +15,7 @@ pub mod render;
 pub mod service;
 pub mod shape;
 pub mod validate;
+mod validate_adapter;
 
 mod check;
 mod document;
@@ -24,6 +25,7 @@ mod json;
 mod layers;
 mod load;
 mod loaded;
+mod methods;
 mod paths;
 mod place;
 mod read;

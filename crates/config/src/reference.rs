@@ -138,6 +138,8 @@ fn type_of(shape: &Shape) -> String {
         Shape::Words(words) => crate::shape::quoted(words.iter().map(|word| word.word.as_str())),
         Shape::Numbers(length) => format!("list of {length} numbers"),
         Shape::TextOrList => "text or list of texts".to_owned(),
+        Shape::Integers { .. } => "list of whole numbers".to_owned(),
+        Shape::NumbersByName => "table of names and numbers".to_owned(),
     }
 }
 

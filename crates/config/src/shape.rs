@@ -4,7 +4,7 @@
 //! types and doc comments as data. The checks of a file, the "did you mean", the typed reading of environment
 //! variables and flags, and the reference pages all come from this one declaration.
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
 
 /// What a key may hold.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,6 +30,13 @@ pub enum Shape {
     Numbers(usize),
     /// Text, or a list of texts.
     TextOrList,
+    /// A list of whole numbers from 0 to `max`.
+    Integers {
+        /// The highest value that fits.
+        max: i64,
+    },
+    /// A table of numbers under names of one's own.
+    NumbersByName,
 }
 
 /// A table: its keys, in the order of the declaration.
@@ -107,6 +114,8 @@ impl Shape {
             Self::Words(words) => format!("one of {}", quoted(words.iter().map(|word| word.word.as_str()))),
             Self::Numbers(length) => format!("a list of {length} numbers"),
             Self::TextOrList => "text or a list of texts".to_owned(),
+            Self::Integers { .. } => "a list of whole numbers".to_owned(),
+            Self::NumbersByName => "a table of names and numbers".to_owned(),
         }
     }
 }
@@ -159,6 +168,8 @@ describe_as! {
     String => Shape::Text;
     PathBuf => Shape::Path;
     [f64; 2] => Shape::Numbers(2);
+    Vec<u32> => Shape::Integers { max: i64::from(u32::MAX) };
+    BTreeMap<String, f64> => Shape::NumbersByName;
 }
 
 /// The word that a variant is written as.

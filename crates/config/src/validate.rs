@@ -1,6 +1,6 @@
 //! What a job may say: every check that needs no file.
 
-use crate::job::{JobSpec, Method, TargetModules};
+use crate::job::{JobSpec, Method, PrefixInit, PromptTuningInit};
 
 /// A value that cannot be, or looks wrong.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,15 +29,15 @@ pub struct Warning {
 }
 
 #[derive(Default)]
-struct Findings(Vec<Finding>);
+pub(crate) struct Findings(Vec<Finding>);
 
 impl Findings {
     /// Notes that `key` breaks a rule, unless it holds.
-    fn require(&mut self, holds: bool, key: &str, value: impl ToString, rule: &str) {
+    pub(crate) fn require(&mut self, holds: bool, key: &str, value: impl ToString, rule: &str) {
         self.require_hinted(holds, key, value, rule, None);
     }
 
-    fn require_hinted(
+    pub(crate) fn require_hinted(
         &mut self,
         holds: bool,
         key: &str,
@@ -60,7 +60,8 @@ impl Findings {
 pub fn findings(spec: &JobSpec) -> Vec<Finding> {
     let mut findings = Findings::default();
     name(spec, &mut findings);
-    adapter(spec, &mut findings);
+    crate::validate_adapter::adapter(spec, &mut findings);
+    virtual_tokens(spec, &mut findings);
     data(spec, &mut findings);
     batches(spec, &mut findings);
     optimizer(spec, &mut findings);
@@ -89,57 +90,42 @@ fn name(spec: &JobSpec, findings: &mut Findings) {
     );
 }
 
-fn adapter(spec: &JobSpec, findings: &mut Findings) {
+/// Rows and networks of virtual tokens.
+fn virtual_tokens(spec: &JobSpec, findings: &mut Findings) {
     let adapter = &spec.adapter;
-    findings.require_hinted(
-        adapter.r >= 1,
-        "adapter.r",
-        adapter.r,
-        "must be at least 1",
-        Some("8 to 64 are usual; 16 is the default"),
-    );
-    findings.require(
-        adapter.lora_alpha.is_finite() && adapter.lora_alpha > 0.0,
-        "adapter.lora_alpha",
-        adapter.lora_alpha,
-        "must be above 0",
-    );
-    findings.require_hinted(
-        (0.0..1.0).contains(&adapter.lora_dropout),
-        "adapter.lora_dropout",
-        adapter.lora_dropout,
-        "must be at least 0 and below 1",
-        Some("it is a share: 0.05 drops 5 % of the adapter's inputs"),
-    );
-    let all_linear = Some("use `\"all-linear\"` for every linear layer");
-    match &adapter.target_modules {
-        TargetModules::Pattern(pattern) => {
-            let rule = "must name at least one module";
-            findings.require_hinted(
-                !pattern.trim().is_empty(),
-                "adapter.target_modules",
-                "empty",
-                rule,
-                all_linear,
-            );
-        }
-        TargetModules::Names(names) => {
-            let rule = "must name at least one module";
-            findings.require_hinted(!names.is_empty(), "adapter.target_modules", "empty", rule, all_linear);
-            for (index, name) in names.iter().enumerate() {
-                let key = format!("adapter.target_modules[{index}]");
-                findings.require(
-                    !name.trim().is_empty(),
-                    &key,
-                    "empty",
-                    "must be a module's name or its end",
-                );
-                let hint = Some("write `target_modules = \"all-linear\"`, without brackets");
-                let rule = "has that meaning only as a text of its own, not in a list";
-                findings.require_hinted(name != "all-linear", &key, "`all-linear`", rule, hint);
-            }
-        }
+    if !adapter.method.has_virtual_tokens() {
+        return;
     }
+    let (count, longest) = (adapter.num_virtual_tokens, spec.data.max_length);
+    let usual = Some("8 to 50 are usual; 20 is the default");
+    findings.require_hinted(count >= 1, "adapter.num_virtual_tokens", count, "must be at least 1", usual);
+    let room = "must leave at least two of the tokens of `data.max_length`";
+    let hint = Some("virtual tokens count towards `data.max_length`: raise that, or use fewer of them");
+    findings.require_hinted(count + 2 <= longest, "adapter.num_virtual_tokens", count, room, hint);
+    if adapter.method == Method::PrefixTuning && adapter.prefix_init == PrefixInit::Text {
+        let text = adapter.prefix_init_text.trim();
+        findings.require(!text.is_empty(), "adapter.prefix_init_text", "empty", "must be a text");
+    }
+    if adapter.method == Method::PromptTuning && adapter.prompt_start() == PromptTuningInit::Text {
+        let text = adapter.prompt_tuning_init_text.as_deref().unwrap_or("").trim();
+        let hint = Some("tell of the task: `prompt_tuning_init_text = \"Write like Shakespeare:\"`");
+        let rule = "must be a text where the prompt begins as one";
+        findings.require_hinted(!text.is_empty(), "adapter.prompt_tuning_init_text", "empty", rule, hint);
+    }
+    let one = "must be at least 1";
+    if let Some(hidden) = adapter.encoder_hidden_size {
+        findings.require(hidden >= 1, "adapter.encoder_hidden_size", hidden, one);
+    }
+    let layers = adapter.encoder_num_layers;
+    findings.require(
+        (1..=64).contains(&layers),
+        "adapter.encoder_num_layers",
+        layers,
+        "must be from 1 to 64",
+    );
+    let dropout = adapter.encoder_dropout;
+    let share = "must be at least 0 and below 1";
+    findings.require((0.0..1.0).contains(&dropout), "adapter.encoder_dropout", dropout, share);
 }
 
 fn data(spec: &JobSpec, findings: &mut Findings) {
@@ -204,13 +190,9 @@ fn optimizer(spec: &JobSpec, findings: &mut Findings) {
     let above = "must be above 0";
     let not_negative = "must not be negative";
     let positive = |value: f64| value.is_finite() && value > 0.0;
-    findings.require_hinted(
-        positive(train.learning_rate),
-        "train.learning_rate",
-        train.learning_rate,
-        above,
-        Some("2e-4 is the default for LoRA"),
-    );
+    let advice = Some(spec.adapter.method.advice());
+    let rate = spec.learning_rate();
+    findings.require_hinted(positive(rate), "train.learning_rate", rate, above, advice);
     for (index, beta) in train.betas.into_iter().enumerate() {
         let key = format!("train.betas[{index}]");
         findings.require((0.0..1.0).contains(&beta), &key, beta, "must be at least 0 and below 1");
@@ -243,14 +225,32 @@ fn cluster(spec: &JobSpec, findings: &mut Findings) {
 /// Values that are allowed and look wrong. `named` tells whether the user wrote a key.
 pub fn warnings(spec: &JobSpec, named: impl Fn(&str) -> bool) -> Vec<Warning> {
     let mut warnings = Vec::new();
-    let (low, high) = usual_learning_rates(spec.adapter.method);
-    let rate = spec.train.learning_rate;
+    let (low, high) = spec.adapter.method.usual_learning_rates();
+    let rate = spec.learning_rate();
     if rate < low || rate > high {
         warnings.push(Warning {
             code: "SH0120",
             key: "train.learning_rate".to_owned(),
             message: format!("a learning rate of {rate:e} is unusual: {low:e} to {high:e} are usual here"),
-            hint: "2e-4 is a good first try for LoRA on a large model, 2e-3 on a tiny one".to_owned(),
+            hint: spec.adapter.method.advice().to_owned(),
+        });
+    }
+    if spec.adapter.method == Method::PromptTuning && spec.adapter.prompt_start() == PromptTuningInit::Random
+    {
+        warnings.push(Warning {
+            code: "SH0123",
+            key: "adapter.prompt_tuning_init".to_owned(),
+            message: "a prompt that begins at random lies far from all embeddings and trains badly"
+                .to_owned(),
+            hint: "begin from a text: `prompt_tuning_init_text = \"…\"`; or use `SAMPLE_VOCAB`".to_owned(),
+        });
+    }
+    if spec.adapter.method == Method::PrefixTuning && spec.adapter.prefix_init != PrefixInit::Text {
+        warnings.push(Warning {
+            code: "SH0123",
+            key: "adapter.prefix_init".to_owned(),
+            message: "a prefix that begins as the keys and values of a text trains better".to_owned(),
+            hint: "leave `prefix_init` out, and tell of the task in `prefix_init_text`".to_owned(),
         });
     }
     if let Some(steps) = spec.train.steps.filter(|steps| spec.train.warmup_steps >= *steps) {
@@ -271,6 +271,7 @@ pub fn warnings(spec: &JobSpec, named: impl Fn(&str) -> bool) -> Vec<Warning> {
             hint: format!("set `global_batch_size` to {workers} or a multiple of it"),
         });
     }
+    warnings.extend(crate::validate_adapter::warnings(spec));
     let mut without_effect = |key: &str, why: &str| {
         if named(key) {
             warnings.push(Warning {
@@ -281,6 +282,11 @@ pub fn warnings(spec: &JobSpec, named: impl Fn(&str) -> bool) -> Vec<Warning> {
             });
         }
     };
+    for key in crate::methods::KEYS {
+        if let Some(why) = spec.adapter.method.ignores(&spec.adapter, key) {
+            without_effect(&format!("adapter.{key}"), why);
+        }
+    }
     if spec.train.steps.is_some() {
         without_effect("train.epochs", "`train.steps` says how long to train");
     }
@@ -294,11 +300,4 @@ pub fn warnings(spec: &JobSpec, named: impl Fn(&str) -> bool) -> Vec<Warning> {
         without_effect("sample.max_tokens", "there is no `sample.prompt`");
     }
     warnings
-}
-
-/// Learning rates between which a method is known to work.
-fn usual_learning_rates(method: Method) -> (f64, f64) {
-    match method {
-        Method::Lora => (1e-6, 5e-3),
-    }
 }

@@ -37,6 +37,9 @@ pub struct PrepareRequest {
     pub max_length: usize,
     /// Whether several samples share a row.
     pub packing: bool,
+    /// Virtual tokens in front of every sample.
+    #[serde(default)]
+    pub virtual_tokens: usize,
     /// The folder to write.
     pub out: PathBuf,
     /// Threads; 0: one a core.
@@ -53,6 +56,7 @@ impl PrepareRequest {
             format: spec.data.format,
             max_length: spec.data.max_length,
             packing: spec.data.packing,
+            virtual_tokens: spec.adapter.virtual_tokens(),
             out,
             threads: 0,
         }

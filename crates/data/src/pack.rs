@@ -15,6 +15,8 @@ const SHORTEST: usize = 2;
 /// Puts samples into rows.
 pub(crate) struct Packer {
     max_length: usize,
+    /// What each sample takes up besides its tokens.
+    virtual_tokens: usize,
     packing: bool,
     open: Vec<Row>,
     next_row: u64,
@@ -23,13 +25,19 @@ pub(crate) struct Packer {
 
 impl Packer {
     pub(crate) fn new(max_length: u32, packing: bool) -> Self {
-        Self { max_length: max_length as usize, packing, open: Vec::new(), next_row: 0, next_sample: 0 }
+        let (max_length, virtual_tokens) = (max_length as usize, 0);
+        Self { max_length, virtual_tokens, packing, open: Vec::new(), next_row: 0, next_sample: 0 }
+    }
+
+    /// Leaves room for so many virtual tokens in front of every sample; samples are that much shorter than a row.
+    pub(crate) fn with_virtual_tokens(self, count: u32) -> Self {
+        Self { virtual_tokens: count as usize, ..self }
     }
 
     /// Takes the next sample; gives a row if one is full now.
     pub(crate) fn push(&mut self, sample: Sample) -> Option<Row> {
-        debug_assert!((SHORTEST..=self.max_length).contains(&sample.ids.len()));
-        let length = sample.ids.len();
+        let length = sample.ids.len() + self.virtual_tokens;
+        debug_assert!(sample.ids.len() >= SHORTEST && length <= self.max_length);
         let best = (0..self.open.len())
             .filter(|index| self.room(*index) >= length)
             .min_by_key(|index| self.room(*index));
@@ -47,7 +55,7 @@ impl Packer {
         };
         append(&mut self.open[index], self.next_sample, sample);
         self.next_sample += 1;
-        if !self.packing || self.room(index) < SHORTEST {
+        if !self.packing || self.room(index) < SHORTEST + self.virtual_tokens {
             return Some(self.close(index));
         }
         if self.open.len() > WINDOW {
@@ -63,7 +71,8 @@ impl Packer {
     }
 
     fn room(&self, index: usize) -> usize {
-        self.max_length - self.open[index].token_ids.len()
+        let row = &self.open[index];
+        self.max_length - row.token_ids.len() - row.segments.len() * self.virtual_tokens
     }
 
     fn close(&mut self, index: usize) -> Row {
@@ -138,6 +147,21 @@ mod tests {
             }
             prop_assert!(seen.iter().all(|seen| *seen));
         }
+    }
+
+    #[test]
+    fn virtual_tokens_of_every_sample_count_towards_the_row() {
+        let mut packer = Packer::new(100, true).with_virtual_tokens(20);
+        let mut rows: Vec<Row> = (0..50).filter_map(|_| packer.push(sample(25, 0))).collect();
+        rows.extend(std::iter::from_fn(|| packer.finish()));
+        // Two of 25 + 20, where four of 25 would fit.
+        assert!(rows.iter().all(|row| row.segments.len() == 2), "{rows:?}");
+        assert_eq!(rows.len(), 25);
+        let mut packer = Packer::new(100, true).with_virtual_tokens(20);
+        assert!(
+            packer.push(sample(80, 0)).is_some(),
+            "a row without room for a sample and its virtual tokens is full"
+        );
     }
 
     #[test]

@@ -29,6 +29,8 @@ pub struct PrepareOptions {
     pub max_length: u32,
     /// Whether several samples share a row.
     pub packing: bool,
+    /// Virtual tokens that an adapter puts in front of every sample; they count towards `max_length`.
+    pub virtual_tokens: u32,
     /// The time that chat templates see as now, in seconds since the Unix epoch (UTC). Absent: templates have no clock
     /// (`strftime_now` is undefined, and templates fall back to the date that they carry), so that the
     /// same data gives the same tokens on every day.
@@ -84,8 +86,13 @@ pub(crate) type Report<'a> = &'a mut dyn FnMut(&Progress);
 /// # Errors
 /// Anything wrong with input, tokenizer or template, with file and line.
 pub fn prepare(options: &PrepareOptions, progress: &mut dyn FnMut(&Progress)) -> Result<Summary, Error> {
-    if options.max_length < 2 {
-        let reason = "a row needs two tokens: one to predict from, one to predict".to_owned();
+    if options.max_length < 2u32.saturating_add(options.virtual_tokens) {
+        let reason = match options.virtual_tokens {
+            0 => "a row needs two tokens: one to predict from, one to predict".to_owned(),
+            count => format!(
+                "a row needs two tokens besides its {count} virtual ones: one to predict from, one to predict"
+            ),
+        };
         return Err(Error::Impossible { option: "max_length", reason });
     }
     if !may_write(&options.out)? {

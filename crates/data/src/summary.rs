@@ -71,8 +71,10 @@ pub struct SplitSummary {
 }
 
 impl SplitSummary {
-    pub(crate) fn set_padding(&mut self, max_length: u32) {
-        let exact = pack::padding_fraction(self.rows, self.tokens, max_length);
+    /// Virtual tokens fill a row as others do.
+    pub(crate) fn set_padding(&mut self, max_length: u32, virtual_tokens: u32) {
+        let tokens = self.tokens + self.samples * u64::from(virtual_tokens);
+        let exact = pack::padding_fraction(self.rows, tokens, max_length);
         self.padding_fraction = (exact * 1e6).round() / 1e6;
     }
 }

@@ -37,6 +37,7 @@ fn two_hundred_thousand_lines_fit_into_little_memory() {
         format: Format::Auto,
         max_length: 256,
         packing: true,
+        virtual_tokens: 0,
         template_time: None,
         out: folder.path().join("prepared"),
         threads: 2,

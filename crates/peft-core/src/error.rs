@@ -6,7 +6,7 @@ use std::{io, path::PathBuf};
 
 use shanty_diagnostic::{Diagnose, Diagnostic, Kind};
 
-use crate::{backend::cuda::DeviceError, engine::StepError};
+use crate::{backend::cuda::DeviceError, engine::StepError, use_error::UseError};
 
 /// A result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -200,6 +200,12 @@ pub enum Error {
         /// Its value, as JSON.
         value: String,
     },
+    /// The network that an adapter is trained through cannot compute.
+    #[error("the network of the adapter failed: {reason}")]
+    Network {
+        /// Why.
+        reason: String,
+    },
     /// `target_modules` matches nothing.
     #[error("target_modules {pattern} matches no module of the model")]
     NoTarget {
@@ -209,6 +215,42 @@ pub enum Error {
         available: Vec<String>,
         /// The name that was perhaps meant.
         nearest: Option<String>,
+    },
+    /// `exclude_modules`, `layers_to_transform` and `modules_to_save` leave nothing of what `target_modules` matches.
+    #[error(
+        "nothing is trained: `target_modules` {pattern} matches {matched} modules, and none of them is left"
+    )]
+    NothingLeft {
+        /// The list or expression, as JSON.
+        pattern: String,
+        /// Modules that it matches.
+        matched: usize,
+    },
+    /// A name in `modules_to_save` matches no module.
+    #[error("`modules_to_save` names `{name}`, which the base does not have")]
+    NoModuleToSave {
+        /// The name.
+        name: String,
+        /// Last parts of the names of all modules with weights.
+        available: Vec<String>,
+    },
+    /// A start that is computed from the base was not prepared.
+    #[error("the start \"{start}\" is computed from the base once, before training, and is not there")]
+    StartMissing {
+        /// PEFT's word for it.
+        start: &'static str,
+    },
+    /// A prepared start belongs to other settings or another base.
+    #[error("the start in `{}` was computed for another base or other settings", folder.display())]
+    StartOfAnother {
+        /// Where it lies.
+        folder: PathBuf,
+    },
+    /// A start that changes the base cannot be had with the base as it is stored.
+    #[error("the start \"{start}\" needs the base's weights as they were before they were quantised")]
+    StartNeedsWeights {
+        /// PEFT's word for it.
+        start: &'static str,
     },
     /// `target_modules` matches something that cannot carry the adapter.
     #[error("target_modules {pattern} matches `{module}`, which is {what}")]
@@ -272,6 +314,9 @@ pub enum Error {
         /// The length it should have.
         expected: usize,
     },
+    /// An adapter cannot be used, combined, merged or exported as asked.
+    #[error(transparent)]
+    Use(#[from] UseError),
     /// A pass over rows failed.
     #[error(transparent)]
     Step(#[from] StepError),
@@ -318,12 +363,19 @@ impl Error {
             Self::UnsupportedOption { .. } => "SH0405",
             Self::NoTarget { .. } => "SH0406",
             Self::WrongTarget { .. } => "SH0407",
+            Self::NothingLeft { .. } => "SH0420",
+            Self::NoModuleToSave { .. } => "SH0422",
+            Self::StartMissing { .. } => "SH0423",
+            Self::StartOfAnother { .. } => "SH0424",
+            Self::StartNeedsWeights { .. } => "SH0425",
             Self::TargetPattern { .. } => "SH0408",
             Self::MissingAdapterTensors { .. } => "SH0413",
             Self::UnexpectedAdapterTensors { .. } => "SH0414",
             Self::AdapterPrefix { .. } => "SH0415",
             Self::Write { origin, .. } => origin.code("SH0314", "SH0409"),
             Self::Length { .. } => "SH0399",
+            Self::Network { .. } => "SH0440",
+            Self::Use(error) => error.code(),
             Self::Step(error) => error.code(),
             Self::Device(error) => error.code(),
         }
@@ -350,6 +402,7 @@ impl Error {
             Self::AdapterSetting { file, .. }
             | Self::UnsupportedMethod { file, .. }
             | Self::UnsupportedOption { file, .. } => file.as_ref(),
+            Self::Use(error) => error.file(),
             _ => None,
         }
     }
@@ -364,7 +417,8 @@ impl Error {
                 | io::ErrorKind::UnexpectedEof => Kind::User,
                 _ => Kind::Transient,
             },
-            Self::Length { .. } => Kind::Internal,
+            Self::Length { .. } | Self::Network { .. } => Kind::Internal,
+            Self::Use(error) => error.kind(),
             Self::Step(error) => error.kind(),
             Self::Device(error) => error.kind(),
             _ => Kind::User,
@@ -373,6 +427,7 @@ impl Error {
 
     fn hint(&self) -> Option<String> {
         let hint = match self {
+            Self::Use(error) => return error.hint(),
             Self::Step(error) => return error.hint(),
             Self::Device(error) => return Some(error.hint()),
             Self::Read { origin: Origin::Base, .. } => {
@@ -422,6 +477,19 @@ impl Error {
                 "name linear layers of the decoder, or use \"all-linear\"; a regular expression must match whole names"
                     .to_owned()
             }
+            Self::NothingLeft { .. } => {
+                "loosen exclude_modules or layers_to_transform, or take the module out of modules_to_save".to_owned()
+            }
+            Self::NoModuleToSave { available, .. } => format!("the model has: {}", available.join(", ")),
+            Self::StartMissing { .. } => {
+                "`shanty run` and the workers prepare it in the run's folder; `Engine::prepare_start` does from code".to_owned()
+            }
+            Self::StartOfAnother { .. } => {
+                "remove that folder to have it computed again, or give the job the settings that it had".to_owned()
+            }
+            Self::StartNeedsWeights { .. } => {
+                "take the model's 16-bit weights as the base and let Shanty quantise them, or take another start".to_owned()
+            }
             Self::TargetPattern { .. } => {
                 "a string is a regular expression over whole names, for example \
                  \".*\\\\.self_attn\\\\.[qv]_proj\"; for suffixes use a list: [\"q_proj\", \"v_proj\"]"
@@ -436,9 +504,6 @@ impl Error {
             }
             Self::AdapterPrefix { .. } => {
                 "PEFT would ignore all of them and run the bare base; rename NAME to base_model.model.NAME".to_owned()
-            }
-            Self::UnsupportedOption { key, .. } if key == "modules_to_save" => {
-                "train without fully trained modules, or fold them into the base first".to_owned()
             }
             _ => return None,
         };

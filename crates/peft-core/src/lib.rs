@@ -5,6 +5,7 @@
 //! [`backend::Backend`]; no pass allocates once the engine has run one.
 
 pub mod adapter;
+pub mod adapter_files;
 pub mod backend;
 pub mod batch;
 pub mod bench;
@@ -18,6 +19,8 @@ pub mod optim;
 pub mod plan;
 pub mod quant;
 pub mod random;
+pub mod use_error;
 
 pub use engine::{Engine, EngineDevice, EngineOptions, GradientSink, LossSum, NoSink, StepKey};
 pub use error::{Error, Result};
+pub use use_error::UseError;

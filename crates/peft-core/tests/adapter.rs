@@ -35,8 +35,8 @@ fn lora(targets: TargetModules) -> LoraConfig {
         r: 4,
         lora_alpha: 8.0,
         lora_dropout: 0.05,
-        use_rslora: false,
         target_modules: targets,
+        ..LoraConfig::default()
     }
 }
 

@@ -77,7 +77,7 @@ fn a_step_allocates_nothing_after_the_first() {
             (0..4).map(|id| Row::whole(id, (0..128 - shift).map(|_| random.below(288)).collect())).collect()
         };
         let (first, second) = (rows(0), rows(9));
-        let parameters = engine.initial_parameters(1);
+        let parameters = engine.initial_parameters(1).unwrap();
         let mut gradient = vec![0.0; parameters.len()];
         let mut step = |step: u64, rows: &[Row]| {
             engine

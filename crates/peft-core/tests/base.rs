@@ -43,7 +43,7 @@ fn a_dense_base_holds_the_numbers_of_its_file() {
             }
             let weights = base.weights(layer);
             let name = format!("model.layers.{layer}.post_attention_layernorm.weight");
-            assert_bits(weights.post_attention_norm, &stored[&name].f32(), &name);
+            assert_bits(weights.mlp_norm, &stored[&name].f32(), &name);
             let name = format!("model.layers.{layer}.input_layernorm.weight");
             assert_bits(weights.input_norm, &stored[&name].f32(), &name);
         }

@@ -1,5 +1,5 @@
-//! Every gradient of a whole decoder beside candle's autograd: random weights, random non-zero A and B, biases, grouped
-//! heads, packed rows of unequal trained tokens, dropout on with the same masks.
+//! Every gradient of a whole decoder of every family beside candle's autograd: random weights, random non-zero A and B,
+//! biases, grouped heads, packed rows of unequal trained tokens, dropout on with the same masks.
 //!
 //! The oracle uses differentiable operations only (`RmsNorm::forward_diff`, `ops::softmax`, `rope_slow`): several of
 //! candle's stock operations cut gradients without a word.
@@ -15,7 +15,7 @@ use shanty_peft_core::{
     NoSink, StepKey,
     adapter::TargetModules,
     batch::{Row, Segment},
-    model::{ModelConfig, Projection},
+    model::{Activation, ModelConfig, Norm, Projection},
     plan::Recompute,
     random::{DropoutKey, dropout_scales},
 };
@@ -29,6 +29,26 @@ fn config(bias: bool) -> ModelConfig {
             "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
             "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "hidden_act": "silu", "rope_theta": 10000.0,
             "tie_word_embeddings": false, "attention_bias": {bias}, "mlp_bias": {bias}}}"#
+    );
+    ModelConfig::from_json(text.as_bytes(), "config.json".as_ref()).unwrap()
+}
+
+/// Small windows, so that rows are longer, and caps that bend most scores and logits.
+const FAMILIES: [&str; 6] = [
+    r#""model_type": "mistral", "sliding_window": 7"#,
+    r#""model_type": "qwen2", "use_sliding_window": true, "sliding_window": 40, "max_window_layers": 1"#,
+    r#""model_type": "qwen3""#,
+    r#""model_type": "qwen3", "attention_bias": true, "tie_word_embeddings": true"#,
+    r#""model_type": "gemma", "hidden_act": "gelu""#,
+    r#""model_type": "gemma2", "sliding_window": 9, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 5"#,
+];
+
+fn family(special: &str) -> ModelConfig {
+    let text = format!(
+        r#"{{"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+            "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 512, {special}}}"#
     );
     ModelConfig::from_json(text.as_bytes(), "config.json".as_ref()).unwrap()
 }
@@ -84,7 +104,7 @@ impl Oracle<'_> {
     }
 
     fn norm(&self, name: &str, x: &Tensor) -> Tensor {
-        let weight = self.tensor(name, &[self.base.config.hidden_size]);
+        let weight = self.tensor(name, &[x.dims().last().copied().unwrap()]);
         candle_nn::RmsNorm::new(weight, self.base.config.norm_epsilon).forward_diff(x).unwrap()
     }
 
@@ -94,26 +114,39 @@ impl Oracle<'_> {
         let (tokens, dim) = (ids.len(), config.head_dim);
         let table = self.tensor("model.embed_tokens.weight", &[config.vocabulary_size, config.hidden_size]);
         let ids = Tensor::from_slice(ids, tokens, &Device::Cpu).unwrap();
-        let mut x = candle_nn::Embedding::new(table, config.hidden_size).forward(&ids).unwrap();
+        let mut x = candle_nn::Embedding::new(table.clone(), config.hidden_size).forward(&ids).unwrap();
+        if config.embedding_scale.is_some() {
+            x = (x * (config.hidden_size as f64).sqrt()).unwrap();
+        }
         let frequencies = config.rope.inverse_frequencies(dim);
         let angles: Vec<f32> =
             (0..tokens).flat_map(|t| frequencies.iter().map(move |f| t as f32 * f)).collect();
         let angles = Tensor::from_vec(angles, (tokens, dim / 2), &Device::Cpu).unwrap();
         let (cosines, sines) = (angles.cos().unwrap(), angles.sin().unwrap());
-        let unseen: Vec<f32> = (0..tokens)
-            .flat_map(|q| (0..tokens).map(move |k| if k > q { f32::NEG_INFINITY } else { 0.0 }))
-            .collect();
-        let unseen = Tensor::from_vec(unseen, (tokens, tokens), &Device::Cpu).unwrap();
+        let unseen = |window: Option<usize>| {
+            let all = (0..tokens).flat_map(|query| (0..tokens).map(move |key| (query, key)));
+            let of = |(query, key)| match key <= query && window.is_none_or(|window| query - key < window) {
+                true => 0.0,
+                false => f32::NEG_INFINITY,
+            };
+            Tensor::from_vec(all.map(of).collect::<Vec<f32>>(), (tokens, tokens), &Device::Cpu).unwrap()
+        };
         let group = config.attention_heads / config.key_value_heads;
         let heads = |x: Tensor, heads: usize| {
             x.reshape((1, tokens, heads, dim)).unwrap().transpose(1, 2).unwrap().contiguous().unwrap()
         };
         for layer in 0..config.layers {
             let linear = |projection, x: &Tensor| self.linear(layer, projection, segment, x);
-            let normed = self.norm(&format!("model.layers.{layer}.input_layernorm.weight"), &x);
+            let norm = |norm, x: Tensor| match config.norms().any(|there| there == norm) {
+                true => self
+                    .norm(&format!("{}.weight", config.norm_module(layer, norm)), &x.contiguous().unwrap()),
+                false => x,
+            };
+            let normed = norm(Norm::AttentionInput, x.clone());
             let rotate = |x: Tensor| rope_slow(&x, &cosines, &sines).unwrap();
-            let q = rotate(heads(linear(Projection::Q, &normed), config.attention_heads));
-            let k = rotate(heads(linear(Projection::K, &normed), config.key_value_heads));
+            let q = heads(linear(Projection::Q, &normed), config.attention_heads);
+            let k = heads(linear(Projection::K, &normed), config.key_value_heads);
+            let (q, k) = (rotate(norm(Norm::Query, q)), rotate(norm(Norm::Key, k)));
             let v = heads(linear(Projection::V, &normed), config.key_value_heads);
             let repeat = |x: Tensor| {
                 let shape = (1, config.key_value_heads, group, tokens, dim);
@@ -127,18 +160,27 @@ impl Oracle<'_> {
                     .unwrap()
             };
             let (k, v) = (repeat(k), repeat(v));
-            let scores =
-                (q.matmul(&k.t().unwrap().contiguous().unwrap()).unwrap() / (dim as f64).sqrt()).unwrap();
-            let weights = ops::softmax(&scores.broadcast_add(&unseen).unwrap(), D::Minus1).unwrap();
+            let scores = q.matmul(&k.t().unwrap().contiguous().unwrap()).unwrap();
+            let scores = bounded((scores * config.attention_scale).unwrap(), config.attention_soft_cap);
+            let scores = scores.broadcast_add(&unseen(config.windows[layer])).unwrap();
+            let weights = ops::softmax(&scores, D::Minus1).unwrap();
             let out = weights.matmul(&v).unwrap().transpose(1, 2).unwrap().reshape((tokens, ())).unwrap();
-            x = (x + linear(Projection::O, &out)).unwrap();
-            let normed = self.norm(&format!("model.layers.{layer}.post_attention_layernorm.weight"), &x);
-            let gate = ops::silu(&linear(Projection::Gate, &normed)).unwrap();
+            x = (x + norm(Norm::AttentionOutput, linear(Projection::O, &out))).unwrap();
+            let normed = norm(Norm::MlpInput, x.clone());
+            let gate = linear(Projection::Gate, &normed);
+            let gate = match config.activation {
+                Activation::Silu => ops::silu(&gate).unwrap(),
+                Activation::GeluTanh => gelu(&gate),
+            };
             let activated = (gate * linear(Projection::Up, &normed)).unwrap();
-            x = (x + linear(Projection::Down, &activated)).unwrap();
+            x = (x + norm(Norm::MlpOutput, linear(Projection::Down, &activated))).unwrap();
         }
-        let head = self.tensor("lm_head.weight", &[config.vocabulary_size, config.hidden_size]);
-        self.norm("model.norm.weight", &x).matmul(&head.t().unwrap()).unwrap()
+        let head = match config.tied_embeddings {
+            true => table,
+            false => self.tensor("lm_head.weight", &[config.vocabulary_size, config.hidden_size]),
+        };
+        let logits = self.norm("model.norm.weight", &x).matmul(&head.t().unwrap()).unwrap();
+        bounded(logits, config.logits_soft_cap)
     }
 
     fn loss(&self, rows: &[Row]) -> Tensor {
@@ -172,9 +214,25 @@ impl Oracle<'_> {
     }
 }
 
+fn bounded(x: Tensor, cap: Option<f64>) -> Tensor {
+    match cap {
+        Some(cap) => ((x / cap).unwrap().tanh().unwrap() * cap).unwrap(),
+        None => x,
+    }
+}
+
+fn gelu(x: &Tensor) -> Tensor {
+    let cube = ((x * x).unwrap() * x).unwrap();
+    let inner = ((x + (cube * 0.044_715).unwrap()).unwrap() * (2.0 / std::f64::consts::PI).sqrt()).unwrap();
+    ((x * (inner.tanh().unwrap() + 1.0).unwrap()).unwrap() * 0.5).unwrap()
+}
+
 fn check(bias: bool, targets: TargetModules, dropout: f32, recompute: Recompute) {
-    let mut random = Random::new(7 + u64::from(bias));
-    let config = config(bias);
+    check_config(config(bias), targets, dropout, recompute);
+}
+
+fn check_config(config: ModelConfig, targets: TargetModules, dropout: f32, recompute: Recompute) {
+    let mut random = Random::new(7);
     let (r, scale) = (5, 0.7_f32);
     let method = lora(targets, r, f64::from(scale), dropout);
     let fit = method.fit(&config).unwrap();
@@ -251,6 +309,27 @@ fn each_projection_alone_in_the_upper_layers() {
         for recompute in [Recompute::Never, Recompute::Layers] {
             let targets = [1, 2].map(|layer| projection.module(layer)).to_vec();
             check(false, TargetModules::Names(targets), 0.2, recompute);
+        }
+    }
+}
+
+#[test]
+fn every_gradient_of_every_family() {
+    for special in FAMILIES {
+        let config = family(special);
+        for recompute in [Recompute::Never, Recompute::Layers] {
+            check_config(config.clone(), TargetModules::all_linear(), 0.2, recompute);
+        }
+    }
+}
+
+#[test]
+fn each_projection_alone_behind_the_norms_of_every_family() {
+    for special in FAMILIES {
+        for projection in Projection::ALL {
+            let config = family(special);
+            let targets = TargetModules::Names(vec![projection.module(1)]);
+            check_config(config, targets, 0.0, Recompute::Layers);
         }
     }
 }

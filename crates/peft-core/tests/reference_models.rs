@@ -10,13 +10,32 @@ use memory::{
 use shanty_peft_core::{
     Engine,
     batch::{Row, Segment},
+    model::ModelConfig,
 };
 
-const MODELS: [&str; 3] = ["models/llama", "models/llama_tied", "models/llama_rope3"];
+const MODELS: [&str; 8] = [
+    "models/llama",
+    "models/llama_tied",
+    "models/llama_rope3",
+    "models/mistral",
+    "models/qwen2",
+    "models/qwen3",
+    "models/gemma",
+    "models/gemma2",
+];
 
 fn engine(model: &str) -> Engine {
     let base = MemoryBase::load(&reference(model));
     Setup::new(None).engine(base)
+}
+
+#[test]
+fn old_and_new_key_names_of_a_config_say_the_same() {
+    for model in MODELS {
+        let old = reference(model).join("config_v4.json");
+        let old = ModelConfig::from_json(&std::fs::read(&old).unwrap(), &old).unwrap();
+        assert_eq!(old, ModelConfig::load(&reference(model)).unwrap(), "{model}");
+    }
 }
 
 #[test]

@@ -1,6 +1,10 @@
 //! What the step loop needs of a numeric engine. peft-core has the real one; tests have a small one.
 
+mod method;
 mod peft;
+mod virtual_tokens;
+
+use std::ops::Range;
 
 use shanty_config::job::JobSpec;
 
@@ -32,11 +36,45 @@ pub struct Facts {
     pub total_parameters: u64,
     /// Modules that got an adapter.
     pub matched_modules: Vec<String>,
+    /// Whether the start is computed with the base, so that its bits may depend on the device.
+    pub computed_start: bool,
 }
+
+/// A step, as hooks see it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepInfo {
+    /// The step, from 1.
+    pub step: u64,
+    /// Steps of the job.
+    pub total_steps: u64,
+    /// The gradient of the mean loss is the reduced gradient times this.
+    pub scale: f64,
+}
+
+/// What a method of adaptation does once a step, with what is the same on every rank. Must give the same bits on all.
+pub trait StepHooks: Send {
+    /// Numbers that the method carries from step to step besides the parameters, at their start.
+    fn method_state(&self) -> Vec<f32> {
+        Vec::new()
+    }
+
+    /// Factors of the learning rate for parts of the flat vector, in ascending order; `peak` is the job's.
+    fn rates(&self, _peak: f64) -> Vec<(Range<usize>, f64)> {
+        Vec::new()
+    }
+
+    /// Adds terms of the loss that depend on the parameters alone to the reduced gradient, ahead of clipping.
+    fn regularise(&self, _step: StepInfo, _parameters: &[f32], _gradient: &mut [f32]) {}
+
+    /// Follows the optimizer's update; `scale` of `step` includes clipping.
+    fn after_step(&self, _step: StepInfo, _parameters: &mut [f32], _gradient: &[f32], _state: &mut [f32]) {}
+}
+
+impl StepHooks for () {}
 
 /// Forward and backward over a frozen base with a trained adapter. The adapter's parameters are one flat vector
 /// that the caller owns.
-pub trait StepEngine: Send {
+pub trait StepEngine: StepHooks {
     /// What was loaded.
     fn facts(&self) -> &Facts;
 
@@ -44,7 +82,7 @@ pub trait StepEngine: Send {
     ///
     /// # Errors
     /// As the engine says.
-    fn initial_parameters(&self, seed: u64) -> Result<Vec<f32>, Error>;
+    fn initial_parameters(&mut self, seed: u64) -> Result<Vec<f32>, Error>;
 
     /// The most rows of one micro-batch.
     fn micro_batch_rows(&self) -> usize;
@@ -73,11 +111,12 @@ pub trait StepEngine: Send {
     /// As the engine says.
     fn evaluate(&mut self, parameters: &[f32], rows: &[Row]) -> Result<Sum, Error>;
 
-    /// The files of a finished adapter's folder, as PEFT lays them out: name and content.
+    /// The files of a finished adapter's folder, as PEFT lays them out: name and content. `state` is what
+    /// [`StepHooks::after_step`] made of [`StepHooks::method_state`].
     ///
     /// # Errors
     /// As the engine says.
-    fn adapter_files(&self, parameters: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error>;
+    fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error>;
 }
 
 /// What an engine is to be loaded for.
@@ -91,6 +130,8 @@ pub struct LoadRequest<'a> {
     pub device: &'a str,
     /// Bytes that a step may take; half of what is free when none.
     pub memory_limit_bytes: Option<u64>,
+    /// Steps of the job.
+    pub steps: u64,
 }
 
 /// Loads engines.

@@ -212,6 +212,7 @@ impl Trainer {
             threads: self.around.threads,
             device: &self.around.device,
             memory_limit_bytes: self.around.memory_limit_bytes,
+            steps: plan.steps(),
         };
         let mut told = 0;
         let engine = self.loader.load(request, &mut |share| {

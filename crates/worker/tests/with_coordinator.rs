@@ -64,6 +64,7 @@ impl Stage {
             format: Format::Auto,
             max_length: 32,
             packing: false,
+            virtual_tokens: 0,
             template_time: None,
             out: store.join("prepared"),
             threads: 1,

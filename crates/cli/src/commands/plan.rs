@@ -34,6 +34,8 @@ struct Plan {
     trainable_parameters: u64,
     total_parameters: u64,
     matched_modules: Vec<String>,
+    /// Virtual tokens in front of every sample; they count towards a row's length.
+    virtual_tokens: usize,
     memory: Memory,
     tokens_per_epoch: u64,
     trained_tokens_per_epoch: u64,
@@ -78,6 +80,7 @@ fn plan(spec: &JobSpec, preflight: Preflight, data: &Summary) -> CommandResult<P
         trainable_parameters: preflight.trainable_parameters,
         total_parameters: preflight.total_parameters,
         matched_modules: preflight.matched_modules,
+        virtual_tokens: preflight.virtual_tokens,
         memory: preflight.memory,
         tokens_per_epoch: data.train.tokens,
         trained_tokens_per_epoch: data.train.trained_tokens,
@@ -138,16 +141,20 @@ fn doubts(spec: &JobSpec, data: &Summary, steps: u64, order: &Order) -> Vec<Stri
 fn render(plan: &Plan, spec: &JobSpec, color: bool) -> String {
     let head = |text: &str| paint(color, Paint::Bold, &format!("{text:<12}"));
     let memory = &plan.memory;
-    let mut lines = vec![
-        format!(
-            "{}{} trainable of {} parameters ({})",
-            head("parameters"),
-            format::count(plan.trainable_parameters),
-            format::count(plan.total_parameters),
-            format::percent(plan.trainable_parameters, plan.total_parameters)
+    let mut lines = vec![format!(
+        "{}{} trainable of {} parameters ({})",
+        head("parameters"),
+        format::count(plan.trainable_parameters),
+        format::count(plan.total_parameters),
+        format::percent(plan.trainable_parameters, plan.total_parameters)
+    )];
+    lines.push(match plan.virtual_tokens {
+        0 => format!("{}{} modules", head("matched"), plan.matched_modules.len()),
+        count => format!(
+            "{}{count} virtual tokens in front of every sample, within a row's length",
+            head("matched")
         ),
-        format!("{}{} modules", head("matched"), plan.matched_modules.len()),
-    ];
+    });
     lines.extend(format::modules(&plan.matched_modules).iter().map(|module| format!("{:12}{module}", "")));
     lines.push(format!(
         "{}{} a worker: base {}, adapter {}, optimizer {}, activations {}, scratch {}",

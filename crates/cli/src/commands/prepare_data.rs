@@ -61,6 +61,7 @@ fn options(request: PrepareRequest) -> PrepareOptions {
         format: format_of(request.format),
         max_length: u32::try_from(request.max_length).unwrap_or(u32::MAX),
         packing: request.packing,
+        virtual_tokens: u32::try_from(request.virtual_tokens).unwrap_or(u32::MAX),
         template_time: None,
         out: request.out,
         threads: request.threads,

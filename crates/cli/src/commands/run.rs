@@ -58,12 +58,11 @@ pub(crate) fn announce(
         }));
     }
     ui.note(format!(
-        "trains {} of {} parameters ({}) in {} modules: {}",
+        "trains {} of {} parameters ({}) in {}",
         format::count(preflight.trainable_parameters),
         format::count(preflight.total_parameters),
         format::percent(preflight.trainable_parameters, preflight.total_parameters),
-        preflight.matched_modules.len(),
-        preflight.modules_by_kind(),
+        preflight.what(),
     ));
     ui.note(format!(
         "on {workers} worker{} with {threads} thread{} each, {} a worker",

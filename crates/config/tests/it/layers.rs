@@ -58,12 +58,12 @@ fn values_from_outside_are_read_as_their_key_wants() {
     ];
     let job = Bench::new().load_with(GOOD, &[], &flags).unwrap_or_else(|errors| panic!("{errors}")).value;
     assert_eq!(job.name, "17");
-    assert_eq!(job.train.learning_rate, 1e-4);
+    assert_eq!(job.train.learning_rate, Some(1e-4));
     assert_eq!(job.train.betas, [0.8, 0.9]);
     assert_eq!(job.base.quantization, Quantization::None);
     assert!(!job.base.double_quantization);
     let names = ["q_proj", "v_proj"].map(str::to_owned).to_vec();
-    assert_eq!(job.adapter.target_modules, TargetModules::Names(names));
+    assert_eq!(job.adapter.target_modules, Some(TargetModules::Names(names)));
     assert_eq!((job.cluster.workers.min, job.cluster.workers.max), (2, 4));
     assert_eq!(job.sample.prompt.as_deref(), Some("a\nb"));
 }
@@ -159,4 +159,37 @@ workers = { min = 1, max = 4 }
         ("SH0122", Some(11)),
     ];
     assert_eq!(told, expected);
+}
+
+#[test]
+fn a_start_that_trains_badly_and_keys_of_other_methods_are_warned_of() {
+    // The first key behind `[adapter]` stands in line 11.
+    let warned = |adapter: &str| -> Vec<(String, usize)> {
+        let job = Bench::new().load(format!("{GOOD}[adapter]\n{adapter}")).expect("right");
+        job.warnings.iter().map(|warning| (warning.code.clone(), warning.line.unwrap_or(0))).collect()
+    };
+    let told = |code: &str, line: usize| (code.to_owned(), line);
+    let random = warned("method = \"prompt_tuning\"\nprompt_tuning_init = \"RANDOM\"\n");
+    assert_eq!(random, [told("SH0123", 12)]);
+    assert_eq!(warned("method = \"prompt_tuning\"\n"), []);
+    let zero = warned("method = \"prefix_tuning\"\nprefix_init = \"zero\"\n");
+    assert_eq!(zero, [told("SH0123", 12)]);
+    let other = warned("method = \"p_tuning\"\nr = 8\nprefix_projection = true\nencoder_hidden_size = 64\n");
+    assert_eq!(other, [told("SH0122", 12), told("SH0122", 13)]);
+    assert_eq!(warned("encoder_hidden_size = 64\n"), [told("SH0122", 11)]);
+    assert_eq!(
+        warned("method = \"prefix_tuning\"\nprefix_projection = true\nencoder_hidden_size = 64\n"),
+        []
+    );
+}
+
+#[test]
+fn the_learning_rate_follows_the_method_unless_it_is_named() {
+    let rate = |adapter: &str| {
+        let text = format!("{GOOD}[adapter]\nmethod = \"{adapter}\"\n");
+        Bench::new().load(text).expect("right").value.learning_rate()
+    };
+    assert_eq!(["lora", "prefix_tuning", "prompt_tuning", "p_tuning"].map(rate), [2e-4, 5e-3, 1e-2, 1e-4]);
+    let named = Bench::new().load_with(GOOD, &[], &[("train.learning_rate", "3e-3")]).expect("right").value;
+    assert_eq!(named.learning_rate(), 3e-3);
 }

@@ -105,6 +105,46 @@ const WRONG: &[Wrong] = &[
         after_head!("[adapter]\ntarget_modules = [\"all-linear\"]\n"),
         &[("SH0104", 5)],
     ),
+    wrong(
+        "no virtual token",
+        after_head!("[adapter]\nmethod = \"prefix_tuning\"\nnum_virtual_tokens = 0\n"),
+        &[("SH0104", 6)],
+    ),
+    wrong(
+        "more virtual tokens than a row has",
+        after_head!("data.max_length = 64\n[adapter]\nmethod = \"prompt_tuning\"\nnum_virtual_tokens = 63\n"),
+        &[("SH0104", 7)],
+    ),
+    wrong(
+        "a prefix of no text",
+        after_head!("[adapter]\nmethod = \"prefix_tuning\"\nprefix_init_text = \" \"\n"),
+        &[("SH0104", 6)],
+    ),
+    wrong(
+        "a prompt of a text that is not there",
+        after_head!("[adapter]\nmethod = \"prompt_tuning\"\nprompt_tuning_init = \"TEXT\"\n"),
+        &[("SH0104", 4)],
+    ),
+    wrong(
+        "a start in other letters",
+        after_head!("[adapter]\nmethod = \"prompt_tuning\"\nprompt_tuning_init = \"text\"\n"),
+        &[("SH0107", 6)],
+    ),
+    wrong(
+        "a network without width",
+        after_head!("[adapter]\nmethod = \"p_tuning\"\nencoder_hidden_size = 0\n"),
+        &[("SH0104", 6)],
+    ),
+    wrong(
+        "an encoder without layers",
+        after_head!("[adapter]\nmethod = \"p_tuning\"\nencoder_num_layers = 0\n"),
+        &[("SH0104", 6)],
+    ),
+    wrong(
+        "an encoder that drops all",
+        after_head!("[adapter]\nmethod = \"p_tuning\"\nencoder_dropout = 1.0\n"),
+        &[("SH0104", 6)],
+    ),
     wrong("rows of no token", after_head!("data.max_length = 0\n"), &[("SH0104", 4)]),
     wrong("a broken glob", after_head!("data.eval = \"data/[.jsonl\"\n"), &[("SH0104", 4)]),
     wrong("data of an object store", after_head!("data.eval = \"s3://b/x.jsonl\"\n"), &[("SH0104", 4)]),

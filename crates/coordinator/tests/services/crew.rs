@@ -92,6 +92,7 @@ impl Server {
             format: shanty_data::Format::Auto,
             max_length: 32,
             packing: false,
+            virtual_tokens: 0,
             template_time: None,
             out: store.join("prepared"),
             threads: 1,

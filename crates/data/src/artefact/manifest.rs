@@ -46,6 +46,8 @@ pub(crate) struct Inputs {
     pub(crate) format: Format,
     pub(crate) max_length: u32,
     pub(crate) packing: bool,
+    #[serde(default)]
+    pub(crate) virtual_tokens: u32,
     pub(crate) template_time: Option<i64>,
     pub(crate) train: Vec<InputFile>,
     pub(crate) eval: Vec<InputFile>,
@@ -80,6 +82,9 @@ pub(crate) fn content_hash(inputs: &Inputs, files: &[FileEntry]) -> String {
     field(&inputs.tokenizer_hash);
     field(&inputs.max_length.to_string());
     field(&inputs.packing.to_string());
+    if inputs.virtual_tokens > 0 {
+        field(&inputs.virtual_tokens.to_string());
+    }
     for file in files {
         field(&file.name);
         field(&file.bytes.to_string());

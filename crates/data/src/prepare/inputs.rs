@@ -42,6 +42,7 @@ pub(super) fn gather(
         format: options.format,
         max_length: options.max_length,
         packing: options.packing,
+        virtual_tokens: options.virtual_tokens,
         template_time: options.template_time,
         train: hash_all(train)?,
         eval: hash_all(eval)?,

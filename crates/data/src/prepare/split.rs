@@ -32,7 +32,10 @@ pub(super) struct SplitBuilder<'a> {
     form: Form,
     packer: Packer,
     summary: SplitSummary,
+    /// Longest sample, tokens.
     max_length: u32,
+    /// What each sample takes up besides.
+    virtual_tokens: u32,
     answers: Answers,
 }
 
@@ -69,9 +72,11 @@ impl<'a> SplitBuilder<'a> {
             split,
             paths,
             form,
-            packer: Packer::new(options.max_length, options.packing),
+            packer: Packer::new(options.max_length, options.packing)
+                .with_virtual_tokens(options.virtual_tokens),
             summary,
-            max_length: options.max_length,
+            max_length: options.max_length - options.virtual_tokens,
+            virtual_tokens: options.virtual_tokens,
             answers: Answers::default(),
         })
     }
@@ -105,7 +110,7 @@ impl<'a> SplitBuilder<'a> {
             let reason = drops(&self.summary, self.max_length);
             return Err(Error::NothingToTrain { split: self.split, reason });
         }
-        self.summary.set_padding(self.max_length);
+        self.summary.set_padding(self.max_length + self.virtual_tokens, self.virtual_tokens);
         Ok(Built { files: writer.finish()?, warnings: self.warnings(), summary: self.summary })
     }
 

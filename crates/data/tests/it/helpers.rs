@@ -56,6 +56,7 @@ impl Bench {
             format: Format::Auto,
             max_length: 256,
             packing: true,
+            virtual_tokens: 0,
             template_time: None,
             out: folder.path().join("prepared"),
             threads: 2,

@@ -10,7 +10,7 @@ use shanty_peft_core::{
     backend::cuda::Precision,
     batch::{Row, Segment},
     model::{BaseSource, EmbeddingView, LayerWeights, LinearWeights, Matrix, ModelConfig, Projection},
-    optim::{AdamW, AdamWOptions, Factors, FlatUpdate, clip_factor, global_norm},
+    optim::{AdamW, AdamWOptions, FlatUpdate, clip_factor, global_norm, groups},
     plan::Recompute,
     quant::{
         Nf4Options, double,
@@ -112,7 +112,11 @@ impl BaseSource for RandomBase {
         };
         Ok(LayerWeights {
             input_norm: &self.norm,
-            post_attention_norm: &self.norm,
+            query_norm: None,
+            key_norm: None,
+            attention_output_norm: None,
+            mlp_norm: &self.norm,
+            mlp_output_norm: None,
             q: linear(Projection::Q),
             k: linear(Projection::K),
             v: linear(Projection::V),
@@ -268,7 +272,7 @@ pub(crate) fn memory(report: &mut Report, repository: &Path) {
         for step in 1..=2 {
             tokens = engine.accumulate(&rows, StepKey { seed: 5, step }).unwrap();
         }
-        let groups = [(bound.len(), Factors::new(&AdamWOptions::default(), 1, 1e-3))];
+        let groups = groups(&AdamWOptions::default(), 1, 1e-3, &[], bound.len());
         let update = FlatUpdate { mean: 1.0 / tokens as f64, max_norm: 0.0, groups: &groups };
         let outcome = engine.update(&update).unwrap();
         let [_, first, _] = engine.trained_state().unwrap();
@@ -295,7 +299,7 @@ pub(crate) fn train(report: &mut Report, repository: &Path) {
     let folder = repository.join("examples/tiny-llama-14m");
     let curve = |device| {
         let mut engine = engine(&folder, device, true, Recompute::Auto, 0.05);
-        let mut parameters = engine.initial_parameters(3);
+        let mut parameters = engine.initial_parameters(3).unwrap();
         let mut optimizer = AdamW::new(AdamWOptions::default(), parameters.len());
         let rows = rows(engine.config().vocabulary_size);
         let mut losses = Vec::new();

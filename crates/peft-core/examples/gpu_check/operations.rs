@@ -8,7 +8,7 @@ use shanty_peft_core::{
     },
     batch::{PackedBatch, Row, Segment},
     model::{BaseSource, Matrix},
-    optim::{AdamWOptions, Factors, FlatState, FlatUpdate},
+    optim::{AdamWOptions, FlatState, FlatUpdate, groups},
     random::{self, DropoutKey},
 };
 
@@ -155,17 +155,35 @@ impl Operation for Elementwise {
         backend.swiglu(g, u, whole::<B>(&mut activated, shape));
         let activated = get(backend, &activated, rows, columns);
         let mut dout = put(backend, &numbers("x", count));
+        let mut geglu = poisoned(backend, count);
+        let (g, u) = (View::<B>::new(&gate, rows, columns), View::<B>::new(&up, rows, columns));
+        backend.geglu(g, u, whole::<B>(&mut geglu, shape));
+        let (mut gate_again, mut up_again) = (put(backend, &scaled), put(backend, &numbers("up", count)));
+        let mut geglu_again = put(backend, &numbers("x", count));
+        backend.geglu_backward(
+            whole::<B>(&mut geglu_again, shape),
+            whole::<B>(&mut gate_again, shape),
+            whole::<B>(&mut up_again, shape),
+        );
         backend.swiglu_backward(
             whole::<B>(&mut dout, shape),
             whole::<B>(&mut gate, shape),
             whole::<B>(&mut up, shape),
         );
+        let mut capped = put(backend, &scaled);
+        backend.scale(1.75, whole::<B>(&mut capped, shape));
+        backend.soft_cap(3.0, whole::<B>(&mut capped, shape));
         vec![
             filled,
             get(backend, &copied, rows, columns),
             get(backend, &out, rows, columns),
             activated,
             get(backend, &dout, rows, columns),
+            get(backend, &geglu, rows, columns),
+            get(backend, &geglu_again, rows, columns),
+            get(backend, &gate_again, rows, columns),
+            get(backend, &up_again, rows, columns),
+            get(backend, &capped, rows, columns),
             get(backend, &gate, rows, columns),
             get(backend, &up, rows, columns),
         ]
@@ -232,6 +250,7 @@ impl Operation for Rows<'_> {
 struct CrossEntropy<'a> {
     batch: &'a PackedBatch,
     vocabulary: usize,
+    soft_cap: Option<f32>,
 }
 
 impl Operation for CrossEntropy<'_> {
@@ -241,10 +260,11 @@ impl Operation for CrossEntropy<'_> {
         let scaled: Vec<f32> = numbers("logits", rows * self.vocabulary).iter().map(|x| 20.0 * x).collect();
         let mut logits = put(backend, &scaled);
         let mut losses = poisoned_exact(backend, rows);
-        for gradient in [false, true] {
+        for (gradient, cap) in [(false, None), (false, Some(6.0)), (true, self.soft_cap)] {
+            backend.upload(&scaled, &mut logits);
             let view = ViewMut::<B>::new(&mut logits, rows, self.vocabulary);
             let losses = ViewMut::<B>::new(&mut losses, rows, 1);
-            backend.cross_entropy(&batch, 1, gradient, view, losses);
+            backend.cross_entropy(&batch, 1, gradient, cap, view, losses);
         }
         vec![get(backend, &logits, rows, self.vocabulary), get(backend, &losses, rows, 1)]
     }
@@ -345,8 +365,13 @@ impl Operation for Update {
             backend.upload(&gradient, &mut state.gradient);
             let losses = exact(backend, &numbers("losses", 1000));
             backend.add_losses(View::<B>::new(&losses, 1000, 1), &mut state);
-            let factors = |rate| Factors::new(&options, step, rate);
-            let groups = [(length / 3, factors(1e-2)), (length, factors(3e-2))];
+            let groups = groups(
+                &options,
+                step,
+                1e-2,
+                &[(length / 3..length / 2, 3.0), (length / 2..length / 2 + 1, 0.0)],
+                length,
+            );
             backend.run(|| {
                 backend.update_flat(&FlatUpdate { mean: 1.0 / 64.0, max_norm, groups: &groups }, &mut state);
             });
@@ -405,8 +430,11 @@ pub(crate) fn check(report: &mut Report) {
     }
     for vocabulary in [128_256, 1000] {
         let batch = packed(&[100, 33], vocabulary as u32);
-        let operation = CrossEntropy { batch: &batch, vocabulary };
-        sides.compare(report, &format!("cross-entropy {vocabulary}"), &operation, false);
+        for soft_cap in [None, Some(5.0)] {
+            let operation = CrossEntropy { batch: &batch, vocabulary, soft_cap };
+            let name = format!("cross-entropy {vocabulary}, cap {soft_cap:?}");
+            sides.compare(report, &name, &operation, false);
+        }
     }
     for (rows, columns, rank) in
         [(8192, 4096, 16), (1000, 520, 8), (77, 72, 16), (300, 14_336, 32), (65, 64, 5)]
@@ -528,6 +556,7 @@ fn frozen(report: &mut Report, cpu: &Cpu) {
                 }
                 report.compare(format!("embedding {hidden} {precision:?}"), &all[1], &all[0], 0.0);
                 let mut scratch = poisoned(&cuda, 30 * hidden);
+                let table = base.head();
                 let view = cuda.frozen_rows(&table, 7, 30, &mut scratch);
                 let got = cuda.read(view).unwrap();
                 let mut expected = vec![0.0; 30 * hidden];

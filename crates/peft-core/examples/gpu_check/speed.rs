@@ -11,7 +11,7 @@ use shanty_peft_core::{
     batch::Row,
     engine::EngineParts,
     model::BaseSource,
-    optim::{AdamWOptions, Factors, FlatUpdate, Outcome},
+    optim::{AdamWOptions, FlatUpdate, Outcome, groups},
     plan::{PlanRequest, Recompute},
 };
 
@@ -314,13 +314,13 @@ impl<'a> Stepper<'a> {
     fn step(&mut self) -> Result<Outcome> {
         self.number += 1;
         let tokens = self.engine.accumulate(&self.rows, StepKey { seed: 1, step: self.number })?;
-        let factors = Factors::new(&AdamWOptions::default(), self.number, 1e-4);
-        let groups = [(self.engine.layout().len(), factors)];
+        let length = self.engine.layout().len();
+        let groups = groups(&AdamWOptions::default(), self.number, 1e-4, &[], length);
         self.engine.update(&FlatUpdate { mean: 1.0 / tokens as f64, max_norm: 1.0, groups: &groups })
     }
 
     fn measure(&mut self) -> Result<String> {
-        let parameters = self.engine.initial_parameters(1);
+        let parameters = self.engine.initial_parameters(1)?;
         let zeros = vec![0.0; parameters.len()];
         self.engine.begin(&parameters, &zeros, &zeros)?;
         self.step()?;

@@ -96,7 +96,7 @@ pub struct BranchScratch<B: Backend> {
     /// For each token, as wide as an output.
     pub output: B::Owned,
     /// Whatever the number of tokens.
-    pub fixed: B::Owned,
+    pub fixed: [B::Owned; 4],
 }
 
 /// What stands beside a linear layer. `T` is the number of tokens.
@@ -113,7 +113,6 @@ pub trait LinearBranch<B: Backend>: Send + Sync {
 
     /// `y = x Wᵀ + b`, changed by the branch; or `y += …` with `accumulate`. `x` `[T, in]`, `y` `[T, out]`.
     /// `kept` has room for [`super::Needs::kept`] numbers a token, for the backward pass.
-    #[expect(clippy::too_many_arguments, reason = "inputs, outputs and scratch of a layer without memory")]
     fn forward(
         &self,
         site: &LinearSite<'_, B>,

@@ -14,14 +14,23 @@ use super::{
     registry::Registration,
     targets::TargetModules,
 };
-use crate::error::{Error, Origin, Result};
+use crate::{
+    error::{Error, Origin, Result},
+    model::ModelConfig,
+};
 
 /// The PEFT version whose keys are written.
 pub const PEFT_VERSION: &str = "0.21.2";
 
 /// Keys that every method has and that change nothing of a trained adapter.
-const WITHOUT_EFFECT: &[&str] =
-    &["auto_mapping", "inference_mode", "peft_version", "revision", "runtime_config"];
+const WITHOUT_EFFECT: &[&str] = &[
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "runtime_config",
+];
 
 /// Reads the text of an `adapter_config.json`; `file` is named in errors.
 ///
@@ -58,7 +67,20 @@ pub(super) fn parse(text: &[u8], file: &Path) -> Result<Value> {
 
 /// The text of an `adapter_config.json` as PEFT 0.21.2 writes it.
 pub fn to_json(method: &dyn Method, layout: &ParameterLayout, state: &[f32]) -> String {
-    let mut map = method.settings(layout, state);
+    written(method, method.settings(layout, state))
+}
+
+/// As [`to_json`], for a method that is fitted to `model`.
+pub fn to_json_on(
+    method: &dyn Method,
+    model: &ModelConfig,
+    layout: &ParameterLayout,
+    state: &[f32],
+) -> String {
+    written(method, method.settings_on(model, layout, state))
+}
+
+fn written(method: &dyn Method, mut map: Map<String, Value>) -> String {
     for (key, value) in [
         ("auto_mapping", Value::Null),
         ("base_model_name_or_path", json!(method.base_model())),
@@ -247,6 +269,6 @@ impl<'a> Keys<'a> {
     }
 }
 
-fn texts(value: &Value) -> Option<Vec<String>> {
+pub(super) fn texts(value: &Value) -> Option<Vec<String>> {
     value.as_array()?.iter().map(|name| name.as_str().map(str::to_owned)).collect()
 }

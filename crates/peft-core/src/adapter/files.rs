@@ -3,6 +3,7 @@
 //! PEFT warns, and goes on with random or unused numbers, where names do not fit. Here that is an error.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, HashMap},
     fs::{self, File},
     io::{self, Write},
@@ -15,7 +16,7 @@ use super::{
     config,
     fit::Fit,
     layout::{PREFIX, ParameterLayout},
-    method::SharedMethod,
+    method::{SavedTensor, SharedMethod},
     registry::{METHODS, Registration},
 };
 use crate::{
@@ -105,6 +106,8 @@ impl AdapterFolder {
                 None => missing.push(entry.peft_name.clone()),
             }
         }
+        // PEFT keeps the frozen embedding itself beside an update of it; it is that of the base.
+        stored.retain(|name, _| !is_frozen_embedding(name));
         let without_prefix: Vec<String> =
             stored.values().filter(|name| !name.starts_with(PREFIX)).map(|name| (*name).to_owned()).collect();
         if !without_prefix.is_empty() {
@@ -125,7 +128,11 @@ impl AdapterFolder {
         }
         parameters.fill(0.0);
         for (entry, tensor) in found {
-            tensor.read_f32(&mut parameters[entry.range.clone()], &mut |_| {})?;
+            let values = &mut parameters[entry.range.clone()];
+            tensor.read_f32(values, &mut |_| {})?;
+            if entry.shift != 0.0 {
+                values.iter_mut().for_each(|value| *value += entry.shift);
+            }
         }
         Ok(())
     }
@@ -137,6 +144,10 @@ fn without_adapter_name(name: &str) -> String {
         Some(rest) => rest.to_owned(),
         None => name.replacen(".default.", ".", 1),
     }
+}
+
+fn is_frozen_embedding(name: &str) -> bool {
+    ["embed_tokens.base_layer.weight", "lm_head.base_layer.weight"].iter().any(|end| name.ends_with(end))
 }
 
 fn expect_length(parameters: &[f32], layout: &ParameterLayout) -> Result<()> {
@@ -169,31 +180,35 @@ pub fn contents(fit: &Fit, parameters: &[f32], state: &[f32]) -> Result<Vec<(Str
     let effective = match fit.network() {
         Some(network) => {
             made.resize(fit.layout().len(), 0.0);
-            network.network.forward(parameters, &mut made)?;
+            network.network.forward(parameters, None, &mut made)?;
             &made[..]
         }
         None => parameters,
     };
-    let tensors = serialise(fit.layout(), effective)
-        .map_err(|error| unwritable(Path::new(TENSORS_FILE), io::Error::other(error)))?;
-    let settings = config::to_json(&**method, fit.layout(), state).into_bytes();
+    let saved = method.saved(fit.layout(), effective, state)?;
+    let tensors =
+        serialise(&saved).map_err(|error| unwritable(Path::new(TENSORS_FILE), io::Error::other(error)))?;
+    let settings = match fit.model() {
+        Some(model) => config::to_json_on(&**method, model, fit.layout(), state),
+        None => config::to_json(&**method, fit.layout(), state),
+    }
+    .into_bytes();
     Ok(vec![(TENSORS_FILE.to_owned(), tensors), (CONFIG_FILE.to_owned(), settings)])
 }
 
-fn serialise(layout: &ParameterLayout, parameters: &[f32]) -> Result<Vec<u8>, safetensors::SafeTensorError> {
-    let little_endian: Vec<u8>;
-    let bytes: &[u8] = if cfg!(target_endian = "little") {
-        bytemuck::cast_slice(parameters)
-    } else {
-        little_endian = parameters.iter().flat_map(|value| value.to_le_bytes()).collect();
-        &little_endian
-    };
-    let views = layout
-        .entries()
+fn serialise(saved: &[SavedTensor]) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+    let bytes: Vec<Cow<'_, [u8]>> = saved
         .iter()
-        .map(|entry| {
-            let bytes = &bytes[4 * entry.range.start..4 * entry.range.end];
-            Ok((entry.peft_name.as_str(), TensorView::new(Dtype::F32, entry.shape.clone(), bytes)?))
+        .map(|tensor| match cfg!(target_endian = "little") {
+            true => Cow::Borrowed(bytemuck::cast_slice(&tensor.values)),
+            false => Cow::Owned(tensor.values.iter().flat_map(|value| value.to_le_bytes()).collect()),
+        })
+        .collect();
+    let views = saved
+        .iter()
+        .zip(&bytes)
+        .map(|(tensor, bytes)| {
+            Ok((tensor.name.as_str(), TensorView::new(Dtype::F32, tensor.shape.clone(), bytes)?))
         })
         .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
     safetensors::serialize(views, Some(HashMap::from([("format".to_owned(), "pt".to_owned())])))

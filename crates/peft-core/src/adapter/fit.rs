@@ -11,13 +11,15 @@ use super::{
 use crate::{
     backend::Backend,
     error::Result,
-    model::{ModelConfig, ModuleKind, Place, Projection},
+    model::{ModelConfig, ModuleKind, Norm, Place, Projection},
+    nn::linear::TrainedParts,
 };
 
 /// A method fitted to a model.
 #[derive(Debug, Clone, Default)]
 pub struct Fit {
     method: Option<SharedMethod>,
+    model: Option<ModelConfig>,
     layout: ParameterLayout,
     matched: Matched,
     network: Option<Network>,
@@ -51,12 +53,17 @@ impl Fit {
                 None => parts.push(Part { module, branch: false, needs: Default::default(), tensors }),
             }
         }
-        let layout = ParameterLayout::new(parts, method.input_tensors(model)?);
+        if model.norms_less_one {
+            let norms = parts.iter_mut().filter(|part| part.module.kind == ModuleKind::Norm);
+            norms.flat_map(|part| &mut part.tensors).for_each(|tensor| tensor.shift = 1.0);
+        }
+        let inputs = method.input_tensors(model)?;
+        let layout = ParameterLayout::new(parts, inputs).with_virtual_tokens(method.virtual_tokens());
         let network = method.reparameterisation(model)?.map(|network| Network {
             layout: ParameterLayout::new(Vec::new(), network.tensors()),
             network: Arc::from(network),
         });
-        Ok(Self { method: Some(method), layout, matched, network })
+        Ok(Self { method: Some(method), model: Some(model.clone()), layout, matched, network })
     }
 
     /// The bare base: no method, nothing trained.
@@ -64,9 +71,21 @@ impl Fit {
         Self::default()
     }
 
+    /// As it is used rather than trained: the tensors themselves, without a network that made them.
+    #[must_use]
+    pub fn without_network(mut self) -> Self {
+        self.network = None;
+        self
+    }
+
     /// The method; none on the bare base.
     pub fn method(&self) -> Option<&SharedMethod> {
         self.method.as_ref()
+    }
+
+    /// The model that it is fitted to; none on the bare base.
+    pub fn model(&self) -> Option<&ModelConfig> {
+        self.model.as_ref()
     }
 
     /// Where each tensor lies that passes read: PEFT's tensors.
@@ -97,9 +116,22 @@ impl Fit {
 
 /// The branches of a fitted method on a backend.
 pub struct Branches<B: Backend> {
-    layers: Vec<Vec<Option<Box<dyn LinearBranch<B>>>>>,
+    layers: Vec<Layer<B>>,
     head: Option<Box<dyn LinearBranch<B>>>,
     embedding: Option<Box<dyn EmbeddingBranch<B>>>,
+    /// Where tensors lie that take the place of the base's.
+    final_norm: Option<usize>,
+    head_weight: Option<usize>,
+    embedding_weight: Option<usize>,
+    /// Tokens whose rows of the embedding are trained, and where these lie.
+    rows: Option<(Vec<u32>, usize)>,
+}
+
+/// What is trained in a layer.
+struct Layer<B: Backend> {
+    linear: Vec<(Option<Box<dyn LinearBranch<B>>>, TrainedParts)>,
+    /// By [`Norm::index`].
+    norms: [Option<usize>; Norm::ALL.len()],
 }
 
 impl<B: Backend> fmt::Debug for Branches<B> {
@@ -110,27 +142,51 @@ impl<B: Backend> fmt::Debug for Branches<B> {
 
 impl<B: Backend> Default for Branches<B> {
     fn default() -> Self {
-        Self { layers: Vec::new(), head: None, embedding: None }
+        Self {
+            layers: Vec::new(),
+            head: None,
+            embedding: None,
+            final_norm: None,
+            head_weight: None,
+            embedding_weight: None,
+            rows: None,
+        }
     }
 }
 
 impl<B: Backend> Branches<B> {
     /// Makes the branches of `layout` on a model of `layers` layers.
     pub fn new<M: MethodOn<B> + ?Sized>(method: Option<&M>, layout: &ParameterLayout, layers: usize) -> Self {
-        let none = || Projection::ALL.iter().map(|_| None).collect();
-        let mut branches =
-            Self { layers: (0..layers).map(|_| none()).collect(), head: None, embedding: None };
+        let layer = || Layer {
+            linear: Projection::ALL.iter().map(|_| (None, TrainedParts::default())).collect(),
+            norms: [None; Norm::ALL.len()],
+        };
+        let mut branches = Self { layers: (0..layers).map(|_| layer()).collect(), ..Self::default() };
         let Some(method) = method else { return branches };
-        for adapted in layout.modules().iter().filter(|adapted| adapted.branch) {
-            let module = &adapted.module;
-            let own = |entry: &&ParameterEntry| entry.role == Role::Branch;
-            let tensors: Vec<ParameterEntry> = layout.tensors(adapted).iter().filter(own).cloned().collect();
+        for adapted in layout.modules() {
+            let (module, tensors) = (&adapted.module, layout.tensors(adapted));
+            let at = |role| tensors.iter().find(|entry| entry.role == role).map(|entry| entry.range.start);
+            let own = |entry: &&ParameterEntry| matches!(entry.role, Role::Branch | Role::Rows);
+            let own: Vec<ParameterEntry> = tensors.iter().filter(own).cloned().collect();
             match (module.place, module.kind) {
                 (Place::Layer(layer), ModuleKind::Linear) => {
-                    branches.layers[layer][module.index] = method.linear(module, &tensors);
+                    let branch = if adapted.branch { method.linear(module, &own) } else { None };
+                    let trained = TrainedParts { weight: at(Role::Weight), bias: at(Role::Bias) };
+                    branches.layers[layer].linear[module.index] = (branch, trained);
                 }
-                (_, ModuleKind::Head) => branches.head = method.linear(module, &tensors),
-                (_, ModuleKind::Embedding) => branches.embedding = method.embedding(module, &tensors),
+                (Place::Layer(layer), ModuleKind::Norm) => {
+                    branches.layers[layer].norms[module.index] = at(Role::Weight);
+                }
+                (_, ModuleKind::Norm) => branches.final_norm = at(Role::Weight),
+                (_, ModuleKind::Head) => {
+                    branches.head = if adapted.branch { method.linear(module, &own) } else { None };
+                    branches.head_weight = at(Role::Weight);
+                }
+                (_, ModuleKind::Embedding) => {
+                    branches.embedding = if own.is_empty() { None } else { method.embedding(module, &own) };
+                    branches.embedding_weight = at(Role::Weight);
+                    branches.rows = at(Role::Rows).map(|at| (method.trained_tokens().to_vec(), at));
+                }
                 _ => {}
             }
         }
@@ -139,7 +195,38 @@ impl<B: Backend> Branches<B> {
 
     /// The branch beside a linear layer, by its place among the layer's.
     pub fn linear(&self, layer: usize, index: usize) -> Option<&dyn LinearBranch<B>> {
-        self.layers.get(layer)?.get(index)?.as_deref()
+        self.layers.get(layer)?.linear.get(index)?.0.as_deref()
+    }
+
+    /// Where weight and bias of a linear layer lie, where they are trained themselves.
+    pub fn trained_parts(&self, layer: usize, index: usize) -> TrainedParts {
+        let parts = self.layers.get(layer).and_then(|layer| layer.linear.get(index));
+        parts.map_or(TrainedParts::default(), |(_, parts)| *parts)
+    }
+
+    /// Where the weight of a norm lies, where it is trained.
+    pub fn norm(&self, layer: usize, norm: Norm) -> Option<usize> {
+        self.layers.get(layer)?.norms[norm.index()]
+    }
+
+    /// Where the weight of the last norm lies, where it is trained.
+    pub fn final_norm(&self) -> Option<usize> {
+        self.final_norm
+    }
+
+    /// Where the output head lies, where it is trained itself.
+    pub fn head_weight(&self) -> Option<usize> {
+        self.head_weight
+    }
+
+    /// Where the embedding lies, where it is trained itself.
+    pub fn embedding_weight(&self) -> Option<usize> {
+        self.embedding_weight
+    }
+
+    /// Tokens whose rows of the embedding are trained, and where these lie.
+    pub fn rows(&self) -> Option<(&[u32], usize)> {
+        self.rows.as_ref().map(|(tokens, at)| (tokens.as_slice(), *at))
     }
 
     /// The branch beside the output head.

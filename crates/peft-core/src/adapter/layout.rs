@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use super::method::{Needs, Rate, Role, Start, Tensor};
 use crate::{
+    batch::VirtualTokens,
     model::{Module, Place},
     random,
 };
@@ -39,6 +40,8 @@ pub struct ParameterEntry {
     pub rate: Rate,
     /// What it is to its module.
     pub role: Role,
+    /// What the numbers in memory are more than those in files.
+    pub shift: f32,
 }
 
 impl ParameterEntry {
@@ -76,6 +79,7 @@ pub struct AdaptedModule {
 pub struct ParameterLayout {
     modules: Vec<AdaptedModule>,
     entries: Vec<ParameterEntry>,
+    virtual_tokens: VirtualTokens,
     length: usize,
 }
 
@@ -108,7 +112,7 @@ impl ParameterLayout {
     }
 
     fn push(&mut self, peft_name: String, module: String, place: Place, tensor: Tensor) {
-        let Tensor { suffix, shape, start, rate, role } = tensor;
+        let Tensor { suffix, shape, start, rate, role, shift } = tensor;
         let range = self.length..self.length + shape.iter().product::<usize>();
         self.length = range.end.next_multiple_of(ALIGNMENT);
         self.entries.push(ParameterEntry {
@@ -121,7 +125,23 @@ impl ParameterLayout {
             start,
             rate,
             role,
+            shift,
         });
+    }
+
+    pub(super) fn with_virtual_tokens(self, virtual_tokens: VirtualTokens) -> Self {
+        Self { virtual_tokens, ..self }
+    }
+
+    /// What stands in front of every sample.
+    pub fn virtual_tokens(&self) -> VirtualTokens {
+        self.virtual_tokens
+    }
+
+    /// The tensor that holds the virtual tokens, a row each; none where there are none.
+    pub fn virtual_tensor(&self) -> Option<&ParameterEntry> {
+        let is_own = |entry: &&ParameterEntry| entry.place == Place::Input && entry.module.is_empty();
+        self.entries.iter().find(is_own).filter(|_| self.virtual_tokens.count() > 0)
     }
 
     /// All tensors, in the order in which they lie.

@@ -20,6 +20,8 @@ use super::{
 };
 use crate::{
     backend::{Backend, cpu::Cpu, cuda::Cuda},
+    batch::VirtualTokens,
+    engine::StepKey,
     error::Result,
     model::{ModelConfig, Module},
 };
@@ -69,6 +71,8 @@ pub enum Role {
     Weight,
     /// It takes the place of the module's bias (`bias`, `modules_to_save`).
     Bias,
+    /// It takes the place of the embedding's rows of [`Method::trained_tokens`]; of the head's, too, where they are one.
+    Rows,
 }
 
 /// A tensor that a method adds to a module.
@@ -84,6 +88,19 @@ pub struct Tensor {
     pub rate: Rate,
     /// What it is to its module.
     pub role: Role,
+    /// What the numbers in memory are more than those in files.
+    pub shift: f32,
+}
+
+/// A tensor as a file holds it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SavedTensor {
+    /// Name in PEFT's files.
+    pub name: String,
+    /// One or two lengths.
+    pub shape: Vec<usize>,
+    /// Row after row.
+    pub values: Vec<f32>,
 }
 
 impl Tensor {
@@ -95,6 +112,7 @@ impl Tensor {
             start: Start::Constant(0.0),
             rate: Rate::Job,
             role: Role::Branch,
+            shift: 0.0,
         }
     }
 
@@ -131,8 +149,8 @@ pub struct Needs {
     pub narrow: usize,
     /// For each token, in [`super::branch::BranchScratch::output`].
     pub output: usize,
-    /// Whatever the number of tokens, in [`super::branch::BranchScratch::fixed`].
-    pub fixed: usize,
+    /// Whatever the number of tokens, in each of [`super::branch::BranchScratch::fixed`].
+    pub fixed: [usize; 4],
 }
 
 impl Needs {
@@ -144,21 +162,9 @@ impl Needs {
             wide: self.wide.max(other.wide),
             narrow: self.narrow.max(other.narrow),
             output: self.output.max(other.output),
-            fixed: self.fixed.max(other.fixed),
+            fixed: std::array::from_fn(|at| self.fixed[at].max(other.fixed[at])),
         }
     }
-}
-
-/// What stands before the tokens of a sample.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum VirtualTokens {
-    /// Nothing.
-    #[default]
-    None,
-    /// So many keys and values in every layer (prefix tuning).
-    Keys(usize),
-    /// So many rows before the token embeddings (prompt tuning, p-tuning).
-    Rows(usize),
 }
 
 /// A step, as the hooks of a method see it. All buffers are of the layout that is trained.
@@ -172,6 +178,25 @@ pub struct StepHook<'a> {
     pub total_steps: u64,
     /// The gradient of the mean loss is the reduced gradient times this; clipping included once it is known.
     pub scale: f64,
+}
+
+/// A module whose tensors are to begin, as [`Method::start`] sees it.
+pub struct ModuleStart<'a> {
+    /// The module.
+    pub module: &'a Module,
+    /// Its tensors.
+    pub tensors: &'a [ParameterEntry],
+    /// The base's weight, row after row; dequantised where it is kept in 4 bits.
+    pub weight: &'a [f32],
+    /// The flat parameters.
+    pub parameters: &'a mut [f32],
+}
+
+impl ModuleStart<'_> {
+    /// The place of a tensor in the flat parameters, by its suffix.
+    pub fn range(&self, suffix: &str) -> Option<std::ops::Range<usize>> {
+        self.tensors.iter().find(|entry| entry.suffix == suffix).map(|entry| entry.range.clone())
+    }
 }
 
 /// A method of adaptation, without what depends on where it computes.
@@ -225,12 +250,26 @@ pub trait Method: Debug + Send + Sync {
         VirtualTokens::None
     }
 
+    /// The base's tokens that the virtual tokens begin as: its embeddings of them, or its keys and values of them as a text.
+    /// None where they begin as their tensors say.
+    fn start_tokens(&self, _model: &ModelConfig, _seed: u64) -> Option<Vec<u32>> {
+        None
+    }
+
     /// A small network that makes the tensors above out of others, which are trained in their place.
     ///
     /// # Errors
     /// Where the settings do not fit the model.
     fn reparameterisation(&self, _model: &ModelConfig) -> Result<Option<Box<dyn Reparameterisation>>> {
         Ok(None)
+    }
+
+    /// Fills in the starts that are [`Start::Computed`] of one module; the others are there already.
+    ///
+    /// # Errors
+    /// Where the base's numbers cannot be had, or the start cannot be computed.
+    fn start(&self, _start: &mut ModuleStart<'_>) -> Result<()> {
+        Ok(())
     }
 
     /// What a pass needs for a module.
@@ -247,6 +286,36 @@ pub trait Method: Debug + Send + Sync {
     /// `state` is that of [`Method::state`].
     fn settings(&self, _layout: &ParameterLayout, _state: &[f32]) -> Map<String, Value> {
         Map::new()
+    }
+
+    /// Tokens whose rows of the embedding are trained, in the order of the tensor of [`Role::Rows`].
+    fn trained_tokens(&self) -> &[u32] {
+        &[]
+    }
+
+    /// The tensors as they are saved, where these are not simply those of the layout; [`SavedTensor`]s are in its order.
+    fn saved(
+        &self,
+        layout: &ParameterLayout,
+        parameters: &[f32],
+        _state: &[f32],
+    ) -> Result<Vec<SavedTensor>> {
+        let saved = layout.entries().iter().map(|entry| SavedTensor {
+            name: entry.peft_name.clone(),
+            shape: entry.shape.clone(),
+            values: parameters[entry.range.clone()].iter().map(|value| value - entry.shift).collect(),
+        });
+        Ok(saved.collect())
+    }
+
+    /// As [`Method::settings`], where they depend on the model.
+    fn settings_on(
+        &self,
+        _model: &ModelConfig,
+        layout: &ParameterLayout,
+        state: &[f32],
+    ) -> Map<String, Value> {
+        self.settings(layout, state)
     }
 
     /// Numbers that the method carries from step to step besides its parameters; checkpoints keep them.
@@ -300,11 +369,12 @@ pub trait Reparameterisation: Debug + Send + Sync {
     /// The trained tensors; they stand in no module and are named by their suffix alone.
     fn tensors(&self) -> Vec<Tensor>;
 
-    /// `trained` is of the layout of [`Self::tensors`], `effective` of the method's own tensors.
+    /// `trained` is of the layout of [`Self::tensors`], `effective` of the method's own tensors. `key` is that of a training
+    /// step, for dropout inside of the network; none leaves nothing out.
     ///
     /// # Errors
     /// Where the network cannot compute.
-    fn forward(&self, trained: &[f32], effective: &mut [f32]) -> Result<()>;
+    fn forward(&self, trained: &[f32], key: Option<StepKey>, effective: &mut [f32]) -> Result<()>;
 
     /// Adds to `trained_gradient` what `effective_gradient` means for the trained tensors.
     ///
@@ -313,7 +383,17 @@ pub trait Reparameterisation: Debug + Send + Sync {
     fn backward(
         &self,
         trained: &[f32],
+        key: Option<StepKey>,
         effective_gradient: &[f32],
         trained_gradient: &mut [f32],
     ) -> Result<()>;
+
+    /// Changes `trained`, which holds a start, so that the network gives `effective`, as nearly as it can. False where the
+    /// network cannot be made to give anything in particular; `trained` is then as it was.
+    ///
+    /// # Errors
+    /// Where the network cannot compute.
+    fn reach(&self, _effective: &[f32], _trained: &mut [f32]) -> Result<bool> {
+        Ok(false)
+    }
 }

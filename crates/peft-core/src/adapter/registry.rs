@@ -1,6 +1,9 @@
 //! The methods that there are, one line each.
 
-use super::{config::Keys, lora::LoraConfig, method::SharedMethod};
+use super::{
+    adalora::AdaLoraConfig, config::Keys, ia3::Ia3Config, lora::LoraConfig, method::SharedMethod,
+    p_tuning::PTuningConfig, prefix_tuning::PrefixTuningConfig, prompt_tuning::PromptTuningConfig,
+};
 use crate::error::Result;
 
 /// How a method is known to files.
@@ -13,4 +16,11 @@ pub struct Registration {
 }
 
 /// All methods of this crate.
-pub const METHODS: &[&Registration] = &[&LoraConfig::REGISTRATION];
+pub const METHODS: &[&Registration] = &[
+    &LoraConfig::REGISTRATION,
+    &Ia3Config::REGISTRATION,
+    &AdaLoraConfig::REGISTRATION,
+    &PrefixTuningConfig::REGISTRATION,
+    &PromptTuningConfig::REGISTRATION,
+    &PTuningConfig::REGISTRATION,
+];

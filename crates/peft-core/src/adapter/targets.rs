@@ -34,39 +34,60 @@ impl TargetModules {
         Self::Pattern(ALL_LINEAR.to_owned())
     }
 
-    /// Finds the modules of `config` that are adapted, among those of `kinds`.
+    /// Full names of those of `modules` that match.
     ///
     /// # Errors
-    /// Nothing matches, something matches that cannot be adapted, or the expression is none.
-    pub fn find_among(&self, config: &ModelConfig, kinds: &[ModuleKind]) -> Result<Matched> {
-        let modules = config.modules();
-        let matches: Vec<&Module> = match self {
+    /// The expression is none.
+    pub(super) fn matching(&self, modules: &[Module]) -> Result<Vec<String>> {
+        let mut matches = Vec::new();
+        match self {
             Self::Pattern(pattern) if pattern.eq_ignore_ascii_case(ALL_LINEAR) => {
-                modules.iter().filter(|module| module.kind == ModuleKind::Linear).collect()
+                let linear = modules.iter().filter(|module| module.kind == ModuleKind::Linear);
+                matches.extend(linear.map(|module| module.path.clone()));
             }
             Self::Pattern(pattern) => {
                 let regex = full_match(pattern)?;
-                let mut matches = Vec::new();
-                for module in &modules {
+                for module in modules {
                     if regex.is_match(&module.path).map_err(|error| unusable(pattern, &error))? {
-                        matches.push(module);
+                        matches.push(module.path.clone());
                     }
                 }
-                matches
             }
             Self::Names(names) => {
-                let wanted = |module: &&Module| names.iter().any(|name| module.is_named(name));
-                modules.iter().filter(wanted).collect()
+                let wanted = modules.iter().filter(|module| names.iter().any(|name| module.is_named(name)));
+                matches.extend(wanted.map(|module| module.path.clone()));
             }
-        };
-        if matches.is_empty() {
+        }
+        Ok(matches)
+    }
+
+    /// Finds the modules of `config` that are adapted: those that match, are left by `left`, and are of `kinds`.
+    ///
+    /// # Errors
+    /// Nothing matches, something matches that cannot be adapted, or the expression is none.
+    pub(super) fn find_where(
+        &self,
+        config: &ModelConfig,
+        kinds: &[ModuleKind],
+        left: &dyn Fn(&Module) -> bool,
+    ) -> Result<Matched> {
+        let modules = config.modules();
+        let names = self.matching(&modules)?;
+        if names.is_empty() {
             return Err(self.no_target(&modules, kinds));
+        }
+        let matches: Vec<&Module> =
+            modules.iter().filter(|module| names.contains(&module.path) && left(module)).collect();
+        if matches.is_empty() {
+            return Err(Error::NothingLeft { pattern: self.to_string(), matched: names.len() });
         }
         let unused = match self {
             Self::Pattern(_) => Vec::new(),
-            Self::Names(names) => {
-                let unused = names.iter().filter(|name| !matches.iter().any(|module| module.is_named(name)));
-                unused.cloned().collect()
+            Self::Names(asked) => {
+                let used = |asked: &String| {
+                    modules.iter().any(|module| module.is_named(asked) && names.contains(&module.path))
+                };
+                asked.iter().filter(|asked| !used(asked)).cloned().collect()
             }
         };
         let target = |module: &&Module| match kinds.contains(&module.kind) {
@@ -80,12 +101,12 @@ impl TargetModules {
         Ok(Matched { targets: matches.iter().map(target).collect::<Result<_>>()?, unused })
     }
 
-    /// [`Self::find_among`] linear layers.
+    /// Finds the modules of `config` that are adapted, among its linear layers.
     ///
     /// # Errors
-    /// As [`Self::find_among`].
+    /// Nothing matches, something matches that cannot be adapted, or the expression is none.
     pub fn find(&self, config: &ModelConfig) -> Result<Matched> {
-        self.find_among(config, &[ModuleKind::Linear])
+        self.find_where(config, &[ModuleKind::Linear], &|_| true)
     }
 
     fn no_target(&self, modules: &[Module], kinds: &[ModuleKind]) -> Error {
@@ -115,8 +136,8 @@ impl TargetModules {
 fn what(kind: ModuleKind) -> &'static str {
     match kind {
         ModuleKind::Linear => "a linear layer",
-        ModuleKind::Embedding => "the token embedding; adapting it is not supported yet",
-        ModuleKind::Head => "the output head; adapting it is not supported yet",
+        ModuleKind::Embedding => "the token embedding, which this method cannot adapt",
+        ModuleKind::Head => "the output head, which this method cannot adapt",
         ModuleKind::Norm => "a norm",
         ModuleKind::Other(what) => what,
     }
@@ -148,14 +169,14 @@ impl Matched {
     }
 }
 
-fn full_match(pattern: &str) -> Result<Regex> {
+pub(super) fn full_match(pattern: &str) -> Result<Regex> {
     // Parsed alone first: `a)(b` would become sound inside of the group.
     Regex::new(pattern)
         .and_then(|_| Regex::new(&format!(r"\A(?:{pattern})\z")))
         .map_err(|error| unusable(pattern, &error))
 }
 
-fn unusable(pattern: &str, error: &fancy_regex::Error) -> Error {
+pub(super) fn unusable(pattern: &str, error: &fancy_regex::Error) -> Error {
     Error::TargetPattern { pattern: pattern.to_owned(), problem: error.to_string() }
 }
 

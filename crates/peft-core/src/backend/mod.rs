@@ -16,7 +16,7 @@ use std::ops::{DerefMut, Range};
 pub use view::{View, ViewMut};
 
 use crate::{
-    batch::PackedBatch,
+    batch::{PackedBatch, Span},
     engine::GradientSink,
     error::Result,
     model::{EmbeddingView, Matrix},
@@ -82,12 +82,31 @@ pub struct LowRank<'a, B: Backend> {
     pub b: View<'a, B>,
 }
 
+/// What of a span begins where.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SpanStart {
+    /// Its queries: rows of the batch.
+    Queries,
+    /// Its keys: rows of the keys and values.
+    Keys,
+}
+
+impl SpanStart {
+    /// The first row.
+    pub fn of(self, span: &Span) -> usize {
+        match self {
+            Self::Queries => span.query_start,
+            Self::Keys => span.key_start,
+        }
+    }
+}
+
 /// How large a micro-batch may get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchRoom {
     /// Tokens of all rows.
     pub tokens: usize,
-    /// Keys of the longest span.
+    /// Keys of the longest span, virtual ones included.
     pub longest_span: usize,
     /// Columns of the widest matrix that dropout is applied to.
     pub widest: usize,
@@ -261,6 +280,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn copy(&self, from: View<'_, Self>, to: ViewMut<'_, Self>);
     /// `to += from`.
     fn add(&self, from: View<'_, Self>, to: ViewMut<'_, Self>);
+    /// `to *= factor`.
+    fn scale(&self, factor: f32, to: ViewMut<'_, Self>);
     /// `to[t, :] += bias` for every row.
     fn add_bias(&self, bias: View<'_, Self>, to: ViewMut<'_, Self>);
 
@@ -276,6 +297,16 @@ pub trait Backend: Sized + Send + Sync + 'static {
         x: View<'_, Self>,
         out: ViewMut<'_, Self>,
     );
+
+    /// Writes the virtual tokens `from` `[count, columns]` to the front of every span of `to`: `to[start + i, :] = from[i, :]`.
+    fn put_virtual(&self, batch: &Self::Batch, at: SpanStart, from: View<'_, Self>, to: ViewMut<'_, Self>);
+    /// Adds up what lies at the front of every span of `from`, whose rows are keys of the batch, span by span:
+    /// `to[i, :] += from[span.key_start + i, :]`. `to` `[count, columns]`.
+    fn sum_virtual(&self, batch: &Self::Batch, from: View<'_, Self>, to: ViewMut<'_, Self>);
+    /// Writes the rows of `from` `[T, columns]` behind the virtual keys of their span in `to` `[keys, columns]`.
+    fn rows_to_keys(&self, batch: &Self::Batch, from: View<'_, Self>, to: ViewMut<'_, Self>);
+    /// The reverse of [`Backend::rows_to_keys`]: `to` `[T, columns]` gets the keys that stand for rows.
+    fn keys_to_rows(&self, batch: &Self::Batch, from: View<'_, Self>, to: ViewMut<'_, Self>);
 
     /// `out = x / sqrt(mean(x^2) + epsilon) * weight`; the factor of each row is kept in `reciprocal` `[T, 1]`.
     fn rms_norm(
@@ -310,8 +341,14 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// Replaces `gate` and `up` by their gradients, and their product's gradient `dout` by the product itself, which
     /// what comes after it wants: one pass instead of two.
     fn swiglu_backward(&self, dout: ViewMut<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>);
+    /// `out = gelu(gate) * up`, with the approximation of gelu by tanh.
+    fn geglu(&self, gate: View<'_, Self>, up: View<'_, Self>, out: ViewMut<'_, Self>);
+    /// As [`Backend::swiglu_backward`], of [`Backend::geglu`].
+    fn geglu_backward(&self, dout: ViewMut<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>);
+    /// `x = cap tanh(x / cap)`.
+    fn soft_cap(&self, cap: f32, x: ViewMut<'_, Self>);
 
-    /// Causal attention inside the batch's spans; `log_sum` `[T, heads]` keeps the logarithm of each row's sum.
+    /// Causal attention inside the batch's spans, bounded and within the window that `shape` says; `log_sum` `[T, heads]` keeps the logarithm of each row's sum.
     /// `k` and `v` may be a cache with rows of their own.
     #[expect(clippy::too_many_arguments, reason = "three inputs, two outputs, batch and shape")]
     fn attention(
@@ -360,13 +397,50 @@ pub trait Backend: Sized + Send + Sync + 'static {
         dx: ViewMut<'_, Self>,
     );
 
+    /// `out[t, j] = alpha x[t, j] factors[0, j] + beta out[t, j]`; `beta` 0 never reads `out`.
+    fn scale_columns(
+        &self,
+        alpha: f32,
+        x: View<'_, Self>,
+        factors: View<'_, Self>,
+        beta: f32,
+        out: ViewMut<'_, Self>,
+    );
+    /// `out[0, j] += alpha sum over t of x[t, j]`.
+    fn column_sum(&self, alpha: f32, x: View<'_, Self>, out: ViewMut<'_, Self>);
+    /// `out[0, j] += sum over t of x[t, j] y[t, j]`.
+    fn column_dot(&self, x: View<'_, Self>, y: View<'_, Self>, out: ViewMut<'_, Self>);
+    /// `out[0, i] = alpha sum over j of x[i, j] y[i, j] + beta out[0, i]`; `beta` 0 never reads `out`.
+    fn row_dot(&self, alpha: f32, x: View<'_, Self>, y: View<'_, Self>, beta: f32, out: ViewMut<'_, Self>);
+    /// `to = 1 / sqrt(from)`.
+    fn reciprocal_root(&self, from: View<'_, Self>, to: ViewMut<'_, Self>);
+    /// Adds to `dweight` `[1, features]` the gradient of [`Backend::rms_norm`] with respect to `weight`:
+    /// `sum over t of dout[t, j] x[t, j] reciprocal[t]`.
+    fn rms_norm_weight_backward(
+        &self,
+        dout: View<'_, Self>,
+        x: View<'_, Self>,
+        reciprocal: View<'_, Self>,
+        dweight: ViewMut<'_, Self>,
+    );
+    /// `out[t, :] = table[ids[t], :]`, or `table[:, ids[t]]` if `columns` is set.
+    fn gather_ids(&self, batch: &Self::Batch, table: View<'_, Self>, columns: bool, out: ViewMut<'_, Self>);
+    /// `table[ids[t], :] += from[t, :]`, or `table[:, ids[t]]` if `columns` is set.
+    fn scatter_ids(&self, batch: &Self::Batch, from: View<'_, Self>, columns: bool, table: ViewMut<'_, Self>);
+    /// `out[t, :] = row[0, :]` where `ids[t]` is `id`; other rows stay.
+    fn set_rows_of(&self, batch: &Self::Batch, id: u32, row: View<'_, Self>, out: ViewMut<'_, Self>);
+    /// `row[0, :] += sum of from[t, :]` over all t where `ids[t]` is `id`.
+    fn sum_rows_of(&self, batch: &Self::Batch, id: u32, from: View<'_, Self>, row: ViewMut<'_, Self>);
+
     /// Writes each row's cross-entropy of `logits` `[rows, vocabulary]` against `targets[first ..]` to `losses`
     /// `[rows, 1]`, and overwrites the logits by its gradient where `gradient` is set.
+    /// With `soft_cap` the loss is that of `cap tanh(logit / cap)`, and so is the gradient of `logits`.
     fn cross_entropy(
         &self,
         batch: &Self::Batch,
         first: usize,
         gradient: bool,
+        soft_cap: Option<f32>,
         logits: ViewMut<'_, Self>,
         losses: ViewMut<'_, Self>,
     );

@@ -52,6 +52,11 @@ impl<'a, B: Backend> View<'a, B> {
         self.columns = columns;
         self
     }
+
+    /// The same place in other memory, to be written: where the gradient of a parameter goes.
+    pub fn of<'b>(&self, data: &'b mut B::Buffer) -> ViewMut<'b, B> {
+        ViewMut { data, offset: self.offset, rows: self.rows, columns: self.columns, stride: self.stride }
+    }
 }
 
 /// A matrix that is written.

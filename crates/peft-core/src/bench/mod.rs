@@ -111,7 +111,7 @@ pub fn step(options: &StepBenchOptions) -> Result<StepBench> {
         &mut |_| {},
     )?;
     let rows = random_rows(engine.config(), options.rows, options.length);
-    let mut parameters = engine.initial_parameters(1);
+    let mut parameters = engine.initial_parameters(1)?;
     let mut gradient = vec![0.0; parameters.len()];
     let mut optimizer = AdamW::new(AdamWOptions::default(), parameters.len());
     let mut times = Vec::with_capacity(options.steps);

@@ -66,7 +66,7 @@ impl Engine {
         if request.threads == 0 {
             request.threads = std::thread::available_parallelism().map_or(1, usize::from);
         }
-        let sizes = |tokens| Sizes::new(&config, fit.layout(), tokens, request.max_length, &request);
+        let sizes = |tokens| Sizes::of(&config, &fit, tokens, request.max_length, &request);
         let plan = MemoryPlan::choose(sizes, &request);
         Ok(Estimate { config, fit, plan, base })
     }

@@ -99,9 +99,9 @@ impl<B: Backend> Worker<B> {
             Some(parameters) => Some(backend.lend(parameters, place)?),
             None => None,
         };
-        let (tokens, predicting) = (packed.tokens(), packed.predicting.len());
-        let trained = Trained { parameters, layout, branches, dropout };
-        let training_now = training.is_some();
+        let (tokens, keys, predicting) = (packed.tokens(), packed.keys(), packed.predicting.len());
+        let trained = Trained { parameters, layout, branches, dropout, begins: true };
+        let learning = training.is_some();
         let mut decoder = Decoder {
             backend,
             config,
@@ -110,8 +110,9 @@ impl<B: Backend> Worker<B> {
             rope,
             arena,
             tokens,
+            keys,
             predicting,
-            training: training_now,
+            training: learning,
         };
         let loss = backend.run(|| {
             if predicting == 0 {
@@ -121,11 +122,14 @@ impl<B: Backend> Worker<B> {
                 return Ok(0.0);
             }
             decoder.forward()?;
-            decoder.loss(training.is_some());
-            if let Some((gradient, sink)) = training {
-                backend.with_gradient(gradient, gradient_place, staging, sink, |flat, ready| {
-                    decoder.backward(flat, ready)
-                })?;
+            match training {
+                None => decoder.loss(None),
+                Some((gradient, sink)) => {
+                    backend.with_gradient(gradient, gradient_place, staging, sink, |flat, ready| {
+                        decoder.loss(Some(&mut *flat));
+                        decoder.backward(flat, ready)
+                    })?;
+                }
             }
             Ok::<_, Error>(decoder.sum())
         })?;
@@ -156,17 +160,18 @@ impl<B: Backend> Worker<B> {
         let StepMemory { arena, rope } = StepMemory::of(memory, backend, config, sizes, levels)?;
         let backend = &*backend;
         backend.load_batch(packed, &mut arena.batch);
-        let (tokens, predicting) = (packed.tokens(), packed.predicting.len());
+        let (tokens, keys, predicting) = (packed.tokens(), packed.keys(), packed.predicting.len());
         if predicting == 0 {
             return Ok(());
         }
-        let trained = Trained { parameters: Some(&*state.parameters), layout, branches, dropout };
+        let parameters = Some(&*state.parameters);
+        let trained = Trained { parameters, layout, branches, dropout, begins: true };
         let gradient = &mut state.gradient;
         let mut decoder =
-            Decoder { backend, config, base, trained, rope, arena, tokens, predicting, training: true };
+            Decoder { backend, config, base, trained, rope, arena, tokens, keys, predicting, training: true };
         backend.run(|| {
             decoder.forward()?;
-            decoder.loss(true);
+            decoder.loss(Some(&mut *gradient));
             decoder.backward(gradient, &mut |_, _| {})
         })?;
         backend.add_losses(View::<B>::new(&arena.head.losses, predicting, 1), state);

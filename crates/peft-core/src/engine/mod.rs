@@ -4,17 +4,19 @@
 //! the caller, as flat buffers of one [`ParameterLayout`]:
 //! ```text
 //! let mut engine = Engine::load(options, &mut |_| {})?;
-//! let mut parameters = engine.initial_parameters(seed);
+//! let mut parameters = engine.initial_parameters(seed)?;
 //! let sum = engine.forward_backward(&parameters, &rows, StepKey { seed, step: 1 }, &mut gradient, &mut NoSink)?;
 //! // … reduce, scale by 1 / tokens, clip, AdamW …
 //! ```
 
+mod base_start;
 mod error;
 mod load;
 mod machine;
 mod options;
 mod passes;
 mod resident;
+mod start;
 
 use std::ops::Range;
 
@@ -151,22 +153,26 @@ impl Engine {
         }
         request.dropout = fit.dropout() > 0.0;
         let config = base.config().clone();
-        let sizes = |tokens| Sizes::new(&config, fit.layout(), tokens, request.max_length, &request);
-        let plan = MemoryPlan::choose(sizes, &request);
+        let (plan, sizes) = plan_for(&config, &fit, &request);
         if machine.card().is_some() {
             plan.check(request.memory_limit)?;
         }
         machine.hold(&mut *base, plan.embedding_aside)?;
-        let sizes = sizes(plan.micro_batch_tokens);
         let packed = PackedBatch::with_capacity(plan.micro_batch_tokens);
-        let made = match fit.network() {
-            Some(_) => {
-                let length = fit.layout().len();
-                Made { parameters: vec![0.0; length], gradient: vec![0.0; length] }
-            }
-            None => Made::default(),
-        };
+        let made = Made::room_for(&fit);
         Ok(Self { machine, config, base, fit, made, request, sizes, plan, packed, base_hash: None })
+    }
+
+    /// Takes on another method, or none ([`Fit::bare`]): the base stays where it is. The memory of a step is planned anew,
+    /// and reserved by the next pass.
+    ///
+    /// `fit` must have been fitted to this engine's model.
+    pub fn adapt(&mut self, fit: Fit) {
+        self.machine.adapt(&fit, self.config.layers);
+        self.request.dropout = fit.dropout() > 0.0;
+        (self.plan, self.sizes) = plan_for(&self.config, &fit, &self.request);
+        self.made = Made::room_for(&fit);
+        self.fit = fit;
     }
 
     /// What the model is made of.
@@ -234,13 +240,6 @@ impl Engine {
         self.machine.card().map(|card| (card.card(), card.peak_bytes()))
     }
 
-    /// Flat parameters at their start, as the method says.
-    pub fn initial_parameters(&self, seed: u64) -> Vec<f32> {
-        let mut parameters = vec![0.0; self.layout().len()];
-        self.layout().initialise(seed, &mut parameters);
-        parameters
-    }
-
     /// What passes run on, taken apart: the machine, its parts, what plans are made for, and the parameters as passes read
     /// them.
     pub(crate) fn take_apart<'a>(
@@ -248,17 +247,39 @@ impl Engine {
         parameters: Option<&'a [f32]>,
     ) -> Result<(&'a mut Machine, Parts<'a>, &'a PlanRequest, Option<&'a [f32]>)> {
         let Self { machine, config, base, fit, made, request, .. } = self;
-        let parameters = made.parameters(fit, parameters)?;
+        let parameters = made.parameters(fit, parameters, None)?;
         Ok((machine, Parts { config, base: &mut **base, layout: fit.layout() }, request, parameters))
     }
 }
 
+/// The memory plan of a method on a model.
+fn plan_for(config: &ModelConfig, fit: &Fit, request: &PlanRequest) -> (MemoryPlan, Sizes) {
+    let sizes = |tokens| Sizes::of(config, fit, tokens, request.max_length, request);
+    let plan = MemoryPlan::choose(sizes, request);
+    (plan, sizes(plan.micro_batch_tokens))
+}
+
 impl Made {
+    fn room_for(fit: &Fit) -> Self {
+        match fit.network() {
+            Some(_) => {
+                let length = fit.layout().len();
+                Self { parameters: vec![0.0; length], gradient: vec![0.0; length] }
+            }
+            None => Self::default(),
+        }
+    }
+
     /// The parameters as passes read them: what the network makes of the trained ones, where there is one.
-    fn parameters<'a>(&'a mut self, fit: &Fit, trained: Option<&'a [f32]>) -> Result<Option<&'a [f32]>> {
+    fn parameters<'a>(
+        &'a mut self,
+        fit: &Fit,
+        trained: Option<&'a [f32]>,
+        key: Option<StepKey>,
+    ) -> Result<Option<&'a [f32]>> {
         match (fit.network(), trained) {
             (Some(network), Some(trained)) => {
-                network.network.forward(trained, &mut self.parameters)?;
+                network.network.forward(trained, key, &mut self.parameters)?;
                 Ok(Some(&self.parameters))
             }
             (_, trained) => Ok(trained),

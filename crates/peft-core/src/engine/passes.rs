@@ -4,7 +4,11 @@ use super::{
     Engine, GradientSink, LossSum, NoSink, StepError, StepKey,
     machine::{Parts, Pass},
 };
-use crate::{adapter::PassDropout, batch::Row, error::Result};
+use crate::{
+    adapter::PassDropout,
+    batch::{Row, VirtualTokens},
+    error::Result,
+};
 
 impl Engine {
     /// Runs one micro-batch forward and backward: returns the summed loss of its trained tokens and **adds** the
@@ -27,14 +31,14 @@ impl Engine {
         let p = self.fit.dropout();
         let dropout = (p > 0.0).then_some(PassDropout { p, seed: key.seed, step: key.step });
         let Some(network) = self.fit.network().cloned() else {
-            return self.pass(Some(parameters), rows, dropout, Some((gradient, sink)));
+            return self.pass(Some(parameters), rows, Some(key), dropout, Some((gradient, sink)));
         };
         // The gradient of what the network makes is whole before any of the trained tensors' is known.
         let mut made = std::mem::take(&mut self.made.gradient);
         made.fill(0.0);
-        let sum = self.pass(Some(parameters), rows, dropout, Some((&mut made, &mut NoSink)));
+        let sum = self.pass(Some(parameters), rows, Some(key), dropout, Some((&mut made, &mut NoSink)));
         let sum = sum.and_then(|sum| {
-            network.network.backward(parameters, &made, gradient)?;
+            network.network.backward(parameters, Some(key), &made, gradient)?;
             Ok(sum)
         });
         self.made.gradient = made;
@@ -61,7 +65,7 @@ impl Engine {
     fn sum_losses(&mut self, parameters: Option<&[f32]>, rows: &[Row]) -> Result<LossSum> {
         let mut sum = LossSum::default();
         for rows in rows.chunks(self.plan.micro_batch_rows) {
-            sum.add(self.pass(parameters, rows, None, None)?);
+            sum.add(self.pass(parameters, rows, None, None, None)?);
         }
         Ok(sum)
     }
@@ -70,14 +74,16 @@ impl Engine {
         &'a mut self,
         parameters: Option<&'a [f32]>,
         rows: &[Row],
+        key: Option<StepKey>,
         dropout: Option<PassDropout>,
         training: Option<(&'a mut [f32], &'a mut dyn GradientSink)>,
     ) -> Result<LossSum> {
         self.check_parameters(parameters)?;
-        self.check_rows(rows)?;
-        self.packed.fill(rows)?;
+        let virtual_tokens = parameters.map_or(VirtualTokens::None, |_| self.fit.layout().virtual_tokens());
+        self.check_rows(rows, virtual_tokens)?;
+        self.packed.fill_behind(virtual_tokens, rows)?;
         let Self { machine, config, base, fit, made, packed, sizes, plan, .. } = self;
-        let parameters = made.parameters(fit, parameters)?;
+        let parameters = made.parameters(fit, parameters, key)?;
         let parts = Parts { config, base: &mut **base, layout: fit.layout() };
         let tokens = packed.predicting.len() as u64;
         let levels = plan.levels;
@@ -94,9 +100,9 @@ impl Engine {
         if found == expected { Ok(()) } else { Err(StepError::FlatLength { found, expected }.into()) }
     }
 
-    pub(super) fn check_rows(&self, rows: &[Row]) -> Result<()> {
+    pub(super) fn check_rows(&self, rows: &[Row], virtual_tokens: VirtualTokens) -> Result<()> {
         let plan = &self.plan;
-        let tokens: usize = rows.iter().map(|row| row.token_ids.len()).sum();
+        let tokens: usize = rows.iter().map(|row| virtual_tokens.positions(row)).sum();
         if rows.len() > plan.micro_batch_rows || tokens > plan.micro_batch_tokens {
             return Err(StepError::MicroBatchTooLarge {
                 rows: rows.len(),
@@ -107,10 +113,9 @@ impl Engine {
             .into());
         }
         for row in rows {
-            if row.token_ids.len() > self.sizes.max_length {
-                return Err(
-                    StepError::MalformedRow { row: row.id, reason: "it is longer than max_length" }.into()
-                );
+            if virtual_tokens.positions(row) > self.sizes.max_length {
+                let reason = "with its virtual tokens it is longer than max_length";
+                return Err(StepError::MalformedRow { row: row.id, reason }.into());
             }
             self.check_tokens(row.id, &row.token_ids)?;
         }

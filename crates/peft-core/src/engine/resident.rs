@@ -39,8 +39,9 @@ impl Engine {
     /// # Errors
     /// As [`Engine::forward_backward`].
     pub fn accumulate(&mut self, rows: &[Row], key: StepKey) -> Result<u64> {
-        self.check_rows(rows)?;
-        self.packed.fill(rows)?;
+        let virtual_tokens = self.fit.layout().virtual_tokens();
+        self.check_rows(rows, virtual_tokens)?;
+        self.packed.fill_behind(virtual_tokens, rows)?;
         let p = self.fit.dropout();
         let dropout = (p > 0.0).then_some(PassDropout { p, seed: key.seed, step: key.step });
         let Self { machine, config, base, fit, packed, sizes, plan, .. } = self;

@@ -112,8 +112,16 @@ pub struct LinearWeights<'a> {
 pub struct LayerWeights<'a> {
     /// Scale of the norm ahead of attention, `[hidden]`.
     pub input_norm: &'a [f32],
+    /// Scale of the norm of each head's queries, `[head_dim]`, where there is one.
+    pub query_norm: Option<&'a [f32]>,
+    /// Scale of the norm of each head's keys, `[head_dim]`, where there is one.
+    pub key_norm: Option<&'a [f32]>,
+    /// Scale of the norm of attention's output, `[hidden]`, where there is one.
+    pub attention_output_norm: Option<&'a [f32]>,
     /// Scale of the norm ahead of the MLP, `[hidden]`.
-    pub post_attention_norm: &'a [f32],
+    pub mlp_norm: &'a [f32],
+    /// Scale of the norm of the MLP's output, `[hidden]`, where there is one.
+    pub mlp_output_norm: Option<&'a [f32]>,
     /// Queries, `[heads * head_dim, hidden]`.
     pub q: LinearWeights<'a>,
     /// Keys, `[key_value_heads * head_dim, hidden]`.
@@ -131,6 +139,12 @@ pub struct LayerWeights<'a> {
 }
 
 impl<'a> LayerWeights<'a> {
+    /// The scales of all norms that there are.
+    pub fn norms(&self) -> impl Iterator<Item = &'a [f32]> {
+        let some = [self.query_norm, self.key_norm, self.attention_output_norm, self.mlp_output_norm];
+        [self.input_norm, self.mlp_norm].into_iter().chain(some.into_iter().flatten())
+    }
+
     /// The linear layer of `projection`.
     pub fn linear(&self, projection: Projection) -> &LinearWeights<'a> {
         match projection {

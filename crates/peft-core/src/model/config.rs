@@ -1,21 +1,23 @@
 //! A decoder as its `config.json` describes it.
 //!
-//! [`ModelConfig`] says what the layer loop needs to know and nothing of where it was read; a further family is a
-//! further function in [`ModelConfig::from_json`] that fills it. Both ways of writing rotary settings are
-//! read: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (transformers 4).
+//! [`ModelConfig`] says what the layer loop needs to know and nothing of where it was read; [`crate::model::families`]
+//! fill it. Both ways of writing rotary settings are read: `rope_parameters` (transformers 5) and `rope_theta` with
+//! `rope_scaling` (transformers 4).
 
 use std::{fmt, fs, path::Path};
 
 use serde_json::Value;
 
-use crate::error::{Error, Origin, Result};
+use crate::{
+    error::{Error, Origin, Result},
+    model::families,
+};
 
 mod fields;
+mod rope;
 
-use fields::Fields;
-
-/// Model types that there are.
-pub const FAMILIES: &[&str] = &["llama"];
+pub(crate) use fields::Fields;
+pub use rope::{Rope, RopeScaling};
 
 /// The linear layers of a decoder layer, in the order of the forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -81,74 +83,41 @@ impl fmt::Display for Projection {
 pub enum Activation {
     /// x · sigmoid(x).
     Silu,
+    /// x / 2 · (1 + tanh(√(2/π) (x + 0.044715 x³))).
+    GeluTanh,
 }
 
-/// Rotary position embedding, half-rotation as in transformers.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Rope {
-    /// Base of the frequencies.
-    pub theta: f64,
-    /// How frequencies are changed for long contexts.
-    pub scaling: RopeScaling,
+/// The norms of a decoder layer, in the order of the forward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Norm {
+    /// Ahead of attention.
+    AttentionInput,
+    /// Of each head's queries, ahead of rotation.
+    Query,
+    /// Of each head's keys, ahead of rotation.
+    Key,
+    /// Of attention's output, ahead of the sum with the residual stream.
+    AttentionOutput,
+    /// Ahead of the MLP.
+    MlpInput,
+    /// Of the MLP's output, ahead of the sum with the residual stream.
+    MlpOutput,
 }
 
-/// How rotary frequencies are changed for long contexts.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum RopeScaling {
-    /// Not at all.
-    None,
-    /// All divided by a factor.
-    Linear {
-        /// The factor.
-        factor: f64,
-    },
-    /// Low ones divided, high ones kept, blended between (Llama 3.1).
-    Llama3 {
-        /// What low frequencies are divided by.
-        factor: f64,
-        /// Wavelengths above `original_positions / low_frequency_factor` are divided.
-        low_frequency_factor: f64,
-        /// Wavelengths below `original_positions / high_frequency_factor` are kept.
-        high_frequency_factor: f64,
-        /// Context length before scaling.
-        original_positions: usize,
-    },
-}
+impl Norm {
+    /// All of them, in the order of the forward pass.
+    pub const ALL: [Self; 6] = [
+        Self::AttentionInput,
+        Self::Query,
+        Self::Key,
+        Self::AttentionOutput,
+        Self::MlpInput,
+        Self::MlpOutput,
+    ];
 
-impl Rope {
-    /// Angle per position of each pair of a head's features, `[head_dim / 2]`.
-    ///
-    /// Rounded to f32 where transformers rounds, so that angles agree at long positions too.
-    pub fn inverse_frequencies(&self, head_dim: usize) -> Vec<f32> {
-        (0..head_dim / 2)
-            .map(|pair| {
-                let exponent = (2 * pair) as f32 / head_dim as f32;
-                let frequency = 1.0 / (self.theta as f32).powf(exponent);
-                self.scaling.apply(frequency)
-            })
-            .collect()
-    }
-}
-
-impl RopeScaling {
-    fn apply(self, frequency: f32) -> f32 {
-        match self {
-            Self::None => frequency,
-            Self::Linear { factor } => frequency / factor as f32,
-            Self::Llama3 { factor, low_frequency_factor, high_frequency_factor, original_positions } => {
-                let wavelength = std::f32::consts::TAU / frequency;
-                let original = original_positions as f64;
-                if wavelength > (original / low_frequency_factor) as f32 {
-                    return frequency / factor as f32;
-                }
-                if wavelength < (original / high_frequency_factor) as f32 {
-                    return frequency;
-                }
-                let smooth = (original as f32 / wavelength - low_frequency_factor as f32)
-                    / (high_frequency_factor - low_frequency_factor) as f32;
-                (1.0 - smooth) * frequency / factor as f32 + smooth * frequency
-            }
-        }
+    /// Its place in [`Self::ALL`].
+    pub fn index(self) -> usize {
+        self as usize
     }
 }
 
@@ -179,6 +148,22 @@ pub struct ModelConfig {
     pub rope: Rope,
     /// The MLP's nonlinearity.
     pub activation: Activation,
+    /// Multiplies attention's scores.
+    pub attention_scale: f64,
+    /// Bounds attention's scaled scores: `cap tanh(score / cap)`.
+    pub attention_soft_cap: Option<f64>,
+    /// Keys that a query of each layer sees, itself included; none sees all before it.
+    pub windows: Vec<Option<usize>>,
+    /// Multiplies the embedding.
+    pub embedding_scale: Option<f32>,
+    /// Bounds the logits: `cap tanh(logit / cap)`.
+    pub logits_soft_cap: Option<f64>,
+    /// Whether queries and keys pass a norm of their own.
+    pub query_key_norms: bool,
+    /// Whether the outputs of attention and MLP pass norms of their own.
+    pub output_norms: bool,
+    /// Whether norms are stored less 1.
+    pub norms_less_one: bool,
     /// Whether q, k and v have a bias.
     pub query_key_value_bias: bool,
     /// Whether attention's output has a bias.
@@ -223,13 +208,13 @@ impl ModelConfig {
             source,
         })?;
         let fields = Fields::new(&json, file)?;
-        let family = fields.text("model_type")?.ok_or_else(|| fields.problem("model_type", "is missing"))?;
-        match family {
-            "llama" => llama(&fields),
-            other => Err(Error::UnknownFamily {
+        let found = fields.text("model_type")?.ok_or_else(|| fields.problem("model_type", "is missing"))?;
+        match families::find(found) {
+            Some(family) => family.describe(&fields),
+            None => Err(Error::UnknownFamily {
                 file: file.to_owned(),
-                found: other.to_owned(),
-                known: FAMILIES.to_vec(),
+                found: found.to_owned(),
+                known: families::names(),
             }),
         }
     }
@@ -256,6 +241,43 @@ impl ModelConfig {
         }
     }
 
+    /// The norms of every layer.
+    pub fn norms(&self) -> impl Iterator<Item = Norm> {
+        let (query_key, output) = (self.query_key_norms, self.output_norms);
+        Norm::ALL.into_iter().filter(move |norm| match norm {
+            Norm::AttentionInput | Norm::MlpInput => true,
+            Norm::Query | Norm::Key => query_key,
+            Norm::AttentionOutput | Norm::MlpOutput => output,
+        })
+    }
+
+    /// Name of a norm below the layer, for example `input_layernorm`.
+    pub fn norm_path(&self, norm: Norm) -> &'static str {
+        match norm {
+            Norm::AttentionInput => "input_layernorm",
+            Norm::Query => "self_attn.q_norm",
+            Norm::Key => "self_attn.k_norm",
+            Norm::AttentionOutput => "post_attention_layernorm",
+            // What stands ahead of the MLP is named after what it stands behind, unless something else stands there.
+            Norm::MlpInput if self.output_norms => "pre_feedforward_layernorm",
+            Norm::MlpInput => "post_attention_layernorm",
+            Norm::MlpOutput => "post_feedforward_layernorm",
+        }
+    }
+
+    /// Full name of a norm in layer `layer`, for example `model.layers.0.input_layernorm`.
+    pub fn norm_module(&self, layer: usize, norm: Norm) -> String {
+        format!("model.layers.{layer}.{}", self.norm_path(norm))
+    }
+
+    /// Features that a norm works on.
+    pub fn norm_features(&self, norm: Norm) -> usize {
+        match norm {
+            Norm::Query | Norm::Key => self.head_dim,
+            _ => self.hidden_size,
+        }
+    }
+
     /// Number of frozen parameters: a tied head counts once.
     pub fn parameters(&self) -> usize {
         let linear: usize = Projection::ALL
@@ -266,7 +288,8 @@ impl ModelConfig {
             })
             .sum();
         let embeddings = if self.tied_embeddings { 1 } else { 2 } * self.vocabulary_size * self.hidden_size;
-        self.layers * (linear + 2 * self.hidden_size) + embeddings + self.hidden_size
+        let norms: usize = self.norms().map(|norm| self.norm_features(norm)).sum();
+        self.layers * (linear + norms) + embeddings + self.hidden_size
     }
 
     /// The settings that change numbers, in a fixed form: what a base's hash covers besides its tensors.
@@ -283,6 +306,14 @@ impl ModelConfig {
             norm_epsilon,
             rope,
             activation,
+            attention_scale,
+            attention_soft_cap,
+            windows,
+            embedding_scale,
+            logits_soft_cap,
+            query_key_norms,
+            output_norms,
+            norms_less_one,
             query_key_value_bias,
             output_bias,
             mlp_bias,
@@ -294,106 +325,34 @@ impl ModelConfig {
             eos_tokens: _,
             pad_token: _,
         } = self;
-        format!(
+        let mut text = format!(
             "{family} v{vocabulary_size} h{hidden_size} i{intermediate_size} l{layers} a{attention_heads} \
              kv{key_value_heads} d{head_dim} eps{norm_epsilon:e} {rope:?} {activation:?} \
              b{query_key_value_bias}/{output_bias}/{mlp_bias} tied{tied_embeddings} nf4{stored_nf4}"
-        )
-    }
-}
-
-/// Llama 1 to 3.x, and what shares its code in transformers.
-fn llama(fields: &Fields<'_>) -> Result<ModelConfig> {
-    let hidden_size = fields.size("hidden_size")?;
-    let attention_heads = fields.size("num_attention_heads")?;
-    let key_value_heads = fields.size_or("num_key_value_heads", attention_heads)?;
-    if !attention_heads.is_multiple_of(key_value_heads) {
-        return Err(fields.problem(
-            "num_key_value_heads",
-            format!("is {key_value_heads}, which does not divide num_attention_heads ({attention_heads})"),
-        ));
-    }
-    let head_dim = match fields.optional_size("head_dim")? {
-        Some(head_dim) => head_dim,
-        None if hidden_size.is_multiple_of(attention_heads) => hidden_size / attention_heads,
-        None => {
-            return Err(fields.problem(
-                "num_attention_heads",
-                format!("is {attention_heads}, which does not divide hidden_size ({hidden_size})"),
-            ));
-        }
-    };
-    if !head_dim.is_multiple_of(2) {
-        return Err(
-            fields.problem("head_dim", format!("is {head_dim}; rotary positions need an even number"))
         );
+        // What most families lack is written where it is there: hashes of the others stay as they were.
+        let mut add = |there: bool, what: String| {
+            if there {
+                text.push(' ');
+                text.push_str(&what);
+            }
+        };
+        let usual_scale = (*head_dim as f64).powf(-0.5);
+        add(*attention_scale != usual_scale, format!("scale{attention_scale:e}"));
+        add(attention_soft_cap.is_some(), format!("cap{attention_soft_cap:?}"));
+        add(windows.iter().any(Option::is_some), format!("windows{windows:?}"));
+        add(embedding_scale.is_some(), format!("embedding{embedding_scale:?}"));
+        add(logits_soft_cap.is_some(), format!("logits{logits_soft_cap:?}"));
+        add(*query_key_norms, "qknorms".to_owned());
+        add(*output_norms, "outputnorms".to_owned());
+        add(*norms_less_one, "lessone".to_owned());
+        text
     }
-    match fields.text("hidden_act")? {
-        None | Some("silu" | "swish") => {}
-        Some(other) => return Err(fields.unsupported("hidden_act", &Value::from(other))),
-    }
-    let norm_epsilon = fields.number("rms_norm_eps")?.unwrap_or(1e-6);
-    if !(norm_epsilon > 0.0 && norm_epsilon < 1.0) {
-        return Err(fields.problem("rms_norm_eps", format!("is {norm_epsilon}, not between 0 and 1")));
-    }
-    let max_positions = fields.size_or("max_position_embeddings", 2048)?;
-    let attention_bias = fields.flag("attention_bias")?.unwrap_or(false);
-    Ok(ModelConfig {
-        family: "llama",
-        vocabulary_size: fields.size("vocab_size")?,
-        hidden_size,
-        intermediate_size: fields.size("intermediate_size")?,
-        layers: fields.size("num_hidden_layers")?,
-        attention_heads,
-        key_value_heads,
-        head_dim,
-        max_positions,
-        norm_epsilon,
-        rope: fields.rope(max_positions)?,
-        activation: Activation::Silu,
-        query_key_value_bias: attention_bias,
-        output_bias: attention_bias,
-        mlp_bias: fields.flag("mlp_bias")?.unwrap_or(false),
-        tied_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(false),
-        stored_nf4: fields.stored_nf4()?,
-        bos_token: fields.tokens("bos_token_id")?.first().copied(),
-        eos_tokens: fields.tokens("eos_token_id")?,
-        pad_token: fields.tokens("pad_token_id")?.first().copied(),
-    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const LLAMA3: RopeScaling = RopeScaling::Llama3 {
-        factor: 8.0,
-        low_frequency_factor: 1.0,
-        high_frequency_factor: 4.0,
-        original_positions: 8192,
-    };
-
-    #[test]
-    fn rotary_frequencies_are_scaled_as_transformers_scales_them() {
-        let of = |scaling| Rope { theta: 500_000.0, scaling }.inverse_frequencies(128);
-        let (plain, linear, llama3) =
-            (of(RopeScaling::None), of(RopeScaling::Linear { factor: 4.0 }), of(LLAMA3));
-        assert_eq!(plain.len(), 64);
-        assert_eq!(plain[0], 1.0);
-        let (mut kept, mut divided) = (0, 0);
-        for pair in 0..64 {
-            let exact = 500_000_f64.powf(-2.0 * pair as f64 / 128.0);
-            // powf, its argument and the reciprocal round at 6e-8 each; the argument's error grows by ln(theta) = 13.
-            assert!((f64::from(plain[pair]) - exact).abs() < 2e-6 * exact);
-            assert_eq!(linear[pair], plain[pair] / 4.0);
-            kept += usize::from(llama3[pair] == plain[pair]);
-            divided += usize::from(llama3[pair] == plain[pair] / 8.0);
-            assert!(llama3[pair] <= plain[pair] && llama3[pair] >= plain[pair] / 8.0);
-        }
-        // Wavelengths below 2048 are kept: 2 pi theta^(i/64) < 2048 for i ≤ 28; those above 8192 divided: i ≥ 35.
-        assert_eq!((kept, divided), (29, 29));
-        assert!(llama3.is_sorted_by(|earlier, later| earlier > later));
-    }
 
     #[test]
     fn parameters_are_counted_once_where_tied() {

@@ -5,19 +5,20 @@
 
 use crate::{
     adapter::{Branches, EmbeddingBranch, EmbeddingSite, ParameterLayout, PassDropout},
-    backend::{AttentionShape, Backend, Ready, View, ViewMut},
+    backend::{AttentionShape, Backend, Ready, SpanStart, View, ViewMut},
+    batch::VirtualTokens,
     error::Result,
-    loss::head::Head,
-    model::{BaseSource, LayerWeights, LinearWeights, ModelConfig, Place, Projection},
+    loss::head::{Head, HeadGradient, TrainedHead},
+    model::{BaseSource, LayerWeights, LinearWeights, ModelConfig, Norm, Place, Projection},
     nn::{
-        attention::Attention,
+        attention::{Attention, Prefix},
         embedding,
-        linear::{Branch, Linear},
+        linear::{Branch, Linear, TrainedParts},
         mlp::Mlp,
         rms_norm::RmsNorm,
         rope::RopeTable,
     },
-    plan::{Arena, Attended, Boundary, Level, two},
+    plan::{Arena, Attended, Boundary, Joined, Level, Work, two},
 };
 
 /// What is trained, as one pass sees it.
@@ -30,6 +31,8 @@ pub struct Trained<'a, B: Backend> {
     pub branches: &'a Branches<B>,
     /// Dropout of this pass.
     pub dropout: Option<PassDropout>,
+    /// Whether spans begin here, with their virtual tokens; they do not where a cached sequence goes on.
+    pub begins: bool,
 }
 
 impl<'a, B: Backend> Trained<'a, B> {
@@ -40,6 +43,69 @@ impl<'a, B: Backend> Trained<'a, B> {
 
     fn embedding(&self) -> Option<(&'a dyn EmbeddingBranch<B>, &'a B::Buffer)> {
         Some((self.branches.embedding()?, self.parameters?))
+    }
+
+    /// The embedding itself in the parameters, where it is trained.
+    fn embedding_table(&self, config: &ModelConfig) -> Option<View<'a, B>> {
+        let at = self.branches.embedding_weight()?;
+        Some(View::at(self.parameters?, at, config.vocabulary_size, config.hidden_size))
+    }
+
+    /// A vector in the parameters where it is trained, else the base's.
+    fn vector<'c>(&self, backend: &'c B, trained: Option<usize>, base: &'c [f32]) -> View<'c, B>
+    where
+        'a: 'c,
+    {
+        match (trained, self.parameters) {
+            (Some(at), Some(parameters)) => View::at(parameters, at, 1, base.len()),
+            _ => backend.frozen_vector(base),
+        }
+    }
+
+    /// Where a gradient goes; nowhere on the bare base.
+    fn place(&self, trained: Option<usize>) -> Option<usize> {
+        trained.filter(|_| self.parameters.is_some())
+    }
+
+    fn head(&self, config: &ModelConfig) -> TrainedHead<'a, B> {
+        let Some(parameters) = self.parameters else { return TrainedHead::default() };
+        let (vocabulary, hidden) = (config.vocabulary_size, config.hidden_size);
+        let table = |at| View::at(parameters, at, vocabulary, hidden);
+        let dropout = self.dropout;
+        let rows = self.branches.rows().filter(|_| config.tied_embeddings);
+        TrainedHead {
+            table: self.branches.head_weight().map(table),
+            branch: self.branches.head().map(|branch| Branch { branch, parameters, dropout }),
+            rows: rows.map(|(ids, at)| (ids, View::at(parameters, at, ids.len(), hidden))),
+        }
+    }
+
+    /// Virtual tokens of this pass: none on the bare base.
+    pub fn virtual_tokens(&self) -> VirtualTokens {
+        self.parameters.map_or(VirtualTokens::None, |_| self.layout.virtual_tokens())
+    }
+
+    /// Columns `first ..` of the virtual tokens, `[count, columns]`.
+    fn virtual_columns(&self, first: usize, columns: usize) -> Option<View<'a, B>> {
+        let entry = self.layout.virtual_tensor()?;
+        let whole = View::<B>::at(self.parameters?, entry.range.start, entry.rows(), entry.columns());
+        Some(whole.column_range(first, columns))
+    }
+
+    /// Virtual rows, `[count, hidden]`.
+    pub fn virtual_rows(&self, hidden: usize) -> Option<View<'a, B>> {
+        let put = self.begins && matches!(self.virtual_tokens(), VirtualTokens::Rows(_));
+        put.then(|| self.virtual_columns(0, hidden))?
+    }
+
+    /// Virtual keys and values of a layer, `[count, kv_heads * head_dim]` each: PEFT lays out
+    /// `[layer 0 K | layer 0 V | layer 1 K | …]`.
+    pub fn virtual_keys(&self, layer: usize, features: usize) -> Option<[View<'a, B>; 2]> {
+        if !matches!(self.virtual_tokens(), VirtualTokens::Keys(_)) {
+            return None;
+        }
+        let part = |index: usize| self.virtual_columns((2 * layer + index) * features, features);
+        Some([part(0)?, part(1)?])
     }
 }
 
@@ -59,6 +125,8 @@ pub struct Decoder<'a, B: Backend, S: BaseSource + ?Sized> {
     pub arena: &'a mut Arena<B>,
     /// Tokens of the micro-batch that is loaded.
     pub tokens: usize,
+    /// Its keys, virtual ones included.
+    pub keys: usize,
     /// Rows of it that predict a trained token.
     pub predicting: usize,
     /// Whether a backward pass follows.
@@ -72,8 +140,8 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
     /// When a layer's weights cannot be had.
     pub fn forward(&mut self) -> Result<()> {
         self.forward_with(|_, attention, step| {
-            let Attend { backend, batch, tokens, work, attended } = step;
-            attention.attend(backend, batch, tokens, work, attended);
+            let Attend { backend, batch, tokens, work, joined, attended } = step;
+            attention.attend(backend, batch, tokens, work, joined, attended);
         })
     }
 
@@ -90,18 +158,29 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         let arena = &mut *self.arena;
         let hidden = config.hidden_size;
         let first = ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden);
-        embedding::forward(backend, &arena.batch, &self.base.embedding(), first);
+        match self.trained.embedding_table(config) {
+            Some(table) => backend.gather_ids(&arena.batch, table, false, first),
+            None => embedding::forward(backend, &arena.batch, &self.base.embedding(), first),
+        }
         if let Some((branch, parameters)) = self.trained.embedding() {
             let site = EmbeddingSite { backend, batch: &arena.batch, parameters };
             let first = ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden);
             branch.forward(&site, first, &mut arena.scratch.branch);
+        }
+        if let Some(scale) = config.embedding_scale {
+            backend.scale(scale, ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden));
+        }
+        if let Some(rows) = self.trained.virtual_rows(hidden) {
+            let first = ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden);
+            backend.put_virtual(&arena.batch, SpanStart::Queries, rows, first);
         }
         for layer in 0..config.layers {
             if layer + 1 < config.layers {
                 self.base.prefetch(layer + 1);
             }
             let weights = self.base.layer(layer)?;
-            let site = Site { backend, config, layer, trained: &self.trained, rope: self.rope };
+            let (trained, keys) = (&self.trained, self.keys);
+            let site = Site { backend, config, layer, trained, rope: self.rope, keys };
             let (attention, mlp) = site.blocks(&weights, &mut arena.weights);
             let levels = arena.levels;
             let (own, after) = (levels.boundary_place(layer), levels.boundary_place(layer + 1));
@@ -116,7 +195,8 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
             let expansion = &mut arena.expansions[levels.expansion_place(layer)];
             let attended = &mut arena.attended[own];
             attention.project(backend, &arena.batch, x, work, scratch);
-            attend(layer, &attention, Attend { backend, batch: &arena.batch, tokens, work, attended });
+            let (batch, joined) = (&arena.batch, &mut scratch.joined);
+            attend(layer, &attention, Attend { backend, batch, tokens, work, joined, attended });
             attention.output(backend, &arena.batch, x, attended, work, scratch);
             if let Some(boundary) = arena.aside.get_mut(layer).filter(|_| self.training) {
                 boundary.put(backend, x, attended, config);
@@ -131,17 +211,18 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         Ok(())
     }
 
-    /// The loss of each predicting row, for [`Decoder::sum`]; with `gradient`, that of the last hidden state is left in
-    /// the arena.
-    pub fn loss(&mut self, gradient: bool) {
+    /// The loss of each predicting row, for [`Decoder::sum`]; with `flat`, the gradient of the last hidden state is left in
+    /// the arena, and that of what is trained of the head is added to `flat`.
+    pub fn loss(&mut self, flat: Option<&mut B::Buffer>) {
         let (backend, tokens) = (self.backend, self.tokens);
         let (hidden, layers) = (self.config.hidden_size, self.config.layers);
-        let head = head(backend, &*self.base);
+        let head = head(backend, &*self.base, &self.trained);
         let arena = &mut *self.arena;
         let last = View::<B>::new(&arena.inputs[arena.levels.boundary_place(layers)], tokens, hidden);
-        let (mut scratch, flowing) = Arena::head_scratch(&mut arena.scratch, &mut arena.head);
-        let gradient = gradient.then(|| ViewMut::<B>::new(flowing, tokens, hidden));
-        head.loss(backend, &arena.batch, self.predicting, last, &mut scratch, gradient);
+        let (mut scratch, branch, flowing) = Arena::head_scratch(&mut arena.scratch, &mut arena.head);
+        let gradient =
+            flat.map(|flat| HeadGradient { hidden: ViewMut::<B>::new(flowing, tokens, hidden), flat });
+        head.loss(backend, &arena.batch, self.predicting, last, &mut scratch, branch, gradient);
     }
 
     /// Summed loss. Waits for it: asked for when all work is queued, it delays nothing.
@@ -153,11 +234,11 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
     pub fn logits(&mut self, rows: usize, out: &mut [f32]) {
         let (backend, tokens) = (self.backend, self.tokens);
         let (hidden, layers) = (self.config.hidden_size, self.config.layers);
-        let head = head(backend, &*self.base);
+        let head = head(backend, &*self.base, &self.trained);
         let arena = &mut *self.arena;
         let last = View::<B>::new(&arena.inputs[arena.levels.boundary_place(layers)], tokens, hidden);
-        let (mut scratch, _) = Arena::head_scratch(&mut arena.scratch, &mut arena.head);
-        head.logits(backend, last.row_range(tokens - rows, rows), &mut scratch, out);
+        let (mut scratch, branch, _) = Arena::head_scratch(&mut arena.scratch, &mut arena.head);
+        head.logits(backend, &arena.batch, last.row_range(tokens - rows, rows), &mut scratch, branch, out);
     }
 
     /// From the last hidden state's gradient down to the lowest trained tensor; adds to `flat`.
@@ -174,10 +255,12 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         if !head.is_empty() {
             ready(head, flat);
         }
+        let virtual_tokens = self.trained.virtual_tokens();
         let (lowest, through) = match layout.lowest() {
             None | Some(Place::Head) => return Ok(()),
             Some(Place::Layer(layer)) => (layer, false),
-            Some(Place::Input) => (0, true),
+            // Virtual keys are inputs of every layer; nothing is trained below the first.
+            Some(Place::Input) => (0, virtual_tokens.keys() == 0),
         };
         let levels = arena.levels;
         for layer in (lowest..config.layers).rev() {
@@ -185,7 +268,8 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
                 self.base.prefetch(layer - 1);
             }
             let weights = self.base.layer(layer)?;
-            let site = Site { backend, config, layer, trained: &self.trained, rope: self.rope };
+            let (trained, keys) = (&self.trained, self.keys);
+            let site = Site { backend, config, layer, trained, rope: self.rope, keys };
             let (attention, mlp) = site.blocks(&weights, &mut arena.weights);
             let own = levels.boundary_place(layer);
             // The two highest of those that lie aside are still here as well.
@@ -205,13 +289,16 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
             // The last layer's work is still there from the forward pass.
             let last = layer + 1 == config.layers;
             let level = if last { Level::Everything } else { levels.of(layer) };
-            let again = matches!(level, Level::Boundaries | Level::Aside);
+            let mut again = matches!(level, Level::Boundaries | Level::Aside);
             if again {
                 attention.project(backend, &arena.batch, x, work, scratch);
                 attention.output(backend, &arena.batch, x, attended, work, scratch);
             }
             if level != Level::Everything {
                 mlp.expand(backend, &arena.batch, tokens, work, expansion, scratch);
+            }
+            if again {
+                again = !mlp.contract_again(backend, &arena.batch, tokens, work, expansion, scratch);
             }
             let below = layer > lowest || through;
             let into_attention = below || attention.is_adapted();
@@ -235,12 +322,27 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
             }
         }
         if through {
+            if let Some(rows) = self.trained.virtual_rows(hidden) {
+                let gradient = View::<B>::new(&arena.scratch.gradient, tokens, hidden);
+                backend.sum_virtual(&arena.batch, gradient, rows.of(flat));
+            }
+            if let Some(scale) = config.embedding_scale {
+                backend.scale(scale, ViewMut::<B>::new(&mut arena.scratch.gradient, tokens, hidden));
+            }
+            if let Some(at) = self.trained.place(self.trained.branches.embedding_weight()) {
+                let gradient = View::<B>::new(&arena.scratch.gradient, tokens, hidden);
+                let table = ViewMut::<B>::at(&mut *flat, at, config.vocabulary_size, hidden);
+                backend.scatter_ids(&arena.batch, gradient, false, table);
+            }
             if let Some((branch, parameters)) = self.trained.embedding() {
                 let site = EmbeddingSite { backend, batch: &arena.batch, parameters };
                 let gradient = View::<B>::new(&arena.scratch.gradient, tokens, hidden);
                 branch.backward(&site, gradient, flat, &mut arena.scratch.branch);
             }
-            ready(layout.range(Place::Input), flat);
+        }
+        let input = layout.range(Place::Input);
+        if !input.is_empty() {
+            ready(input, flat);
         }
         Ok(())
     }
@@ -288,15 +390,24 @@ pub struct Attend<'a, B: Backend> {
     /// Its tokens.
     pub tokens: usize,
     /// q, k, v.
-    pub work: &'a crate::plan::Work<B>,
+    pub work: &'a Work<B>,
+    /// Where keys and values lie behind virtual ones.
+    pub joined: &'a mut Joined<B>,
     /// Where the result goes.
     pub attended: &'a mut Attended<B>,
 }
 
-fn head<'a, B: Backend, S: BaseSource + ?Sized>(backend: &'a B, base: &'a S) -> Head<'a, B> {
-    let epsilon = base.config().norm_epsilon as f32;
-    let norm = RmsNorm { weight: backend.frozen_vector(base.final_norm()), epsilon };
-    Head { norm, table: base.head() }
+fn head<'a, B: Backend, S: BaseSource + ?Sized>(
+    backend: &'a B,
+    base: &'a S,
+    trained: &Trained<'a, B>,
+) -> Head<'a, B> {
+    let config = base.config();
+    let own = trained.place(trained.branches.final_norm());
+    let weight = trained.vector(backend, own, base.final_norm());
+    let norm = RmsNorm { weight, epsilon: config.norm_epsilon as f32, trained: own };
+    let soft_cap = config.logits_soft_cap.map(|cap| cap as f32);
+    Head { norm, table: base.head(), soft_cap, trained: trained.head(config) }
 }
 
 /// A place in the model.
@@ -306,6 +417,8 @@ struct Site<'a, 'b, B: Backend> {
     layer: usize,
     trained: &'b Trained<'a, B>,
     rope: &'a RopeTable<B>,
+    /// Keys of the batch.
+    keys: usize,
 }
 
 impl<'a, B: Backend> Site<'a, '_, B> {
@@ -318,22 +431,36 @@ impl<'a, B: Backend> Site<'a, '_, B> {
         'a: 'c,
     {
         let epsilon = self.config.norm_epsilon as f32;
-        let norm = |weight: &'c [f32]| RmsNorm { weight: self.backend.frozen_vector(weight), epsilon };
+        let norm = |kind: Norm, weight: &'c [f32]| {
+            let trained = self.trained.place(self.trained.branches.norm(self.layer, kind));
+            RmsNorm { weight: self.trained.vector(self.backend, trained, weight), epsilon, trained }
+        };
         let [q, k, v, o, gate, up, down] = scratch;
         let attention = Attention {
-            norm: norm(weights.input_norm),
+            norm: norm(Norm::AttentionInput, weights.input_norm),
             q: self.linear(Projection::Q, &weights.q, q),
             k: self.linear(Projection::K, &weights.k, k),
             v: self.linear(Projection::V, &weights.v, v),
             o: self.linear(Projection::O, &weights.o, o),
-            shape: attention_shape(self.config),
+            query_key_norms: weights
+                .query_norm
+                .zip(weights.key_norm)
+                .map(|(q, k)| [norm(Norm::Query, q), norm(Norm::Key, k)]),
+            output_norm: weights.attention_output_norm.map(|weight| norm(Norm::AttentionOutput, weight)),
+            shape: attention_shape(self.config, self.layer),
             rope: self.rope,
+            prefix: self
+                .trained
+                .virtual_keys(self.layer, self.config.key_value_heads * self.config.head_dim)
+                .map(|[keys, values]| Prefix { keys, values, rows: self.keys }),
         };
         let mlp = Mlp {
-            norm: norm(weights.post_attention_norm),
+            norm: norm(Norm::MlpInput, weights.mlp_norm),
             gate: self.linear(Projection::Gate, &weights.gate, gate),
             up: self.linear(Projection::Up, &weights.up, up),
             down: self.linear(Projection::Down, &weights.down, down),
+            output_norm: weights.mlp_output_norm.map(|weight| norm(Norm::MlpOutput, weight)),
+            activation: self.config.activation,
         };
         (attention, mlp)
     }
@@ -347,18 +474,34 @@ impl<'a, B: Backend> Site<'a, '_, B> {
     where
         'a: 'c,
     {
+        let parts = self.trained.branches.trained_parts(self.layer, projection.index());
+        let parts = match self.trained.parameters {
+            Some(_) => parts,
+            None => TrainedParts::default(),
+        };
         let branch = self.trained.linear(self.layer, projection.index());
         let update = branch.as_ref().and_then(|on| on.branch.update(on.parameters, on.dropout));
-        let (weight, merged) = match &update {
-            Some(update) => self.backend.frozen_updated(&weights.weight, update, scratch),
-            None => (self.backend.frozen(&weights.weight, scratch), false),
+        let (weight, merged) = match (parts.weight, self.trained.parameters, &update) {
+            (Some(at), Some(parameters), _) => {
+                let [rows, columns] = self.config.shape(projection);
+                (View::at(parameters, at, rows, columns), false)
+            }
+            (_, _, Some(update)) => self.backend.frozen_updated(&weights.weight, update, scratch),
+            _ => (self.backend.frozen(&weights.weight, scratch), false),
         };
-        let bias = weights.bias.map(|bias| self.backend.frozen_vector(bias));
-        Linear { weight, bias, branch, merged }
+        let bias = weights.bias.map(|bias| self.trained.vector(self.backend, parts.bias, bias));
+        Linear { weight, bias, branch, trained: parts, merged }
     }
 }
 
-/// The shape of attention in a model.
-pub fn attention_shape(config: &ModelConfig) -> AttentionShape {
-    AttentionShape::new(config.attention_heads, config.key_value_heads, config.head_dim)
+/// The shape of attention in a layer of a model.
+pub fn attention_shape(config: &ModelConfig, layer: usize) -> AttentionShape {
+    AttentionShape {
+        heads: config.attention_heads,
+        kv_heads: config.key_value_heads,
+        head_dim: config.head_dim,
+        scale: config.attention_scale as f32,
+        window: config.windows[layer],
+        soft_cap: config.attention_soft_cap.map(|cap| cap as f32),
+    }
 }

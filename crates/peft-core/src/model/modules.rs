@@ -2,7 +2,7 @@
 
 use std::cmp::Reverse;
 
-use super::config::{ModelConfig, Projection};
+use super::config::{ModelConfig, Norm, Projection};
 
 /// Where a module stands in a pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -39,7 +39,8 @@ pub struct Module {
     pub place: Place,
     /// What it is.
     pub kind: ModuleKind,
-    /// Its place among the modules of its kind in a layer; [`Projection::index`] for a linear one.
+    /// Its place among the modules of its kind in a layer; [`Projection::index`] for a linear one,
+    /// [`Norm::index`] for a norm.
     pub index: usize,
     /// Shape of its weight: `[out, in]`, `[vocabulary, hidden]`, or `[1, features]` of a norm.
     pub shape: [usize; 2],
@@ -86,8 +87,9 @@ impl ModelConfig {
             |path: String, place, kind, index, shape, bias| Module { path, place, kind, index, shape, bias };
         let other =
             |path: String, place, what| module(path, place, ModuleKind::Other(what), 0, [0, 0], false);
-        let norm =
-            |path: String, place, index| module(path, place, ModuleKind::Norm, index, [1, hidden], false);
+        let norm = |path: String, place, index, features| {
+            module(path, place, ModuleKind::Norm, index, [1, features], false)
+        };
         let table = [self.vocabulary_size, hidden];
         let mut all = vec![
             other("model".to_owned(), Place::Input, CONTAINER),
@@ -100,14 +102,15 @@ impl ModelConfig {
             all.push(other(format!("{name}.self_attn"), place, CONTAINER));
             all.push(other(format!("{name}.mlp"), place, CONTAINER));
             all.push(other(format!("{name}.mlp.act_fn"), place, "an activation"));
-            all.push(norm(format!("{name}.input_layernorm"), place, 0));
-            all.push(norm(format!("{name}.post_attention_layernorm"), place, 1));
+            all.extend(self.norms().map(|kind: Norm| {
+                norm(self.norm_module(layer, kind), place, kind.index(), self.norm_features(kind))
+            }));
             all.extend(Projection::ALL.iter().map(|&projection| {
                 let (shape, bias) = (self.shape(projection), self.has_bias(projection));
                 module(projection.module(layer), place, ModuleKind::Linear, projection.index(), shape, bias)
             }));
         }
-        all.push(norm("model.norm".to_owned(), Place::Head, 1));
+        all.push(norm("model.norm".to_owned(), Place::Head, 1, hidden));
         all.push(other("model.rotary_emb".to_owned(), Place::Input, "the rotary embedding"));
         all.push(module("lm_head".to_owned(), Place::Head, ModuleKind::Head, 0, table, false));
         all

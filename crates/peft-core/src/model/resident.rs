@@ -9,7 +9,7 @@ use crate::{
     error::{Error, Origin, Result},
     model::{
         base::{BaseSource, DenseView, EmbeddingView, LayerWeights, LinearWeights, Matrix},
-        config::{ModelConfig, Projection},
+        config::{ModelConfig, Norm, Projection},
         weights::{ModelFiles, Tensor},
     },
     quant::{
@@ -94,8 +94,8 @@ enum Weight {
 
 #[derive(Debug)]
 struct ResidentLayer {
-    input_norm: Vec<f32>,
-    post_attention_norm: Vec<f32>,
+    /// By [`Norm::index`]; empty where there is none.
+    norms: [Vec<f32>; Norm::ALL.len()],
     /// By [`Projection::index`].
     weights: Vec<Weight>,
     /// By [`Projection::index`].
@@ -135,8 +135,9 @@ impl ResidentBase {
         let total_bytes = plan.tensors().iter().map(|tensor| tensor.bytes() as u64).sum();
         let mut reader = Reader { hashers: BTreeMap::new(), done_bytes: 0, total_bytes, progress };
         let embedding = reader.table(&plan.embedding)?;
-        let layers = plan.layers.iter().map(|layer| reader.layer(layer)).collect::<Result<_>>()?;
-        let final_norm = reader.numbers(&plan.final_norm)?;
+        let less_one = config.norms_less_one;
+        let layers = plan.layers.iter().map(|layer| reader.layer(layer, less_one)).collect::<Result<_>>()?;
+        let final_norm = reader.norm(&plan.final_norm, less_one)?;
         let head = plan.head.as_ref().map(|head| reader.table(head)).transpose()?;
         let content_hash = reader.content_hash(&config);
         let unused = plan.unused(&files);
@@ -175,9 +176,15 @@ impl ResidentBase {
             };
             LinearWeights { weight, bias: resident.biases[projection.index()].as_deref() }
         };
+        let norm = |norm: Norm| resident.norms[norm.index()].as_slice();
+        let some = |of: Norm| Some(norm(of)).filter(|weight| !weight.is_empty());
         LayerWeights {
-            input_norm: &resident.input_norm,
-            post_attention_norm: &resident.post_attention_norm,
+            input_norm: norm(Norm::AttentionInput),
+            query_norm: some(Norm::Query),
+            key_norm: some(Norm::Key),
+            attention_output_norm: some(Norm::AttentionOutput),
+            mlp_norm: norm(Norm::MlpInput),
+            mlp_output_norm: some(Norm::MlpOutput),
             q: linear(Projection::Q),
             k: linear(Projection::K),
             v: linear(Projection::V),
@@ -204,9 +211,8 @@ impl ResidentBase {
                 }
             }
             let biases: usize = layer.biases.iter().flatten().map(|bias| size_of_val(bias.as_slice())).sum();
-            memory.other_bytes += biases
-                + size_of_val(layer.input_norm.as_slice())
-                + size_of_val(layer.post_attention_norm.as_slice());
+            let norms: usize = layer.norms.iter().map(|norm| size_of_val(norm.as_slice())).sum();
+            memory.other_bytes += biases + norms;
         }
         memory
     }
@@ -286,9 +292,20 @@ impl Reader<'_> {
         Ok(Table::Bf16(numbers))
     }
 
-    fn layer(&mut self, plan: &LayerPlan<'_>) -> Result<ResidentLayer> {
-        let input_norm = self.numbers(&plan.input_norm)?;
-        let post_attention_norm = self.numbers(&plan.post_attention_norm)?;
+    /// The scale of a norm.
+    fn norm(&mut self, tensor: &Tensor<'_>, less_one: bool) -> Result<Vec<f32>> {
+        let mut numbers = self.numbers(tensor)?;
+        if less_one {
+            numbers.iter_mut().for_each(|number| *number += 1.0);
+        }
+        Ok(numbers)
+    }
+
+    fn layer(&mut self, plan: &LayerPlan<'_>, less_one: bool) -> Result<ResidentLayer> {
+        let mut norms = <[Vec<f32>; Norm::ALL.len()]>::default();
+        for (norm, tensor) in &plan.norms {
+            norms[norm.index()] = self.norm(tensor, less_one)?;
+        }
         let shapes: Vec<PackedShape> = plan.weights.iter().filter_map(WeightPlan::packed).collect();
         let mut packed = PackedLayer::new(&shapes);
         let mut next = 0;
@@ -318,7 +335,7 @@ impl Reader<'_> {
         }
         let biases = plan.biases.iter().map(|bias| bias.as_ref().map(|bias| self.numbers(bias)).transpose());
         let biases = biases.collect::<Result<_>>()?;
-        Ok(ResidentLayer { input_norm, post_attention_norm, weights, biases, packed })
+        Ok(ResidentLayer { norms, weights, biases, packed })
     }
 
     /// Quantises a tensor piece by piece into matrix `index` of `packed`.

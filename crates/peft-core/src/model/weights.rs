@@ -91,6 +91,11 @@ impl TensorFile {
         self.names.iter().map(String::as_str)
     }
 
+    /// A text that the header carries besides the tensors.
+    pub fn metadata(&self, key: &str) -> Option<&str> {
+        self.metadata.metadata().as_ref()?.get(key).map(String::as_str)
+    }
+
     /// A tensor by name.
     pub fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let info = self.metadata.info(name)?;

@@ -1,7 +1,7 @@
 //! A frozen linear layer, with a branch where it is adapted.
 //!
-//! `y = x Wᵀ + b`, changed by the branch. Backward `dx = dy W` and what the branch adds; W is frozen and the product for
-//! its gradient is never made. The backward pass needs x where there is a branch, and what the branch keeps.
+//! `y = x Wᵀ + b`, changed by the branch. Backward `dx = dy W` and what the branch adds. Where W is frozen the product for
+//! its gradient is never made. The backward pass needs x where anything is trained, and what the branch keeps.
 
 use crate::{
     adapter::{BranchScratch, LinearBranch, LinearSite, PassDropout},
@@ -16,8 +16,19 @@ pub struct Linear<'a, B: Backend> {
     pub bias: Option<View<'a, B>>,
     /// What is trained beside it.
     pub branch: Option<Branch<'a, B>>,
+    /// Where the gradients of W and b lie, where these are trained themselves.
+    pub trained: TrainedParts,
     /// Whether W holds the branch's update already.
     pub merged: bool,
+}
+
+/// Where weight and bias of a module lie in the flat buffers, where they are trained themselves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TrainedParts {
+    /// The weight.
+    pub weight: Option<usize>,
+    /// The bias.
+    pub bias: Option<usize>,
 }
 
 /// A branch in a pass.
@@ -33,7 +44,7 @@ pub struct Branch<'a, B: Backend> {
 impl<B: Backend> Linear<'_, B> {
     /// Whether anything here is trained.
     pub fn is_trained(&self) -> bool {
-        self.branch.is_some()
+        self.branch.is_some() || self.trained != TrainedParts::default()
     }
 
     /// `y = x Wᵀ + b` and the branch, or `y += …` with `accumulate`. `x` `[T, in]`, `y` `[T, out]`.
@@ -74,7 +85,7 @@ impl<B: Backend> Linear<'_, B> {
         }
     }
 
-    /// Adds the branch's gradients to `flat`, and writes `dx`, or adds to it with `accumulate`; without `dx` no
+    /// Adds the gradients of what is trained to `flat`, and writes `dx`, or adds to it with `accumulate`; without `dx` no
     /// gradient of the input is made.
     #[expect(clippy::too_many_arguments, reason = "inputs, outputs and scratch of a layer without memory")]
     pub fn backward(
@@ -89,6 +100,13 @@ impl<B: Backend> Linear<'_, B> {
         flat: &mut B::Buffer,
         scratch: &mut BranchScratch<B>,
     ) {
+        if let Some(at) = self.trained.bias {
+            backend.column_sum(1.0, dy, ViewMut::<B>::at(&mut *flat, at, 1, dy.columns));
+        }
+        if let Some(at) = self.trained.weight {
+            let dweight = ViewMut::<B>::at(&mut *flat, at, dy.columns, x.columns);
+            backend.gemm(1.0, dy, true, x, false, 1.0, dweight);
+        }
         if let Some(branch) = &self.branch {
             let site = self.site(backend, batch, branch);
             return branch.branch.backward(&site, x, kept, dy, accumulate, dx, flat, scratch);
@@ -98,7 +116,7 @@ impl<B: Backend> Linear<'_, B> {
         backend.gemm(1.0, dy, false, self.weight, false, beta, dx);
     }
 
-    /// `dx = dy W` and what the branch adds, or `dx += …` with `accumulate`, without the branch's own gradients: for a
+    /// `dx = dy W` and what the branch adds, or `dx += …` with `accumulate`, without any gradient of what is trained: for a
     /// caller that has the layer's input only afterwards, and then calls [`Linear::backward`] without dx.
     pub fn input_gradient(
         &self,

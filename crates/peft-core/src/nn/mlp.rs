@@ -1,12 +1,13 @@
-//! The feed-forward half of a decoder layer: `next = middle + down(silu(gate n) * (up n))`, `n = norm(middle)`
-//! (SwiGLU: Shazeer, arXiv 2002.05202).
+//! The feed-forward half of a decoder layer: `next = middle + down(f(gate n) * (up n))`, `n = norm(middle)`, with f silu
+//! or gelu (SwiGLU, GeGLU: Shazeer, arXiv 2002.05202). Where a family has it, down's output passes a norm ahead of the sum.
 //!
 //! The backward pass needs middle, the norm's factors, and the outputs of gate and up, which [`Mlp::expand`] can compute
-//! again; the product with `down` never has to be repeated. It overwrites gate and up by their gradients.
+//! again; the product with `down` has to be repeated only where its output passes a norm. It overwrites gate and up by their gradients.
 
 use super::{linear::Linear, rms_norm::RmsNorm};
 use crate::{
     backend::{Backend, View, ViewMut},
+    model::Activation,
     plan::{Expansion, Scratch, Work},
 };
 
@@ -20,6 +21,10 @@ pub struct Mlp<'a, B: Backend> {
     pub up: Linear<'a, B>,
     /// Down.
     pub down: Linear<'a, B>,
+    /// The norm of the output.
+    pub output_norm: Option<RmsNorm<'a, B>>,
+    /// f.
+    pub activation: Activation,
 }
 
 impl<B: Backend> Mlp<'_, B> {
@@ -52,7 +57,7 @@ impl<B: Backend> Mlp<'_, B> {
         self.up.forward(backend, batch, normed, false, up, up_kept, branch);
     }
 
-    /// `next = middle + down(silu(gate) * up)`; `next` `[T, hidden]`.
+    /// `next = middle + down(f(gate) * up)`; `next` `[T, hidden]`.
     pub fn contract(
         &self,
         backend: &B,
@@ -63,11 +68,52 @@ impl<B: Backend> Mlp<'_, B> {
         mut next: ViewMut<'_, B>,
     ) {
         let (tokens, hidden) = (next.rows, next.columns);
+        backend.copy(View::<B>::new(&work.middle, tokens, hidden), next.reborrow());
+        if let Some(norm) = &self.output_norm {
+            self.output(backend, batch, tokens, work, expansion, scratch);
+            return norm.add(backend, &mut work.mlp_output, &mut scratch.normed, next);
+        }
         self.activate(backend, tokens, expansion, scratch);
         let activated = View::<B>::new(&scratch.wide, tokens, self.features());
-        backend.copy(View::<B>::new(&work.middle, tokens, hidden), next.reborrow());
         let [.., down_kept] = &mut work.kept;
         self.down.forward(backend, batch, activated, true, next, down_kept, &mut scratch.branch);
+    }
+
+    /// Computes again what [`Mlp::contract`] left for the backward pass: whether that was more than nothing.
+    pub fn contract_again(
+        &self,
+        backend: &B,
+        batch: &B::Batch,
+        tokens: usize,
+        work: &mut Work<B>,
+        expansion: &Expansion<B>,
+        scratch: &mut Scratch<B>,
+    ) -> bool {
+        let Some(norm) = &self.output_norm else { return false };
+        self.output(backend, batch, tokens, work, expansion, scratch);
+        let hidden = self.down.weight.rows;
+        let normed = ViewMut::<B>::new(&mut scratch.normed, tokens, hidden);
+        let output = &mut work.mlp_output;
+        let x = View::<B>::new(&output.x, tokens, hidden);
+        norm.forward(backend, x, normed, ViewMut::<B>::new(&mut output.norm, tokens, 1));
+        true
+    }
+
+    /// `mlp_output = down(f(gate) * up)`.
+    fn output(
+        &self,
+        backend: &B,
+        batch: &B::Batch,
+        tokens: usize,
+        work: &mut Work<B>,
+        expansion: &Expansion<B>,
+        scratch: &mut Scratch<B>,
+    ) {
+        self.activate(backend, tokens, expansion, scratch);
+        let activated = View::<B>::new(&scratch.wide, tokens, self.features());
+        let y = ViewMut::<B>::new(&mut work.mlp_output.x, tokens, self.down.weight.rows);
+        let [.., down_kept] = &mut work.kept;
+        self.down.forward(backend, batch, activated, false, y, down_kept, &mut scratch.branch);
     }
 
     /// Turns `scratch.gradient` from that of `next` into that of `middle`, and adds the branches' gradients to `flat`.
@@ -87,38 +133,39 @@ impl<B: Backend> Mlp<'_, B> {
         input_gradient: bool,
     ) {
         let (hidden, features) = (self.down.weight.rows, self.features());
-        let expand_gradient = input_gradient || self.inputs_adapted();
-        let dnext = View::<B>::new(&scratch.gradient, tokens, hidden);
+        let into_norm = input_gradient || self.norm.is_trained();
+        let expand_gradient = into_norm || self.inputs_adapted();
+        let doutput = match &self.output_norm {
+            None => &scratch.gradient,
+            Some(norm) => {
+                let dnext = View::<B>::new(&scratch.gradient, tokens, hidden);
+                norm.add_backward(backend, dnext, &work.mlp_output, &mut scratch.dnormed, flat);
+                &scratch.dnormed
+            }
+        };
+        let doutput = View::<B>::new(doutput, tokens, hidden);
+        let wide = &mut scratch.wide;
         if expand_gradient {
-            let dactivated = ViewMut::<B>::new(&mut scratch.wide, tokens, features);
-            self.down.input_gradient(backend, batch, dnext, false, dactivated, &mut scratch.branch);
+            let dactivated = ViewMut::<B>::new(&mut *wide, tokens, features);
+            self.down.input_gradient(backend, batch, doutput, false, dactivated, &mut scratch.branch);
             // Leaves the activated product where its gradient was.
-            backend.swiglu_backward(
-                ViewMut::<B>::new(&mut scratch.wide, tokens, features),
-                ViewMut::<B>::new(&mut expansion.gate, tokens, features),
-                ViewMut::<B>::new(&mut expansion.up, tokens, features),
-            );
+            let dactivated = ViewMut::<B>::new(&mut *wide, tokens, features);
+            let gate = ViewMut::<B>::new(&mut expansion.gate, tokens, features);
+            let up = ViewMut::<B>::new(&mut expansion.up, tokens, features);
+            match self.activation {
+                Activation::Silu => backend.swiglu_backward(dactivated, gate, up),
+                Activation::GeluTanh => backend.geglu_backward(dactivated, gate, up),
+            }
         } else if self.down.is_trained() {
-            self.activate(backend, tokens, expansion, scratch);
+            self.activate_into(backend, tokens, expansion, wide);
         }
-        let activated = View::<B>::new(&scratch.wide, tokens, features);
-        let dnext = View::<B>::new(&scratch.gradient, tokens, hidden);
+        let activated = View::<B>::new(&*wide, tokens, features);
+        let [.., down_kept] = &mut work.kept;
         if again {
-            let [.., down_kept] = &mut work.kept;
             self.down.keep_again(backend, batch, activated, down_kept, &mut scratch.branch);
         }
-        let [.., down_kept] = &work.kept;
-        self.down.backward(
-            backend,
-            batch,
-            activated,
-            down_kept,
-            dnext,
-            false,
-            None,
-            flat,
-            &mut scratch.branch,
-        );
+        let branch = &mut scratch.branch;
+        self.down.backward(backend, batch, activated, down_kept, doutput, false, None, flat, branch);
         if !expand_gradient {
             return;
         }
@@ -133,15 +180,15 @@ impl<B: Backend> Mlp<'_, B> {
             (&self.gate, gate_kept, View::<B>::new(&expansion.gate, tokens, features)),
         ];
         for (index, (linear, kept, dy)) in parts.into_iter().enumerate() {
-            let dnormed = input_gradient.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));
+            let dnormed = into_norm.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));
             linear.backward(backend, batch, normed, kept, dy, index > 0, dnormed, flat, &mut scratch.branch);
         }
-        if input_gradient {
+        if into_norm {
             let dnormed = View::<B>::new(&scratch.dnormed, tokens, hidden);
             let middle = View::<B>::new(&work.middle, tokens, hidden);
             let reciprocal = View::<B>::new(&work.mlp_norm, tokens, 1);
             let gradient = ViewMut::<B>::new(&mut scratch.gradient, tokens, hidden);
-            self.norm.backward(backend, dnormed, middle, reciprocal, gradient);
+            self.norm.backward(backend, dnormed, middle, reciprocal, gradient, flat);
         }
     }
 
@@ -152,11 +199,19 @@ impl<B: Backend> Mlp<'_, B> {
         self.norm.forward(backend, middle, normed, ViewMut::<B>::new(&mut work.mlp_norm, tokens, 1));
     }
 
-    /// `wide = silu(gate) * up`.
+    /// `wide = f(gate) * up`.
     fn activate(&self, backend: &B, tokens: usize, expansion: &Expansion<B>, scratch: &mut Scratch<B>) {
+        self.activate_into(backend, tokens, expansion, &mut scratch.wide);
+    }
+
+    fn activate_into(&self, backend: &B, tokens: usize, expansion: &Expansion<B>, wide: &mut B::Buffer) {
         let features = self.features();
         let gate = View::<B>::new(&expansion.gate, tokens, features);
         let up = View::<B>::new(&expansion.up, tokens, features);
-        backend.swiglu(gate, up, ViewMut::<B>::new(&mut scratch.wide, tokens, features));
+        let out = ViewMut::<B>::new(wide, tokens, features);
+        match self.activation {
+            Activation::Silu => backend.swiglu(gate, up, out),
+            Activation::GeluTanh => backend.geglu(gate, up, out),
+        }
     }
 }

@@ -11,6 +11,8 @@
 //!
 //! in the order in which `torch.optim.AdamW` computes it; its scalars are f64, rounded to f32 where they meet a buffer.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
@@ -91,11 +93,36 @@ impl AdamW {
         gradient_scale: f64,
         learning_rate: f64,
     ) -> Result<()> {
+        self.update_by(parameters, gradients, gradient_scale, learning_rate, &[])
+    }
+
+    /// As [`Self::update`], with factors of the learning rate for parts of the buffers, in ascending order. A part whose factor
+    /// is 0 stays as it is, moments included.
+    ///
+    /// # Errors
+    /// As [`Self::update`].
+    pub fn update_by(
+        &mut self,
+        parameters: &mut [f32],
+        gradients: &[f32],
+        gradient_scale: f64,
+        learning_rate: f64,
+        rates: &[(Range<usize>, f64)],
+    ) -> Result<()> {
         expect_length("the parameter buffer", parameters.len(), self.first.len())?;
         expect_length("the gradient buffer", gradients.len(), self.first.len())?;
         self.step += 1;
-        let factors = Factors::new(&self.options, self.step, learning_rate);
-        apply(&factors, gradient_scale as f32, parameters, gradients, &mut self.first, &mut self.second);
+        let groups = groups(&self.options, self.step, learning_rate, rates, parameters.len());
+        let mut start = 0;
+        for (end, factors) in groups {
+            if let Some(factors) = factors {
+                let range = start..end;
+                let (first, second) = (&mut self.first[range.clone()], &mut self.second[range.clone()]);
+                let scale = gradient_scale as f32;
+                apply(&factors, scale, &mut parameters[range.clone()], &gradients[range], first, second);
+            }
+            start = end;
+        }
         Ok(())
     }
 }
@@ -110,6 +137,33 @@ pub struct Factors {
     root: f32,
     epsilon: f32,
     step: f32,
+}
+
+/// Ranges that share factors, to the end of `length` numbers: the first number behind each, ascending, and no factors where
+/// numbers stay as they are. `rates` are factors of the learning rate for parts, in ascending order; 1 elsewhere.
+pub fn groups(
+    options: &AdamWOptions,
+    step: u64,
+    learning_rate: f64,
+    rates: &[(Range<usize>, f64)],
+    length: usize,
+) -> Vec<(usize, Option<Factors>)> {
+    let factors = |rate: f64| (rate != 0.0).then(|| Factors::new(options, step, learning_rate * rate));
+    let mut groups = Vec::with_capacity(2 * rates.len() + 1);
+    let mut done = 0;
+    for (range, rate) in rates {
+        if range.start > done {
+            groups.push((range.start, factors(1.0)));
+        }
+        if !range.is_empty() {
+            groups.push((range.end, factors(*rate)));
+        }
+        done = range.end.max(done);
+    }
+    if done < length {
+        groups.push((length, factors(1.0)));
+    }
+    groups
 }
 
 /// Updates parameters and moments of one length by `gradients * scale`.

@@ -48,8 +48,8 @@ pub struct FlatUpdate<'a> {
     pub mean: f64,
     /// Longest mean gradient; 0 for no limit.
     pub max_norm: f64,
-    /// Ranges that share factors: the first number behind each, in ascending order, to the end.
-    pub groups: &'a [(usize, Factors)],
+    /// Ranges that share factors, as [`super::groups`] makes them.
+    pub groups: &'a [(usize, Option<Factors>)],
 }
 
 impl<B: Backend> FlatState<B> {
@@ -87,14 +87,16 @@ impl FlatUpdate<'_> {
             let mut start = 0;
             for (end, factors) in self.groups {
                 let range = start..*end;
-                adamw::apply(
-                    factors,
-                    scale,
-                    &mut parameters[range.clone()],
-                    &gradient[range.clone()],
-                    &mut first[range.clone()],
-                    &mut second[range],
-                );
+                if let Some(factors) = factors {
+                    adamw::apply(
+                        factors,
+                        scale,
+                        &mut parameters[range.clone()],
+                        &gradient[range.clone()],
+                        &mut first[range.clone()],
+                        &mut second[range],
+                    );
+                }
                 start = *end;
             }
             gradient.fill(0.0);

@@ -8,7 +8,7 @@ mod flat;
 mod norm;
 mod schedule;
 
-pub use adamw::{AdamW, AdamWOptions, Factors};
+pub use adamw::{AdamW, AdamWOptions, Factors, groups};
 pub(crate) use flat::SQUARES;
 pub use flat::{FlatState, FlatUpdate, Outcome};
 pub use norm::{clip_factor, global_norm};

@@ -55,10 +55,36 @@ pub struct Work<B: Backend> {
     pub v: B::Owned,
     /// The residual stream between the halves, `[T, hidden]`.
     pub middle: B::Owned,
+    /// Queries and keys ahead of their norms, and the norms' factors, `[T, heads]`; empty where there are none.
+    pub query_key: QueryKey<B>,
+    /// Attention's output ahead of its norm, and the norm's factors; empty where there is none.
+    pub attention_output: Output<B>,
+    /// The same of the MLP.
+    pub mlp_output: Output<B>,
     /// Factors of the second norm, `[T, 1]`.
     pub mlp_norm: B::Owned,
     /// What each branch keeps, in the order of [`crate::model::Projection::ALL`].
     pub kept: [B::Owned; 7],
+}
+
+/// What norms of queries and keys read in the backward pass.
+pub struct QueryKey<B: Backend> {
+    /// `[T, heads * head_dim]`.
+    pub q: B::Owned,
+    /// `[T, kv_heads * head_dim]`.
+    pub k: B::Owned,
+    /// `[T * heads, 1]`.
+    pub q_norm: B::Owned,
+    /// `[T * kv_heads, 1]`.
+    pub k_norm: B::Owned,
+}
+
+/// What a norm of a block's output reads in the backward pass.
+pub struct Output<B: Backend> {
+    /// `[T, hidden]`.
+    pub x: B::Owned,
+    /// `[T, 1]`.
+    pub norm: B::Owned,
 }
 
 /// What layers work in.
@@ -78,8 +104,25 @@ pub struct Scratch<B: Backend> {
     pub dk: B::Owned,
     /// Gradient of the values, `[T, kv_heads * head_dim]`.
     pub dv: B::Owned,
+    /// Gradient of the keys ahead of their norm, `[T, kv_heads * head_dim]`; empty where there is none.
+    pub dk_normed: B::Owned,
+    /// Keys and values behind a prefix.
+    pub joined: Joined<B>,
     /// What branches work in.
     pub branch: BranchScratch<B>,
+}
+
+/// Keys and values of the layer at work behind those of a prefix, and their gradients, `[keys, kv_heads * head_dim]`; empty where
+/// there is no prefix.
+pub struct Joined<B: Backend> {
+    /// Keys.
+    pub keys: B::Owned,
+    /// Values.
+    pub values: B::Owned,
+    /// The gradient of the keys.
+    pub dkeys: B::Owned,
+    /// The gradient of the values.
+    pub dvalues: B::Owned,
 }
 
 /// What the head works in beside the layers' scratch: one chunk of rows.
@@ -94,6 +137,10 @@ pub struct HeadMemory<B: Backend> {
     pub read_losses: Vec<f32>,
     /// Rows of the head, widened.
     pub block: B::Owned,
+    /// What the head's branch keeps.
+    pub kept: B::Owned,
+    /// `[rows, tokens whose rows are trained]`.
+    pub few: B::Owned,
     /// Rows in a chunk.
     pub rows: usize,
     /// Rows of the head in a block; the whole vocabulary where it is read in place.
@@ -185,11 +232,18 @@ impl<B: Backend> Arena<B> {
                 dq: backend.allocate(sizes.middle(), Use::Activation)?,
                 dk: rows(sizes.keys)?,
                 dv: rows(sizes.keys)?,
+                dk_normed: rows(sizes.normed_keys)?,
+                joined: Joined {
+                    keys: rows(sizes.joined)?,
+                    values: rows(sizes.joined)?,
+                    dkeys: rows(sizes.joined)?,
+                    dvalues: rows(sizes.joined)?,
+                },
                 branch: BranchScratch {
                     wide: rows(sizes.branch.wide)?,
                     narrow: rows(sizes.branch.narrow)?,
                     output: rows(sizes.branch.output)?,
-                    fixed: backend.allocate(sizes.branch.fixed, Use::Exact)?,
+                    fixed: each(sizes.branch.fixed, |length| backend.allocate(length, Use::Exact))?,
                 },
             },
             head: HeadMemory::new(backend, sizes)?,
@@ -208,13 +262,13 @@ impl<B: Backend> Arena<B> {
         Self::head_scratch(&mut self.scratch, &mut self.head).0
     }
 
-    /// As [`Arena::head`], of its parts, with the gradient of the residual stream.
+    /// As [`Arena::head`], of its parts, with what branches work in and the gradient of the residual stream.
     pub fn head_scratch<'a>(
         scratch: &'a mut Scratch<B>,
         own: &'a mut HeadMemory<B>,
-    ) -> (HeadScratch<'a, B>, &'a mut B::Buffer) {
-        let Scratch { normed, dnormed, gradient, wide, dq, .. } = scratch;
-        (HeadScratch { x: normed, normed: dnormed, dnormed: dq, logits: wide, own }, gradient)
+    ) -> (HeadScratch<'a, B>, &'a mut BranchScratch<B>, &'a mut B::Buffer) {
+        let Scratch { normed, dnormed, gradient, wide, dq, branch, .. } = scratch;
+        (HeadScratch { x: normed, normed: dnormed, dnormed: dq, logits: wide, own }, branch, gradient)
     }
 }
 
@@ -228,6 +282,14 @@ impl<B: Backend> Work<B> {
             k: rows(sizes.keys)?,
             v: rows(sizes.keys)?,
             middle: rows(sizes.hidden)?,
+            query_key: QueryKey {
+                q: rows(sizes.normed_queries)?,
+                k: rows(sizes.normed_keys)?,
+                q_norm: exact(sizes.normed_queries / sizes.head_dim)?,
+                k_norm: exact(sizes.normed_keys / sizes.head_dim)?,
+            },
+            attention_output: Output { x: rows(sizes.normed_output)?, norm: exact(sizes.output_norm())? },
+            mlp_output: Output { x: rows(sizes.normed_output)?, norm: exact(sizes.output_norm())? },
             mlp_norm: exact(1)?,
             kept: each(sizes.kept, rows)?,
         })
@@ -243,22 +305,19 @@ impl<B: Backend> HeadMemory<B> {
             losses: backend.allocate(sizes.tokens, Use::Exact)?,
             read_losses: Vec::with_capacity(sizes.tokens),
             block: activation(sizes.head_block * sizes.hidden)?,
+            kept: activation(sizes.head_rows * sizes.head_kept)?,
+            few: activation(sizes.head_rows * sizes.head_few)?,
             rows: sizes.head_rows,
             block_rows: if sizes.head_block == 0 { sizes.vocabulary } else { sizes.head_block },
         })
     }
 }
 
-/// Seven buffers of the given lengths.
-fn each<T>(lengths: [usize; 7], allocate: impl Fn(usize) -> Result<T>) -> Result<[T; 7]> {
-    let [q, k, v, o, gate, up, down] = lengths;
-    Ok([
-        allocate(q)?,
-        allocate(k)?,
-        allocate(v)?,
-        allocate(o)?,
-        allocate(gate)?,
-        allocate(up)?,
-        allocate(down)?,
-    ])
+/// Buffers of the given lengths.
+fn each<T, const COUNT: usize>(
+    lengths: [usize; COUNT],
+    allocate: impl Fn(usize) -> Result<T>,
+) -> Result<[T; COUNT]> {
+    let all: Vec<T> = lengths.into_iter().map(allocate).collect::<Result<_>>()?;
+    Ok(all.try_into().unwrap_or_else(|_| unreachable!("as many buffers as lengths")))
 }

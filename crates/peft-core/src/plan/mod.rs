@@ -12,7 +12,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{backend::cuda::DeviceError, error::Result};
 
-pub use arena::{Arena, Attended, Boundary, Expansion, HeadMemory, HeadScratch, Scratch, Work, two};
+pub use arena::{
+    Arena, Attended, Boundary, Expansion, HeadMemory, HeadScratch, Joined, Output, QueryKey, Scratch, Work,
+    two,
+};
 pub use levels::{Level, Levels};
 pub use sizes::Sizes;
 pub(crate) use sizes::WORKSPACE;

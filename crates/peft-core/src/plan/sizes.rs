@@ -2,7 +2,8 @@
 
 use super::{Levels, PlanRequest};
 use crate::{
-    adapter::{Needs, ParameterLayout},
+    adapter::{Fit, Needs, ParameterLayout, Role},
+    batch::VirtualTokens,
     model::{ModelConfig, ModuleKind, Projection},
 };
 
@@ -35,10 +36,23 @@ pub struct Sizes {
     pub hidden: usize,
     /// Query heads.
     pub heads: usize,
+    /// Features of a head.
+    pub head_dim: usize,
     /// Features of all query heads.
     pub queries: usize,
     /// Features of all key heads.
     pub keys: usize,
+    /// Features of all query heads where a norm of theirs keeps them; 0 where there is none.
+    pub normed_queries: usize,
+    /// The same of the key heads.
+    pub normed_keys: usize,
+    /// Features of the residual stream where norms of the blocks' outputs keep them; 0 where there are none.
+    pub normed_output: usize,
+    /// The same where keys and values are laid behind a prefix, else 0. With its virtual tokens a micro-batch has as many
+    /// keys as there is room for tokens.
+    pub joined: usize,
+    /// Numbers that a network in front of the adapter makes, and their gradient.
+    pub made: usize,
     /// Features inside the feed-forward half.
     pub intermediate: usize,
     /// Vocabulary.
@@ -54,6 +68,10 @@ pub struct Sizes {
     pub head_rows: usize,
     /// Rows of the head widened at once; 0 where it is read in place.
     pub head_block: usize,
+    /// What the branch of the head keeps for each row.
+    pub head_kept: usize,
+    /// Tokens whose rows of the head are trained.
+    pub head_few: usize,
     /// Numbers in the threads' own scratch.
     pub lanes: usize,
     /// Numbers in the table of angles.
@@ -82,6 +100,7 @@ impl Sizes {
         let weights = if request.dequantised { Projection::ALL.map(size) } else { [0; 7] };
         let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
         let queries = config.attention_heads * config.head_dim;
+        let keys = config.key_value_heads * config.head_dim;
         let wide = tokens * intermediate.max(queries);
         let head_rows = if request.accelerated {
             // Logits lie where the feed-forward halves work.
@@ -91,7 +110,10 @@ impl Sizes {
             (LOGITS / config.vocabulary_size).clamp(1, HEAD_ROWS)
         }
         .min(tokens.max(1));
-        let head_block = match request.accelerated {
+        let head_branch = layout.modules().iter().find(|adapted| adapted.module.kind == ModuleKind::Head);
+        let rows = layout.entries().iter().find(|entry| entry.role == Role::Rows);
+        let head_branch = head_branch.filter(|adapted| adapted.branch);
+        let head_block = match request.accelerated || head_branch.is_some() {
             true => config.vocabulary_size,
             false => (HEAD_BLOCK / hidden).clamp(1, config.vocabulary_size),
         };
@@ -105,8 +127,17 @@ impl Sizes {
             max_length,
             hidden,
             heads: config.attention_heads,
+            head_dim: config.head_dim,
             queries,
-            keys: config.key_value_heads * config.head_dim,
+            keys,
+            normed_queries: if config.query_key_norms { queries } else { 0 },
+            normed_keys: if config.query_key_norms { keys } else { 0 },
+            normed_output: if config.output_norms { hidden } else { 0 },
+            joined: match layout.virtual_tokens() {
+                VirtualTokens::Keys(_) => config.key_value_heads * config.head_dim,
+                VirtualTokens::None | VirtualTokens::Rows(_) => 0,
+            },
+            made: 0,
             intermediate,
             vocabulary: config.vocabulary_size,
             kept,
@@ -114,6 +145,8 @@ impl Sizes {
             weights,
             head_rows,
             head_block: if request.head_widened { head_block } else { 0 },
+            head_kept: head_branch.map_or(0, |adapted| adapted.needs.kept),
+            head_few: if config.tied_embeddings { rows.map_or(0, |entry| entry.rows()) } else { 0 },
             lanes: match request.accelerated {
                 // Ids and the like, attention's sums by head, and what products work in.
                 true => tokens * (config.attention_heads + 11) + WORKSPACE / 4,
@@ -121,6 +154,19 @@ impl Sizes {
             },
             rope: max_length * config.head_dim,
         }
+    }
+
+    /// As [`Sizes::new`] for a fitted method: what is trained may be a network that makes what passes read.
+    pub fn of(
+        config: &ModelConfig,
+        fit: &Fit,
+        tokens: usize,
+        max_length: usize,
+        request: &PlanRequest,
+    ) -> Self {
+        let sizes = Self::new(config, fit.layout(), tokens, max_length, request);
+        let made = fit.network().map_or(0, |_| 2 * fit.layout().len());
+        Self { parameters: fit.trained().len(), made, ..sizes }
     }
 
     /// Numbers of the widest scratch buffer: a row of the feed-forward half for each token, or a chunk of logits.
@@ -133,6 +179,11 @@ impl Sizes {
         (self.tokens * self.queries).max(self.head_rows * self.hidden)
     }
 
+    /// Factors a token of the norm of a block's output.
+    pub(super) fn output_norm(&self) -> usize {
+        usize::from(self.normed_output > 0)
+    }
+
     /// A layer's input, attention's output and logarithms, bytes.
     pub(super) fn boundary_bytes(&self) -> u64 {
         self.rows(self.hidden + self.queries) + 4 * (self.tokens * self.heads) as u64
@@ -141,7 +192,10 @@ impl Sizes {
     /// What a layer needs besides: q, k, v, middle, norms, branches; bytes.
     fn work_bytes(&self) -> u64 {
         let kept: usize = self.kept.iter().sum();
-        self.rows(self.queries + 2 * self.keys + self.hidden + kept) + 8 * self.tokens as u64
+        let query_key = self.normed_queries + self.normed_keys;
+        let norms = query_key / self.head_dim + 2 * self.output_norm();
+        self.rows(self.queries + 2 * self.keys + self.hidden + query_key + 2 * self.normed_output + kept)
+            + (4 * self.tokens * (2 + norms)) as u64
     }
 
     /// Gate and up, bytes.
@@ -181,11 +235,12 @@ impl Sizes {
         let branch = self.branch.wide + self.branch.narrow + self.branch.output;
         let activations = self.wide()
             + self.middle()
-            + self.head_rows * self.hidden
+            + self.head_rows * (self.hidden + self.head_kept + self.head_few)
             + self.head_block * self.hidden
             + self.weights.iter().sum::<usize>();
-        let exact = self.tokens + self.head_rows + self.rope + self.branch.fixed + self.lanes;
-        self.rows(3 * self.hidden + 2 * self.keys + branch)
+        let fixed: usize = self.branch.fixed.iter().sum();
+        let exact = self.tokens + self.head_rows + self.rope + fixed + self.lanes + self.made;
+        self.rows(3 * self.hidden + 2 * self.keys + self.normed_keys + 4 * self.joined + branch)
             + (self.activation * activations + 4 * exact) as u64
     }
 }

@@ -1,4 +1,5 @@
-//! Attention alone: grouped heads, packed segments, spans shorter and longer than a tile, keys of a cache.
+//! Attention alone: grouped heads, packed segments, spans shorter and longer than a tile, keys of a cache, windows and
+//! bounded scores.
 
 use candle_core::{D, Device, Tensor, Var};
 use candle_nn::ops;
@@ -44,23 +45,35 @@ fn oracle(shape: AttentionShape, span: &Span, q: &Tensor, k: &Tensor, v: &Tensor
     let v = repeated(heads(v, span.key_start, span.keys, shape.kv_heads));
     let before = span.keys - span.queries;
     let unseen: Vec<f64> = (0..span.queries)
-        .flat_map(|q| (0..span.keys).map(move |k| if k > q + before { f64::NEG_INFINITY } else { 0.0 }))
+        .flat_map(|query| (0..span.keys).map(move |key| (query + before, key)))
+        .map(|(query, key)| {
+            let seen = key <= query && shape.window.is_none_or(|window| key + window > query);
+            if seen { 0.0 } else { f64::NEG_INFINITY }
+        })
         .collect();
     let unseen = Tensor::from_vec(unseen, (span.queries, span.keys), &Device::Cpu).unwrap();
     let scores = q.matmul(&k.transpose(1, 2).unwrap().contiguous().unwrap()).unwrap();
-    let scores = (scores * f64::from(shape.scale)).unwrap().broadcast_add(&unseen).unwrap();
+    let mut scores = (scores * f64::from(shape.scale)).unwrap();
+    if let Some(cap) = shape.soft_cap.map(f64::from) {
+        scores = ((scores / cap).unwrap().tanh().unwrap() * cap).unwrap();
+    }
+    let scores = scores.broadcast_add(&unseen).unwrap();
     let out = ops::softmax(&scores, D::Minus1).unwrap().matmul(&v).unwrap();
     let out = out.transpose(0, 1).unwrap().contiguous().unwrap().reshape((span.queries, ())).unwrap();
     (out, scores.log_sum_exp(D::Minus1).unwrap().t().unwrap().contiguous().unwrap())
 }
 
 fn check(random: &mut Random, (heads, kv_heads, head_dim): (usize, usize, usize), spans: &[(usize, usize)]) {
+    check_shape(random, AttentionShape::new(heads, kv_heads, head_dim), spans);
+}
+
+fn check_shape(random: &mut Random, shape: AttentionShape, spans: &[(usize, usize)]) {
+    let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
     let cpu = cpu();
     let packed = packed(spans);
     let batch = loaded(&cpu, &packed);
     let (rows, key_rows) = (packed.tokens(), spans.iter().map(|span| span.1).sum::<usize>());
     let (wide, narrow) = (heads * head_dim, kv_heads * head_dim);
-    let shape = AttentionShape::new(heads, kv_heads, head_dim);
     // Scores of a few units: the softmax is neither even nor a single one.
     let (q, k) = (random.numbers(rows * wide, 2.0), random.numbers(key_rows * narrow, 2.0));
     let (v, dout) = (random.numbers(key_rows * narrow, 1.0), random.numbers(rows * wide, 1.0));
@@ -98,7 +111,7 @@ fn check(random: &mut Random, (heads, kv_heads, head_dim): (usize, usize, usize)
     );
     assert_near("dv", &dv.numbers(), &gradient(&gradients, v_in), SUM);
     let [dq_wanted, dk_wanted] = [q_in, k_in].map(|input| gradient(&gradients, input));
-    if spans.iter().all(|&(_, keys)| keys == 1) {
+    if shape.window == Some(1) || spans.iter().all(|&(_, keys)| keys == 1) {
         // One key has all the weight whatever the score: these gradients are 0, but for rounding.
         let largest = dq.numbers().iter().chain(&dk.numbers()).fold(0.0_f32, |a, b| a.max(b.abs()));
         assert!(largest <= SUM as f32, "a single key's score got a gradient of {largest}");
@@ -136,4 +149,26 @@ fn each_length_of_a_span_alone() {
 #[test]
 fn queries_behind_the_keys_of_a_cache() {
     check(&mut fresh(), (6, 2, 8), &[(1, 40), (5, 5), (3, 130), (70, 71), (66, 140)]);
+}
+
+/// Windows of one key, of a few, around a tile, and wider than any span; the same behind a cache.
+#[test]
+fn queries_see_no_further_than_their_window() {
+    let mut random = fresh();
+    for window in [1, 2, 5, 63, 64, 65, 100, 1000] {
+        let shape = AttentionShape { window: Some(window), ..AttentionShape::new(6, 2, 8) };
+        check_shape(&mut random, shape, &PACKED);
+        check_shape(&mut random, shape, &[(1, 40), (5, 5), (3, 130), (70, 71), (66, 140)]);
+    }
+}
+
+/// Scores of a few units under caps that bend most of them, some of them, and hardly any.
+#[test]
+fn scores_are_bounded_with_their_slope() {
+    let mut random = fresh();
+    for (soft_cap, window) in [(0.5, None), (3.0, None), (3.0, Some(7)), (50.0, Some(70))] {
+        let shape = AttentionShape { window, soft_cap: Some(soft_cap), ..AttentionShape::new(6, 2, 8) };
+        check_shape(&mut random, AttentionShape { scale: 0.3, ..shape }, &PACKED);
+        check_shape(&mut random, shape, &[(1, 40), (3, 130), (70, 71)]);
+    }
 }

@@ -3,9 +3,10 @@
 use candle_core::{Device, Tensor};
 use candle_nn::RmsNorm as Oracle;
 use shanty_peft_core::{
+    adapter::BranchScratch,
     backend::{Backend, View, cpu::Cpu},
     batch::{PackedBatch, Row},
-    loss::head::Head,
+    loss::head::{Head, HeadGradient, TrainedHead},
     model::EmbeddingView,
     nn::rms_norm::RmsNorm,
     plan::{HeadMemory, HeadScratch},
@@ -36,6 +37,8 @@ impl Memory {
             losses: vec![f32::NAN; 1000],
             read_losses: Vec::new(),
             block: vec![f32::NAN; block_rows * features],
+            kept: Vec::new(),
+            few: Vec::new(),
             rows,
             block_rows,
         };
@@ -48,8 +51,25 @@ impl Memory {
     }
 }
 
+/// The scratch of a head without a branch.
+fn no_branch() -> BranchScratch<Cpu> {
+    let (wide, narrow, output) = (Vec::new(), Vec::new(), Vec::new());
+    BranchScratch { wide, narrow, output, fixed: std::array::from_fn(|_| Vec::new()) }
+}
+
 /// `chunk` rows of logits at a time, `block_rows` rows of the table.
 fn check(random: &mut Random, rows: &[Row], chunk: usize, vocabulary: usize, short: Option<usize>) {
+    check_bounded(random, rows, chunk, vocabulary, short, None);
+}
+
+fn check_bounded(
+    random: &mut Random,
+    rows: &[Row],
+    chunk: usize,
+    vocabulary: usize,
+    short: Option<usize>,
+    soft_cap: Option<f32>,
+) {
     let cpu = cpu();
     let features = 37;
     let (packed, batch) = batch(&cpu, rows);
@@ -65,6 +85,10 @@ fn check(random: &mut Random, rows: &[Row], chunk: usize, vocabulary: usize, sho
     let norm = Oracle::new(constant(&weight, 1, features).squeeze(0).unwrap(), f64::from(EPSILON));
     let normed = norm.forward_diff(&input.index_select(&index, 0).unwrap()).unwrap();
     let logits = normed.matmul(&constant(&table, vocabulary, features).t().unwrap()).unwrap();
+    let logits = match soft_cap.map(f64::from) {
+        Some(cap) => ((logits / cap).unwrap().tanh().unwrap() * cap).unwrap(),
+        None => logits,
+    };
     let mean = candle_nn::loss::cross_entropy(&logits, &targets).unwrap();
     let sum = (mean * count as f64).unwrap();
     let wanted = gradient(&sum.backward().unwrap(), &input);
@@ -73,13 +97,15 @@ fn check(random: &mut Random, rows: &[Row], chunk: usize, vocabulary: usize, sho
         Some(_) => EmbeddingView::from_bf16(&bf16, features),
         None => EmbeddingView::from_f32(&table, features),
     };
-    let norm = RmsNorm { weight: View::<Cpu>::new(&weight, 1, features), epsilon: EPSILON };
-    let head = Head { norm, table: view };
+    let norm = RmsNorm { weight: View::<Cpu>::new(&weight, 1, features), epsilon: EPSILON, trained: None };
+    let head = Head { norm, table: view, soft_cap, trained: TrainedHead::default() };
     let hidden = Field::holding(&hidden, tokens, features);
     let block_rows = short.unwrap_or(vocabulary);
     let mut memory = Memory::new(chunk, features, vocabulary, block_rows);
     let mut dx = Field::poisoned(tokens, features);
-    head.loss(&cpu, &batch, count, hidden.view(), &mut memory.scratch(), Some(dx.view_mut()));
+    let mut branch = no_branch();
+    let gradient = HeadGradient::<Cpu> { hidden: dx.view_mut(), flat: &mut [] };
+    head.loss(&cpu, &batch, count, hidden.view(), &mut memory.scratch(), &mut branch, Some(gradient));
     let loss = Head::<Cpu>::sum(&cpu, count, &mut memory.own);
     assert_near("loss", &[loss as f32], &sum, SUM);
     let dx = dx.numbers();
@@ -90,7 +116,7 @@ fn check(random: &mut Random, rows: &[Row], chunk: usize, vocabulary: usize, sho
     }
 
     let mut memory = Memory::new(chunk, features, vocabulary, block_rows);
-    head.loss(&cpu, &batch, count, hidden.view(), &mut memory.scratch(), None);
+    head.loss(&cpu, &batch, count, hidden.view(), &mut memory.scratch(), &mut branch, None);
     let alone = Head::<Cpu>::sum(&cpu, count, &mut memory.own);
     assert_near("loss without gradient", &[alone as f32], &sum, SUM);
 }
@@ -111,6 +137,17 @@ fn a_table_of_16_bits_in_blocks() {
     let rows = random_rows(&mut random, &[&[61], &[7]], 97);
     for block_rows in [13, 96, 97] {
         check(&mut random, &rows, 16, 97, Some(block_rows));
+    }
+}
+
+/// Logits reach some ten units: caps below and above that.
+#[test]
+fn bounded_logits_with_their_slope() {
+    let mut random = fresh();
+    let rows = random_rows(&mut random, &[&[61], &[1, 2, 33]], 97);
+    for soft_cap in [2.0, 30.0] {
+        check_bounded(&mut random, &rows, 16, 97, None, Some(soft_cap));
+        check_bounded(&mut random, &rows, 16, 97, Some(13), Some(soft_cap));
     }
 }
 
@@ -138,7 +175,7 @@ fn a_softmax_that_is_almost_certain() {
     let sum = (candle_nn::loss::cross_entropy(input.as_tensor(), &oracle).unwrap() * 8.0).unwrap();
     let wanted = gradient(&sum.backward().unwrap(), &input);
     let (mut logits, mut losses) = (Field::holding(&logits, 8, 30), Field::poisoned(8, 1));
-    cpu.cross_entropy(&batch, 0, true, logits.view_mut(), losses.view_mut());
+    cpu.cross_entropy(&batch, 0, true, None, logits.view_mut(), losses.view_mut());
     assert_near("losses", &[losses.numbers().iter().sum()], &sum, SUM);
     assert_near("dlogits", &logits.numbers(), &wanted, SUM);
 }

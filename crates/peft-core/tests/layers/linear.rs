@@ -5,7 +5,7 @@ use shanty_peft_core::{
     adapter::{BranchScratch, PassDropout, lora::Lora},
     backend::{View, cpu::Cpu},
     batch::PackedBatch,
-    nn::linear::{Branch, Linear},
+    nn::linear::{Branch, Linear, TrainedParts},
     random::{DropoutKey, dropout_scales},
 };
 
@@ -83,7 +83,7 @@ impl Scene {
     fn lora(&self) -> Lora {
         let Case { input, output, rank, .. } = self.case;
         let (a, b, module) = (BEFORE_A, self.b_start(), self.key.module);
-        Lora { a, b, rank, input, output, scale: self.scale, module }
+        Lora { a, b, rank, input, output, scale: self.scale, bias: None, module }
     }
 
     fn layer<'a>(&'a self, lora: &'a Lora) -> Linear<'a, Cpu> {
@@ -98,6 +98,7 @@ impl Scene {
             weight: View::<Cpu>::new(&self.weight, output, input),
             bias: bias.then(|| View::<Cpu>::new(&self.bias, 1, output)),
             branch,
+            trained: TrainedParts::default(),
             merged: false,
         }
     }
@@ -151,7 +152,7 @@ impl Scene {
             wide: vec![f32::NAN; tokens * input],
             narrow: vec![f32::NAN; tokens * rank],
             output: Vec::new(),
-            fixed: Vec::new(),
+            fixed: std::array::from_fn(|_| Vec::new()),
         };
         layer.forward(cpu, &self.batch, x.view(), accumulate, y.view_mut(), &mut projected, &mut scratch);
         assert_near("y", &y.added_to(&y_before), &wanted, SUM);

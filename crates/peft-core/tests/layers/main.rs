@@ -21,6 +21,7 @@ mod linear;
 mod memory;
 mod rows;
 mod scene;
+mod virtual_tokens;
 
 /// Largest difference allowed where each number is worked on alone.
 const SINGLE: f64 = 2e-6;

@@ -24,7 +24,7 @@ fn rms_norm() {
         let (x, dy) = (random.numbers(rows * features, 2.0), random.numbers(rows * features, 1.0));
         let (weight, before) = (random.around_one(features), random.numbers(rows * features, 1.0));
         let epsilon = 1e-2;
-        let norm = RmsNorm::<Cpu> { weight: View::<Cpu>::new(&weight, 1, features), epsilon };
+        let norm = RmsNorm::<Cpu> { weight: View::<Cpu>::new(&weight, 1, features), epsilon, trained: None };
 
         let input = variable(&x, rows, features);
         let oracle = Oracle::new(constant(&weight, 1, features).squeeze(0).unwrap(), f64::from(epsilon));
@@ -37,7 +37,7 @@ fn rms_norm() {
         assert_near("y", &y.numbers(), &wanted, SUM);
         let dy = Field::holding(&dy, rows, features);
         let mut dx = Field::holding(&before, rows, features);
-        norm.backward(&cpu, dy.view(), x.view(), reciprocal.view(), dx.view_mut());
+        norm.backward(&cpu, dy.view(), x.view(), reciprocal.view(), dx.view_mut(), &mut []);
         assert_near("dx", &dx.added_to(&before), &wanted_dx, SUM);
     }
 }
@@ -102,6 +102,46 @@ fn swiglu() {
         assert_near("dgate", &gate.numbers(), &gradient(&gradients, &gate_in), SINGLE);
         assert_near("dup", &up.numbers(), &gradient(&gradients, &up_in), SINGLE);
     }
+}
+
+#[test]
+fn geglu() {
+    let (cpu, mut random) = (cpu(), fresh());
+    for (rows, columns) in [(4, 3), (5, 19), (130, 150)] {
+        let mut numbers = |bound| random.numbers(rows * columns, bound);
+        let (gate, up, dout) = (numbers(6.0), numbers(2.0), numbers(1.0));
+        let (gate_in, up_in) = (variable(&gate, rows, columns), variable(&up, rows, columns));
+        let x = gate_in.as_tensor();
+        let cube = ((x * x).unwrap() * x).unwrap();
+        let inner =
+            ((x + (cube * 0.044_715).unwrap()).unwrap() * (2.0 / std::f64::consts::PI).sqrt()).unwrap();
+        let gelu = ((x * (inner.tanh().unwrap() + 1.0).unwrap()).unwrap() * 0.5).unwrap();
+        let wanted = (gelu * up_in.as_tensor()).unwrap();
+        let gradients = backward(&wanted, &dout);
+
+        let (mut gate, mut up) = (Field::holding(&gate, rows, columns), Field::holding(&up, rows, columns));
+        let (mut out, mut dout) = (Field::poisoned(rows, columns), Field::holding(&dout, rows, columns));
+        cpu.geglu(gate.view(), up.view(), out.view_mut());
+        assert_near("out", &out.numbers(), &wanted, SINGLE);
+        cpu.geglu_backward(dout.view_mut(), gate.view_mut(), up.view_mut());
+        assert_near("dgate", &gate.numbers(), &gradient(&gradients, &gate_in), SINGLE);
+        assert_near("dup", &up.numbers(), &gradient(&gradients, &up_in), SINGLE);
+    }
+}
+
+#[test]
+fn numbers_are_scaled_and_bounded() {
+    let (cpu, mut random) = (cpu(), fresh());
+    let (rows, columns) = (33, 77);
+    let x = random.numbers(rows * columns, 90.0);
+    let wanted = constant(&x, rows, columns);
+    let mut field = Field::holding(&x, rows, columns);
+    cpu.scale(0.37, field.view_mut());
+    let wanted = (wanted * f64::from(0.37_f32)).unwrap();
+    assert_near("scaled", &field.numbers(), &wanted, SINGLE);
+    cpu.soft_cap(30.0, field.view_mut());
+    let wanted = ((wanted / 30.0).unwrap().tanh().unwrap() * 30.0).unwrap();
+    assert_near("bounded", &field.numbers(), &wanted, SINGLE);
 }
 
 #[test]

@@ -14,7 +14,8 @@ use shanty_peft_core::{
     batch::{Row, Segment},
     engine::EngineParts,
     model::{
-        BaseSource, DenseView, EmbeddingView, LayerWeights, LinearWeights, Matrix, ModelConfig, Projection,
+        BaseSource, DenseView, EmbeddingView, LayerWeights, LinearWeights, Matrix, ModelConfig, Norm,
+        Projection,
     },
     plan::{PlanRequest, Recompute},
 };
@@ -78,7 +79,13 @@ impl MemoryBase {
     pub fn load(folder: &Path) -> Self {
         let config = ModelConfig::load(folder).unwrap();
         let tensors = tensors(&folder.join("model.safetensors"));
-        let tensors = tensors.into_iter().map(|(name, tensor)| (name, floats(&tensor))).collect();
+        let mut tensors: HashMap<String, Vec<f32>> =
+            tensors.into_iter().map(|(name, tensor)| (name, floats(&tensor))).collect();
+        for (name, numbers) in &mut tensors {
+            if config.norms_less_one && name.contains("norm") {
+                numbers.iter_mut().for_each(|number| *number += 1.0);
+            }
+        }
         Self { config, tensors }
     }
 
@@ -96,11 +103,9 @@ impl MemoryBase {
                     tensors.insert(format!("{name}.bias"), random.numbers(rows, 0.5));
                 }
             }
-            for norm in ["input_layernorm", "post_attention_layernorm"] {
-                tensors.insert(
-                    format!("model.layers.{layer}.{norm}.weight"),
-                    random.around_one(config.hidden_size),
-                );
+            for norm in config.norms() {
+                let name = format!("{}.weight", config.norm_module(layer, norm));
+                tensors.insert(name, random.around_one(config.norm_features(norm)));
             }
         }
         tensors.insert("model.norm.weight".into(), random.around_one(config.hidden_size));
@@ -132,9 +137,15 @@ impl BaseSource for MemoryBase {
     fn prefetch(&mut self, _layer: usize) {}
 
     fn layer(&mut self, layer: usize) -> Result<LayerWeights<'_>> {
+        let norm = |norm| self.get(&format!("{}.weight", self.config.norm_module(layer, norm)));
+        let some = |wanted| self.config.norms().find(|norm| *norm == wanted).map(norm);
         Ok(LayerWeights {
-            input_norm: self.get(&format!("model.layers.{layer}.input_layernorm.weight")),
-            post_attention_norm: self.get(&format!("model.layers.{layer}.post_attention_layernorm.weight")),
+            input_norm: norm(Norm::AttentionInput),
+            query_norm: some(Norm::Query),
+            key_norm: some(Norm::Key),
+            attention_output_norm: some(Norm::AttentionOutput),
+            mlp_norm: norm(Norm::MlpInput),
+            mlp_output_norm: some(Norm::MlpOutput),
             q: self.linear(layer, Projection::Q),
             k: self.linear(layer, Projection::K),
             v: self.linear(layer, Projection::V),

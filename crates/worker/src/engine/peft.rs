@@ -5,7 +5,7 @@ use std::ops::Range;
 use shanty_config::job::{self, Device, JobSpec};
 use shanty_peft_core::{
     Engine, EngineDevice, EngineOptions, GradientSink, StepKey,
-    adapter::{LoraConfig, SharedMethod, TargetModules, files},
+    adapter::{StepHook, files},
     backend::cuda::Precision,
     plan::Recompute,
     quant::Nf4Options,
@@ -13,7 +13,7 @@ use shanty_peft_core::{
 
 use crate::Error;
 
-use super::{EngineLoader, Facts, LoadRequest, Row, StepEngine, Sum};
+use super::{EngineLoader, Facts, LoadRequest, Row, StepEngine, StepHooks, StepInfo, Sum, method::method};
 
 /// Loads peft-core's engine.
 #[derive(Debug, Clone, Copy, Default)]
@@ -29,7 +29,7 @@ impl EngineLoader for PeftEngines {
         let options = EngineOptions {
             device: device(request.device, spec.cluster.device)?,
             memory_limit: request.memory_limit_bytes,
-            ..engine_options(spec, request.threads)
+            ..engine_options_for(spec, request.threads, Some(request.steps))?
         };
         let quantised = format!("{:?}", options.quantization);
         let engine = Engine::load(options, &mut |loaded| {
@@ -48,6 +48,7 @@ impl EngineLoader for PeftEngines {
             trainable_parameters: trainable,
             total_parameters: engine.config().parameters() as u64 + trainable,
             matched_modules: engine.matched().modules(),
+            computed_start: engine.computes_start(),
         };
         Ok(Box::new(PeftEngine { engine, facts }))
     }
@@ -74,10 +75,18 @@ fn device(name: &str, wanted: Device) -> Result<EngineDevice, Error> {
 }
 
 /// The engine that a job asks for, on the CPU and without a limit of memory.
-pub fn engine_options(spec: &JobSpec, threads: usize) -> EngineOptions {
-    EngineOptions {
+///
+/// # Errors
+/// Where the adapter begins as a text and the base's tokenizer cannot be used.
+pub fn engine_options(spec: &JobSpec, threads: usize) -> Result<EngineOptions, Error> {
+    engine_options_for(spec, threads, None)
+}
+
+/// [`engine_options`] of a job whose number of steps is known.
+fn engine_options_for(spec: &JobSpec, threads: usize, steps: Option<u64>) -> Result<EngineOptions, Error> {
+    Ok(EngineOptions {
         quantization: quantization(spec),
-        adapter: Some(method(spec)),
+        adapter: Some(method(spec, steps)?),
         threads,
         recompute: match spec.train.recompute {
             job::Recompute::Auto => Recompute::Auto,
@@ -86,7 +95,7 @@ pub fn engine_options(spec: &JobSpec, threads: usize) -> EngineOptions {
         },
         micro_batch_rows: spec.train.micro_batch_size,
         ..EngineOptions::new(&spec.base.model, spec.data.max_length)
-    }
+    })
 }
 
 /// How a job keeps its base.
@@ -97,23 +106,6 @@ pub fn quantization(spec: &JobSpec) -> Option<Nf4Options> {
         }
         job::Quantization::None => None,
     }
-}
-
-/// A job's adapter in the words of the numeric crate.
-fn method(spec: &JobSpec) -> SharedMethod {
-    let adapter = &spec.adapter;
-    let lora = LoraConfig {
-        base_model_name_or_path: Some(spec.base.model.display().to_string()),
-        r: adapter.r,
-        lora_alpha: adapter.lora_alpha,
-        lora_dropout: adapter.lora_dropout,
-        use_rslora: adapter.use_rslora,
-        target_modules: match &adapter.target_modules {
-            job::TargetModules::Pattern(pattern) => TargetModules::Pattern(pattern.clone()),
-            job::TargetModules::Names(names) => TargetModules::Names(names.clone()),
-        },
-    };
-    lora.shared()
 }
 
 /// A loaded engine with what its files need.
@@ -131,13 +123,42 @@ impl GradientSink for During<'_> {
     }
 }
 
+impl PeftEngine {
+    fn hook<'a>(&'a self, step: StepInfo) -> StepHook<'a> {
+        let StepInfo { step, total_steps, scale } = step;
+        StepHook { layout: self.engine.layout(), step, total_steps, scale }
+    }
+}
+
+impl StepHooks for PeftEngine {
+    fn method_state(&self) -> Vec<f32> {
+        self.engine.fit().method().map_or(Vec::new(), |method| method.state(self.engine.layout()))
+    }
+
+    fn rates(&self, peak: f64) -> Vec<(Range<usize>, f64)> {
+        self.engine.layout().rates(peak)
+    }
+
+    fn regularise(&self, step: StepInfo, parameters: &[f32], gradient: &mut [f32]) {
+        if let Some(method) = self.engine.fit().method() {
+            method.regularise(&self.hook(step), parameters, gradient);
+        }
+    }
+
+    fn after_step(&self, step: StepInfo, parameters: &mut [f32], gradient: &[f32], state: &mut [f32]) {
+        if let Some(method) = self.engine.fit().method() {
+            method.after_step(&self.hook(step), parameters, gradient, state);
+        }
+    }
+}
+
 impl StepEngine for PeftEngine {
     fn facts(&self) -> &Facts {
         &self.facts
     }
 
-    fn initial_parameters(&self, seed: u64) -> Result<Vec<f32>, Error> {
-        Ok(self.engine.initial_parameters(seed))
+    fn initial_parameters(&mut self, seed: u64) -> Result<Vec<f32>, Error> {
+        self.engine.initial_parameters(seed).map_err(|error| Error::part(&error))
     }
 
     fn micro_batch_rows(&self) -> usize {
@@ -166,7 +187,7 @@ impl StepEngine for PeftEngine {
         Ok(Sum { loss: sum.loss, tokens: sum.tokens })
     }
 
-    fn adapter_files(&self, parameters: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {
-        files::contents(self.engine.fit(), parameters, &[]).map_err(|error| Error::part(&error))
+    fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {
+        files::contents(self.engine.fit(), parameters, state).map_err(|error| Error::part(&error))
     }
 }

@@ -8,7 +8,7 @@ use tracing::info;
 
 use crate::{Error, adapter_folder, rows::hash_of_rows};
 
-use super::{Stop, check::Check, checkpoint::Ticket, start, step::Generation};
+use super::{Stop, check::Check, checkpoint::Ticket, start, state::METHOD_STATE, step::Generation};
 
 /// The finished adapter's folder below the store.
 const ADAPTER: &str = "adapter";
@@ -89,7 +89,11 @@ impl Generation<'_> {
     fn write_checkpoint(&mut self, applied: u64) -> Result<(), Stop> {
         self.job.checkpoints.wait_or_leave(self.around, self.formation.generation)?;
         let Some(state) = &self.job.state else { return Ok(()) };
-        let files = self.job.engine.adapter_files(&state.parameters)?;
+        let mut files = self.job.engine.adapter_files(&state.parameters, &state.method)?;
+        if !state.method.is_empty() {
+            let bytes = state.method.iter().flat_map(|value| value.to_le_bytes());
+            files.push((METHOD_STATE.to_owned(), bytes.collect()));
+        }
         let plan = &self.job.plan;
         let snapshot = Snapshot {
             job: plan.job_id.clone(),
@@ -133,7 +137,7 @@ impl Generation<'_> {
         let applied = self.applied();
         self.around.control.wait_for_credit(generation, applied)?;
         let Some(state) = &self.job.state else { return Ok(()) };
-        let files = self.job.engine.adapter_files(&state.parameters)?;
+        let files = self.job.engine.adapter_files(&state.parameters, &state.method)?;
         let folder = self.job.plan.store.join(ADAPTER);
         adapter_folder::write(&folder, &files, || self.around.control.holds_credit(generation))?;
         info!(adapter = %folder.display(), "wrote the adapter");

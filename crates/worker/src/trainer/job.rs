@@ -35,7 +35,7 @@ pub(crate) struct Job {
 impl Job {
     pub(crate) fn new(plan: JobPlan, engine: Box<dyn StepEngine>, row_log: RowLog) -> Self {
         let length = engine.facts().flat_length;
-        let update = Update::new(&plan.spec.train, plan.steps());
+        let update = Update::new(&plan.spec, plan.steps()).with_rates(&*engine);
         let adapter = serde_json::to_vec(&plan.spec.adapter).unwrap_or_default();
         let adapter_hash = blake3::hash(&adapter).to_hex().as_str().into();
         Self {
@@ -58,10 +58,16 @@ impl Job {
         self.reduced.len()
     }
 
+    /// Lengths of [`State::parts`].
+    pub(crate) fn part_lengths(&self) -> [usize; 4] {
+        let flat = self.flat_length();
+        [flat, flat, flat, self.engine.method_state().len()]
+    }
+
     /// The state before the first step, which follows from the job alone.
     pub(crate) fn start_afresh(&mut self) -> Result<(), Error> {
         let parameters = self.engine.initial_parameters(self.plan.spec.train.seed)?;
-        self.state = Some(self.update.fresh(parameters));
+        self.state = Some(self.update.fresh(parameters, self.engine.method_state()));
         self.micro_batch_rows = 0;
         self.sum.clear();
         Ok(())

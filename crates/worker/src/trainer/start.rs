@@ -11,7 +11,7 @@ use super::{
     Stop, Surroundings,
     formation::{Formation, Origin, Start},
     job::Job,
-    state::State,
+    state::{METHOD_STATE, State},
 };
 
 /// Parameters that travel in one broadcast. Between two, a member that is to leave does.
@@ -72,6 +72,10 @@ pub(super) fn reach_start(
     };
     agree(around, job, formation, collective, source)?;
     match &formation.start.from {
+        // Everybody holds what follows from the seed alone; of what the base had to compute, all take one member's bits.
+        Origin::Seed if job.engine.facts().computed_start => {
+            transfer(around, job, formation, collective, 0, |rank| rank != 0)?;
+        }
         Origin::Seed => {}
         Origin::Checkpoint(_) => {
             let receives = |rank| rank != 0;
@@ -121,7 +125,15 @@ fn load(job: &Job, path: &str) -> Result<(State, u64), Error> {
         let reason = format!("checkpoint `{path}` has {} parameters", snapshot.optimizer.parameters.len());
         return Err(Error::Protocol { message: "Form", reason });
     }
-    Ok((job.update.restore(snapshot.key.step, snapshot.optimizer)?, rows))
+    let method = snapshot.file(METHOD_STATE).map_or(Vec::new(), |bytes| {
+        let numbers = bytes.as_chunks::<4>().0.iter();
+        numbers.map(|bytes| f32::from_le_bytes(*bytes)).collect()
+    });
+    if method.len() != job.part_lengths()[3] {
+        let reason = format!("checkpoint `{path}` has {} numbers of the method's state", method.len());
+        return Err(Error::Protocol { message: "Form", reason });
+    }
+    Ok((job.update.restore(snapshot.key.step, snapshot.optimizer, method)?, rows))
 }
 
 /// All members say what they are; they must be the same, and take the same micro-batches.
@@ -192,12 +204,14 @@ fn transfer(
         .map_err(|error| broken(around, formation, &error))?;
 
     // What arrives is kept apart until it is whole: a member that loses its donor here still holds what it had.
-    let mut arriving = receives(rank).then(|| [(); 3].map(|()| vec![0.0f32; job.flat_length()]));
-    let mut chunk = vec![0.0f32; CHUNK.min(job.flat_length())];
-    for part in 0..3 {
-        for start in (0..job.flat_length()).step_by(CHUNK) {
+    let lengths = job.part_lengths();
+    let mut arriving = receives(rank).then(|| lengths.map(|length| vec![0.0f32; length]));
+    let longest = lengths.into_iter().max().unwrap_or(0);
+    let mut chunk = vec![0.0f32; CHUNK.min(longest)];
+    for (part, length) in lengths.into_iter().enumerate() {
+        for start in (0..length).step_by(CHUNK) {
             around.control.check(formation.generation)?;
-            let range = start..(start + CHUNK).min(job.flat_length());
+            let range = start..(start + CHUNK).min(length);
             let chunk = &mut chunk[..range.len()];
             if let Some(state) = job.state.as_ref().filter(|_| gives) {
                 chunk.copy_from_slice(&state.parts()[part][range.clone()]);
@@ -215,8 +229,9 @@ fn transfer(
             }
         }
     }
-    if let Some([parameters, exp_avg, exp_avg_sq]) = arriving {
-        let state = job.update.restore(header.applied, Optimizer { parameters, exp_avg, exp_avg_sq })?;
+    if let Some([parameters, exp_avg, exp_avg_sq, method]) = arriving {
+        let optimizer = Optimizer { parameters, exp_avg, exp_avg_sq };
+        let state = job.update.restore(header.applied, optimizer, method)?;
         if *state.digest().as_bytes() != header.hash {
             return Err(Error::StateDiffers { step, donor, what: "its hash" }.into());
         }

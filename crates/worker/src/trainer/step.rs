@@ -229,7 +229,8 @@ impl<'a> Generation<'a> {
             return Err(Error::NotFinite { what: "the loss", step, rows }.into());
         }
         let Some(state) = &mut self.job.state else { return Err(missing_state().into()) };
-        let Some(applied) = self.job.update.apply(state, &self.job.reduced, total.tokens)? else {
+        let engine = &*self.job.engine;
+        let Some(applied) = self.job.update.apply(state, &mut self.job.reduced, total.tokens, engine)? else {
             // The rows are known only to the rank whose own sum is at fault.
             let own = self.job.sum.gradient().iter().any(|value| !value.is_finite());
             let rows = if own { self.job.sum.rows().to_vec() } else { Vec::new() };

@@ -13,7 +13,7 @@ use std::{
 
 use shanty_worker::{
     Error,
-    engine::{EngineLoader, Facts, LoadRequest, Row, StepEngine, Sum},
+    engine::{EngineLoader, Facts, LoadRequest, Row, StepEngine, StepHooks, Sum},
 };
 
 pub const PARAMETERS: usize = 37;
@@ -46,6 +46,7 @@ impl EngineLoader for ModelEngines {
             trainable_parameters: PARAMETERS as u64,
             total_parameters: 1000,
             matched_modules: vec!["layer.0".to_owned()],
+            computed_start: false,
         };
         Ok(Box::new(ModelEngine { facts, settings: self.clone() }))
     }
@@ -74,12 +75,14 @@ fn tokens(row: &Row) -> u64 {
     row.trained.iter().map(|range| u64::from(range.end - range.start)).sum()
 }
 
+impl StepHooks for ModelEngine {}
+
 impl StepEngine for ModelEngine {
     fn facts(&self) -> &Facts {
         &self.facts
     }
 
-    fn initial_parameters(&self, seed: u64) -> Result<Vec<f32>, Error> {
+    fn initial_parameters(&mut self, seed: u64) -> Result<Vec<f32>, Error> {
         Ok((0..PARAMETERS).map(|i| uniform(seed ^ (i as u64) << 20)).collect())
     }
 
@@ -133,7 +136,7 @@ impl StepEngine for ModelEngine {
         Ok(sum)
     }
 
-    fn adapter_files(&self, parameters: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {
+    fn adapter_files(&self, parameters: &[f32], _state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {
         let bytes = parameters.iter().flat_map(|value| value.to_le_bytes()).collect();
         Ok(vec![
             ("adapter_config.json".to_owned(), b"{}".to_vec()),

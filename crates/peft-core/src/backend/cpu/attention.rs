@@ -1,9 +1,11 @@
-//! Causal attention in tiles of query rows, with the keys above the diagonal left out.
+//! Causal attention in tiles of query rows, with the keys above the diagonal left out, and those before a window.
 //!
 //! Forward, a task is a tile of one head: `S = scale Q K^T`, softmax by row, `O = P V`, and the logarithm of each
 //! row's sum is kept. Backward, a task is a key head of a span: it computes `P` again from that logarithm, then
 //! `dV += P^T dO`, `dS = P (dO V^T - rowsum(dO O)) scale`, `dQ = dS K`, `dK += dS^T Q` (Dao et al., FlashAttention,
 //! arXiv 2205.14135, without its tiling over keys: a tile of scores stays in the second-level cache here).
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
@@ -26,21 +28,41 @@ struct Tile {
     first: usize,
     /// Number of queries.
     queries: usize,
-    /// Number of keys that the tile's last query sees.
+    /// First key that the tile's first query sees, counted in the span.
+    first_key: usize,
+    /// Number of keys from there to the last that the tile's last query sees.
     keys: usize,
-    /// Number of keys that the tile's first query sees.
-    first_keys: usize,
+    /// Keys of the span up to the tile's first query, that query's own included.
+    known: usize,
+    /// Keys that a query sees at most.
+    window: usize,
 }
 
 impl Tile {
-    fn of(span: &Span, index: usize) -> Option<Self> {
+    fn of(span: &Span, shape: AttentionShape, index: usize) -> Option<Self> {
         let first = index * TILE;
         if first >= span.queries {
             return None;
         }
         let queries = TILE.min(span.queries - first);
-        let first_keys = first + 1 + span.keys - span.queries;
-        Some(Self { first, queries, keys: first_keys + queries - 1, first_keys })
+        let known = first + 1 + span.keys - span.queries;
+        let window = shape.window.unwrap_or(usize::MAX);
+        let first_key = known.saturating_sub(window);
+        Some(Self { first, queries, first_key, keys: known + queries - 1 - first_key, known, window })
+    }
+
+    /// Which of the tile's keys its query `i` sees.
+    fn seen(&self, i: usize) -> Range<usize> {
+        let end = self.known + i;
+        end.saturating_sub(self.window) - self.first_key..end - self.first_key
+    }
+
+    /// Splits the numbers of query `i`, one a key of the tile, into those before, inside and behind what it sees.
+    fn split<'a>(&self, i: usize, row: &'a mut [f32]) -> [&'a mut [f32]; 3] {
+        let Range { start, end } = self.seen(i);
+        let (seen, behind) = row.split_at_mut(end);
+        let (before, seen) = seen.split_at_mut(start);
+        [before, seen, behind]
     }
 }
 
@@ -69,21 +91,25 @@ pub(super) fn forward(
     cpu.tasks(spans.len() * shape.heads * tiles, |task| {
         let (rest, index) = (task / tiles, task % tiles);
         let (span, query_head) = (&spans[rest / shape.heads], rest % shape.heads);
-        let Some(tile) = Tile::of(span, index) else { return };
-        let row = span.query_start + tile.first;
+        let Some(tile) = Tile::of(span, shape, index) else { return };
+        let (row, key_row) = (span.query_start + tile.first, span.key_start + tile.first_key);
         let queries = head(q, row, tile.queries, query_head, dim);
-        let keys = head(k, span.key_start, tile.keys, query_head / group, dim);
-        let values = head(v, span.key_start, tile.keys, query_head / group, dim);
+        let keys = head(k, key_row, tile.keys, query_head / group, dim);
+        let values = head(v, key_row, tile.keys, query_head / group, dim);
         batch.with_lane(|lane| {
             let scores = &mut lane[..tile.queries * tile.keys];
             let target = Target { offset: 0, stride: tile.keys };
             multiply(shape.scale, queries, keys.transposed(), 0.0, scores, target);
             let mut factors = [0.0; TILE];
             for (i, scores) in scores.chunks_exact_mut(tile.keys).enumerate() {
-                let (seen, unseen) = scores.split_at_mut(tile.first_keys + i);
+                let [before, seen, behind] = tile.split(i, scores);
+                if let Some(cap) = shape.soft_cap {
+                    math::soft_cap(seen, cap);
+                }
                 let largest = math::maximum(seen);
                 let sum = math::exp_and_sum(seen, largest);
-                unseen.fill(0.0);
+                before.fill(0.0);
+                behind.fill(0.0);
                 factors[i] = 1.0 / sum;
                 // SAFETY: one number of a row and head of this task's own.
                 let place = unsafe { log_sum.stretch(sum_offset + (row + i) * sum_stride + query_head, 1) };
@@ -150,38 +176,49 @@ pub(super) fn backward(
         batch.with_lane(|lane| {
             for query_head in kv_head * group..(kv_head + 1) * group {
                 let mut index = 0;
-                while let Some(tile) = Tile::of(span, index) {
+                while let Some(tile) = Tile::of(span, shape, index) {
                     index += 1;
-                    let row = span.query_start + tile.first;
+                    let (row, key_row) = (span.query_start + tile.first, span.key_start + tile.first_key);
                     let size = tile.queries * tile.keys;
                     let (p, rest) = lane.split_at_mut(size);
                     let ds = &mut rest[..size];
                     let queries = head(q, row, tile.queries, query_head, dim);
-                    let keys = head(k, span.key_start, tile.keys, kv_head, dim);
-                    let values = head(v, span.key_start, tile.keys, kv_head, dim);
+                    let keys = head(k, key_row, tile.keys, kv_head, dim);
+                    let values = head(v, key_row, tile.keys, kv_head, dim);
                     let dout_tile = head(dout, row, tile.queries, query_head, dim);
                     let tight = Target { offset: 0, stride: tile.keys };
                     multiply(shape.scale, queries, keys.transposed(), 0.0, p, tight);
                     multiply(1.0, dout_tile, values.transposed(), 0.0, ds, tight);
                     for i in 0..tile.queries {
                         let range = i * tile.keys..(i + 1) * tile.keys;
-                        let (p_seen, p_unseen) = p[range.clone()].split_at_mut(tile.first_keys + i);
-                        let (ds_seen, ds_unseen) = ds[range].split_at_mut(tile.first_keys + i);
+                        let [p_before, p_seen, p_behind] = tile.split(i, &mut p[range.clone()]);
+                        let [ds_before, ds_seen, ds_behind] = tile.split(i, &mut ds[range]);
                         let sum = log_sum.data[log_sum.offset + (row + i) * log_sum.stride + query_head];
-                        math::exp_shifted(p_seen, sum);
                         let start = |x: View<'_, Cpu>| x.offset + (row + i) * x.stride + query_head * dim;
                         let mean = math::dot(
                             &out.data[start(out)..start(out) + dim],
                             &dout.data[start(dout)..start(dout) + dim],
                         );
-                        math::softmax_gradient(p_seen, mean, shape.scale, ds_seen);
-                        p_unseen.fill(0.0);
-                        ds_unseen.fill(0.0);
+                        if let Some(cap) = shape.soft_cap {
+                            math::soft_cap(p_seen, cap);
+                            math::capped_softmax_gradient(p_seen, sum, mean, shape.scale, cap, ds_seen);
+                        } else {
+                            math::exp_shifted(p_seen, sum);
+                            math::softmax_gradient(p_seen, mean, shape.scale, ds_seen);
+                        }
+                        for unseen in [p_before, p_behind, ds_before, ds_behind] {
+                            unseen.fill(0.0);
+                        }
                     }
                     let p = Operand::new(p, 0, tile.queries, tile.keys, tile.keys);
                     let ds = Operand::new(ds, 0, tile.queries, tile.keys, tile.keys);
                     let dq_target =
                         Target { offset: dq_offset + row * dq_stride + query_head * dim, stride: dq_stride };
+                    let target = |to: &Target| Target {
+                        offset: to.offset + tile.first_key * to.stride,
+                        stride: to.stride,
+                    };
+                    let (dk_target, dv_target) = (target(&dk_target), target(&dv_target));
                     // SAFETY: rows of this task's span; columns of query heads that belong to its key head, and of
                     // that key head.
                     unsafe {

@@ -9,6 +9,8 @@ mod elementwise;
 mod gemm;
 mod math;
 mod profile;
+mod vectors;
+mod virtual_tokens;
 
 use std::sync::{Mutex, PoisonError};
 
@@ -19,7 +21,7 @@ pub use self::{
     gemm::in_product,
     profile::{NARROW, Operation, Spent},
 };
-use super::{AttentionShape, Backend, BatchRoom, Product, Ready, Use, View, ViewMut};
+use super::{AttentionShape, Backend, BatchRoom, Product, Ready, SpanStart, Use, View, ViewMut};
 use crate::{
     batch::PackedBatch,
     engine::{GradientSink, StepError},
@@ -251,6 +253,10 @@ impl Backend for Cpu {
         self.measure(Operation::Move, || self.rows(to, |row, to| math::add(row_of(from, row), to)));
     }
 
+    fn scale(&self, factor: f32, to: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || self.rows(to, |_, to| math::scale(to, factor)));
+    }
+
     fn add_bias(&self, bias: View<'_, Self>, to: ViewMut<'_, Self>) {
         self.measure(Operation::Move, || self.rows(to, |_, to| math::add(row_of(bias, 0), to)));
     }
@@ -272,6 +278,22 @@ impl Backend for Cpu {
             let start = out.offset + batch.packed.predicting[first + row] as usize * out.stride;
             out.data[start..start + out.columns].copy_from_slice(row_of(x, row));
         }
+    }
+
+    fn put_virtual(&self, batch: &CpuBatch, at: SpanStart, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || self.put_virtual_rows(batch, at, from, to));
+    }
+
+    fn sum_virtual(&self, batch: &CpuBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || self.sum_virtual_rows(batch, from, to));
+    }
+
+    fn rows_to_keys(&self, batch: &CpuBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || self.copy_rows_to_keys(batch, from, to));
+    }
+
+    fn keys_to_rows(&self, batch: &CpuBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || self.copy_keys_to_rows(batch, from, to));
     }
 
     fn rms_norm(
@@ -316,9 +338,21 @@ impl Backend for Cpu {
     }
 
     fn swiglu_backward(&self, dout: ViewMut<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
+        self.measure(Operation::Swiglu, || self.row_triples(dout, gate, up, math::swiglu_backward));
+    }
+
+    fn geglu(&self, gate: View<'_, Self>, up: View<'_, Self>, out: ViewMut<'_, Self>) {
         self.measure(Operation::Swiglu, || {
-            self.row_triples(dout, gate, up, |dout, gate, up| math::swiglu_backward(dout, gate, up))
+            self.rows(out, |row, out| math::geglu(row_of(gate, row), row_of(up, row), out))
         });
+    }
+
+    fn geglu_backward(&self, dout: ViewMut<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
+        self.measure(Operation::Swiglu, || self.row_triples(dout, gate, up, math::geglu_backward));
+    }
+
+    fn soft_cap(&self, cap: f32, x: ViewMut<'_, Self>) {
+        self.measure(Operation::CrossEntropy, || self.rows(x, |_, x| math::soft_cap(x, cap)));
     }
 
     fn attention(
@@ -369,16 +403,94 @@ impl Backend for Cpu {
         self.measure(Operation::Dropout, || self.dropout_backward_rows(batch, key, p, dout, dx));
     }
 
+    fn scale_columns(
+        &self,
+        alpha: f32,
+        x: View<'_, Self>,
+        factors: View<'_, Self>,
+        beta: f32,
+        out: ViewMut<'_, Self>,
+    ) {
+        self.measure(Operation::Move, || vectors::scale_columns(self, alpha, x, factors, beta, out));
+    }
+
+    fn column_sum(&self, alpha: f32, x: View<'_, Self>, out: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || vectors::column_sum(self, alpha, x, out));
+    }
+
+    fn column_dot(&self, x: View<'_, Self>, y: View<'_, Self>, out: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || vectors::column_dot(self, x, y, out));
+    }
+
+    fn row_dot(&self, alpha: f32, x: View<'_, Self>, y: View<'_, Self>, beta: f32, out: ViewMut<'_, Self>) {
+        self.measure(Operation::Move, || vectors::row_dot(self, alpha, x, y, beta, out));
+    }
+
+    fn reciprocal_root(&self, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        self.rows(to, |row, to| {
+            for (to, from) in to.iter_mut().zip(row_of(from, row)) {
+                *to = 1.0 / from.sqrt();
+            }
+        });
+    }
+
+    fn rms_norm_weight_backward(
+        &self,
+        dout: View<'_, Self>,
+        x: View<'_, Self>,
+        reciprocal: View<'_, Self>,
+        dweight: ViewMut<'_, Self>,
+    ) {
+        self.measure(Operation::Norm, || vectors::norm_weight_gradient(self, dout, x, reciprocal, dweight));
+    }
+
+    fn gather_ids(&self, batch: &CpuBatch, table: View<'_, Self>, columns: bool, out: ViewMut<'_, Self>) {
+        let ids = &batch.packed.token_ids;
+        self.measure(Operation::Move, || {
+            self.rows(out, |row, out| {
+                let id = ids[row] as usize;
+                if !columns {
+                    return out.copy_from_slice(row_of(table, id));
+                }
+                for (at, out) in out.iter_mut().enumerate() {
+                    *out = table.data[table.offset + at * table.stride + id];
+                }
+            });
+        });
+    }
+
+    fn scatter_ids(&self, batch: &CpuBatch, from: View<'_, Self>, columns: bool, table: ViewMut<'_, Self>) {
+        let ids = &batch.packed.token_ids[..from.rows];
+        self.measure(Operation::Move, || vectors::scatter(ids, from, columns, table));
+    }
+
+    fn set_rows_of(&self, batch: &CpuBatch, id: u32, row: View<'_, Self>, out: ViewMut<'_, Self>) {
+        let ids = &batch.packed.token_ids;
+        self.rows(out, |at, out| {
+            if ids[at] == id {
+                out.copy_from_slice(row_of(row, 0));
+            }
+        });
+    }
+
+    fn sum_rows_of(&self, batch: &CpuBatch, id: u32, from: View<'_, Self>, row: ViewMut<'_, Self>) {
+        let out = &mut row.data[row.offset..row.offset + row.columns];
+        for (at, _) in batch.packed.token_ids[..from.rows].iter().enumerate().filter(|(_, own)| **own == id) {
+            math::add(row_of(from, at), out);
+        }
+    }
+
     fn cross_entropy(
         &self,
         batch: &CpuBatch,
         first: usize,
         gradient: bool,
+        soft_cap: Option<f32>,
         logits: ViewMut<'_, Self>,
         losses: ViewMut<'_, Self>,
     ) {
         self.measure(Operation::CrossEntropy, || {
-            cross_entropy::rows(self, &batch.packed.targets[first..], gradient, logits, losses);
+            cross_entropy::rows(self, &batch.packed.targets[first..], gradient, soft_cap, logits, losses);
         });
     }
 }

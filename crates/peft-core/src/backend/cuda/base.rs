@@ -86,8 +86,9 @@ impl DeviceBase {
         let mut this = Self::default();
         for layer in 0..base.config().layers {
             let weights = base.layer(layer)?;
-            this.vector(device, weights.input_norm)?;
-            this.vector(device, weights.post_attention_norm)?;
+            for norm in weights.norms() {
+                this.vector(device, norm)?;
+            }
             for projection in Projection::ALL {
                 let linear = weights.linear(projection);
                 match &linear.weight {

@@ -14,6 +14,8 @@ use super::{DeviceError, Precision, libraries};
 const COMMON: &str = include_str!("kernels/common.cu");
 const ELEMENTWISE: &str = include_str!("kernels/elementwise.cu");
 const ROWS: &str = include_str!("kernels/rows.cu");
+const VECTORS: &str = include_str!("kernels/vectors.cu");
+const VIRTUAL_TOKENS: &str = include_str!("kernels/virtual_tokens.cu");
 const NF4: &str = include_str!("kernels/nf4.cu");
 const LOW_RANK: &str = include_str!("kernels/low_rank.cu");
 const OPTIMIZER: &str = include_str!("kernels/optimizer.cu");
@@ -172,7 +174,8 @@ impl HopperTiles {
 impl Unit {
     /// Everything but attention.
     pub fn general() -> Self {
-        Self { source: [COMMON, ELEMENTWISE, ROWS, NF4, LOW_RANK, OPTIMIZER].concat(), options: Vec::new() }
+        let parts = [COMMON, ELEMENTWISE, ROWS, VECTORS, VIRTUAL_TOKENS, NF4, LOW_RANK, OPTIMIZER];
+        Self { source: parts.concat(), options: Vec::new() }
     }
 
     /// Attention for heads of `head_dim` features.

@@ -101,6 +101,19 @@ fn matrix(view: View<'_, Cuda>) -> MatrixArgument {
     }
 }
 
+/// A matrix as kernels take it that serve either kind of number.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct AnyArgument {
+    matrix: MatrixArgument,
+    half: u32,
+    padding: u32,
+}
+
+fn any(view: View<'_, Cuda>) -> AnyArgument {
+    AnyArgument { matrix: matrix(view), half: u32::from(view.data.numbers == Numbers::Bf16), padding: 0 }
+}
+
 fn target(view: &ViewMut<'_, Cuda>) -> MatrixArgument {
     matrix(view.view())
 }

@@ -3,14 +3,16 @@
 use half::bf16;
 
 use super::{
-    Aside, Cuda, CudaBatch, DeviceBuffer, DeviceError, DeviceMemory, Numbers, THREADS, attention,
+    Aside, Cuda, CudaBatch, DeviceBuffer, DeviceError, DeviceMemory, Numbers, THREADS, any, attention,
     attention::{Backward, Forward, TileLists},
     base::{Table, key, table_key},
     device::{Operand, Product},
     grid, kernel, launch, matrix, target,
 };
 use crate::{
-    backend::{AttentionShape, Backend, BatchRoom, LowRank, Ready, Use, View, ViewMut, cuda::Precision},
+    backend::{
+        AttentionShape, Backend, BatchRoom, LowRank, Ready, SpanStart, Use, View, ViewMut, cuda::Precision,
+    },
     batch::PackedBatch,
     engine::GradientSink,
     error::Result,
@@ -319,6 +321,10 @@ impl Backend for Cuda {
         launch!(self.device, name, grid(to.rows, to.columns), [THREADS, 1], matrix(from), target(&to));
     }
 
+    fn scale(&self, factor: f32, to: ViewMut<'_, Self>) {
+        launch!(self.device, "scale", grid(to.rows, to.columns), [THREADS, 1], any(to.view()), factor);
+    }
+
     fn add_bias(&self, bias: View<'_, Self>, to: ViewMut<'_, Self>) {
         let name = kernel!("add_bias", bias.data.numbers, to.data.numbers);
         launch!(self.device, name, grid(to.rows, to.columns), [THREADS, 1], matrix(bias), target(&to));
@@ -348,6 +354,39 @@ impl Backend for Cuda {
             let name = kernel!("scatter_rows", numbers);
             launch!(self.device, name, grid, [THREADS, 1], rows, matrix(x), target(&out));
         }
+    }
+
+    fn put_virtual(&self, batch: &CudaBatch, at: SpanStart, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        let (grid, spans, count) =
+            (grid(from.rows, from.columns), batch.spans.address, batch.span_count as u32);
+        let keys = u32::from(at == SpanStart::Keys);
+        launch!(
+            self.device,
+            "put_virtual",
+            grid,
+            [THREADS, 1],
+            spans,
+            count,
+            keys,
+            any(from),
+            any(to.view())
+        );
+    }
+
+    fn sum_virtual(&self, batch: &CudaBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        let (grid, spans, count) = (grid(to.rows, to.columns), batch.spans.address, batch.span_count as u32);
+        launch!(self.device, "sum_virtual", grid, [THREADS, 1], spans, count, any(from), any(to.view()));
+    }
+
+    fn rows_to_keys(&self, batch: &CudaBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        let (grid, spans, count) =
+            (grid(from.rows, from.columns), batch.spans.address, batch.span_count as u32);
+        launch!(self.device, "rows_to_keys", grid, [THREADS, 1], spans, count, any(from), any(to.view()));
+    }
+
+    fn keys_to_rows(&self, batch: &CudaBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        let (grid, spans, count) = (grid(to.rows, to.columns), batch.spans.address, batch.span_count as u32);
+        launch!(self.device, "keys_to_rows", grid, [THREADS, 1], spans, count, any(from), any(to.view()));
     }
 
     fn rms_norm(
@@ -419,6 +458,26 @@ impl Backend for Cuda {
         }
     }
 
+    fn geglu(&self, gate: View<'_, Self>, up: View<'_, Self>, out: ViewMut<'_, Self>) {
+        let (grid, numbers) = (grid(out.rows, out.columns), out.data.numbers);
+        if self.alike("geglu", numbers, &[gate.data.numbers, up.data.numbers]) {
+            let name = kernel!("geglu", numbers);
+            launch!(self.device, name, grid, [THREADS, 1], matrix(gate), matrix(up), target(&out));
+        }
+    }
+
+    fn geglu_backward(&self, dout: ViewMut<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
+        let (grid, numbers) = (grid(gate.rows, gate.columns), dout.data.numbers);
+        if self.alike("geglu_backward", numbers, &[gate.data.numbers, up.data.numbers]) {
+            let name = kernel!("geglu_backward", numbers);
+            launch!(self.device, name, grid, [THREADS, 1], target(&dout), target(&gate), target(&up));
+        }
+    }
+
+    fn soft_cap(&self, cap: f32, x: ViewMut<'_, Self>) {
+        launch!(self.device, "soft_cap", grid(x.rows, x.columns), [THREADS, 1], any(x.view()), cap);
+    }
+
     fn attention(
         &self,
         batch: &CudaBatch,
@@ -465,17 +524,85 @@ impl Backend for Cuda {
         self.drop_into(batch, key, p, true, dout, &dx);
     }
 
+    fn scale_columns(
+        &self,
+        alpha: f32,
+        x: View<'_, Self>,
+        factors: View<'_, Self>,
+        beta: f32,
+        out: ViewMut<'_, Self>,
+    ) {
+        let (grid, x, factors) = (grid(out.rows, out.columns), any(x), any(factors));
+        launch!(self.device, "scale_columns", grid, [THREADS, 1], alpha, x, factors, beta, any(out.view()));
+    }
+
+    fn column_sum(&self, alpha: f32, x: View<'_, Self>, out: ViewMut<'_, Self>) {
+        let (grid, out) = (grid(1, x.columns), any(out.view()));
+        launch!(self.device, "column_sum", grid, [THREADS, 1], alpha, any(x), out);
+    }
+
+    fn column_dot(&self, x: View<'_, Self>, y: View<'_, Self>, out: ViewMut<'_, Self>) {
+        let (grid, out) = (grid(1, x.columns), any(out.view()));
+        launch!(self.device, "column_dot", grid, [THREADS, 1], any(x), any(y), out);
+    }
+
+    fn row_dot(&self, alpha: f32, x: View<'_, Self>, y: View<'_, Self>, beta: f32, out: ViewMut<'_, Self>) {
+        let (grid, block) = ([x.rows, 1, 1], Self::row_threads(x.columns));
+        launch!(self.device, "row_dot", grid, block, alpha, any(x), any(y), beta, any(out.view()));
+    }
+
+    fn reciprocal_root(&self, from: View<'_, Self>, to: ViewMut<'_, Self>) {
+        let grid = grid(to.rows, to.columns);
+        launch!(self.device, "reciprocal_root", grid, [THREADS, 1], any(from), any(to.view()));
+    }
+
+    fn rms_norm_weight_backward(
+        &self,
+        dout: View<'_, Self>,
+        x: View<'_, Self>,
+        reciprocal: View<'_, Self>,
+        dweight: ViewMut<'_, Self>,
+    ) {
+        let (grid, to) = (grid(1, x.columns), any(dweight.view()));
+        let (dout, x, factors) = (any(dout), any(x), any(reciprocal));
+        launch!(self.device, "norm_weight_backward", grid, [THREADS, 1], dout, x, factors, to);
+    }
+
+    fn gather_ids(&self, batch: &CudaBatch, table: View<'_, Self>, columns: bool, out: ViewMut<'_, Self>) {
+        let (grid, ids, flag) = (grid(out.rows, out.columns), batch.ids.address, u32::from(columns));
+        launch!(self.device, "gather_ids", grid, [THREADS, 1], ids, flag, any(table), any(out.view()));
+    }
+
+    fn scatter_ids(&self, batch: &CudaBatch, from: View<'_, Self>, columns: bool, table: ViewMut<'_, Self>) {
+        let (grid, ids, flag) = (grid(from.rows, from.columns), batch.ids.address, u32::from(columns));
+        if self.alike("scatter_ids", Numbers::F32, &[table.data.numbers]) {
+            launch!(self.device, "scatter_ids", grid, [THREADS, 1], ids, flag, any(from), target(&table));
+        }
+    }
+
+    fn set_rows_of(&self, batch: &CudaBatch, id: u32, row: View<'_, Self>, out: ViewMut<'_, Self>) {
+        let (grid, ids) = (grid(out.rows, out.columns), batch.ids.address);
+        launch!(self.device, "set_rows_of", grid, [THREADS, 1], ids, id, any(row), any(out.view()));
+    }
+
+    fn sum_rows_of(&self, batch: &CudaBatch, id: u32, from: View<'_, Self>, row: ViewMut<'_, Self>) {
+        let (grid, ids) = (grid(1, from.columns), batch.ids.address);
+        launch!(self.device, "sum_rows_of", grid, [THREADS, 1], ids, id, any(from), any(row.view()));
+    }
+
     fn cross_entropy(
         &self,
         batch: &CudaBatch,
         first: usize,
         gradient: bool,
+        soft_cap: Option<f32>,
         logits: ViewMut<'_, Self>,
         losses: ViewMut<'_, Self>,
     ) {
         let targets = batch.targets.address + 4 * first as u64;
         let (grid, block) = ([logits.rows, 1, 1], Self::row_threads(logits.columns));
-        let (name, flag) = (kernel!("cross_entropy", logits.data.numbers), u32::from(gradient));
-        launch!(self.device, name, grid, block, targets, flag, target(&logits), target(&losses));
+        let (name, flag, cap) =
+            (kernel!("cross_entropy", logits.data.numbers), u32::from(gradient), soft_cap.unwrap_or(0.0));
+        launch!(self.device, name, grid, block, targets, flag, cap, target(&logits), target(&losses));
     }
 }

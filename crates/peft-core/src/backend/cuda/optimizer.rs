@@ -4,7 +4,7 @@ use super::{Cuda, DeviceError, Numbers, THREADS, launch, matrix};
 use crate::{
     backend::{Backend, View},
     error::Result,
-    optim::{FlatState, FlatUpdate, Outcome, SQUARES},
+    optim::{Factors, FlatState, FlatUpdate, Outcome, SQUARES},
 };
 
 /// Numbers of f64 in front of the partial sums: norm, factor, sum of losses.
@@ -16,7 +16,7 @@ const REPORT: usize = 3;
 struct GroupArgument {
     end: u64,
     factors: [f32; 7],
-    padding: f32,
+    skip: u32,
 }
 
 // SAFETY: plain numbers without gaps.
@@ -43,8 +43,8 @@ impl Cuda {
             .iter()
             .map(|(end, factors)| GroupArgument {
                 end: *end as u64,
-                factors: factors.as_array(),
-                padding: 0.0,
+                factors: factors.as_ref().map_or([0.0; 7], Factors::as_array),
+                skip: u32::from(factors.is_none()),
             })
             .collect();
         let bytes = size_of_val(groups.as_slice());

@@ -12,14 +12,17 @@ use crate::{
 /// No dimension of a language model comes near; products of three stay far below 2^64.
 const LARGEST_SIZE: u64 = 1 << 24;
 
+/// Far above any model that there is; lists of one item a layer stay small.
+const MOST_LAYERS: usize = 4096;
+
 /// The keys of a `config.json`.
-pub(super) struct Fields<'a> {
+pub(crate) struct Fields<'a> {
     json: &'a Map<String, Value>,
     file: &'a Path,
 }
 
 impl<'a> Fields<'a> {
-    pub(super) fn new(json: &'a Value, file: &'a Path) -> Result<Self> {
+    pub(crate) fn new(json: &'a Value, file: &'a Path) -> Result<Self> {
         match json {
             Value::Object(json) => Ok(Self { json, file }),
             _ => Err(Error::ModelConfig {
@@ -30,11 +33,11 @@ impl<'a> Fields<'a> {
         }
     }
 
-    pub(super) fn problem(&self, key: &str, problem: impl Display) -> Error {
+    pub(crate) fn problem(&self, key: &str, problem: impl Display) -> Error {
         Error::ModelConfig { file: self.file.to_owned(), key: key.to_owned(), problem: problem.to_string() }
     }
 
-    pub(super) fn unsupported(&self, key: &str, value: &Value) -> Error {
+    pub(crate) fn unsupported(&self, key: &str, value: &Value) -> Error {
         Error::UnsupportedModelOption {
             file: self.file.to_owned(),
             key: key.to_owned(),
@@ -45,6 +48,11 @@ impl<'a> Fields<'a> {
     /// The value of a key; `null` counts as absent.
     fn get(&self, key: &str) -> Option<&'a Value> {
         self.json.get(key).filter(|value| !value.is_null())
+    }
+
+    /// Whether a key is there, be it `null`.
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.json.contains_key(key)
     }
 
     fn read<T>(
@@ -60,35 +68,58 @@ impl<'a> Fields<'a> {
         }
     }
 
-    pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>> {
+    pub(crate) fn text(&self, key: &str) -> Result<Option<&'a str>> {
         self.read(key, "a text", Value::as_str)
     }
 
-    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>> {
+    pub(crate) fn flag(&self, key: &str) -> Result<Option<bool>> {
         self.read(key, "true or false", Value::as_bool)
     }
 
-    pub(super) fn number(&self, key: &str) -> Result<Option<f64>> {
+    pub(crate) fn number(&self, key: &str) -> Result<Option<f64>> {
         self.read(key, "a number", Value::as_f64)
     }
 
-    pub(super) fn optional_size(&self, key: &str) -> Result<Option<usize>> {
+    pub(crate) fn optional_size(&self, key: &str) -> Result<Option<usize>> {
         self.read(key, "a whole number from 1 to 2^24", |value| {
             let size = value.as_u64().filter(|size| (1..=LARGEST_SIZE).contains(size))?;
             usize::try_from(size).ok()
         })
     }
 
-    pub(super) fn size_or(&self, key: &str, default: usize) -> Result<usize> {
+    /// A whole number that may be 0.
+    pub(crate) fn optional_count(&self, key: &str) -> Result<Option<usize>> {
+        self.read(key, "a whole number from 0 to 2^24", |value| {
+            let count = value.as_u64().filter(|count| *count <= LARGEST_SIZE)?;
+            usize::try_from(count).ok()
+        })
+    }
+
+    pub(crate) fn size_or(&self, key: &str, default: usize) -> Result<usize> {
         Ok(self.optional_size(key)?.unwrap_or(default))
     }
 
-    pub(super) fn size(&self, key: &str) -> Result<usize> {
+    pub(crate) fn size(&self, key: &str) -> Result<usize> {
         self.optional_size(key)?.ok_or_else(|| self.problem(key, "is missing"))
     }
 
+    /// The list under a key.
+    pub(crate) fn list(&self, key: &str) -> Result<Option<&'a [Value]>> {
+        self.read(key, "a list", |value| value.as_array().map(Vec::as_slice))
+    }
+
+    /// The number of decoder layers.
+    pub(crate) fn layers(&self) -> Result<usize> {
+        let key = "num_hidden_layers";
+        let layers = self.size(key)?;
+        if layers > MOST_LAYERS {
+            return Err(self.problem(key, format!("is {layers}; {MOST_LAYERS} at most can be right")));
+        }
+        Ok(layers)
+    }
+
     /// One token id, a list of them, or none.
-    pub(super) fn tokens(&self, key: &str) -> Result<Vec<u32>> {
+    pub(crate) fn tokens(&self, key: &str) -> Result<Vec<u32>> {
         let token = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
         let tokens = self.read(key, "a token id or a list of them", |value| match value {
             Value::Array(list) => list.iter().map(token).collect::<Option<Vec<u32>>>(),
@@ -105,7 +136,7 @@ impl<'a> Fields<'a> {
     }
 
     /// Rotary settings, in transformers' new form or in its old one.
-    pub(super) fn rope(&self, max_positions: usize) -> Result<Rope> {
+    pub(crate) fn rope(&self, max_positions: usize) -> Result<Rope> {
         let (key, object) = match self.object("rope_parameters")? {
             Some(object) => ("rope_parameters", Some(object)),
             None => ("rope_scaling", self.object("rope_scaling")?),
@@ -182,7 +213,7 @@ impl<'a> Fields<'a> {
     }
 
     /// Whether `quantization_config` says NF4 by bitsandbytes; any other quantisation is refused.
-    pub(super) fn stored_nf4(&self) -> Result<bool> {
+    pub(crate) fn stored_nf4(&self) -> Result<bool> {
         let Some(object) = self.object("quantization_config")? else { return Ok(false) };
         let inner = Fields { json: object, file: self.file };
         let method = inner.text("quant_method")?.unwrap_or("bitsandbytes");

@@ -7,7 +7,7 @@ use safetensors::tensor::Dtype;
 use crate::{
     error::{Error, Result},
     model::{
-        config::{ModelConfig, Projection},
+        config::{ModelConfig, Norm, Projection},
         resident::MemoryUse,
         weights::{ModelFiles, Tensor},
     },
@@ -44,8 +44,8 @@ impl WeightPlan<'_> {
 
 /// One decoder layer.
 pub(super) struct LayerPlan<'a> {
-    pub(super) input_norm: Tensor<'a>,
-    pub(super) post_attention_norm: Tensor<'a>,
+    /// In the order of [`Norm::ALL`].
+    pub(super) norms: Vec<(Norm, Tensor<'a>)>,
     /// By [`Projection::index`].
     pub(super) weights: Vec<WeightPlan<'a>>,
     /// By [`Projection::index`].
@@ -74,7 +74,6 @@ impl<'a> BasePlan<'a> {
             tensor.expect_float()?;
             Ok(tensor)
         };
-        let norm = |name: &str| float(name, &[config.hidden_size]);
         let table = |name: &str| float(name, &[config.vocabulary_size, config.hidden_size]);
         let layers = (0..config.layers)
             .map(|layer| {
@@ -104,11 +103,12 @@ impl<'a> BasePlan<'a> {
                     let wanted = config.has_bias(*projection);
                     wanted.then(|| float(&name, &[config.shape(*projection)[0]])).transpose()
                 });
+                let norms = config.norms().map(|norm| {
+                    let name = format!("{}.weight", config.norm_module(layer, norm));
+                    Ok((norm, float(&name, &[config.norm_features(norm)])?))
+                });
                 Ok(LayerPlan {
-                    input_norm: norm(&format!("model.layers.{layer}.input_layernorm.weight"))?,
-                    post_attention_norm: norm(&format!(
-                        "model.layers.{layer}.post_attention_layernorm.weight"
-                    ))?,
+                    norms: norms.collect::<Result<_>>()?,
                     weights: weights.collect::<Result<_>>()?,
                     biases: biases.collect::<Result<_>>()?,
                 })
@@ -118,7 +118,7 @@ impl<'a> BasePlan<'a> {
         Ok(Self {
             layers,
             embedding: table("model.embed_tokens.weight")?,
-            final_norm: norm("model.norm.weight")?,
+            final_norm: float("model.norm.weight", &[config.hidden_size])?,
             head,
         })
     }
@@ -128,7 +128,7 @@ impl<'a> BasePlan<'a> {
         let mut tensors = vec![self.embedding, self.final_norm];
         tensors.extend(self.head);
         for layer in &self.layers {
-            tensors.extend([layer.input_norm, layer.post_attention_norm]);
+            tensors.extend(layer.norms.iter().map(|(_, tensor)| *tensor));
             tensors.extend(layer.biases.iter().flatten());
             for weight in &layer.weights {
                 match weight {
@@ -169,7 +169,8 @@ impl<'a> BasePlan<'a> {
                 }
             }
             let biases: usize = layer.biases.iter().flatten().map(Tensor::elements).sum();
-            memory.other_bytes += 4 * (2 * config.hidden_size + biases);
+            let norms: usize = layer.norms.iter().map(|(_, tensor)| tensor.elements()).sum();
+            memory.other_bytes += 4 * (norms + biases);
         }
         memory
     }

@@ -55,6 +55,26 @@ __device__ __forceinline__ float get(const bf16* p) { return from_bf16(p->bits);
 __device__ __forceinline__ void set(float* p, float x) { *p = x; }
 __device__ __forceinline__ void set(bf16* p, float x) { p->bits = (u16)pack_bf16(x, 0.0f); }
 
+// A matrix whose kind of number is known when a kernel runs: for what is not hot.
+struct Any {
+    void* data;
+    u64 stride;
+    u32 rows;
+    u32 columns;
+    u32 half;
+};
+
+__device__ __forceinline__ float get(const Any& m, u64 row, u64 column) {
+    u64 at = row * m.stride + column;
+    return m.half ? get((const bf16*)m.data + at) : ((const float*)m.data)[at];
+}
+
+__device__ __forceinline__ void set(const Any& m, u64 row, u64 column, float x) {
+    u64 at = row * m.stride + column;
+    if (m.half) set((bf16*)m.data + at, x);
+    else ((float*)m.data)[at] = x;
+}
+
 // Eight numbers side by side, at an address that is a multiple of 16 bytes.
 __device__ __forceinline__ void get8(const float* p, float (&x)[8]) {
     float4 a = ((const float4*)p)[0], b = ((const float4*)p)[1];

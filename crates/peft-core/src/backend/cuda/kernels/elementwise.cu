@@ -82,39 +82,64 @@ __device__ __forceinline__ void scatter_rows_of(const u32* rows, MatrixOf<T> x, 
 }
 BOTH(scatter_rows, (const u32* rows, MatrixOf<T> x, MatrixOf<T> out), (rows, x, out))
 
-// As in swiglu_gradient, so that what is computed again has the same bits.
-__device__ __forceinline__ float silu(float g) { return g * (1.0f / (1.0f + expf(-g))); }
+// Gated activations, f(gate) * up. What is computed again in the backward pass has the same bits.
+struct Silu {
+    // f(g) and its slope.
+    static __device__ __forceinline__ void at(float g, float& value, float& slope) {
+        float sigmoid = 1.0f / (1.0f + expf(-g));
+        value = g * sigmoid;
+        slope = sigmoid * (1.0f + g * (1.0f - sigmoid));
+    }
+};
 
-// silu(gate) * up in the place of its gradient, and the gradients of gate and up in theirs.
-__device__ __forceinline__ void swiglu_gradient(float& out, float& gate, float& up) {
-    float dy = out, g = gate, u = up, sigmoid = 1.0f / (1.0f + expf(-g));
-    out = g * sigmoid * u;
-    gate = dy * u * sigmoid * (1.0f + g * (1.0f - sigmoid));
-    up = dy * g * sigmoid;
-}
+// By the approximation x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+struct Gelu {
+    static __device__ __forceinline__ void at(float x, float& value, float& slope) {
+        float bend = tanhf(0.7978845608f * (x + 0.044715f * x * x * x));
+        float inner = 0.7978845608f * (1.0f + 3.0f * 0.044715f * x * x);
+        value = 0.5f * x * (1.0f + bend);
+        slope = 0.5f * (1.0f + bend) + 0.5f * x * (1.0f - bend * bend) * inner;
+    }
+};
 
-template <class T>
-__device__ __forceinline__ void swiglu_of(MatrixOf<T> gate, MatrixOf<T> up, MatrixOf<T> out) {
+template <class F, class T>
+__device__ __forceinline__ void gated(MatrixOf<T> gate, MatrixOf<T> up, MatrixOf<T> out) {
     const T* g = row_of(gate, blockIdx.x);
     const T* u = row_of(up, blockIdx.x);
     T* to = row_of(out, blockIdx.x);
+    float value, slope;
     if (by_eights(gate) && by_eights(up) && by_eights(out)) {
         FOR_COLUMNS(c, out.columns / 8) {
             float x[8], y[8];
             get8(g + 8 * c, x);
             get8(u + 8 * c, y);
 #pragma unroll
-            for (int i = 0; i < 8; i++) x[i] = silu(x[i]) * y[i];
+            for (int i = 0; i < 8; i++) {
+                F::at(x[i], value, slope);
+                x[i] = value * y[i];
+            }
             set8(to + 8 * c, x);
         }
     } else {
-        FOR_COLUMNS(c, out.columns) set(to + c, silu(get(g + c)) * get(u + c));
+        FOR_COLUMNS(c, out.columns) {
+            F::at(get(g + c), value, slope);
+            set(to + c, value * get(u + c));
+        }
     }
 }
-BOTH(swiglu, (MatrixOf<T> gate, MatrixOf<T> up, MatrixOf<T> out), (gate, up, out))
 
-template <class T>
-__device__ __forceinline__ void swiglu_backward_of(MatrixOf<T> dout, MatrixOf<T> gate, MatrixOf<T> up) {
+// The product in the place of its gradient, and the gradients of gate and up in theirs.
+template <class F>
+__device__ __forceinline__ void gated_gradient(float& out, float& gate, float& up) {
+    float dy = out, u = up, value, slope;
+    F::at(gate, value, slope);
+    out = value * u;
+    gate = dy * u * slope;
+    up = dy * value;
+}
+
+template <class F, class T>
+__device__ __forceinline__ void gated_backward(MatrixOf<T> dout, MatrixOf<T> gate, MatrixOf<T> up) {
     T* d = row_of(dout, blockIdx.x);
     T* gs = row_of(gate, blockIdx.x);
     T* us = row_of(up, blockIdx.x);
@@ -125,7 +150,7 @@ __device__ __forceinline__ void swiglu_backward_of(MatrixOf<T> dout, MatrixOf<T>
             get8(gs + 8 * c, g);
             get8(us + 8 * c, u);
 #pragma unroll
-            for (int i = 0; i < 8; i++) swiglu_gradient(dy[i], g[i], u[i]);
+            for (int i = 0; i < 8; i++) gated_gradient<F>(dy[i], g[i], u[i]);
             set8(d + 8 * c, dy);
             set8(gs + 8 * c, g);
             set8(us + 8 * c, u);
@@ -133,14 +158,41 @@ __device__ __forceinline__ void swiglu_backward_of(MatrixOf<T> dout, MatrixOf<T>
     } else {
         FOR_COLUMNS(c, gate.columns) {
             float dy = get(d + c), g = get(gs + c), u = get(us + c);
-            swiglu_gradient(dy, g, u);
+            gated_gradient<F>(dy, g, u);
             set(d + c, dy);
             set(gs + c, g);
             set(us + c, u);
         }
     }
 }
+
+template <class T>
+__device__ __forceinline__ void swiglu_of(MatrixOf<T> gate, MatrixOf<T> up, MatrixOf<T> out) { gated<Silu>(gate, up, out); }
+BOTH(swiglu, (MatrixOf<T> gate, MatrixOf<T> up, MatrixOf<T> out), (gate, up, out))
+
+template <class T>
+__device__ __forceinline__ void geglu_of(MatrixOf<T> gate, MatrixOf<T> up, MatrixOf<T> out) { gated<Gelu>(gate, up, out); }
+BOTH(geglu, (MatrixOf<T> gate, MatrixOf<T> up, MatrixOf<T> out), (gate, up, out))
+
+template <class T>
+__device__ __forceinline__ void swiglu_backward_of(MatrixOf<T> dout, MatrixOf<T> gate, MatrixOf<T> up) {
+    gated_backward<Silu>(dout, gate, up);
+}
 BOTH(swiglu_backward, (MatrixOf<T> dout, MatrixOf<T> gate, MatrixOf<T> up), (dout, gate, up))
+
+template <class T>
+__device__ __forceinline__ void geglu_backward_of(MatrixOf<T> dout, MatrixOf<T> gate, MatrixOf<T> up) {
+    gated_backward<Gelu>(dout, gate, up);
+}
+BOTH(geglu_backward, (MatrixOf<T> dout, MatrixOf<T> gate, MatrixOf<T> up), (dout, gate, up))
+
+extern "C" __global__ void scale(Any to, float factor) {
+    FOR_COLUMNS(c, to.columns) set(to, blockIdx.x, c, get(to, blockIdx.x, c) * factor);
+}
+
+extern "C" __global__ void soft_cap(Any x, float cap) {
+    FOR_COLUMNS(c, x.columns) set(x, blockIdx.x, c, cap * tanhf(get(x, blockIdx.x, c) / cap));
+}
 
 __device__ __forceinline__ void turn(float& first, float& second, float cosine, float sine) {
     float a = first, b = second;

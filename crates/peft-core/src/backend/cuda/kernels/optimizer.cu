@@ -54,6 +54,7 @@ struct Factors {
 struct Group {
     u64 end;
     Factors factors;
+    u32 skip;
 };
 
 // `rounded` gets the new parameters as bf16 where it is not null. The gradient becomes 0.
@@ -70,6 +71,10 @@ extern "C" __global__ void adamw(float* parameters, float* gradients, float* fir
             else low = middle + 1;
         }
         Factors f = groups[low].factors;
+        if (groups[low].skip) {
+            gradients[i] = 0.0f;
+            continue;
+        }
         float gradient = __fmul_rn(gradients[i], scale);
         float m = __fadd_rn(first[i], __fmul_rn(f.first, __fsub_rn(gradient, first[i])));
         float v = __fadd_rn(__fmul_rn(second[i], f.beta2), __fmul_rn(__fmul_rn(f.second, gradient), gradient));

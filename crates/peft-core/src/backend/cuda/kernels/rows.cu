@@ -156,14 +156,18 @@ BOTH(rms_norm_backward,
      (MatrixOf<T> dout, MatrixOf<T> x, const float* weight, MatrixOf<float> reciprocal, MatrixOf<T> dx),
      (dout, x, weight, reciprocal, dx))
 
-// losses[r] = ln(sum of e^logit) - logit[target]; with `gradient` the logits become softmax - one_hot(target).
-// One pass finds the largest and the sum, another writes.
+// losses[r] = ln(sum of e^logit) - logit[target]; with `gradient` the logits become softmax - one_hot(target). A `cap` that
+// is not 0 bounds the logits first; its slope multiplies the gradient. One pass finds the largest and the sum, another writes.
 template <class T>
-__device__ __forceinline__ void cross_entropy_of(const u32* targets, u32 gradient, MatrixOf<T> logits,
+__device__ __forceinline__ float power(float x) { return sizeof(T) == 2 ? __expf(x) : expf(x); }
+
+template <class T>
+__device__ __forceinline__ void cross_entropy_of(const u32* targets, u32 gradient, float cap, MatrixOf<T> logits,
                                                  MatrixOf<float> losses) {
     T* row = row_of(logits, blockIdx.x);
     u32 target = targets[blockIdx.x];
     float wanted = get(row + target);
+    if (cap != 0.0f) wanted = cap * tanhf(wanted / cap);
     float largest = -3.0e38f, sum = 0.0f;
     bool eights = by_eights(logits);
     if (eights) {
@@ -172,16 +176,21 @@ __device__ __forceinline__ void cross_entropy_of(const u32* targets, u32 gradien
             get8(row + c, x);
             float most = largest;
 #pragma unroll
-            for (int i = 0; i < 8; i++) most = fmaxf(most, x[i]);
-            sum *= __expf(largest - most);
+            for (int i = 0; i < 8; i++) {
+                if (cap != 0.0f) x[i] = cap * tanhf(x[i] / cap);
+                most = fmaxf(most, x[i]);
+            }
+            sum *= power<T>(largest - most);
             largest = most;
 #pragma unroll
-            for (int i = 0; i < 8; i++) sum += sizeof(T) == 2 ? __expf(x[i] - most) : expf(x[i] - most);
+            for (int i = 0; i < 8; i++) sum += power<T>(x[i] - most);
         }
     } else {
         for (u32 c = threadIdx.x; c < logits.columns; c += blockDim.x) {
-            float x = get(row + c), most = fmaxf(largest, x);
-            sum = sum * expf(largest - most) + expf(x - most);
+            float x = get(row + c);
+            if (cap != 0.0f) x = cap * tanhf(x / cap);
+            float most = fmaxf(largest, x);
+            sum = sum * power<T>(largest - most) + power<T>(x - most);
             largest = most;
         }
     }
@@ -197,16 +206,19 @@ __device__ __forceinline__ void cross_entropy_of(const u32* targets, u32 gradien
             get8(row + c, x);
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                float e = sizeof(T) == 2 ? __expf(x[i] - most) : expf(x[i] - most);
-                x[i] = e * inverse - (c + i == target ? 1.0f : 0.0f);
+                float bend = 0.0f;
+                if (cap != 0.0f) bend = tanhf(x[i] / cap), x[i] = cap * bend;
+                x[i] = (power<T>(x[i] - most) * inverse - (c + i == target ? 1.0f : 0.0f)) * (1.0f - bend * bend);
             }
             set8(row + c, x);
         }
     } else {
         for (u32 c = threadIdx.x; c < logits.columns; c += blockDim.x) {
-            set(row + c, expf(get(row + c) - most) * inverse - (c == target ? 1.0f : 0.0f));
+            float x = get(row + c), bend = 0.0f;
+            if (cap != 0.0f) bend = tanhf(x / cap), x = cap * bend;
+            set(row + c, (power<T>(x - most) * inverse - (c == target ? 1.0f : 0.0f)) * (1.0f - bend * bend));
         }
     }
 }
-BOTH(cross_entropy, (const u32* targets, u32 gradient, MatrixOf<T> logits, MatrixOf<float> losses),
-     (targets, gradient, logits, losses))
+BOTH(cross_entropy, (const u32* targets, u32 gradient, float cap, MatrixOf<T> logits, MatrixOf<float> losses),
+     (targets, gradient, cap, logits, losses))
