@@ -34,16 +34,17 @@ def bf16(*shape):
 class LowRank:
     """dp = scale dy B and db += scale dy^T p in one pass over dy."""
 
-    def __init__(self, card, module, rank):
-        stages, rows, columns = 4, 32, 512
+    def __init__(self, card, module, rank, stages=4, blocks=132):
+        rows, columns = 32, 512
+        self.blocks = blocks
         shared = 2 * stages * rows * (columns + 8 + rank + 8) + 8 * rows * rank * 4
         self.rank, self.rows, self.columns = rank, rows, columns
         self.slopes = card.kernel(module, f"low_rank_slopes_{rank}", shared)
         self.sum = card.kernel(module, "low_rank_sum")
 
-    def __call__(self, dy, b, p, scale, dp, db, sms=132):
+    def __call__(self, dy, b, p, scale, dp, db):
         chunks = -(-dy.shape[1] // self.columns)
-        splits = max(1, sms // chunks)
+        splits = max(1, self.blocks // chunks)
         stretch = -(-dy.shape[0] // splits)
         stretch = -(-stretch // self.rows) * self.rows
         splits = -(-dy.shape[0] // stretch)

@@ -8,7 +8,9 @@
 #define STRIP 64
 #define LOW_RANK_COLUMNS 512
 #define LOW_RANK_ROWS 32
+#ifndef LOW_RANK_STAGES
 #define LOW_RANK_STAGES 4
+#endif
 #define LOW_RANK_THREADS 256
 // Numbers from one row of a tile to the next: padded, so that eight rows hit different banks.
 #define LOW_RANK_LINE (LOW_RANK_COLUMNS + 8)

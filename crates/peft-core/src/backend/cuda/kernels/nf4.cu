@@ -62,7 +62,7 @@ extern "C" __global__ void nf4_bf16(Nf4 m, u16* out) { dequantise(m, nullptr, ou
 
 // out = bf16(W + scale B A) for W of NF4, A [rank, columns] and B [rows, rank] of bf16, sums in f32: a branch of low rank
 // costs no pass over activations then. `columns` is a multiple of 64 and `rank` of 2. A block takes 256 rows and 128
-// columns, a warp 32 rows. Columns of a tile of products are numbered so that a lane holds eight side by side.
+// columns, a warp 32 rows. Columns of a tile of products are numbered so that a lane holds sixteen side by side.
 #define MERGED_ROWS 256
 #define MERGED_COLUMNS 128
 
@@ -72,7 +72,7 @@ __device__ __forceinline__ void multiply_16x8(float (&acc)[4], const u32 (&a)[4]
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-extern "C" __global__ void __launch_bounds__(256, 3)
+extern "C" __global__ void __launch_bounds__(256)
 nf4_merged(Nf4 m, u32 rows, u32 columns, const bf16* a, const bf16* b, u32 rank, float scale, u16* out) {
     extern __shared__ u16 tile[];
     __shared__ float2 pairs[256];
@@ -84,30 +84,23 @@ nf4_merged(Nf4 m, u32 rows, u32 columns, const bf16* a, const bf16* b, u32 rank,
     }
     __syncthreads();
     u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    u32 row = blockIdx.y * MERGED_ROWS + warp * 32 + g, width = min((u32)MERGED_COLUMNS, columns - first);
-    // What is read of W is asked for one part ahead of the products that it is added to.
-    u32 codes[4];
-    float blocks[4];
-    auto ask = [&](u32 part) {
+    u32 row = blockIdx.y * MERGED_ROWS + warp * 32 + g;
+    for (u32 part = 0; part < MERGED_COLUMNS && first + part < columns; part += 64) {
+        // What is read of W, asked for before the products that it is added to.
+        uint2 codes[4];
+        float blocks[4];
 #pragma unroll
         for (int quarter = 0; quarter < 4; quarter++) {
-            u64 at = (u64)min(row + 8 * quarter, rows - 1) * columns + first + part + 8 * t;
-            codes[quarter] = *(const u32*)(m.codes + at / 2);
+            u32 r = min(row + 8 * quarter, rows - 1);
+            u64 at = (u64)r * columns + first + part + 16 * t;
+            codes[quarter] = *(const uint2*)(m.codes + at / 2);
             blocks[quarter] = scale_of(m, at >> m.block_shift);
         }
-    };
-    ask(0);
-    for (u32 part = 0; part < width; part += 32) {
-        u32 own[4];
-        float block[4];
-#pragma unroll
-        for (int quarter = 0; quarter < 4; quarter++) own[quarter] = codes[quarter], block[quarter] = blocks[quarter];
-        if (part + 32 < width) ask(part + 32);
-        float acc[2][4][4];
+        float acc[2][8][4];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
-            for (int n = 0; n < 4; n++) acc[half][n][0] = acc[half][n][1] = acc[half][n][2] = acc[half][n][3] = 0.0f;
+            for (int n = 0; n < 8; n++) acc[half][n][0] = acc[half][n][1] = acc[half][n][2] = acc[half][n][3] = 0.0f;
         }
         for (u32 k = 2 * t; k < depth; k += 16) {
             u32 b_part[2][4];
@@ -120,8 +113,8 @@ nf4_merged(Nf4 m, u32 rows, u32 columns, const bf16* a, const bf16* b, u32 rank,
                 }
             }
 #pragma unroll
-            for (int n = 0; n < 4; n++) {
-                const u16* from = tile + (part + 8 * (g >> 1) + 2 * n + (g & 1)) * ld + k;
+            for (int n = 0; n < 8; n++) {
+                const u16* from = tile + (part + 16 * (g >> 1) + 2 * n + (g & 1)) * ld + k;
                 u32 a0 = *(const u32*)from, a1 = *(const u32*)(from + 8);
                 multiply_16x8(acc[0][n], b_part[0], a0, a1);
                 multiply_16x8(acc[1][n], b_part[1], a0, a1);
@@ -131,15 +124,18 @@ nf4_merged(Nf4 m, u32 rows, u32 columns, const bf16* a, const bf16* b, u32 rank,
         for (int quarter = 0; quarter < 4; quarter++) {
             u32 r = row + 8 * quarter;
             if (r >= rows) continue;
-            u32 words[4];
+            u64 at = (u64)r * columns + first + part + 16 * t;
+            float block = blocks[quarter];
+            u32 words[8];
 #pragma unroll
-            for (int n = 0; n < 4; n++) {
-                float2 pair = pairs[(own[quarter] >> (8 * n)) & 255u];
+            for (int n = 0; n < 8; n++) {
+                float2 pair = pairs[((n < 4 ? codes[quarter].x : codes[quarter].y) >> (8 * (n & 3))) & 255u];
                 const float* sum = &acc[quarter >> 1][n][2 * (quarter & 1)];
-                words[n] = pack_bf16(fmaf(scale, sum[0], __fmul_rn(pair.x, block[quarter])),
-                                     fmaf(scale, sum[1], __fmul_rn(pair.y, block[quarter])));
+                words[n] = pack_bf16(fmaf(scale, sum[0], __fmul_rn(pair.x, block)),
+                                     fmaf(scale, sum[1], __fmul_rn(pair.y, block)));
             }
-            *(uint4*)(out + (u64)r * columns + first + part + 8 * t) = make_uint4(words[0], words[1], words[2], words[3]);
+            ((uint4*)(out + at))[0] = make_uint4(words[0], words[1], words[2], words[3]);
+            ((uint4*)(out + at))[1] = make_uint4(words[4], words[5], words[6], words[7]);
         }
     }
 }
