@@ -1,9 +1,9 @@
 //! What a job would train and take, from headers alone: no weight is read.
 
 use serde::Serialize;
-use shanty_config::{JobSpec, Loaded};
+use shanty_config::{JobSpec, Loaded, job::Device};
 use shanty_diagnostic::Diagnose;
-use shanty_peft_core::{Engine, plan::Recompute};
+use shanty_peft_core::{Engine, EngineDevice, EngineOptions, backend::cuda};
 use shanty_worker::engine::engine_options;
 
 use crate::{failure::CommandResult, job_file::at_key};
@@ -19,7 +19,10 @@ pub(crate) struct Preflight {
     pub(crate) total_parameters: u64,
     pub(crate) memory: Memory,
     pub(crate) micro_batch_rows: usize,
+    /// Whether anything is computed again in the backward pass.
     pub(crate) recompute: bool,
+    /// What becomes of each layer's activations, in words.
+    pub(crate) layers: String,
     /// Names in `target_modules` that matched nothing while others did.
     pub(crate) unused_targets: Vec<String>,
 }
@@ -32,11 +35,24 @@ pub(crate) struct Memory {
     pub(crate) optimizer: u64,
     pub(crate) activations: u64,
     pub(crate) scratch: u64,
+    /// What lies in the host's memory beside a card.
+    pub(crate) host: u64,
 }
 
 impl Memory {
     pub(crate) fn total(&self) -> u64 {
         self.base + self.adapter + self.optimizer + self.activations + self.scratch
+    }
+}
+
+/// Where workers of this machine would compute. A job for cards is planned for cards, whatever this machine has.
+fn device(spec: &JobSpec) -> EngineDevice {
+    let card = EngineDevice::Cuda { index: 0, precision: cuda::Precision::default() };
+    match spec.cluster.device {
+        Device::Cpu => EngineDevice::Cpu,
+        Device::Cuda => card,
+        Device::Auto if cuda::is_available() => card,
+        Device::Auto => EngineDevice::Cpu,
     }
 }
 
@@ -46,6 +62,7 @@ impl Preflight {
         let spec = &job.value;
         let options =
             engine_options(spec, threads).map_err(|error| at_key(job, "base.model", error.diagnostic()))?;
+        let options = EngineOptions { device: device(spec), ..options };
         let estimate = Engine::estimate(&options).map_err(|error| {
             let diagnostic = error.diagnostic();
             let key = match diagnostic.code.starts_with("SH04") {
@@ -67,9 +84,11 @@ impl Preflight {
                 optimizer: plan.optimizer_bytes,
                 activations: plan.activation_bytes,
                 scratch: plan.scratch_bytes,
+                host: plan.aside_bytes,
             },
             micro_batch_rows: plan.micro_batch_rows,
-            recompute: plan.recompute == Recompute::Layers,
+            recompute: plan.levels.everything < plan.levels.layers(),
+            layers: plan.levels.describe(),
             unused_targets: estimate.fit.matched().unused.clone(),
         })
     }

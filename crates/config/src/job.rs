@@ -438,7 +438,35 @@ described! {
         pub eval_every_steps: u64,
         /// Activation memory: keep everything, or recompute a layer in its backward pass.
         pub recompute: Recompute,
+        /// What a worker's step may take, on a card of its memory: `auto` for all that is there (half of it without a card),
+        /// or a size such as `8GiB` (`GiB`, `MiB`, `GB`, `MB`). Base, adapter, optimizer, activations and scratch count; what
+        /// does not fit is computed again, then moved to the host's memory. `shanty plan` shows what comes of it.
+        pub memory: String,
     }
+}
+
+impl TrainSpec {
+    /// What a step may take, bytes; none for `auto`, and where [`Self::memory`] is no size, which validation refuses.
+    pub fn memory_limit(&self) -> Option<u64> {
+        bytes_of(&self.memory)
+    }
+}
+
+/// The bytes of `8GiB`, `512 MiB`, `7.5GB`.
+pub(crate) fn bytes_of(text: &str) -> Option<u64> {
+    let text = text.trim();
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+    let (number, unit) = text.split_at(digits);
+    let factor = match unit.trim() {
+        "GiB" => 1_u64 << 30,
+        "MiB" => 1 << 20,
+        "GB" => 1_000_000_000,
+        "MB" => 1_000_000,
+        _ => return None,
+    };
+    let number: f64 = number.parse().ok()?;
+    let bytes = number * factor as f64;
+    (bytes.is_finite() && bytes >= 1.0).then_some(bytes as u64)
 }
 
 impl Default for TrainSpec {
@@ -458,6 +486,7 @@ impl Default for TrainSpec {
             seed: 17,
             eval_every_steps: 0,
             recompute: Recompute::Auto,
+            memory: "auto".to_owned(),
         }
     }
 }

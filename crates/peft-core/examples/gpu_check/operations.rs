@@ -7,12 +7,13 @@ use shanty_peft_core::{
         cuda::{Cuda, Precision},
     },
     batch::{PackedBatch, Row, Segment},
+    bench::{RandomBase, Shape},
     model::{BaseSource, Matrix},
     optim::{AdamWOptions, FlatState, FlatUpdate, groups},
     random::{self, DropoutKey},
 };
 
-use crate::{Report, models::RandomBase};
+use crate::Report;
 
 /// The name of the card.
 pub(crate) fn card() -> String {
@@ -519,7 +520,8 @@ fn frozen(report: &mut Report, cpu: &Cpu) {
     for shape in [[512, 1024, 1536], [72, 40, 100]] {
         for block_size in [64, 4096] {
             let [hidden, intermediate, vocabulary] = shape;
-            let mut base = RandomBase::new(hidden, intermediate, 1, vocabulary, 4, block_size);
+            let shape = Shape { hidden, intermediate, layers: 1, vocabulary, heads: 4 };
+            let mut base = RandomBase::new(shape, block_size).unwrap();
             for precision in [Precision::F32, Precision::Bf16] {
                 let mut cuda = Cuda::new(0, precision).unwrap();
                 cuda.hold(&mut base, block_size > 64).unwrap();

@@ -3,7 +3,7 @@
 use super::{Engine, EngineDevice, EngineOptions, Machine};
 use crate::{
     adapter::{Fit, SharedMethod},
-    backend::cuda::Precision,
+    backend::cuda::{self, Precision},
     error::Result,
     model::{BaseSource, LoadProgress, MemoryUse, ModelConfig, ResidentBase},
     plan::{MemoryPlan, PlanRequest, Sizes},
@@ -63,6 +63,11 @@ impl Engine {
                 && options.widens_head(),
             ..options.request()
         };
+        if let EngineDevice::Cuda { index, .. } = options.device {
+            // Where the card is not here, nothing is known of its memory.
+            let room = cuda::free_bytes(index).map_or(u64::MAX, |free| free / 100 * 96);
+            request.memory_limit = Some(request.memory_limit.map_or(room, |limit| limit.min(room)));
+        }
         if request.threads == 0 {
             request.threads = std::thread::available_parallelism().map_or(1, usize::from);
         }

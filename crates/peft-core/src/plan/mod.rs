@@ -244,15 +244,17 @@ mod tests {
     fn computing_again_is_chosen_only_where_memory_is_short() {
         let roomy = MemoryPlan::choose(sizes, &request(Recompute::Auto, Some(1 << 40)));
         assert_eq!((roomy.levels, roomy.micro_batch_rows), (Levels::everything(4), 16));
-        let mut limit = roomy.peak_bytes();
-        let mut computed_again = 0;
-        while computed_again < 8 {
+        let [some, rest] = sizes(1).savings();
+        let saved = |levels: Levels| {
+            (levels.unexpanded + levels.everything) as u64 * some + levels.everything as u64 * rest
+        };
+        let (mut limit, mut last) = (roomy.peak_bytes(), saved(roomy.levels));
+        while last > 0 {
             let tight = MemoryPlan::choose(sizes, &request(Recompute::Auto, Some(limit - 1)));
             assert_eq!((tight.micro_batch_rows, tight.aside_bytes), (16, 0));
             assert!(tight.peak_bytes() < limit, "{tight:?}");
-            let again = 2 * tight.levels.boundaries + tight.levels.unexpanded;
-            assert!(again > computed_again, "{tight:?}");
-            (computed_again, limit) = (again, tight.peak_bytes());
+            assert!(saved(tight.levels) < last, "less memory cannot save more work: {tight:?}");
+            (limit, last) = (tight.peak_bytes(), saved(tight.levels));
         }
         let tiny = MemoryPlan::choose(sizes, &request(Recompute::Auto, Some(1)));
         assert_eq!(tiny.micro_batch_rows, 1);

@@ -28,7 +28,7 @@ impl EngineLoader for PeftEngines {
         let spec = request.spec;
         let options = EngineOptions {
             device: device(request.device, spec.cluster.device)?,
-            memory_limit: request.memory_limit_bytes,
+            memory_limit: [request.memory_limit_bytes, spec.train.memory_limit()].into_iter().flatten().min(),
             ..engine_options_for(spec, request.threads, Some(request.steps))?
         };
         let quantised = format!("{:?}", options.quantization);
@@ -36,6 +36,14 @@ impl EngineLoader for PeftEngines {
             progress(loaded.done_bytes as f64 / loaded.total_bytes.max(1) as f64);
         })
         .map_err(|error| Error::part(&error))?;
+        let plan = engine.plan();
+        tracing::info!(
+            memory_bytes = plan.peak_bytes(),
+            host_bytes = plan.aside_bytes,
+            micro_batch_rows = plan.micro_batch_rows,
+            layers = plan.levels.describe(),
+            "planned the memory of a step"
+        );
         let mut hasher = blake3::Hasher::new();
         if let Some(stored) = engine.base_hash() {
             hasher.update(stored.as_bytes());
@@ -94,6 +102,7 @@ fn engine_options_for(spec: &JobSpec, threads: usize, steps: Option<u64>) -> Res
             job::Recompute::Layers => Recompute::Layers,
         },
         micro_batch_rows: spec.train.micro_batch_size,
+        memory_limit: spec.train.memory_limit(),
         ..EngineOptions::new(&spec.base.model, spec.data.max_length)
     })
 }

@@ -69,6 +69,22 @@ impl Device {
         libraries::cublas()
     }
 
+    /// Bytes of a card, and how many are free.
+    pub(super) fn memory_bytes(index: usize) -> Result<(u64, u64), DeviceError> {
+        let card = Card::find(index)?;
+        // SAFETY: the device exists; its context is given back at once.
+        unsafe {
+            let context =
+                result::primary_ctx::retain(card.number).map_err(call("cuDevicePrimaryCtxRetain"))?;
+            let free = result::ctx::set_current(context)
+                .map_err(call("cuCtxSetCurrent"))
+                .and_then(|()| result::mem_get_info().map_err(call("cuMemGetInfo")));
+            let _ = result::primary_ctx::release(card.number);
+            let (free, total) = free?;
+            Ok((total as u64, free as u64))
+        }
+    }
+
     pub(super) fn open(index: usize, precision: Precision) -> Result<Arc<Self>, DeviceError> {
         let Card { number, name, architecture, shared_bytes, multiprocessors } = Card::find(index)?;
         libraries::cublas()?;

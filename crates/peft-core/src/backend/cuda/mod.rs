@@ -18,14 +18,16 @@ mod merge;
 mod operations;
 mod optimizer;
 mod profile;
+mod survey;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use error::DeviceError;
 pub use libraries::{LIBRARIES_VARIABLE, NVRTC_VARIABLE};
 pub use memory::{Aside, DeviceBuffer, DeviceMemory};
-use memory::{Numbers, Region, Source};
+use memory::{Numbers, Pinned, Region, Source};
 use serde::{Deserialize, Serialize};
+pub use survey::{Survey, survey};
 
 use self::{
     attention::TileLists,
@@ -38,6 +40,16 @@ use crate::{error::Result, model::BaseSource, random::DropoutKey};
 /// Whether this machine has a card that [`Cuda::new`] can use, and the libraries for it: for `auto`, which asks first.
 pub fn is_available() -> bool {
     Device::probe().is_ok()
+}
+
+/// Bytes of a card, and how many are free; none where there is no such card.
+pub fn memory_bytes(index: usize) -> Option<(u64, u64)> {
+    Device::memory_bytes(index).ok()
+}
+
+/// Bytes of a card that are free; none where there is no such card.
+pub fn free_bytes(index: usize) -> Option<u64> {
+    Device::memory_bytes(index).ok().map(|(_, free)| free)
 }
 
 /// How products are computed.
@@ -64,6 +76,8 @@ pub struct Cuda {
     rounded: Mutex<[Option<DeviceMemory>; 2]>,
     nothing: DeviceBuffer,
     source: Mutex<Source>,
+    /// Flat buffers on their way between host and card: pinned, so that the copy runs at the bus's speed.
+    staging: Mutex<Option<Pinned>>,
 }
 
 /// A micro-batch on the card.
@@ -172,6 +186,7 @@ impl Cuda {
             base: DeviceBase::default(),
             rounded: Mutex::new([None, None]),
             source: Mutex::new(Source::Single),
+            staging: Mutex::new(None),
             device,
         })
     }
@@ -251,6 +266,17 @@ impl Cuda {
         let built = build();
         swap(Source::Single);
         built
+    }
+
+    /// Hands `work` pinned room for `length` numbers, reserved at first.
+    fn with_staging<R>(&self, length: usize, work: impl FnOnce(&mut [f32]) -> Result<R>) -> Result<R> {
+        let mut place = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        if place.as_ref().is_none_or(|memory| memory.bytes().len() < 4 * length) {
+            *place = None;
+            *place = Some(Pinned::new(&self.device, 4 * length)?);
+        }
+        let memory = place.as_mut().ok_or(DeviceError::HostMemory { bytes: 4 * length })?;
+        work(&mut bytemuck::cast_slice_mut(memory.bytes_mut())[..length])
     }
 
     /// What a buffer for `purpose` holds.

@@ -1,6 +1,7 @@
 //! The backend's operations on a card.
 
 use half::bf16;
+use rayon::prelude::*;
 
 use super::{
     Aside, Cuda, CudaBatch, DeviceBuffer, DeviceError, DeviceMemory, Numbers, THREADS, any, attention,
@@ -21,6 +22,8 @@ use crate::{
     random::DropoutKey,
 };
 
+/// Numbers copied or added as one task.
+const CHUNK: usize = 1 << 16;
 /// Threads of a block of norms, which takes a row.
 const NORM_THREADS: usize = 128;
 
@@ -88,7 +91,15 @@ impl Backend for Cuda {
             *place = Some(self.allocate_parameters(length)?);
         }
         let memory = place.as_mut().ok_or(DeviceError::OutOfMemory { bytes: 6 * length, free: 0 })?;
-        self.upload(host, memory);
+        let memory = &mut *memory;
+        self.with_staging(length, |staging| {
+            staging.par_chunks_mut(CHUNK).zip(host.par_chunks(CHUNK)).for_each(|(staging, host)| {
+                staging.copy_from_slice(host);
+            });
+            self.upload(staging, memory);
+            // The staging is used again before the copy out of it need be over.
+            self.settle()
+        })?;
         Ok(memory)
     }
 
@@ -140,7 +151,7 @@ impl Backend for Cuda {
         &self,
         host: &mut [f32],
         place: &mut Option<DeviceMemory>,
-        staging: &mut Vec<f32>,
+        _staging: &mut Vec<f32>,
         sink: &mut dyn GradientSink,
         work: impl FnOnce(&mut DeviceBuffer, &mut Ready<'_, Self>) -> Result<R>,
     ) -> Result<R> {
@@ -148,12 +159,15 @@ impl Backend for Cuda {
         self.fill(0.0, ViewMut::<Self>::new(&mut *memory, 1, host.len()));
         let mut ranges = Vec::new();
         let result = work(&mut *memory, &mut |range, _| ranges.push(range))?;
-        staging.resize(host.len(), 0.0);
-        self.device.download(memory.address, staging);
-        self.settle()?;
-        for (host, new) in host.iter_mut().zip(&*staging) {
-            *host += new;
-        }
+        let address = memory.address;
+        self.with_staging(host.len(), |staging| {
+            self.device.download(address, staging);
+            self.settle()?;
+            host.par_chunks_mut(CHUNK).zip(staging.par_chunks(CHUNK)).for_each(|(host, new)| {
+                host.iter_mut().zip(new).for_each(|(host, new)| *host += new);
+            });
+            Ok(())
+        })?;
         for range in ranges {
             sink.ready(range, host);
         }
