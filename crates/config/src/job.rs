@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::shape::described;
+use crate::shape::{Describe, Shape, described};
 
 mod adapter;
 
