@@ -32,14 +32,11 @@ def target(x):
 
 
 def tables(spans, rows):
-    """Tiles of queries and of keys, longest work first."""
-    queries, keys = [], []
-    for number, (_, q, _, k) in enumerate(spans):
-        past = k - q
-        queries += [(min(q, first + rows) + past, number, first) for first in range(0, q, rows)]
-        keys += [(q - max(0, first - past), number, first) for first in range(0, k, rows)]
-    order = lambda tiles: torch.tensor([t[1:] for t in sorted(tiles, key=lambda t: -t[0])], dtype=torch.int32).cuda()
-    return order(queries), order(keys)
+    """Tiles of queries and of keys, as attention/tiles.rs lists them."""
+    order = sorted(range(len(spans)), key=lambda number: -spans[number][3])
+    queries = [(number, first) for number in order for first in reversed(range(0, spans[number][1], rows))]
+    keys = [(number, first) for number in order for first in range(0, spans[number][3], rows)]
+    return torch.tensor(queries, dtype=torch.int32).cuda(), torch.tensor(keys, dtype=torch.int32).cuda()
 
 
 class Variant:

@@ -86,14 +86,13 @@ fn attention_on_hopper_spills_nothing_and_its_products_overlap() {
     }
 }
 
-const HOT: [&str; 11] = [
+const HOT: [&str; 10] = [
     "nf4_bf16",
     "nf4_merged",
     "swiglu_bf16",
     "swiglu_backward_bf16",
     "rms_norm_bf16",
-    "rms_norm_held_bf16",
-    "rms_norm_backward_held_bf16",
+    "rms_norm_backward_bf16",
     "rope_bf16",
     "cross_entropy_bf16",
     "adamw",

@@ -271,6 +271,32 @@ impl Operation for CrossEntropy<'_> {
     }
 }
 
+/// The backward pass of a branch of low rank, through its second matrix.
+struct LowRankBackward {
+    rows: usize,
+    columns: usize,
+    rank: usize,
+}
+
+impl Operation for LowRankBackward {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<Vec<f32>> {
+        let Self { rows, columns, rank } = *self;
+        let dy = put(backend, &numbers("dy", rows * columns));
+        let (b, p) = (put(backend, &numbers("b", columns * rank)), put(backend, &numbers("p", rows * rank)));
+        let mut dp = poisoned(backend, rows * rank);
+        let mut db = exact(backend, &numbers("db", columns * rank));
+        backend.low_rank_backward(
+            0.5,
+            View::<B>::new(&dy, rows, columns),
+            View::<B>::new(&b, columns, rank),
+            View::<B>::new(&p, rows, rank),
+            ViewMut::<B>::new(&mut dp, rows, rank),
+            ViewMut::<B>::new(&mut db, columns, rank),
+        );
+        vec![get(backend, &dp, rows, rank), get(backend, &db, columns, rank)]
+    }
+}
+
 struct Attention<'a> {
     batch: &'a PackedBatch,
     shape: AttentionShape,
@@ -410,6 +436,12 @@ pub(crate) fn check(report: &mut Report) {
             let name = format!("cross-entropy {vocabulary}, cap {soft_cap:?}");
             sides.compare(report, &name, &operation, false);
         }
+    }
+    for (rows, columns, rank) in
+        [(8192, 4096, 16), (1000, 520, 8), (77, 72, 16), (300, 14_336, 32), (65, 64, 5)]
+    {
+        let name = format!("low rank backward {rows} x {columns}, rank {rank}");
+        sides.compare(report, &name, &LowRankBackward { rows, columns, rank }, true);
     }
     for (lengths, heads, kv_heads, head_dim) in [
         (&[2048][..], 32, 8, 128),

@@ -260,6 +260,20 @@ pub trait Backend: Sized + Send + Sync + 'static {
         multiply(first, beta);
         multiply(second, 1.0);
     }
+    /// Backward of `y += scale p Bᵀ`: `dp = scale dy B` `[T, rank]` and `db += scale dyᵀ p` `[out, rank]`. `dy`
+    /// `[T, out]`, `b` `[out, rank]`, `p` `[T, rank]`. A backend may do both in one pass over `dy`.
+    fn low_rank_backward(
+        &self,
+        scale: f32,
+        dy: View<'_, Self>,
+        b: View<'_, Self>,
+        p: View<'_, Self>,
+        dp: ViewMut<'_, Self>,
+        db: ViewMut<'_, Self>,
+    ) {
+        self.gemm(scale, dy, true, p, false, 1.0, db);
+        self.gemm(scale, dy, false, b, false, 0.0, dp);
+    }
     /// `to = value` everywhere.
     fn fill(&self, value: f32, to: ViewMut<'_, Self>);
     /// `to = from`.

@@ -162,9 +162,11 @@ impl<B: Backend> LinearBranch<B> for Lora {
         }
         let projected = View::<B>::new(kept, tokens, self.rank);
         let db = ViewMut::<B>::at(&mut *gradient, self.b, self.output, self.rank);
-        backend.gemm(self.scale, dy, true, projected, false, 1.0, db);
+        let (b, dp) =
+            (self.b::<B>(site.parameters), ViewMut::<B>::new(&mut *scratch.narrow, tokens, self.rank));
+        backend.low_rank_backward(self.scale, dy, b, projected, dp, db);
 
-        let dp = self.narrow(site, dy, &mut scratch.narrow);
+        let dp = View::<B>::new(&*scratch.narrow, tokens, self.rank);
         let dropped = site.dropped(self.module, x, &mut *scratch.wide);
         let da = ViewMut::<B>::at(gradient, self.a, self.rank, self.input);
         backend.gemm(1.0, dp, true, dropped, false, 1.0, da);

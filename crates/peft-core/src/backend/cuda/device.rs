@@ -31,7 +31,8 @@ pub(super) struct Device {
     /// Copies to and from the host run here, beside the work.
     pub(super) side: sys::CUstream,
     blas: cublas::sys::cublasHandle_t,
-    workspace: u64,
+    /// Where products keep sums between two kernels; work on the stream takes turns.
+    pub(super) workspace: u64,
     module: sys::CUmodule,
     functions: Mutex<HashMap<&'static str, sys::CUfunction>>,
     profile: Mutex<Option<Profile>>,

@@ -12,6 +12,7 @@ pub mod compile;
 mod device;
 mod error;
 mod libraries;
+mod low_rank;
 mod memory;
 mod merge;
 mod operations;
@@ -365,18 +366,6 @@ impl Cuda {
             MatrixArgument { address, stride: columns as u64, rows: rows as u32, columns: columns as u32 };
         launch!(self.device, "copy_f32_bf16", grid(rows, columns), [THREADS, 1], matrix(view), to);
         Operand { address, stride: columns, transposed }
-    }
-
-    /// Whether a block can hold a row of these matrices: 1024 bf16, or two to eight times as many, aligned.
-    fn can_hold(&self, numbers: Numbers, all: &[View<'_, Self>], weight: View<'_, Self>) -> bool {
-        let aligned = |view: &View<'_, Self>| {
-            let MatrixArgument { address, stride, columns, .. } = matrix(*view);
-            address.is_multiple_of(16)
-                && stride.is_multiple_of(8)
-                && columns.is_multiple_of(1024)
-                && (1024..=8192).contains(&columns)
-        };
-        numbers == Numbers::Bf16 && all.iter().all(aligned) && matrix(weight).address.is_multiple_of(16)
     }
 
     /// Threads for a block that takes a row.

@@ -24,10 +24,8 @@ use crate::{
 
 /// Numbers copied or added as one task.
 const CHUNK: usize = 1 << 16;
-/// Rows that a block of norms takes.
-const NORM_ROWS: usize = 8;
-/// Threads of a block that holds a row of a norm, as in `kernels/rows.cu`.
-const HELD: [usize; 2] = [128, 1];
+/// Threads of a block of norms, which takes a row.
+const NORM_THREADS: usize = 128;
 
 impl Backend for Cuda {
     type Buffer = DeviceBuffer;
@@ -307,6 +305,21 @@ impl Backend for Cuda {
         self.device.product(&Product { a, b, c, rows, columns, inner, alpha, beta, numbers, into });
     }
 
+    fn low_rank_backward(
+        &self,
+        scale: f32,
+        dy: View<'_, Self>,
+        b: View<'_, Self>,
+        p: View<'_, Self>,
+        dp: ViewMut<'_, Self>,
+        db: ViewMut<'_, Self>,
+    ) {
+        if !self.low_rank_slopes(scale, dy, b, p, &dp, &db) {
+            self.gemm(scale, dy, true, p, false, 1.0, db);
+            self.gemm(scale, dy, false, b, false, 0.0, dp);
+        }
+    }
+
     fn fill(&self, value: f32, to: ViewMut<'_, Self>) {
         let name = kernel!("fill", to.data.numbers);
         launch!(self.device, name, grid(to.rows, to.columns), [THREADS, 1], target(&to), value);
@@ -402,16 +415,9 @@ impl Backend for Cuda {
         if !self.alike("rms_norm", numbers, &[out.data.numbers]) {
             return;
         }
-        let held = self.can_hold(numbers, &[x, out.view()], weight);
         let weight = matrix(weight).address;
-        let rows = x.rows;
+        let (grid, block) = ([x.rows, 1, 1], [NORM_THREADS, 1]);
         let (x, out, reciprocal) = (matrix(x), target(&out), target(&reciprocal));
-        if held {
-            let name = kernel!("rms_norm_held", numbers);
-            launch!(self.device, name, [rows, 1, 1], HELD, x, weight, epsilon, out, reciprocal);
-            return;
-        }
-        let (grid, block) = ([rows.div_ceil(NORM_ROWS), 1, 1], [32, NORM_ROWS]);
         let name = kernel!("rms_norm", numbers);
         launch!(self.device, name, grid, block, x, weight, epsilon, out, reciprocal);
     }
@@ -428,16 +434,9 @@ impl Backend for Cuda {
         if !self.alike("rms_norm_backward", numbers, &[dout.data.numbers, dx.data.numbers]) {
             return;
         }
-        let held = self.can_hold(numbers, &[dout, x, dx.view()], weight);
         let weight = matrix(weight).address;
-        let rows = x.rows;
+        let (grid, block) = ([x.rows, 1, 1], [NORM_THREADS, 1]);
         let (dout, x, reciprocal, dx) = (matrix(dout), matrix(x), matrix(reciprocal), target(&dx));
-        if held {
-            let name = kernel!("rms_norm_backward_held", numbers);
-            launch!(self.device, name, [rows, 1, 1], HELD, dout, x, weight, reciprocal, dx);
-            return;
-        }
-        let (grid, block) = ([rows.div_ceil(NORM_ROWS), 1, 1], [32, NORM_ROWS]);
         let name = kernel!("rms_norm_backward", numbers);
         launch!(self.device, name, grid, block, dout, x, weight, reciprocal, dx);
     }

@@ -12,7 +12,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-pub(super) use self::tiles::TileLists;
+pub(super) use self::{plain::allow_shared, tiles::TileLists};
 use super::{Cuda, CudaBatch, DeviceError};
 use crate::backend::{AttentionShape, View, ViewMut};
 
@@ -91,6 +91,9 @@ pub(super) struct Backward<'a> {
 }
 
 pub(super) fn forward(cuda: &Cuda, batch: &CudaBatch, shape: AttentionShape, on: &Forward<'_>) {
+    if batch.span_count == 0 {
+        return;
+    }
     let done = if hopper::takes(cuda, shape, [on.q, on.k, on.v, on.out.view()]) {
         hopper::forward(cuda, batch, shape, on)
     } else {
@@ -100,6 +103,9 @@ pub(super) fn forward(cuda: &Cuda, batch: &CudaBatch, shape: AttentionShape, on:
 }
 
 pub(super) fn backward(cuda: &Cuda, batch: &CudaBatch, shape: AttentionShape, on: &Backward<'_>) {
+    if batch.span_count == 0 {
+        return;
+    }
     let results = [on.dq.view(), on.dk.view(), on.dv.view()];
     let all_take = |views: &[View<'_, Cuda>]| hopper::takes(cuda, shape, views.iter().copied());
     let done = if all_take(&[on.q, on.k, on.v, on.out, on.dout]) && all_take(&results) {

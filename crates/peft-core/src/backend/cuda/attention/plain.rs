@@ -59,7 +59,10 @@ fn load(device: &Device, head_dim: usize) -> Result<Kernels, DeviceError> {
 ///
 /// # Safety
 /// The kernel's module must be loaded.
-pub(super) unsafe fn allow_shared(kernel: sys::CUfunction, bytes: usize) -> Result<(), DeviceError> {
+pub(in crate::backend::cuda) unsafe fn allow_shared(
+    kernel: sys::CUfunction,
+    bytes: usize,
+) -> Result<(), DeviceError> {
     use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED;
     // SAFETY: the caller's.
     unsafe { result::function::set_function_attribute(kernel, SHARED, bytes as i32) }

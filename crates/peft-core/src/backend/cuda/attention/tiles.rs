@@ -13,7 +13,7 @@ use crate::{
 /// Bytes of a tile as kernels read it: its span's number and its first row within it.
 const TILE_BYTES: usize = 8;
 
-/// The tiles of a batch's queries and of its keys, those with the most work first.
+/// The tiles of a batch's queries and of its keys, span by span, those with the most work first.
 pub(in crate::backend::cuda) struct TileLists {
     pub(super) queries: TileList,
     pub(super) keys: TileList,
@@ -68,57 +68,46 @@ impl TileLists {
     }
 }
 
-/// Tiles of `length(span)` rows each, by `work` in falling order; of equal work, in the order of spans.
-fn tiles(
-    spans: &[Span],
-    length: impl Fn(&Span) -> usize,
-    work: impl Fn(&Span, usize) -> usize,
-) -> Vec<[u32; 2]> {
-    let rows = |span: &Span| (0..length(span)).step_by(HopperTiles::ROWS);
-    let mut all: Vec<(usize, [u32; 2])> = spans
-        .iter()
-        .enumerate()
-        .flat_map(|(number, span)| {
-            rows(span).map(|first| (work(span, first), [number as u32, first as u32])).collect::<Vec<_>>()
-        })
-        .collect();
-    all.sort_by_key(|(work, _)| Reverse(*work));
-    all.into_iter().map(|(_, tile)| tile).collect()
+/// The numbers of spans, those with the most keys first: blocks that work at the same time share keys and values, which
+/// the card's cache holds for one or two spans but not for all.
+fn by_length(spans: &[Span]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..spans.len()).collect();
+    order.sort_by_key(|&number| Reverse(spans[number].keys));
+    order
 }
 
-/// Work of a tile of queries: the keys that its last query sees.
+fn rows(length: usize) -> impl DoubleEndedIterator<Item = usize> {
+    (0..length.div_ceil(HopperTiles::ROWS)).map(|tile| tile * HopperTiles::ROWS)
+}
+
+/// Late queries see the most keys: they come first within their span.
 fn query_tiles(spans: &[Span]) -> Vec<[u32; 2]> {
-    let seen = |span: &Span, first: usize| {
-        let last = (first + HopperTiles::ROWS).min(span.queries);
-        last + span.keys - span.queries
-    };
-    tiles(spans, |span| span.queries, seen)
+    let tiles =
+        |number: usize| rows(spans[number].queries).rev().map(move |first| [number as u32, first as u32]);
+    by_length(spans).into_iter().flat_map(tiles).collect()
 }
 
-/// Work of a tile of keys: the queries that see its first key.
+/// Early keys are seen by the most queries: they come first within their span.
 fn key_tiles(spans: &[Span]) -> Vec<[u32; 2]> {
-    let seeing = |span: &Span, first: usize| {
-        let ahead = span.keys - span.queries;
-        span.queries - first.saturating_sub(ahead)
-    };
-    tiles(spans, |span| span.keys, seeing)
+    let tiles = |number: usize| rows(spans[number].keys).map(move |first| [number as u32, first as u32]);
+    by_length(spans).into_iter().flat_map(tiles).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::{Span, key_tiles, query_tiles};
 
-    /// 300 queries, and 70 behind 60 more keys.
+    /// 70 queries behind 60 more keys, and 300.
     fn spans() -> [Span; 2] {
         [
-            Span { query_start: 0, queries: 300, key_start: 0, keys: 300 },
-            Span { query_start: 300, queries: 70, key_start: 300, keys: 130 },
+            Span { query_start: 0, queries: 70, key_start: 0, keys: 130 },
+            Span { query_start: 70, queries: 300, key_start: 130, keys: 300 },
         ]
     }
 
     #[test]
-    fn every_row_lies_in_one_tile_and_the_longest_work_comes_first() {
-        assert_eq!(query_tiles(&spans()), [[0, 256], [0, 128], [1, 0], [0, 0]]);
-        assert_eq!(key_tiles(&spans()), [[0, 0], [0, 128], [1, 0], [0, 256], [1, 128]]);
+    fn every_row_lies_in_one_tile_and_the_most_work_comes_first() {
+        assert_eq!(query_tiles(&spans()), [[1, 256], [1, 128], [1, 0], [0, 0]]);
+        assert_eq!(key_tiles(&spans()), [[1, 0], [1, 128], [1, 256], [0, 0], [0, 128]]);
     }
 }

@@ -4,7 +4,7 @@
 // exponentials of another are taken, that one warp group does nothing but load, and that two groups take turns, is
 // from FlashAttention-3 (Shah et al., arXiv 2407.08608). No atomics: the same inputs give the same bits.
 //
-// Blocks take items, a tile of rows of one head each, from a list sorted by work, longest first. One thread of its
+// Blocks take items, a tile of rows of one head each, from a list, span by span, longest first. One thread of its
 // first warp group starts copies; GROUPS warp groups compute, 64 rows each.
 
 // Keys of a tile, and tiles in flight.

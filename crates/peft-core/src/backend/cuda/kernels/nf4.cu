@@ -86,15 +86,15 @@ nf4_merged(Nf4 m, u32 rows, u32 columns, const bf16* a, const bf16* b, u32 rank,
     u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     u32 row = blockIdx.y * MERGED_ROWS + warp * 32 + g;
     for (u32 part = 0; part < MERGED_COLUMNS && first + part < columns; part += 64) {
-        // Asked for ahead of the products, so that they arrive meanwhile.
+        // What is read of W, asked for before the products that it is added to.
         uint2 codes[4];
-        float block[4];
+        float blocks[4];
 #pragma unroll
         for (int quarter = 0; quarter < 4; quarter++) {
-            u64 at = (u64)(row + 8 * quarter) * columns + first + part + 16 * t;
-            bool there = row + 8 * quarter < rows;
-            codes[quarter] = there ? *(const uint2*)(m.codes + at / 2) : make_uint2(0u, 0u);
-            block[quarter] = there ? scale_of(m, at >> m.block_shift) : 0.0f;
+            u32 r = min(row + 8 * quarter, rows - 1);
+            u64 at = (u64)r * columns + first + part + 16 * t;
+            codes[quarter] = *(const uint2*)(m.codes + at / 2);
+            blocks[quarter] = scale_of(m, at >> m.block_shift);
         }
         float acc[2][8][4];
 #pragma unroll
@@ -125,14 +125,14 @@ nf4_merged(Nf4 m, u32 rows, u32 columns, const bf16* a, const bf16* b, u32 rank,
             u32 r = row + 8 * quarter;
             if (r >= rows) continue;
             u64 at = (u64)r * columns + first + part + 16 * t;
+            float block = blocks[quarter];
             u32 words[8];
 #pragma unroll
             for (int n = 0; n < 8; n++) {
-                u32 word = n < 4 ? codes[quarter].x : codes[quarter].y;
-                float2 pair = pairs[(word >> (8 * (n & 3))) & 255u];
+                float2 pair = pairs[((n < 4 ? codes[quarter].x : codes[quarter].y) >> (8 * (n & 3))) & 255u];
                 const float* sum = &acc[quarter >> 1][n][2 * (quarter & 1)];
-                words[n] = pack_bf16(fmaf(scale, sum[0], __fmul_rn(pair.x, block[quarter])),
-                                     fmaf(scale, sum[1], __fmul_rn(pair.y, block[quarter])));
+                words[n] = pack_bf16(fmaf(scale, sum[0], __fmul_rn(pair.x, block)),
+                                     fmaf(scale, sum[1], __fmul_rn(pair.y, block)));
             }
             ((uint4*)(out + at))[0] = make_uint4(words[0], words[1], words[2], words[3]);
             ((uint4*)(out + at))[1] = make_uint4(words[4], words[5], words[6], words[7]);

@@ -1,30 +1,70 @@
-// Operations that need a sum over a row. Norms: a warp takes a row. Cross-entropy: a block does.
+// Operations that need a sum over a row: a block takes a row.
 
-// f(index) for the lane's share of a row: eight numbers at a time, or one.
-#define FOR_EIGHTS(c, columns) for (u32 c = threadIdx.x * 8; c < (columns); c += 256)
-#define FOR_LANES(c, columns) for (u32 c = threadIdx.x; c < (columns); c += 32)
+// f(index) for the thread's share of a row: eight numbers at a time, or one.
+#define FOR_EIGHTS(c, columns) for (u32 c = threadIdx.x * 8; c < (columns); c += 8 * NORM_THREADS)
+#define FOR_EACH(c, columns) for (u32 c = threadIdx.x; c < (columns); c += NORM_THREADS)
+// Threads of a block of norms, and how often each takes eight numbers where a row is kept in registers.
+#define NORM_THREADS 128
+#define NORM_EIGHTS 4
 
-// blockDim is [32, rows of a block].
+// Sum over a block of norms in a fixed order. Every thread gets it. Once a kernel.
+__device__ __forceinline__ float norm_sum(float value) {
+    __shared__ float warps[NORM_THREADS / 32];
+    value = warp_sum(value);
+    if ((threadIdx.x & 31) == 0) warps[threadIdx.x / 32] = value;
+    __syncthreads();
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < NORM_THREADS / 32; i++) sum += warps[i];
+    return sum;
+}
+
 template <class T>
 __device__ __forceinline__ void rms_norm_of(MatrixOf<T> x, const float* weight, float epsilon, MatrixOf<T> out,
                                             MatrixOf<float> reciprocal) {
-    u32 row = blockIdx.x * blockDim.y + threadIdx.y;
-    if (row >= x.rows) return;
+    u32 row = blockIdx.x, columns = x.columns;
     const T* in = row_of(x, row);
     T* to = row_of(out, row);
     float sum = 0.0f;
-    if (by_eights(x) && by_eights(out) && by_eights(weight, x.columns)) {
-#pragma unroll 4
-        FOR_EIGHTS(c, x.columns) {
+    auto factor_of = [&]() {
+        float factor = 1.0f / sqrtf(norm_sum(sum) / (float)columns + epsilon);
+        if (threadIdx.x == 0) row_of(reciprocal, row)[0] = factor;
+        return factor;
+    };
+    bool eights = by_eights(x) && by_eights(out) && by_eights(weight, columns);
+    if (eights && columns <= 8 * NORM_EIGHTS * NORM_THREADS) {
+        float a[NORM_EIGHTS][8];
+#pragma unroll
+        for (int i = 0; i < NORM_EIGHTS; i++) {
+            u32 c = (i * NORM_THREADS + threadIdx.x) * 8;
+            if (c < columns) get8(in + c, a[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < NORM_EIGHTS; i++) {
+            if ((i * NORM_THREADS + threadIdx.x) * 8 >= columns) continue;
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum += a[i][j] * a[i][j];
+        }
+        float factor = factor_of();
+#pragma unroll
+        for (int i = 0; i < NORM_EIGHTS; i++) {
+            u32 c = (i * NORM_THREADS + threadIdx.x) * 8;
+            if (c >= columns) continue;
+            float w[8];
+            get8(weight + c, w);
+#pragma unroll
+            for (int j = 0; j < 8; j++) a[i][j] = a[i][j] * factor * w[j];
+            set8(to + c, a[i]);
+        }
+    } else if (eights) {
+        FOR_EIGHTS(c, columns) {
             float a[8];
             get8(in + c, a);
 #pragma unroll
             for (int i = 0; i < 8; i++) sum += a[i] * a[i];
         }
-        float factor = 1.0f / sqrtf(warp_sum(sum) / (float)x.columns + epsilon);
-        if (threadIdx.x == 0) row_of(reciprocal, row)[0] = factor;
-#pragma unroll 4
-        FOR_EIGHTS(c, x.columns) {
+        float factor = factor_of();
+        FOR_EIGHTS(c, columns) {
             float a[8], w[8];
             get8(in + c, a);
             get8(weight + c, w);
@@ -33,10 +73,9 @@ __device__ __forceinline__ void rms_norm_of(MatrixOf<T> x, const float* weight, 
             set8(to + c, a);
         }
     } else {
-        FOR_LANES(c, x.columns) sum += get(in + c) * get(in + c);
-        float factor = 1.0f / sqrtf(warp_sum(sum) / (float)x.columns + epsilon);
-        if (threadIdx.x == 0) row_of(reciprocal, row)[0] = factor;
-        FOR_LANES(c, x.columns) set(to + c, get(in + c) * factor * weight[c]);
+        FOR_EACH(c, columns) sum += get(in + c) * get(in + c);
+        float factor = factor_of();
+        FOR_EACH(c, columns) set(to + c, get(in + c) * factor * weight[c]);
     }
 }
 BOTH(rms_norm, (MatrixOf<T> x, const float* weight, float epsilon, MatrixOf<T> out, MatrixOf<float> reciprocal),
@@ -45,16 +84,48 @@ BOTH(rms_norm, (MatrixOf<T> x, const float* weight, float epsilon, MatrixOf<T> o
 template <class T>
 __device__ __forceinline__ void rms_norm_backward_of(MatrixOf<T> dout, MatrixOf<T> x, const float* weight,
                                                      MatrixOf<float> reciprocal, MatrixOf<T> dx) {
-    u32 row = blockIdx.x * blockDim.y + threadIdx.y;
-    if (row >= x.rows) return;
+    u32 row = blockIdx.x, columns = x.columns;
     const T* dy = row_of(dout, row);
     const T* in = row_of(x, row);
     T* to = row_of(dx, row);
     float factor = row_of(reciprocal, row)[0];
     float sum = 0.0f;
-    if (by_eights(x) && by_eights(dout) && by_eights(dx) && by_eights(weight, x.columns)) {
-#pragma unroll 2
-        FOR_EIGHTS(c, x.columns) {
+    auto slope_of = [&]() { return norm_sum(sum) / (float)columns * factor * factor * factor; };
+    bool eights = by_eights(x) && by_eights(dout) && by_eights(dx) && by_eights(weight, columns);
+    if (eights && columns <= 8 * NORM_EIGHTS * NORM_THREADS) {
+        // The gradient is kept multiplied by the weight.
+        float a[NORM_EIGHTS][8], d[NORM_EIGHTS][8], old[NORM_EIGHTS][8];
+#pragma unroll
+        for (int i = 0; i < NORM_EIGHTS; i++) {
+            u32 c = (i * NORM_THREADS + threadIdx.x) * 8;
+            if (c >= columns) continue;
+            get8(in + c, a[i]);
+            get8(dy + c, d[i]);
+            get8(to + c, old[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < NORM_EIGHTS; i++) {
+            u32 c = (i * NORM_THREADS + threadIdx.x) * 8;
+            if (c >= columns) continue;
+            float w[8];
+            get8(weight + c, w);
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                d[i][j] *= w[j];
+                sum += a[i][j] * d[i][j];
+            }
+        }
+        float slope = slope_of();
+#pragma unroll
+        for (int i = 0; i < NORM_EIGHTS; i++) {
+            u32 c = (i * NORM_THREADS + threadIdx.x) * 8;
+            if (c >= columns) continue;
+#pragma unroll
+            for (int j = 0; j < 8; j++) old[i][j] += d[i][j] * factor - a[i][j] * slope;
+            set8(to + c, old[i]);
+        }
+    } else if (eights) {
+        FOR_EIGHTS(c, columns) {
             float a[8], d[8], w[8];
             get8(in + c, a);
             get8(dy + c, d);
@@ -62,9 +133,8 @@ __device__ __forceinline__ void rms_norm_backward_of(MatrixOf<T> dout, MatrixOf<
 #pragma unroll
             for (int i = 0; i < 8; i++) sum += a[i] * d[i] * w[i];
         }
-        float slope = warp_sum(sum) / (float)x.columns * factor * factor * factor;
-#pragma unroll 2
-        FOR_EIGHTS(c, x.columns) {
+        float slope = slope_of();
+        FOR_EIGHTS(c, columns) {
             float a[8], d[8], w[8], old[8];
             get8(in + c, a);
             get8(dy + c, d);
@@ -75,129 +145,14 @@ __device__ __forceinline__ void rms_norm_backward_of(MatrixOf<T> dout, MatrixOf<
             set8(to + c, old);
         }
     } else {
-        FOR_LANES(c, x.columns) sum += get(in + c) * get(dy + c) * weight[c];
-        float slope = warp_sum(sum) / (float)x.columns * factor * factor * factor;
-        FOR_LANES(c, x.columns) {
+        FOR_EACH(c, columns) sum += get(in + c) * get(dy + c) * weight[c];
+        float slope = slope_of();
+        FOR_EACH(c, columns) {
             set(to + c, get(to + c) + get(dy + c) * weight[c] * factor - get(in + c) * slope);
         }
     }
 }
 BOTH(rms_norm_backward,
-     (MatrixOf<T> dout, MatrixOf<T> x, const float* weight, MatrixOf<float> reciprocal, MatrixOf<T> dx),
-     (dout, x, weight, reciprocal, dx))
-
-// The same for rows of 1024 numbers, or two to eight times as many: a block of 128 threads takes a row and holds it, so that
-// memory is read once and all its loads are under way at once.
-#define HELD_THREADS 128
-
-__device__ __forceinline__ float held_sum(float value) {
-    __shared__ float warps[HELD_THREADS / 32];
-    value = warp_sum(value);
-    if ((threadIdx.x & 31) == 0) warps[threadIdx.x >> 5] = value;
-    __syncthreads();
-    return (warps[0] + warps[1]) + (warps[2] + warps[3]);
-}
-
-// Eight numbers as they lie in memory.
-template <class T>
-struct Held {
-    uint4 words[sizeof(T) / 2];
-};
-
-template <class T>
-__device__ __forceinline__ void hold(const T* from, Held<T>& to) {
-#pragma unroll
-    for (int i = 0; i < (int)sizeof(T) / 2; i++) to.words[i] = ((const uint4*)from)[i];
-}
-
-template <int N, class T>
-__device__ __forceinline__ void held_norm(const T* in, const float* weight, float epsilon, T* to, float* reciprocal) {
-    Held<T> x[N];
-    u32 start = threadIdx.x * 8;
-#pragma unroll
-    for (int i = 0; i < N; i++) hold(in + start + i * 1024, x[i]);
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        float a[8];
-        get8((const T*)&x[i], a);
-#pragma unroll
-        for (int j = 0; j < 8; j++) sum += a[j] * a[j];
-    }
-    float factor = 1.0f / sqrtf(held_sum(sum) / (float)(N * 1024) + epsilon);
-    if (threadIdx.x == 0) *reciprocal = factor;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        float a[8], w[8];
-        get8((const T*)&x[i], a);
-        get8(weight + start + i * 1024, w);
-#pragma unroll
-        for (int j = 0; j < 8; j++) a[j] = a[j] * factor * w[j];
-        set8(to + start + i * 1024, a);
-    }
-}
-
-template <int N, class T>
-__device__ __forceinline__ void held_norm_backward(const T* dy, const T* in, const float* weight, float factor, T* to) {
-    Held<T> x[N], d[N], old[N];
-    u32 start = threadIdx.x * 8;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        hold(in + start + i * 1024, x[i]);
-        hold(dy + start + i * 1024, d[i]);
-        hold(to + start + i * 1024, old[i]);
-    }
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        float a[8], b[8], w[8];
-        get8((const T*)&x[i], a);
-        get8((const T*)&d[i], b);
-        get8(weight + start + i * 1024, w);
-#pragma unroll
-        for (int j = 0; j < 8; j++) sum += a[j] * b[j] * w[j];
-    }
-    float slope = held_sum(sum) / (float)(N * 1024) * factor * factor * factor;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        float a[8], b[8], w[8], c[8];
-        get8((const T*)&x[i], a);
-        get8((const T*)&d[i], b);
-        get8((const T*)&old[i], c);
-        get8(weight + start + i * 1024, w);
-#pragma unroll
-        for (int j = 0; j < 8; j++) c[j] += b[j] * w[j] * factor - a[j] * slope;
-        set8(to + start + i * 1024, c);
-    }
-}
-
-#define HELD_SIZES(call) \
-    switch (x.columns / 1024) { \
-        case 1: call(1); break; case 2: call(2); break; case 3: call(3); break; case 4: call(4); break; \
-        case 5: call(5); break; case 6: call(6); break; case 7: call(7); break; case 8: call(8); break; \
-    }
-
-template <class T>
-__device__ __forceinline__ void rms_norm_held_of(MatrixOf<T> x, const float* weight, float epsilon, MatrixOf<T> out,
-                                                 MatrixOf<float> reciprocal) {
-    u32 row = blockIdx.x;
-#define CALL(N) held_norm<N>(row_of(x, row), weight, epsilon, row_of(out, row), row_of(reciprocal, row))
-    HELD_SIZES(CALL)
-#undef CALL
-}
-BOTH(rms_norm_held, (MatrixOf<T> x, const float* weight, float epsilon, MatrixOf<T> out, MatrixOf<float> reciprocal),
-     (x, weight, epsilon, out, reciprocal))
-
-template <class T>
-__device__ __forceinline__ void rms_norm_backward_held_of(MatrixOf<T> dout, MatrixOf<T> x, const float* weight,
-                                                          MatrixOf<float> reciprocal, MatrixOf<T> dx) {
-    u32 row = blockIdx.x;
-#define CALL(N) \
-    held_norm_backward<N>(row_of(dout, row), row_of(x, row), weight, row_of(reciprocal, row)[0], row_of(dx, row))
-    HELD_SIZES(CALL)
-#undef CALL
-}
-BOTH(rms_norm_backward_held,
      (MatrixOf<T> dout, MatrixOf<T> x, const float* weight, MatrixOf<float> reciprocal, MatrixOf<T> dx),
      (dout, x, weight, reciprocal, dx))
 
