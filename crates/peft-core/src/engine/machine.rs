@@ -79,10 +79,7 @@ impl<B: Backend> Worker<B> {
     }
 
     /// The backend, the method's branches, and the flat parameters where the backend can read them.
-    pub(crate) fn lend<'a>(
-        &'a mut self,
-        parameters: Option<&'a [f32]>,
-    ) -> Result<Lent<'a, B>> {
+    pub(crate) fn lend<'a>(&'a mut self, parameters: Option<&'a [f32]>) -> Result<Lent<'a, B>> {
         let Self { backend, branches, parameters: place, .. } = self;
         let parameters = match parameters {
             Some(parameters) => Some(backend.lend(parameters, place)?),
