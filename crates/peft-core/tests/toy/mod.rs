@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
-use serde_json::{Map, Value};
 use shanty_peft_core::{
     Result,
     adapter::{
         BranchScratch, LinearBranch, LinearSite, Matched, Method, MethodOn, Needs, ParameterEntry,
-        ParameterLayout, Registration, Start, TargetModules, Tensor, config,
+        Registration, Start, TargetModules, Tensor,
     },
     backend::{Backend, View, ViewMut},
     model::{ModelConfig, Module},
@@ -32,9 +31,6 @@ impl Method for OutputScale {
     fn needs(&self, module: &Module) -> Needs {
         Needs { kept: module.shape[0], output: module.shape[0], ..Needs::default() }
     }
-    fn settings(&self, layout: &ParameterLayout, _state: &[f32]) -> Map<String, Value> {
-        Map::from_iter([("target_modules".to_owned(), config::adapted_modules(layout))])
-    }
 }
 
 impl<B: Backend> MethodOn<B> for OutputScale {
@@ -53,8 +49,7 @@ impl<B: Backend> LinearBranch<B> for Scale {
     ) {
         self.keep_again(site, x, kept, scratch);
         let scale = View::<B>::at(site.parameters, self.at, 1, self.len);
-        let beta = if accumulate { 1.0 } else { 0.0 };
-        site.backend.scale_columns(1.0, View::<B>::new(kept, x.rows, self.len), scale, beta, y);
+        site.backend.scale_columns(1.0, View::<B>::new(kept, x.rows, self.len), scale, f32::from(accumulate), y);
     }
     #[rustfmt::skip]
     fn keep_again(&self, site: &LinearSite<'_, B>, x: View<'_, B>, kept: &mut B::Buffer, _: &mut BranchScratch<B>) {
@@ -68,9 +63,7 @@ impl<B: Backend> LinearBranch<B> for Scale {
     ) {
         let z = View::<B>::new(kept, x.rows, self.len);
         site.backend.column_dot(dy, z, ViewMut::<B>::at(gradient, self.at, 1, self.len));
-        if let Some(dx) = dx {
-            self.input_gradient(site, dy, accumulate, dx, scratch);
-        }
+        if let Some(dx) = dx { self.input_gradient(site, dy, accumulate, dx, scratch); }
     }
     #[rustfmt::skip]
     fn input_gradient(&self, site: &LinearSite<'_, B>, dy: View<'_, B>, accumulate: bool, dx: ViewMut<'_, B>,
@@ -79,7 +72,6 @@ impl<B: Backend> LinearBranch<B> for Scale {
         let scale = View::<B>::at(site.parameters, self.at, 1, self.len);
         let dz = ViewMut::<B>::new(&mut *scratch.output, dy.rows, self.len);
         site.backend.scale_columns(1.0, dy, scale, 0.0, dz);
-        let beta = if accumulate { 1.0 } else { 0.0 };
-        site.multiply_backward(View::<B>::new(&scratch.output, dy.rows, self.len), beta, dx);
+        site.multiply_backward(View::<B>::new(&scratch.output, dy.rows, self.len), f32::from(accumulate), dx);
     }
 }
