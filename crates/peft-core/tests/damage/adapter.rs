@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 use safetensors::tensor::Dtype;
-use serde_json::json;
+use serde_json::{Value, json};
 use shanty_peft_core::{adapter::AdapterFolder, model::ModelConfig};
 
 use crate::{
