@@ -53,7 +53,8 @@ pub(crate) fn pin(job: &mut Loaded<JobSpec>, ui: &Ui) -> CommandResult<()> {
 
 /// The folder of a base as it is named on the command line; downloaded first if it is of the hub and not here.
 pub(crate) fn folder_of(named: &Path, ui: &Ui) -> CommandResult<PathBuf> {
-    local(&shanty_config::model_reference(Path::new(""), named), ui)
+    let reference = shanty_config::model_reference(Path::new(""), named);
+    if ModelId::parse(&reference).is_none() { Ok(named.to_owned()) } else { local(&reference, ui) }
 }
 
 /// The folder of a base as a resolved job names it.

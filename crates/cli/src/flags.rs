@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::{error::Error, model::BaseQuantization};
+use crate::{base, error::Error, failure::CommandResult, model::BaseQuantization, ui::Ui};
 
 /// Which model, and what is laid on it.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct ModelFlags {
-    /// The base model's folder
-    #[arg(long, value_name = "DIR")]
+    /// The base model's folder, or org/name of the Hugging Face hub
+    #[arg(long, value_name = "DIR|ORG/NAME")]
     pub(crate) model: PathBuf,
     /// An adapter's folder, as shanty or PEFT wrote it; several may be given, each with a name
     #[arg(long = "adapter", value_name = "[NAME=]DIR")]
@@ -22,6 +22,14 @@ pub(crate) struct ModelFlags {
     /// Threads to compute with; all cores when absent
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub(crate) threads: Option<u16>,
+}
+
+impl ModelFlags {
+    /// Downloads the base, if it is of the hub and not here; from then on the flag names its folder.
+    pub(crate) fn fetch(&mut self, ui: &Ui) -> CommandResult<()> {
+        self.model = base::folder_of(&self.model, ui)?;
+        Ok(())
+    }
 }
 
 /// `NAME=DIR`, or a folder that is named after itself.

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
-use shanty_config::{JobSpec, Loaded};
+use shanty_config::{JobSpec, Loaded, job::Device};
 use shanty_diagnostic::Diagnose;
-use shanty_peft_core::{Engine, Error, engine::Estimate, plan::Recompute};
+use shanty_peft_core::{Engine, EngineDevice, EngineOptions, Error, backend::cuda, engine::Estimate};
 use shanty_worker::engine::engine_options;
 
 use crate::{base, failure::CommandResult, job_file::at_key};
@@ -35,7 +35,10 @@ pub(crate) struct Preflight {
     pub(crate) total_parameters: u64,
     pub(crate) memory: Memory,
     pub(crate) micro_batch_rows: usize,
+    /// Whether anything is computed again in the backward pass.
     pub(crate) recompute: bool,
+    /// What becomes of each layer's activations, in words.
+    pub(crate) layers: String,
     /// What is allowed, and perhaps not meant.
     pub(crate) warnings: Vec<String>,
 }
@@ -48,11 +51,24 @@ pub(crate) struct Memory {
     pub(crate) optimizer: u64,
     pub(crate) activations: u64,
     pub(crate) scratch: u64,
+    /// What lies in the host's memory beside a card.
+    pub(crate) host: u64,
 }
 
 impl Memory {
     pub(crate) fn total(&self) -> u64 {
         self.base + self.adapter + self.optimizer + self.activations + self.scratch
+    }
+}
+
+/// Where workers of this machine would compute. A job for cards is planned for cards, whatever this machine has.
+fn device(spec: &JobSpec) -> EngineDevice {
+    let card = EngineDevice::Cuda { index: 0, precision: cuda::Precision::default() };
+    match spec.cluster.device {
+        Device::Cpu => EngineDevice::Cpu,
+        Device::Cuda => card,
+        Device::Auto if cuda::is_available() => card,
+        Device::Auto => EngineDevice::Cpu,
     }
 }
 
@@ -68,6 +84,7 @@ impl Preflight {
         let spec = &base::with_folder(&job.value)?;
         let options =
             engine_options(spec, threads).map_err(|error| at_key(job, "base.model", error.diagnostic()))?;
+        let options = EngineOptions { device: device(spec), ..options };
         let estimate = Engine::estimate(&options).map_err(|error| {
             let diagnostic = error.diagnostic();
             let key = match &error {
@@ -91,9 +108,11 @@ impl Preflight {
                 optimizer: plan.optimizer_bytes,
                 activations: plan.activation_bytes,
                 scratch: plan.scratch_bytes,
+                host: plan.aside_bytes,
             },
             micro_batch_rows: plan.micro_batch_rows,
-            recompute: plan.recompute == Recompute::Layers,
+            recompute: plan.levels.everything < plan.levels.layers(),
+            layers: plan.levels.describe(),
             warnings: warnings(&estimate),
         })
     }

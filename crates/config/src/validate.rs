@@ -210,6 +210,14 @@ fn batches(spec: &JobSpec, findings: &mut Findings) {
         let chosen = Some("leave it out to have it chosen from the memory that is there");
         findings.require_hinted(rows >= 1, "train.micro_batch_size", rows, one, chosen);
     }
+    let memory = train.memory.as_str();
+    findings.require_hinted(
+        memory == "auto" || crate::job::bytes_of(memory).is_some(),
+        "train.memory",
+        memory,
+        "must be `auto` or a size such as `8GiB`",
+        Some("units are GiB, MiB, GB and MB"),
+    );
     findings.require(spec.checkpoint.keep >= 1, "checkpoint.keep", spec.checkpoint.keep, one);
     let sample = &spec.sample;
     findings.require(sample.max_tokens >= 1, "sample.max_tokens", sample.max_tokens, one);

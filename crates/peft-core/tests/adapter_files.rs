@@ -133,7 +133,7 @@ fn what_has_no_sum_is_refused() {
         (vec![(infinite, f64::NAN)], Combination::Cat),
         (Vec::new(), Combination::Cat),
     ] {
-        let error = combine(&adapters, how).err().expect("they have no sum");
+        let error = combine(&adapters, how).expect_err("they have no sum");
         assert_eq!(error.diagnostic().code, "SH0452", "{error}");
     }
 }
@@ -263,7 +263,7 @@ fn folders_that_are_no_adapter_are_refused() {
     let bytes = fs::read(cut.join("adapter_model.safetensors")).unwrap();
     fs::write(cut.join("adapter_model.safetensors"), &bytes[..bytes.len() / 2]).unwrap();
     assert_eq!(code(&cut), "SH0410");
-    let mut hostile = bytes.clone();
+    let mut hostile = bytes;
     hostile[..8].copy_from_slice(&u64::MAX.to_le_bytes());
     fs::write(cut.join("adapter_model.safetensors"), hostile).unwrap();
     assert_eq!(code(&cut), "SH0410");

@@ -66,7 +66,7 @@ fn write_adapter(folder: &Path, base: &Path, number: usize) {
         r: [2, 4, 8, 5][number % 4],
         lora_alpha: 16.0,
         lora_dropout: 0.1,
-        use_rslora: number % 5 == 0,
+        use_rslora: number.is_multiple_of(5),
         target_modules: TargetModules::Names(targets),
         ..LoraConfig::default()
     };

@@ -305,6 +305,12 @@ fn a_merge_into_4_bits_is_what_bitsandbytes_stores_and_says_what_it_lost() {
         assert!((0.05..0.15).contains(&tensor.loss), "{tensor:?}");
         assert!(tensor.change > 0.0 && tensor.loss_of_change > 0.0);
     }
+    // What is in 4 bits and does not change stays bit for bit.
+    let model = FoldedModel::open(&out, None, 1).unwrap();
+    let same = scene.place.path().join("same");
+    merge(&model, &options(&out, &same, Form::Nf4(nf4)), &mut |_, _| {}).unwrap();
+    let file = "model.safetensors";
+    assert_eq!(tensors(&same.join(file)), tensors(&out.join(file)));
     // Out of the 4-bit base again: dequantised floats.
     let model = FoldedModel::open(&out, None, 1).unwrap();
     let wide = scene.place.path().join("wide");

@@ -149,6 +149,8 @@ fn check(family: &str, options: Nf4Options, recompute: Recompute) {
     let setup = Setup { recompute, rows: 3, max_length: 40, ..Setup::new(Some(method)) };
     let request = PlanRequest {
         accelerated: false,
+        half_activations: false,
+        embedding_bytes: 0,
         micro_batch_rows: Some(3),
         max_length: 40,
         recompute,

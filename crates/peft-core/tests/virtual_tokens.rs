@@ -302,7 +302,7 @@ fn an_nf4_base_trains_from_a_text_and_goes_on_from_parameters() {
             ..EngineOptions::new(reference("models/llama"), 96 + 3 * COUNT)
         };
         let load = || Engine::load(options.clone(), &mut |_| {}).unwrap();
-        let descend = |engine: &mut Engine, parameters: &mut [f32], steps: std::ops::Range<u64>| {
+        let descend = |engine: &mut Engine, parameters: &mut [f32], steps: Range<u64>| {
             let mut losses = Vec::new();
             for step in steps {
                 let mut gradient = vec![0.0; parameters.len()];

@@ -1,12 +1,15 @@
 //! `shanty bench`: measures what this machine does.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use serde_json::{Value, json};
 use shanty_peft_core::{
-    EngineDevice,
+    Engine, EngineDevice, EngineOptions,
     backend::cuda::Precision,
-    bench::{self, StepBench, StepBenchOptions},
+    bench::{self, CardBenchOptions, CardOperation, CardStep, Shape, StepBench, StepBenchOptions},
     model::ModelConfig,
     plan::Recompute,
     quant::Nf4Options,
@@ -30,6 +33,39 @@ pub(crate) struct Args {
 #[derive(Debug, clap::Subcommand)]
 enum What {
     Step(StepArgs),
+    Ops(OpsArgs),
+    Load(LoadArgs),
+}
+
+/// Measure operations on a card at the shape of an 8B model, beside a copy and a large product in the same run
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  shanty bench ops
+  shanty bench ops --output json")]
+struct OpsArgs {
+    /// Which card, from 0
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    card: usize,
+}
+
+/// Measure how long a base takes from its folder to being ready
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  shanty bench load --model models/tiny --quantization nf4
+  shanty bench load --model models/8b --quantization nf4 --device cuda")]
+struct LoadArgs {
+    /// The base model's folder
+    #[arg(long, value_name = "DIR", default_value = "examples/tiny-llama-14m")]
+    model: PathBuf,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t)]
+    device: BenchDevice,
+    /// How the base is kept in memory
+    #[arg(long, value_enum, default_value_t = BaseQuantization::Nf4)]
+    quantization: BaseQuantization,
+    /// Threads to load with; all when absent
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    threads: usize,
 }
 
 /// Measure training steps: forward, backward, clipping, AdamW, on random tokens
@@ -45,8 +81,14 @@ struct StepArgs {
     #[arg(long, value_enum, default_value_t)]
     precision: BenchPrecision,
     /// The base model's folder
-    #[arg(long, value_name = "DIR", default_value = "examples/tiny-llama-14m")]
+    #[arg(long, value_name = "DIR", default_value = "examples/tiny-llama-14m", conflicts_with = "shape")]
     model: PathBuf,
+    /// A Llama of random weights instead, on a card: 1b, 3b, 8b or 70b
+    #[arg(long, value_name = "NAME", value_parser = ["1b", "3b", "8b", "70b"])]
+    shape: Option<String>,
+    /// With --shape: what a step may take of the card, such as 8 for 8 GiB; all that is free when absent
+    #[arg(long, value_name = "GIB", requires = "shape")]
+    memory: Option<f64>,
     /// Rows a step
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=65536))]
     batch: u32,
@@ -128,8 +170,128 @@ impl From<BenchPrecision> for Precision {
 }
 
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
-    let What::Step(args) = args.what;
-    step(&args, ui)
+    match args.what {
+        What::Step(args) => match &args.shape {
+            Some(name) => card_step(name, &args, ui),
+            None => step(&args, ui),
+        },
+        What::Ops(args) => operations(&args, ui),
+        What::Load(args) => load(&args, ui),
+    }
+}
+
+/// Steps on random weights, on a card.
+fn card_step(name: &str, args: &StepArgs, ui: &Ui) -> CommandResult<Exit> {
+    let unknown = || Error::Impossible {
+        flag: "--shape",
+        value: name.to_owned(),
+        rule: "must be 1b, 3b, 8b or 70b".to_owned(),
+    };
+    let options = CardBenchOptions {
+        index: 0,
+        shape: Shape::named(name).ok_or_else(unknown)?,
+        r: args.rank as usize,
+        rows: args.batch as usize,
+        length: args.length,
+        memory_limit: args.memory.map(|gibibytes| (gibibytes * f64::from(1 << 30)) as u64),
+        recompute: args.recompute.into(),
+        steps: args.steps as usize,
+    };
+    let bench = bench::steps(&options)?;
+    let mut result = serde_json::to_value(&bench).unwrap_or(Value::Null);
+    result["device"] = json!("cuda");
+    result["shape"] = json!({
+        "model": name, "batch": args.batch, "length": args.length, "rank": args.rank, "quantization": "nf4",
+    });
+    result["layers"] = json!(bench.plan.levels.describe());
+    ui.data(&result, |_| card_people(args, &bench))?;
+    Ok(Exit::Done)
+}
+
+fn card_people(args: &StepArgs, bench: &CardStep) -> String {
+    let total: f64 = bench.profile.iter().map(|line| line.seconds).sum();
+    let mut lines = vec![
+        format!(
+            "{} tokens/s  {:.1} ms a step (median of {})  peak memory {} (plan {}, driver {})  base {}",
+            format::count(bench.tokens_per_second.round() as u64),
+            1000.0 * bench.step_seconds,
+            args.steps,
+            format::bytes(bench.peak_memory_bytes),
+            format::bytes(bench.plan.peak_bytes()),
+            format::bytes(bench.device_memory_bytes),
+            format::bytes(bench.base_memory_bytes),
+        ),
+        format!("{}  {}", bench.card, bench.plan.levels.describe()),
+        format!(
+            "the model at {:.0} TFLOP/s, {:.0} % of the floor; a large product runs at {:.0} TFLOP/s  loss {:.4}",
+            bench.model_flops_per_second / 1e12,
+            100.0 * bench.floor_fraction,
+            bench.product_flops_per_second / 1e12,
+            bench.loss,
+        ),
+    ];
+    for line in &bench.profile {
+        lines.push(format!(
+            "  {:<40} {:>8.2} ms  {:>5.1} %  {:>5} calls",
+            line.operation,
+            1000.0 * line.seconds,
+            100.0 * line.seconds / total,
+            line.calls,
+        ));
+    }
+    lines.push(format!("  {:<40} {:>8.2} ms", "together", 1000.0 * total));
+    lines.join("\n")
+}
+
+fn operations(args: &OpsArgs, ui: &Ui) -> CommandResult<Exit> {
+    let lines = bench::operations(args.card)?;
+    ui.data(&json!({ "operations": lines }), |_| {
+        let line = |line: &CardOperation| {
+            let (scale, unit) = if line.unit == "B/s" { (1e9, "GB/s") } else { (1e12, "TFLOP/s") };
+            format!(
+                "{:<40} {:>9.1} us {:>8.0} {unit:<7} {:>6.1} %",
+                line.operation,
+                1e6 * line.seconds,
+                line.rate / scale,
+                100.0 * line.share
+            )
+        };
+        lines.iter().map(line).collect::<Vec<_>>().join("\n")
+    })?;
+    Ok(Exit::Done)
+}
+
+fn load(args: &LoadArgs, ui: &Ui) -> CommandResult<Exit> {
+    let device = match args.device {
+        BenchDevice::Cpu => EngineDevice::Cpu,
+        BenchDevice::Cuda => EngineDevice::Cuda { index: 0, precision: Precision::Bf16 },
+    };
+    let options = EngineOptions {
+        device,
+        quantization: (args.quantization == BaseQuantization::Nf4).then(Nf4Options::default),
+        threads: args.threads,
+        micro_batch_rows: Some(1),
+        ..EngineOptions::new(&args.model, 64)
+    };
+    let begin = Instant::now();
+    let mut read = 0;
+    let engine = Engine::load(options, &mut |progress| read = progress.done_bytes)?;
+    let seconds = begin.elapsed().as_secs_f64();
+    let base = engine.plan().base_bytes;
+    let result = json!({
+        "seconds": seconds, "read_bytes": read, "bytes_per_second": read as f64 / seconds,
+        "base_memory_bytes": base, "peak_memory_bytes": bench::peak_memory(),
+    });
+    ui.data(&result, |_| {
+        format!(
+            "ready in {seconds:.2} s: {} read at {}/s, {} kept; the process held {} at most",
+            format::bytes(read),
+            format::bytes((read as f64 / seconds) as u64),
+            format::bytes(base),
+            format::bytes(bench::peak_memory()),
+        )
+    })?;
+    Ok(Exit::Done)
 }
 
 fn step(args: &StepArgs, ui: &Ui) -> CommandResult<Exit> {

@@ -68,7 +68,8 @@ enum Next {
     Leave,
 }
 
-pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
+pub(crate) fn execute(mut args: Args, ui: &Ui) -> CommandResult<Exit> {
+    args.model.fetch(ui)?;
     args.sampling.check()?;
     let tokenizer = Tokenizer::load(&args.model.model)?;
     // Said before the base is loaded: without a template there is nothing to talk in.

@@ -6,6 +6,8 @@ use std::{
 };
 
 use serde::Serialize;
+use shanty_diagnostic::Diagnose;
+use shanty_peft_core::backend::cuda;
 
 use crate::{
     client::{Client, block_on, read_address},
@@ -66,6 +68,7 @@ impl Check {
 
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     let mut checks = vec![processor(), vectors(), memory(), gpu(), disk(&args.folder)];
+    checks.extend(card());
     checks.extend(coordinator(args.coordinator)?);
     let bad = checks.iter().any(|check| check.verdict == Verdict::Bad);
     let report = Report { version: env!("CARGO_PKG_VERSION"), checks };
@@ -147,6 +150,38 @@ fn gpu() -> Check {
         ),
         (None, None) => Check::new("gpu", Verdict::Good, "no NVIDIA driver: the CPU is used"),
     }
+}
+
+/// The first card, looked at and measured.
+fn card() -> Option<Check> {
+    cuda_library()?;
+    Some(match cuda::survey(0) {
+        Ok(found) => {
+            let libraries: Vec<String> = found
+                .libraries
+                .iter()
+                .map(|(name, version, file)| format!("{name} {version} ({file})"))
+                .collect();
+            let (total, free) = found.memory_bytes;
+            let text = format!(
+                "{} ({}), {} of {} free; driver for CUDA {}; {}; copies {:.0} GB/s, bf16 products {:.0} TFLOP/s",
+                found.card,
+                found.architecture,
+                format::bytes(free),
+                format::bytes(total),
+                found.driver,
+                libraries.join(", "),
+                found.copy_bytes_per_second / 1e9,
+                found.product_flops / 1e12
+            );
+            Check::new("card", Verdict::Good, text)
+        }
+        Err(error) => {
+            let diagnostic = error.diagnostic();
+            let hint = diagnostic.hint.map(|hint| format!("; {hint}")).unwrap_or_default();
+            Check::new("card", Verdict::Note, format!("{error} ({}){hint}", diagnostic.code))
+        }
+    })
 }
 
 fn cuda_library() -> Option<PathBuf> {

@@ -74,7 +74,8 @@ struct Found {
     exact: Option<Share>,
 }
 
-pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
+pub(crate) fn execute(mut args: Args, ui: &Ui) -> CommandResult<Exit> {
+    args.model.fetch(ui)?;
     let max_length = length(&args.model.model, args.max_length)?;
     let tokenizer = Tokenizer::load(&args.model.model)?;
     let asked = questions(&args.data)?.unwrap_or_default();

@@ -74,7 +74,8 @@ struct Line {
     adapter: Option<String>,
 }
 
-pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
+pub(crate) fn execute(mut args: Args, ui: &Ui) -> CommandResult<Exit> {
+    args.model.fetch(ui)?;
     args.sampling.check()?;
     let mut lines: Vec<Line> = args.prompts.iter().map(|prompt| plain(prompt)).collect();
     if let Some(file) = &args.file {

@@ -52,6 +52,8 @@ struct Plan {
     workers: u32,
     micro_batch_rows: usize,
     recompute: bool,
+    /// What becomes of each layer's activations.
+    layers: String,
     data_form: String,
     /// Where there are several.
     sources: Vec<SourceSummary>,
@@ -122,6 +124,7 @@ fn plan(spec: &JobSpec, preflight: Preflight, data: &Summary) -> CommandResult<P
         workers: spec.cluster.workers.max,
         micro_batch_rows: preflight.micro_batch_rows,
         recompute: preflight.recompute,
+        layers: preflight.layers,
         data_form: data.train.form.clone(),
         sources: data.train.sources.clone(),
         warnings,
@@ -197,12 +200,10 @@ fn render(plan: &Plan, spec: &JobSpec, color: bool) -> String {
         format::bytes(memory.activations),
         format::bytes(memory.scratch),
     ));
-    let kept = if plan.recompute {
-        "layers are computed again in the backward pass"
-    } else {
-        "activations are kept"
-    };
-    lines.push(format!("{:12}micro-batches of {} rows; {kept}", "", plan.micro_batch_rows));
+    lines.push(format!("{:12}micro-batches of {} rows; {}", "", plan.micro_batch_rows, plan.layers));
+    if memory.host > 0 {
+        lines.push(format!("{:12}{} more in the host's memory", "", format::bytes(memory.host)));
+    }
     lines.push(format!(
         "{}{} rows of up to {} tokens ({} form), {} held out",
         head("data"),

@@ -52,7 +52,7 @@ fn job_file() -> Vec<Case> {
             edit(place, "lora_dropout = 0.1", "lora_dropout = 1.0");
         }),
         at_line("negative learning rate", "SH0104", "learning_rate", |place| {
-            edit(place, "learning_rate = 5e-3", "learning_rate = -1.0");
+            edit(place, "learning_rate = 0.005", "learning_rate = -1.0");
         }),
         at_line("no step", "SH0104", "steps = 0", |place| edit(place, "steps = 12", "steps = 0")),
         at_line("keep no checkpoint", "SH0104", "keep = 0", |place| edit(place, "keep = 3", "keep = 0")),

@@ -12,7 +12,6 @@ mod resume;
 mod run;
 mod support;
 mod tools;
-
 mod using;
 mod virtual_tokens;
 mod worker_death;

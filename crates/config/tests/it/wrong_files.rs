@@ -112,7 +112,7 @@ const WRONG: &[Wrong] = &[
         after_head!("[adapter]\ntarget_modules = [\"all-linear\"]\n"),
         &[("SH0104", 5)],
     ),
-    wrong("an unknown start", after_head!("[adapter]\ninit_lora_weights = \"eva\"\n"), &[("SH0103", 5)]),
+    wrong("an unknown start", after_head!("[adapter]\ninit_lora_weights = \"eva\"\n"), &[("SH0107", 5)]),
     wrong(
         "whole modules as a text",
         after_head!("[adapter]\nmodules_to_save = \"lm_head\"\n"),

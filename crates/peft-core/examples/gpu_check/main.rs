@@ -70,6 +70,7 @@ fn main() {
     if what == "all" || what == "check" {
         operations::check(&mut report);
         models::check(&mut report, &repository);
+        models::memory(&mut report, &repository);
         models::train(&mut report, &repository);
     }
     if what == "all" || what == "check" || what == "virtual" {

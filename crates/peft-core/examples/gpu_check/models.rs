@@ -2,137 +2,17 @@
 
 use std::path::Path;
 
-use half::bf16;
-use rayon::prelude::*;
 use shanty_peft_core::{
-    Engine, EngineDevice, EngineOptions, NoSink, Result, StepKey,
+    Engine, EngineDevice, EngineOptions, NoSink, StepKey,
     adapter::{LoraConfig, TargetModules},
     backend::cuda::Precision,
     batch::{Row, Segment},
-    model::{BaseSource, EmbeddingView, LayerWeights, LinearWeights, Matrix, ModelConfig, Projection},
-    optim::{AdamW, AdamWOptions, clip_factor, global_norm},
+    optim::{AdamW, AdamWOptions, FlatUpdate, clip_factor, global_norm, groups},
     plan::Recompute,
-    quant::{
-        Nf4Options, double,
-        packed::{PackedLayer, PackedShape, ScalesMut},
-    },
-    random,
+    quant::Nf4Options,
 };
 
 use crate::{Report, operations::numbers};
-
-/// A Llama of random numbers in NF4, with embedding and head in bf16.
-pub(crate) struct RandomBase {
-    config: ModelConfig,
-    layers: Vec<PackedLayer>,
-    norm: Vec<f32>,
-    embedding: Vec<bf16>,
-    head: Vec<bf16>,
-}
-
-impl RandomBase {
-    pub(crate) fn new(
-        hidden: usize,
-        intermediate: usize,
-        layers: usize,
-        vocabulary: usize,
-        heads: usize,
-        block_size: usize,
-    ) -> Self {
-        let kv_heads = if heads > 8 { 8 } else { heads };
-        let config = format!(
-            r#"{{"model_type": "llama", "vocab_size": {vocabulary}, "hidden_size": {hidden},
-            "intermediate_size": {intermediate}, "num_hidden_layers": {layers}, "num_attention_heads": {heads},
-            "num_key_value_heads": {kv_heads}, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192,
-            "hidden_act": "silu"}}"#
-        );
-        let config = ModelConfig::from_json(config.as_bytes(), "config.json".as_ref()).unwrap();
-        let options = Nf4Options { block_size, double: true };
-        let shapes: Vec<PackedShape> = Projection::ALL
-            .iter()
-            .map(|&projection| {
-                let [rows, columns] = config.shape(projection);
-                PackedShape { rows, columns, options }
-            })
-            .collect();
-        let layers = (0..layers)
-            .into_par_iter()
-            .map(|layer| {
-                let mut packed = PackedLayer::new(&shapes);
-                for (index, shape) in shapes.iter().enumerate() {
-                    let parts = packed.parts_mut(index);
-                    noise((layer * 7 + index) as u64, parts.codes);
-                    let ScalesMut::Double { codes, nested } = parts.scales else { continue };
-                    noise((layer * 7 + index + 1000) as u64, codes);
-                    let width = (3.0 / shape.columns as f32).sqrt();
-                    nested.fill(0.3 * width);
-                    packed.set_double(index, width, &double::DYNAMIC_MAP);
-                }
-                packed
-            })
-            .collect();
-        let table = |name: &str, bound: f32| -> Vec<bf16> {
-            let mut numbers = vec![0.0; vocabulary * hidden];
-            random::fill_uniform(5, name, bound, &mut numbers);
-            numbers.par_iter().map(|number| bf16::from_f32(*number)).collect()
-        };
-        Self {
-            norm: vec![1.0; hidden],
-            embedding: table("embedding", 1.0),
-            head: table("head", (3.0 / hidden as f32).sqrt()),
-            config,
-            layers,
-        }
-    }
-}
-
-/// Random bytes, quickly.
-fn noise(seed: u64, out: &mut [u8]) {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    for chunk in out.chunks_mut(8) {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        let length = chunk.len();
-        chunk.copy_from_slice(&state.wrapping_mul(0x2545_F491_4F6C_DD1D).to_le_bytes()[..length]);
-    }
-}
-
-impl BaseSource for RandomBase {
-    fn config(&self) -> &ModelConfig {
-        &self.config
-    }
-
-    fn prefetch(&mut self, _layer: usize) {}
-
-    fn layer(&mut self, layer: usize) -> Result<LayerWeights<'_>> {
-        let linear = |projection: Projection| LinearWeights {
-            weight: Matrix::Nf4(self.layers[layer].view(projection.index())),
-            bias: None,
-        };
-        Ok(LayerWeights {
-            input_norm: &self.norm,
-            query_norm: None,
-            key_norm: None,
-            attention_output_norm: None,
-            mlp_norm: &self.norm,
-            mlp_output_norm: None,
-            linears: LayerWeights::by_projection(&self.config, linear),
-        })
-    }
-
-    fn embedding(&self) -> EmbeddingView<'_> {
-        EmbeddingView::from_bf16(&self.embedding, self.config.hidden_size)
-    }
-
-    fn final_norm(&self) -> &[f32] {
-        &self.norm
-    }
-
-    fn head(&self) -> EmbeddingView<'_> {
-        EmbeddingView::from_bf16(&self.head, self.config.hidden_size)
-    }
-}
 
 pub(crate) fn lora(r: usize, dropout: f32) -> LoraConfig {
     LoraConfig {
@@ -239,6 +119,55 @@ pub(crate) fn check(report: &mut Report, repository: &Path) {
     }
 }
 
+/// What a layer keeps changes no bit, and a step takes what its plan says.
+pub(crate) fn memory(report: &mut Report, repository: &Path) {
+    let folder = repository.join("examples/tiny-llama-14m");
+    let device = EngineDevice::Cuda { index: 0, precision: Precision::Bf16 };
+    let load = |recompute, memory_limit| {
+        let options = EngineOptions {
+            quantization: Some(Nf4Options::default()),
+            adapter: Some(lora(8, 0.0).shared()),
+            device,
+            recompute,
+            micro_batch_rows: Some(64),
+            memory_limit,
+            ..EngineOptions::new(&folder, 64)
+        };
+        Engine::load(options, &mut |_| {}).unwrap()
+    };
+    let gradient = |engine: &mut Engine| {
+        let rows: Vec<Row> = (0..10).flat_map(|_| rows(8000)).collect();
+        let noise = numbers("adapter", engine.layout().len());
+        let bound: Vec<f32> = noise.iter().map(|x| 0.05 * x).collect();
+        let zeros = vec![0.0; bound.len()];
+        engine.begin(&bound, &zeros, &zeros).unwrap();
+        let mut tokens = 0;
+        // Twice: what lies aside after one step must not disturb the next.
+        for step in 1..=2 {
+            tokens = engine.accumulate(&rows, StepKey { seed: 5, step }).unwrap();
+        }
+        let groups = groups(&AdamWOptions::default(), 1, 1e-3, &[], bound.len());
+        let update = FlatUpdate { mean: 1.0 / tokens as f64, max_norm: 0.0, groups: &groups };
+        let outcome = engine.update(&update).unwrap();
+        let [_, first, _] = engine.trained_state().unwrap();
+        (first, outcome)
+    };
+    let mut roomy = load(Recompute::Never, None);
+    let expected = gradient(&mut roomy);
+    let least = load(Recompute::Layers, None).plan().peak_bytes();
+    let most = roomy.plan().peak_bytes();
+    for (name, limit) in [("half way", (least + most) / 2), ("boundaries", least), ("aside", least * 9 / 10)]
+    {
+        let mut engine = load(Recompute::Auto, Some(limit));
+        let plan = *engine.plan();
+        let got = gradient(&mut engine);
+        let name = format!("{name}: {}", plan.levels.describe());
+        report.note(format!("{name}, same bits"), f64::from(u8::from(got != expected)), 0.0);
+        let peak = engine.card().map_or(0, |(_, peak)| peak) as f64;
+        report.note(format!("{name}, peak by plan"), (peak / plan.peak_bytes() as f64 - 1.0).abs(), 0.03);
+    }
+}
+
 /// Fifty steps on the tiny base beside the CPU's curve.
 pub(crate) fn train(report: &mut Report, repository: &Path) {
     let folder = repository.join("examples/tiny-llama-14m");
@@ -261,7 +190,7 @@ pub(crate) fn train(report: &mut Report, repository: &Path) {
     };
     let expected = curve(EngineDevice::Cpu);
     println!("CPU curve: {:.4} -> {:.4}", expected[0], expected[49]);
-    for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Tf32, 2e-3), (Precision::Bf16, 5e-3)] {
+    for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Tf32, 2e-3), (Precision::Bf16, 2e-2)] {
         let got = curve(EngineDevice::Cuda { index: 0, precision });
         let name = format!("50 steps on the tiny base {precision:?}, {:.4} -> {:.4}", got[0], got[49]);
         report.compare(name, &got, &expected, tolerance);

@@ -2,16 +2,18 @@
 
 use shanty_peft_core::{
     backend::{
-        AttentionShape, Backend, BatchRoom, View, ViewMut,
+        AttentionShape, Backend, BatchRoom, LowRank, Use, View, ViewMut,
         cpu::Cpu,
         cuda::{Cuda, Precision},
     },
     batch::{PackedBatch, Row, Segment},
-    model::{BaseSource, Projection},
+    bench::{RandomBase, Shape},
+    model::{BaseSource, Matrix, Projection},
+    optim::{AdamWOptions, FlatState, FlatUpdate, groups},
     random::{self, DropoutKey},
 };
 
-use crate::{Report, models::RandomBase};
+use crate::Report;
 
 /// The name of the card.
 pub(crate) fn card() -> String {
@@ -36,8 +38,18 @@ fn seed() -> u64 {
     })
 }
 
+/// Activations.
 pub(crate) fn put<B: Backend>(backend: &B, data: &[f32]) -> B::Owned {
-    let mut buffer = backend.allocate(data.len()).unwrap();
+    put_for(Use::Activation, backend, data)
+}
+
+/// What is f32 in every precision.
+pub(crate) fn exact<B: Backend>(backend: &B, data: &[f32]) -> B::Owned {
+    put_for(Use::Exact, backend, data)
+}
+
+fn put_for<B: Backend>(purpose: Use, backend: &B, data: &[f32]) -> B::Owned {
+    let mut buffer = backend.allocate(data.len(), purpose).unwrap();
     backend.upload(data, &mut buffer);
     buffer
 }
@@ -45,6 +57,10 @@ pub(crate) fn put<B: Backend>(backend: &B, data: &[f32]) -> B::Owned {
 /// Memory in which nothing written yet goes unnoticed.
 fn poisoned<B: Backend>(backend: &B, count: usize) -> B::Owned {
     put(backend, &vec![f32::NAN; count])
+}
+
+fn poisoned_exact<B: Backend>(backend: &B, count: usize) -> B::Owned {
+    exact(backend, &vec![f32::NAN; count])
 }
 
 fn get<B: Backend>(backend: &B, buffer: &B::Buffer, rows: usize, columns: usize) -> Vec<f32> {
@@ -120,7 +136,7 @@ impl Operation for Elementwise {
         let Self { rows, columns } = *self;
         let count = rows * columns;
         let x = put(backend, &numbers("x", count));
-        let bias = put(backend, &numbers("bias", columns));
+        let bias = exact(backend, &numbers("bias", columns));
         let mut out = poisoned(backend, count);
         fn whole<B: Backend>(out: &mut B::Buffer, shape: [usize; 2]) -> ViewMut<'_, B> {
             ViewMut::new(out, shape[0], shape[1])
@@ -139,17 +155,19 @@ impl Operation for Elementwise {
         let (g, u) = (View::<B>::new(&gate, rows, columns), View::<B>::new(&up, rows, columns));
         backend.swiglu(g, u, whole::<B>(&mut activated, shape));
         let activated = get(backend, &activated, rows, columns);
+        let mut dout = put(backend, &numbers("x", count));
         let mut geglu = poisoned(backend, count);
         let (g, u) = (View::<B>::new(&gate, rows, columns), View::<B>::new(&up, rows, columns));
         backend.geglu(g, u, whole::<B>(&mut geglu, shape));
         let (mut gate_again, mut up_again) = (put(backend, &scaled), put(backend, &numbers("up", count)));
+        let mut geglu_again = put(backend, &numbers("x", count));
         backend.geglu_backward(
-            View::<B>::new(&x, rows, columns),
+            whole::<B>(&mut geglu_again, shape),
             whole::<B>(&mut gate_again, shape),
             whole::<B>(&mut up_again, shape),
         );
         backend.swiglu_backward(
-            View::<B>::new(&x, rows, columns),
+            whole::<B>(&mut dout, shape),
             whole::<B>(&mut gate, shape),
             whole::<B>(&mut up, shape),
         );
@@ -161,7 +179,9 @@ impl Operation for Elementwise {
             get(backend, &copied, rows, columns),
             get(backend, &out, rows, columns),
             activated,
+            get(backend, &dout, rows, columns),
             get(backend, &geglu, rows, columns),
+            get(backend, &geglu_again, rows, columns),
             get(backend, &gate_again, rows, columns),
             get(backend, &up_again, rows, columns),
             get(backend, &capped, rows, columns),
@@ -185,18 +205,18 @@ impl Operation for Rows<'_> {
         let x = put(backend, &numbers("x", rows * columns));
         let dout = put(backend, &numbers("dout", rows * columns));
         let (x, dout) = (View::<B>::new(&x, rows, columns), View::<B>::new(&dout, rows, columns));
-        let weight = put(backend, &numbers("weight", columns));
+        let weight = exact(backend, &numbers("weight", columns));
         let weight = View::<B>::new(&weight, 1, columns);
         let target = |out| ViewMut::<B>::new(out, rows, columns);
         let mut normed = poisoned(backend, rows * columns);
-        let mut reciprocal = poisoned(backend, rows);
+        let mut reciprocal = poisoned_exact(backend, rows);
         backend.rms_norm(x, weight, 1e-5, target(&mut normed), ViewMut::<B>::new(&mut reciprocal, rows, 1));
         let mut dx = put(backend, &numbers("dx", rows * columns));
         let factors = View::<B>::new(&reciprocal, rows, 1);
         backend.rms_norm_backward(dout, x, weight, factors, target(&mut dx));
 
         let positions = rows.max(1);
-        let table = put(backend, &numbers("angles", positions * self.head_dim));
+        let table = exact(backend, &numbers("angles", positions * self.head_dim));
         let table = View::<B>::new(&table, positions, self.head_dim);
         let mut turned = put(backend, &numbers("turned", rows * columns));
         backend.rope(&batch, self.head_dim, table, false, target(&mut turned));
@@ -240,15 +260,40 @@ impl Operation for CrossEntropy<'_> {
         let rows = self.batch.targets.len() - 1;
         let scaled: Vec<f32> = numbers("logits", rows * self.vocabulary).iter().map(|x| 20.0 * x).collect();
         let mut logits = put(backend, &scaled);
-        let mut losses = poisoned(backend, rows);
-        let mut sums = Vec::new();
+        let mut losses = poisoned_exact(backend, rows);
         for (gradient, cap) in [(false, None), (false, Some(6.0)), (true, self.soft_cap)] {
             backend.upload(&scaled, &mut logits);
             let view = ViewMut::<B>::new(&mut logits, rows, self.vocabulary);
             let losses = ViewMut::<B>::new(&mut losses, rows, 1);
-            sums.push(backend.cross_entropy(&batch, 1, gradient, cap, view, losses) as f32);
+            backend.cross_entropy(&batch, 1, gradient, cap, view, losses);
         }
-        vec![get(backend, &logits, rows, self.vocabulary), get(backend, &losses, rows, 1), sums]
+        vec![get(backend, &logits, rows, self.vocabulary), get(backend, &losses, rows, 1)]
+    }
+}
+
+/// The backward pass of a branch of low rank, through its second matrix.
+struct LowRankBackward {
+    rows: usize,
+    columns: usize,
+    rank: usize,
+}
+
+impl Operation for LowRankBackward {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<Vec<f32>> {
+        let Self { rows, columns, rank } = *self;
+        let dy = put(backend, &numbers("dy", rows * columns));
+        let (b, p) = (put(backend, &numbers("b", columns * rank)), put(backend, &numbers("p", rows * rank)));
+        let mut dp = poisoned(backend, rows * rank);
+        let mut db = exact(backend, &numbers("db", columns * rank));
+        backend.low_rank_backward(
+            0.5,
+            View::<B>::new(&dy, rows, columns),
+            View::<B>::new(&b, columns, rank),
+            View::<B>::new(&p, rows, rank),
+            ViewMut::<B>::new(&mut dp, rows, rank),
+            ViewMut::<B>::new(&mut db, columns, rank),
+        );
+        vec![get(backend, &dp, rows, rank), get(backend, &db, columns, rank)]
     }
 }
 
@@ -269,35 +314,74 @@ impl Operation for Attention<'_> {
         };
         let (q, dout) = (make("q", rows, q_columns), make("dout", rows, q_columns));
         let (k, v) = (make("k", keys, k_columns), make("v", keys, k_columns));
-        let (mut out, mut log_sum) = (poisoned(backend, rows * q_columns), poisoned(backend, rows * heads));
+        let (mut out, mut log_sum) =
+            (poisoned(backend, rows * q_columns), poisoned_exact(backend, rows * heads));
         let q = View::<B>::new(&q, rows, q_columns);
         let (k, v) = (View::<B>::new(&k, keys, k_columns), View::<B>::new(&v, keys, k_columns));
         let to = ViewMut::<B>::new(&mut out, rows, q_columns);
         backend.attention(&batch, self.shape, q, k, v, to, ViewMut::<B>::new(&mut log_sum, rows, heads));
         let mut all = vec![get(backend, &out, rows, q_columns), get(backend, &log_sum, rows, heads)];
-        if keys == rows {
-            let (mut dq, mut dk, mut dv) = (
-                poisoned(backend, rows * q_columns),
-                poisoned(backend, rows * k_columns),
-                poisoned(backend, rows * k_columns),
+        let (mut dq, mut dk, mut dv) = (
+            poisoned(backend, rows * q_columns),
+            poisoned(backend, keys * k_columns),
+            poisoned(backend, keys * k_columns),
+        );
+        backend.attention_backward(
+            &batch,
+            self.shape,
+            q,
+            k,
+            v,
+            View::<B>::new(&out, rows, q_columns),
+            View::<B>::new(&log_sum, rows, heads),
+            View::<B>::new(&dout, rows, q_columns),
+            ViewMut::<B>::new(&mut dq, rows, q_columns),
+            ViewMut::<B>::new(&mut dk, keys, k_columns),
+            ViewMut::<B>::new(&mut dv, keys, k_columns),
+        );
+        all.push(get(backend, &dq, rows, q_columns));
+        all.push(get(backend, &dk, keys, k_columns));
+        all.push(get(backend, &dv, keys, k_columns));
+        all
+    }
+}
+
+/// Three updates of flat buffers in two groups, the second one clipped, and one of a gradient that is not finite.
+struct Update {
+    length: usize,
+}
+
+impl Operation for Update {
+    fn run<B: Backend>(&self, backend: &B) -> Vec<Vec<f32>> {
+        let length = self.length;
+        let mut state = FlatState::new(backend, length).unwrap();
+        backend.upload(&numbers("parameters", length), &mut state.parameters);
+        let options = AdamWOptions { weight_decay: 0.1, ..AdamWOptions::default() };
+        let mut norms = Vec::new();
+        for (step, max_norm) in [(1, 0.0), (2, 0.5), (3, 1e9), (4, 1.0)] {
+            let mut gradient = numbers(&format!("gradient {step}"), length);
+            if step == 4 {
+                gradient[length / 2] = f32::INFINITY;
+            }
+            backend.upload(&gradient, &mut state.gradient);
+            let losses = exact(backend, &numbers("losses", 1000));
+            backend.add_losses(View::<B>::new(&losses, 1000, 1), &mut state);
+            let groups = groups(
+                &options,
+                step,
+                1e-2,
+                &[(length / 3..length / 2, 3.0), (length / 2..length / 2 + 1, 0.0)],
+                length,
             );
-            backend.attention_backward(
-                &batch,
-                self.shape,
-                q,
-                k,
-                v,
-                View::<B>::new(&out, rows, q_columns),
-                View::<B>::new(&log_sum, rows, heads),
-                View::<B>::new(&dout, rows, q_columns),
-                ViewMut::<B>::new(&mut dq, rows, q_columns),
-                ViewMut::<B>::new(&mut dk, rows, k_columns),
-                ViewMut::<B>::new(&mut dv, rows, k_columns),
-            );
-            all.push(get(backend, &dq, rows, q_columns));
-            all.push(get(backend, &dk, rows, k_columns));
-            all.push(get(backend, &dv, rows, k_columns));
+            backend.run(|| {
+                backend.update_flat(&FlatUpdate { mean: 1.0 / 64.0, max_norm, groups: &groups }, &mut state);
+            });
+            let outcome = backend.outcome(&mut state).unwrap();
+            norms.extend([outcome.norm.min(1e30) as f32, outcome.loss as f32]);
         }
+        let all = [&state.parameters, &state.first, &state.second];
+        let mut all: Vec<_> = all.map(|buffer| get(backend, buffer, 1, length)).into();
+        all.push(norms);
         all
     }
 }
@@ -312,7 +396,8 @@ impl Sides {
     fn compare(&self, report: &mut Report, name: &str, operation: &impl Operation, products: bool) {
         let expected = operation.run(&self.cpu);
         for (cuda, tolerance) in &self.cards {
-            if !products && cuda.precision() != Precision::F32 {
+            // But for products TF32 is f32; bf16 is another kind of number everywhere.
+            if !products && cuda.precision() == Precision::Tf32 {
                 continue;
             }
             let got = operation.run(cuda);
@@ -352,6 +437,12 @@ pub(crate) fn check(report: &mut Report) {
             sides.compare(report, &name, &operation, false);
         }
     }
+    for (rows, columns, rank) in
+        [(8192, 4096, 16), (1000, 520, 8), (77, 72, 16), (300, 14_336, 32), (65, 64, 5)]
+    {
+        let name = format!("low rank backward {rows} x {columns}, rank {rank}");
+        sides.compare(report, &name, &LowRankBackward { rows, columns, rank }, true);
+    }
     for (lengths, heads, kv_heads, head_dim) in [
         (&[2048][..], 32, 8, 128),
         (&[513, 1, 64, 129, 300], 8, 2, 64),
@@ -364,6 +455,24 @@ pub(crate) fn check(report: &mut Report) {
         let name = format!("attention {lengths:?} heads {heads}/{kv_heads} of {head_dim}");
         sides.compare(report, &name, &Attention { batch: &batch, shape }, true);
     }
+    // Windows, capped scores, and keys that stand ahead of every span.
+    for (head_dim, window, soft_cap, ahead) in [
+        (128, Some(100), None, 0),
+        (64, None, Some(20.0), 0),
+        (256, Some(64), Some(50.0), 0),
+        (128, None, None, 30),
+        (40, Some(33), Some(5.0), 7),
+    ] {
+        let mut batch = packed(&[300, 1, 129], 1000);
+        for (number, span) in batch.spans.iter_mut().enumerate() {
+            span.key_start += number * ahead;
+            span.keys += ahead;
+        }
+        let shape = AttentionShape { window, soft_cap, ..AttentionShape::new(4, 2, head_dim) };
+        let name =
+            format!("attention of {head_dim}, window {window:?}, cap {soft_cap:?}, {ahead} keys ahead");
+        sides.compare(report, &name, &Attention { batch: &batch, shape }, true);
+    }
     // With a cache: one query, and several, at the end of more keys.
     for queries in [1, 37] {
         let mut batch = packed(&[queries], 1000);
@@ -372,7 +481,38 @@ pub(crate) fn check(report: &mut Report) {
         let name = format!("attention of {queries} queries to 301 keys");
         sides.compare(report, &name, &Attention { batch: &batch, shape }, true);
     }
+    for length in [64, 1_000_003] {
+        sides.compare(report, &format!("update of {length}"), &Update { length }, false);
+    }
     frozen(report, &sides.cpu);
+}
+
+/// `W + s B A`, where the card adds it while it dequantises; every number to the rounding of bf16.
+fn merged(report: &mut Report, cuda: &Cuda, matrix: Matrix<'_>, rank: usize, block_size: usize) {
+    let (rows, columns) = (matrix.rows(), matrix.columns());
+    let mut expected = vec![0.0; rows * columns];
+    matrix.write_f32(&mut expected);
+    let narrow = |x: &f32| half::bf16::from_f32(*x).to_f32();
+    let noise = numbers("branch", rank * (rows + columns));
+    let (a, b) = noise.split_at(rank * columns);
+    for (at, expected) in expected.iter_mut().enumerate() {
+        let (row, column) = (at / columns, at % columns);
+        let product = (0..rank).map(|r| narrow(&b[row * rank + r]) * narrow(&a[r * columns + column]));
+        *expected += 0.125 * product.sum::<f32>();
+    }
+    let mut place = None;
+    let parameters = cuda.lend(&noise, &mut place).unwrap();
+    let a = View::<Cuda>::at(parameters, 0, rank, columns);
+    let b = View::<Cuda>::at(parameters, rank * columns, rows, rank);
+    let mut scratch = poisoned(cuda, rows * columns);
+    let (view, merged) = cuda.frozen_updated(&matrix, &LowRank { scale: 0.125, a, b }, &mut scratch);
+    if merged {
+        let got = cuda.read(view).unwrap();
+        let name = format!("nf4 {rows} x {columns} blocks of {block_size} and rank {rank}");
+        report.compare(name, &got, &expected, 3e-3);
+    }
+    let wanted = cuda.precision() == Precision::Bf16 && columns.is_multiple_of(64);
+    report.note("merged where it should be", f64::from(u8::from(merged != wanted)), 0.0);
 }
 
 /// The base's matrices: dequantised bit for bit, embedding and head.
@@ -380,10 +520,11 @@ fn frozen(report: &mut Report, cpu: &Cpu) {
     for shape in [[512, 1024, 1536], [72, 40, 100]] {
         for block_size in [64, 4096] {
             let [hidden, intermediate, vocabulary] = shape;
-            let mut base = RandomBase::new(hidden, intermediate, 1, vocabulary, 4, block_size);
+            let shape = Shape { hidden, intermediate, layers: 1, vocabulary, heads: 4 };
+            let mut base = RandomBase::new(shape, block_size).unwrap();
             for precision in [Precision::F32, Precision::Bf16] {
                 let mut cuda = Cuda::new(0, precision).unwrap();
-                cuda.hold(&mut base).unwrap();
+                cuda.hold(&mut base, block_size > 64).unwrap();
                 let weights = base.layer(0).unwrap();
                 for projection in [Projection::Q, Projection::Gate, Projection::Down] {
                     let linear = weights.linear(projection);
@@ -400,6 +541,10 @@ fn frozen(report: &mut Report, cpu: &Cpu) {
                     let name = format!("nf4 {rows} x {columns} blocks of {block_size}, bits, {precision:?}");
                     report.note(name, (expected.len() - same) as f64, 0.0);
                 }
+                for (projection, rank) in [(Projection::Q, 16), (Projection::Down, 8), (Projection::Gate, 40)]
+                {
+                    merged(report, &cuda, weights.linear(projection).weight, rank, block_size);
+                }
                 let batch = packed(&[50, 9], vocabulary as u32);
                 let table = base.embedding();
                 let mut all = Vec::new();
@@ -415,6 +560,7 @@ fn frozen(report: &mut Report, cpu: &Cpu) {
                 }
                 report.compare(format!("embedding {hidden} {precision:?}"), &all[1], &all[0], 0.0);
                 let mut scratch = poisoned(&cuda, 30 * hidden);
+                let table = base.head();
                 let view = cuda.frozen_rows(&table, 7, 30, &mut scratch);
                 let got = cuda.read(view).unwrap();
                 let mut expected = vec![0.0; 30 * hidden];

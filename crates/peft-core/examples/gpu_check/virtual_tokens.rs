@@ -6,7 +6,7 @@ use shanty_peft_core::{
     Engine, EngineDevice, EngineOptions, NoSink, StepKey,
     adapter::{PTuningConfig, PrefixTuningConfig, PromptTuningConfig, SharedMethod, VirtualTokenConfig},
     backend::{
-        Backend, BatchRoom, SpanStart, View, ViewMut,
+        Backend, BatchRoom, SpanStart, Use, View, ViewMut,
         cpu::Cpu,
         cuda::{Cuda, Precision},
     },
@@ -45,7 +45,7 @@ fn rows(vocabulary: usize) -> Vec<Row> {
 /// What each operation writes.
 fn operations<B: Backend>(backend: &B, columns: usize) -> Vec<Vec<f32>> {
     let put = |data: &[f32]| {
-        let mut buffer = backend.allocate(data.len()).unwrap();
+        let mut buffer = backend.allocate(data.len(), Use::Activation).unwrap();
         backend.upload(data, &mut buffer);
         buffer
     };
@@ -90,11 +90,14 @@ fn methods() -> Vec<(&'static str, SharedMethod)> {
 /// Logits, losses and gradients, as those of LoRA in `models`.
 pub(crate) fn check(report: &mut Report, repository: &Path) {
     let cpu = Cpu::new(0).unwrap();
-    let cuda = Cuda::new(0, Precision::F32).unwrap();
-    for columns in [4096, 72] {
-        let (expected, got) = (operations(&cpu, columns), operations(&cuda, columns));
-        for (part, (got, expected)) in got.iter().zip(&expected).enumerate() {
-            report.compare(format!("virtual tokens of {columns} columns [{part}]"), got, expected, 1e-6);
+    for (precision, tolerance) in [(Precision::F32, 1e-6), (Precision::Bf16, 1e-2)] {
+        let cuda = Cuda::new(0, precision).unwrap();
+        for columns in [4096, 72] {
+            let (expected, got) = (operations(&cpu, columns), operations(&cuda, columns));
+            for (part, (got, expected)) in got.iter().zip(&expected).enumerate() {
+                let name = format!("virtual tokens of {columns} columns [{part}] {precision:?}");
+                report.compare(name, got, expected, tolerance);
+            }
         }
     }
     let cards = [(Precision::F32, 2e-5), (Precision::Tf32, 3e-2), (Precision::Bf16, 1.2e-1)];

@@ -4,7 +4,7 @@
 //! same layout. It is made once, when an engine is loaded, and works without allocating.
 
 use crate::{
-    backend::{Backend, Product, View, ViewMut},
+    backend::{Backend, LowRank, Product, View, ViewMut},
     random::DropoutKey,
 };
 
@@ -40,6 +40,8 @@ pub struct LinearSite<'a, B: Backend> {
     pub parameters: &'a B::Buffer,
     /// Dropout; none where it is off or the model is evaluated.
     pub dropout: Option<PassDropout>,
+    /// Whether W holds what [`LinearBranch::update`] says already.
+    pub merged: bool,
 }
 
 impl<'a, B: Backend> LinearSite<'a, B> {
@@ -99,9 +101,18 @@ pub struct BranchScratch<B: Backend> {
 
 /// What stands beside a linear layer. `T` is the number of tokens.
 pub trait LinearBranch<B: Backend>: Send + Sync {
+    /// What the branch adds to W in this pass, where that is all that it does; a backend may add it while it writes W out
+    /// ([`LinearSite::merged`]).
+    fn update<'b>(
+        &self,
+        _parameters: &'b B::Buffer,
+        _dropout: Option<PassDropout>,
+    ) -> Option<LowRank<'b, B>> {
+        None
+    }
+
     /// `y = x Wᵀ + b`, changed by the branch; or `y += …` with `accumulate`. `x` `[T, in]`, `y` `[T, out]`.
     /// `kept` has room for [`super::Needs::kept`] numbers a token, for the backward pass.
-    #[expect(clippy::too_many_arguments, reason = "inputs, outputs and scratch of a layer without memory")]
     fn forward(
         &self,
         site: &LinearSite<'_, B>,
@@ -122,6 +133,17 @@ pub trait LinearBranch<B: Backend>: Send + Sync {
         _scratch: &mut BranchScratch<B>,
     ) {
     }
+
+    /// Writes `dx` as [`LinearBranch::backward`] does, or adds to it with `accumulate`, and nothing else. The input x is
+    /// not known yet.
+    fn input_gradient(
+        &self,
+        site: &LinearSite<'_, B>,
+        dy: View<'_, B>,
+        accumulate: bool,
+        dx: ViewMut<'_, B>,
+        scratch: &mut BranchScratch<B>,
+    );
 
     /// Adds the gradients of the branch's tensors to `gradient`, where they lie as in the parameters, and writes `dx`, or
     /// adds to it with `accumulate`; without `dx` no gradient of the input is wanted.

@@ -181,7 +181,7 @@ impl Fit {
 /// The branches of a fitted method on a backend.
 pub struct Branches<B: Backend> {
     layers: Vec<Layer<B>>,
-    head: Option<Box<dyn LinearBranch<B>>>,
+    head: BoxedBranch<B>,
     embedding: Option<Box<dyn EmbeddingBranch<B>>>,
     /// Where tensors lie that take the place of the base's.
     final_norm: Option<usize>,
@@ -191,9 +191,12 @@ pub struct Branches<B: Backend> {
     rows: Option<(Vec<u32>, usize)>,
 }
 
+/// The branch beside a linear layer, where there is one.
+type BoxedBranch<B> = Option<Box<dyn LinearBranch<B>>>;
+
 /// What is trained in a layer.
 struct Layer<B: Backend> {
-    linear: Vec<(Option<Box<dyn LinearBranch<B>>>, TrainedParts)>,
+    linear: Vec<(BoxedBranch<B>, TrainedParts)>,
     /// By [`Norm::index`].
     norms: [Option<usize>; Norm::ALL.len()],
 }

@@ -249,12 +249,24 @@ impl<B: Backend> LinearBranch<B> for OutputScale {
     ) {
         let z = View::<B>::new(kept, x.rows, self.features);
         site.backend.column_dot(dy, z, ViewMut::<B>::at(gradient, self.at, 1, self.features));
-        let Some(dx) = dx else { return };
+        if let Some(dx) = dx {
+            self.input_gradient(site, dy, accumulate, dx, scratch);
+        }
+    }
+
+    fn input_gradient(
+        &self,
+        site: &LinearSite<'_, B>,
+        dy: View<'_, B>,
+        accumulate: bool,
+        dx: ViewMut<'_, B>,
+        scratch: &mut BranchScratch<B>,
+    ) {
         let scale = View::<B>::at(site.parameters, self.at, 1, self.features);
-        let dz = ViewMut::<B>::new(&mut *scratch.output, x.rows, self.features);
+        let dz = ViewMut::<B>::new(&mut *scratch.output, dy.rows, self.features);
         site.backend.scale_columns(1.0, dy, scale, 0.0, dz);
         let beta = if accumulate { 1.0 } else { 0.0 };
-        site.multiply_backward(View::<B>::new(&scratch.output, x.rows, self.features), beta, dx);
+        site.multiply_backward(View::<B>::new(&scratch.output, dy.rows, self.features), beta, dx);
     }
 }
 
@@ -301,6 +313,22 @@ impl<B: Backend> LinearBranch<B> for InputScale {
         let dscaled = View::<B>::new(&scratch.wide, x.rows, self.features);
         site.backend.column_dot(dscaled, x, ViewMut::<B>::at(gradient, self.at, 1, self.features));
         let Some(dx) = dx else { return };
+        let scale = View::<B>::at(site.parameters, self.at, 1, self.features);
+        let beta = if accumulate { 1.0 } else { 0.0 };
+        site.backend.scale_columns(1.0, dscaled, scale, beta, dx);
+    }
+
+    fn input_gradient(
+        &self,
+        site: &LinearSite<'_, B>,
+        dy: View<'_, B>,
+        accumulate: bool,
+        dx: ViewMut<'_, B>,
+        scratch: &mut BranchScratch<B>,
+    ) {
+        let scaled = ViewMut::<B>::new(&mut *scratch.wide, dy.rows, self.features);
+        site.multiply_backward(dy, 0.0, scaled);
+        let dscaled = View::<B>::new(&scratch.wide, dy.rows, self.features);
         let scale = View::<B>::at(site.parameters, self.at, 1, self.features);
         let beta = if accumulate { 1.0 } else { 0.0 };
         site.backend.scale_columns(1.0, dscaled, scale, beta, dx);

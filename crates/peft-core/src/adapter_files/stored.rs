@@ -211,7 +211,7 @@ impl StoredAdapter {
         };
         let r = pattern("rank_pattern")?.map_or_else(|| self.number("r", 8.0), Ok)?;
         let alpha = pattern("alpha_pattern")?.map_or_else(|| self.number("lora_alpha", 8.0), Ok)?;
-        if !(r >= 1.0 && r <= 1e6) {
+        if !(1.0..=1e6).contains(&r) {
             return Err(self.wrong("r", format!("is {r}")));
         }
         let stabilised = self.config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false);

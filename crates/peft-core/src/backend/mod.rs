@@ -20,6 +20,7 @@ use crate::{
     engine::GradientSink,
     error::Result,
     model::{EmbeddingView, Matrix},
+    optim::{FlatState, FlatUpdate, Outcome},
     random::DropoutKey,
 };
 
@@ -62,6 +63,25 @@ pub struct Product<'a, B: Backend> {
     pub transpose_b: bool,
 }
 
+/// What a buffer is for: a backend may keep activations in fewer bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// Activations, their gradients, and weights written out for products.
+    Activation,
+    /// What must be f32: parameters and their gradients, logarithms, norms' factors, losses, angles.
+    Exact,
+}
+
+/// What a branch of low rank adds to a frozen matrix: `scale b a`.
+pub struct LowRank<'a, B: Backend> {
+    /// Multiplies the product.
+    pub scale: f32,
+    /// `[rank, in]`.
+    pub a: View<'a, B>,
+    /// `[out, rank]`.
+    pub b: View<'a, B>,
+}
+
 /// What of a span begins where.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SpanStart {
@@ -97,7 +117,8 @@ pub struct BatchRoom {
 /// Called when a range of the flat gradient is final.
 pub type Ready<'a, B> = dyn FnMut(Range<usize>, &<B as Backend>::Buffer) + Send + 'a;
 
-/// Tensor operations over caller-owned, strided memory. All numbers are `f32`.
+/// Tensor operations over caller-owned, strided memory. Numbers are `f32`, or what a backend keeps
+/// [`Use::Activation`] in; operands of elementwise operations are of one kind.
 ///
 /// Shapes are written `[rows, columns]`; `T` is the number of tokens of the micro-batch.
 pub trait Backend: Sized + Send + Sync + 'static {
@@ -107,12 +128,50 @@ pub trait Backend: Sized + Send + Sync + 'static {
     type Owned: DerefMut<Target = Self::Buffer> + Send + Sync;
     /// A micro-batch where operations can read it: ids, positions, spans, targets.
     type Batch: Send;
+    /// Host memory that activations lie in between forward and backward, away from the memory that operations work in.
+    type Aside: Send + Sync;
 
     /// Reserves `length` numbers, all 0.
     ///
     /// # Errors
     /// When the memory cannot be had.
-    fn allocate(&self, length: usize) -> Result<Self::Owned>;
+    fn allocate(&self, length: usize, purpose: Use) -> Result<Self::Owned>;
+    /// Reserves flat parameters, all 0: f32, and what products read them as, which [`Backend::upload`] refreshes.
+    ///
+    /// # Errors
+    /// When the memory cannot be had.
+    fn allocate_parameters(&self, length: usize) -> Result<Self::Owned> {
+        self.allocate(length, Use::Exact)
+    }
+    /// Calls `build`, which reserves buffers and does no more, so that they lie in one piece of memory. It may be called
+    /// twice: what the first call returns is dropped.
+    ///
+    /// # Errors
+    /// What `build` returns, or when the memory cannot be had.
+    fn in_one_piece<R>(&self, mut build: impl FnMut() -> Result<R>) -> Result<R> {
+        build()
+    }
+    /// Reserves host memory for `length` numbers.
+    ///
+    /// # Errors
+    /// When the memory cannot be had.
+    fn allocate_aside(&self, length: usize, purpose: Use) -> Result<Self::Aside>;
+    /// Copies `from`, which has no gaps, aside, beside other work. `from` must stay until [`Backend::await_aside`].
+    fn put_aside(&self, from: View<'_, Self>, to: &mut Self::Aside);
+    /// Copies what lies aside to `to`, which has no gaps, after the work that is queued and beside what comes later.
+    /// `to` is there after [`Backend::await_aside`].
+    fn bring_back(&self, from: &Self::Aside, to: ViewMut<'_, Self>);
+    /// Whatever is queued from now on comes after the last copy to or from `aside`.
+    fn await_aside(&self, aside: &Self::Aside);
+    /// Adds up the losses `[rows, 1]` of a micro-batch in `state`.
+    fn add_losses(&self, losses: View<'_, Self>, state: &mut FlatState<Self>);
+    /// Clips, updates, and sets the gradient to 0. Nothing changes where the gradient's norm is not finite.
+    fn update_flat(&self, update: &FlatUpdate<'_>, state: &mut FlatState<Self>);
+    /// What the last update amounted to, and the losses added since the last call. Waits for them.
+    ///
+    /// # Errors
+    /// What failed before.
+    fn outcome(&self, state: &mut FlatState<Self>) -> Result<Outcome>;
     /// Reserves room for a micro-batch.
     ///
     /// # Errors
@@ -153,6 +212,16 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     /// A frozen matrix as operations can read it: itself where it is dense and near, else written into `scratch`.
     fn frozen<'a>(&'a self, matrix: &Matrix<'a>, scratch: &'a mut Self::Buffer) -> View<'a, Self>;
+    /// As [`Backend::frozen`], and with the update added where a backend does that while it writes the matrix out:
+    /// whether it did. A layer then needs one product where it needed three.
+    fn frozen_updated<'a>(
+        &'a self,
+        matrix: &Matrix<'a>,
+        _update: &LowRank<'_, Self>,
+        scratch: &'a mut Self::Buffer,
+    ) -> (View<'a, Self>, bool) {
+        (self.frozen(matrix, scratch), false)
+    }
     /// A frozen vector as operations can read it.
     fn frozen_vector<'a>(&'a self, vector: &'a [f32]) -> View<'a, Self>;
     /// Rows `first .. first + rows` of a table as operations can read them: in place, or written into `scratch`.
@@ -190,6 +259,20 @@ pub trait Backend: Sized + Send + Sync + 'static {
         };
         multiply(first, beta);
         multiply(second, 1.0);
+    }
+    /// Backward of `y += scale p Bᵀ`: `dp = scale dy B` `[T, rank]` and `db += scale dyᵀ p` `[out, rank]`. `dy`
+    /// `[T, out]`, `b` `[out, rank]`, `p` `[T, rank]`. A backend may do both in one pass over `dy`.
+    fn low_rank_backward(
+        &self,
+        scale: f32,
+        dy: View<'_, Self>,
+        b: View<'_, Self>,
+        p: View<'_, Self>,
+        dp: ViewMut<'_, Self>,
+        db: ViewMut<'_, Self>,
+    ) {
+        self.gemm(scale, dy, true, p, false, 1.0, db);
+        self.gemm(scale, dy, false, b, false, 0.0, dp);
     }
     /// `to = value` everywhere.
     fn fill(&self, value: f32, to: ViewMut<'_, Self>);
@@ -255,12 +338,13 @@ pub trait Backend: Sized + Send + Sync + 'static {
     );
     /// `out = silu(gate) * up`.
     fn swiglu(&self, gate: View<'_, Self>, up: View<'_, Self>, out: ViewMut<'_, Self>);
-    /// Replaces `gate` and `up` by their gradients, given that of the output.
-    fn swiglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>);
+    /// Replaces `gate` and `up` by their gradients, and their product's gradient `dout` by the product itself, which
+    /// what comes after it wants: one pass instead of two.
+    fn swiglu_backward(&self, dout: ViewMut<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>);
     /// `out = gelu(gate) * up`, with the approximation of gelu by tanh.
     fn geglu(&self, gate: View<'_, Self>, up: View<'_, Self>, out: ViewMut<'_, Self>);
     /// As [`Backend::swiglu_backward`], of [`Backend::geglu`].
-    fn geglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>);
+    fn geglu_backward(&self, dout: ViewMut<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>);
     /// `x = cap tanh(x / cap)`.
     fn soft_cap(&self, cap: f32, x: ViewMut<'_, Self>);
 
@@ -348,8 +432,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// `row[0, :] += sum of from[t, :]` over all t where `ids[t]` is `id`.
     fn sum_rows_of(&self, batch: &Self::Batch, id: u32, from: View<'_, Self>, row: ViewMut<'_, Self>);
 
-    /// Returns the summed cross-entropy of `logits` `[rows, vocabulary]` against `targets[first ..]`, and
-    /// overwrites the logits by its gradient where `gradient` is set. `losses` `[rows, 1]` gets each row's loss.
+    /// Writes each row's cross-entropy of `logits` `[rows, vocabulary]` against `targets[first ..]` to `losses`
+    /// `[rows, 1]`, and overwrites the logits by its gradient where `gradient` is set.
     /// With `soft_cap` the loss is that of `cap tanh(logit / cap)`, and so is the gradient of `logits`.
     fn cross_entropy(
         &self,
@@ -359,5 +443,5 @@ pub trait Backend: Sized + Send + Sync + 'static {
         soft_cap: Option<f32>,
         logits: ViewMut<'_, Self>,
         losses: ViewMut<'_, Self>,
-    ) -> f64;
+    );
 }

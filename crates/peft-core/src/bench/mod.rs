@@ -1,10 +1,16 @@
-//! `shanty bench step`: how fast a whole optimizer step is, what memory it takes, where its time goes.
+//! `shanty bench`: how fast a whole optimizer step is, what memory it takes, where its time goes; on a card also how fast
+//! operations are beside what the card does at best.
+
+mod card;
+mod random_base;
 
 use std::{
     path::PathBuf,
     time::{Duration, Instant},
 };
 
+pub use card::{CardBenchOptions, CardOperation, CardStep, Line, Stepper, model_flops, operations, steps};
+pub use random_base::{RandomBase, Shape};
 use serde::Serialize;
 
 use crate::{

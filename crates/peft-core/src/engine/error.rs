@@ -67,6 +67,9 @@ pub enum StepError {
         /// Positions of the base.
         positions: usize,
     },
+    /// A step with what is trained in the engine, before anything was handed to it.
+    #[error("a step was asked for before parameters were handed to the engine: a defect of the program")]
+    NoState,
     /// A token cannot be drawn from these logits with these settings.
     #[error("failed to sample a token: {reason}")]
     Sampling {
@@ -87,6 +90,7 @@ impl StepError {
             Self::OutOfMemory { .. } => "SH0655",
             Self::ContextTooLong { .. } => "SH0656",
             Self::Sampling { .. } => "SH0657",
+            Self::NoState => "SH0812",
         }
     }
 
@@ -95,9 +99,10 @@ impl StepError {
         match self {
             Self::TokenOutOfRange { .. } | Self::ContextTooLong { .. } | Self::Sampling { .. } => Kind::User,
             Self::Threads { .. } | Self::OutOfMemory { .. } => Kind::Transient,
-            Self::MalformedRow { .. } | Self::MicroBatchTooLarge { .. } | Self::FlatLength { .. } => {
-                Kind::Internal
-            }
+            Self::MalformedRow { .. }
+            | Self::MicroBatchTooLarge { .. }
+            | Self::FlatLength { .. }
+            | Self::NoState => Kind::Internal,
         }
     }
 

@@ -3,7 +3,7 @@
 use super::{Engine, EngineDevice, EngineOptions, Machine, prepared::Prepared};
 use crate::{
     adapter::{Fit, SharedMethod},
-    backend::cuda::Precision,
+    backend::cuda::{self, Precision},
     error::Result,
     model::{BaseSource, LoadProgress, MemoryUse, ModelConfig, ResidentBase},
     plan::{MemoryPlan, PlanRequest, Sizes},
@@ -64,11 +64,17 @@ impl Engine {
         let head_bytes = if base.head_bytes > 0 { base.head_bytes } else { base.embedding_bytes };
         let mut request = PlanRequest {
             base_bytes: base.total_bytes() as u64,
+            embedding_bytes: if base.head_bytes > 0 { base.embedding_bytes as u64 } else { 0 },
             dequantised: options.quantization.is_some() || config.stored_nf4,
             head_widened: head_bytes < 4 * config.vocabulary_size * config.hidden_size
                 && options.widens_head(),
             ..options.request()
         };
+        if let EngineDevice::Cuda { index, .. } = options.device {
+            // Where the card is not here, nothing is known of its memory.
+            let room = cuda::free_bytes(index).map_or(u64::MAX, |free| free / 100 * 96);
+            request.memory_limit = Some(request.memory_limit.map_or(room, |limit| limit.min(room)));
+        }
         if request.threads == 0 {
             request.threads = std::thread::available_parallelism().map_or(1, usize::from);
         }
@@ -95,11 +101,13 @@ impl EngineOptions {
             recompute: self.recompute,
             memory_limit: self.memory_limit,
             base_bytes: 0,
+            embedding_bytes: 0,
             dequantised: false,
             head_widened: false,
             dropout: self.dropout() > 0.0,
             threads: self.threads,
             accelerated: self.device != EngineDevice::Cpu,
+            half_activations: matches!(self.device, EngineDevice::Cuda { precision: Precision::Bf16, .. }),
         }
     }
 }

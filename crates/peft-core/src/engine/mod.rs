@@ -16,6 +16,7 @@ mod machine;
 mod options;
 mod passes;
 mod prepared;
+mod resident;
 mod start;
 
 use std::ops::Range;
@@ -27,7 +28,7 @@ pub use options::{EngineDevice, EngineOptions};
 
 use crate::{
     adapter::{Fit, Matched, ParameterLayout, SharedMethod},
-    backend::cpu::Spent,
+    backend::{cpu::Spent, cuda::Precision},
     batch::PackedBatch,
     error::Result,
     model::{BaseSource, ModelConfig},
@@ -140,17 +141,24 @@ impl Engine {
     /// # Errors
     /// When the base does not fit the card's memory.
     fn on(mut machine: Machine, mut base: SharedBase, fit: Fit, mut request: PlanRequest) -> Result<Self> {
-        machine.hold(&mut *base)?;
         machine.adapt(&fit, base.config().layers);
         request.threads = machine.threads();
         if let Some(card) = machine.card() {
-            // The base lies there already. The rest is free but for what the driver takes as it goes.
-            let room = card.free_bytes() / 100 * 96 + request.base_bytes;
+            // All that is free, but for what the driver takes as it goes.
+            let room = card.free_bytes() / 100 * 96;
             request.memory_limit = Some(request.memory_limit.map_or(room, |limit| limit.min(room)));
+            request.accelerated = true;
+            let (embedding, head) = (base.embedding().place(), base.head().place());
+            request.embedding_bytes = if embedding.0 == head.0 { 0 } else { embedding.1 };
+            request.half_activations = card.precision() == Precision::Bf16;
         }
         request.dropout = fit.dropout() > 0.0;
         let config = base.config().clone();
         let (plan, sizes) = plan_for(&config, &fit, &request);
+        if machine.card().is_some() {
+            plan.check(request.memory_limit)?;
+        }
+        machine.hold(&mut *base, plan.embedding_aside)?;
         let packed = PackedBatch::with_capacity(plan.micro_batch_tokens);
         let made = Made::room_for(&fit);
         Ok(Self { machine, config, base, fit, made, request, sizes, plan, packed, base_hash: None })
@@ -206,6 +214,21 @@ impl Engine {
     /// Where the time went since the last call, by kind of operation.
     pub fn take_profile(&self) -> Vec<Spent> {
         self.machine.take_profile()
+    }
+
+    /// Times every operation on the card from now on, or no longer; nothing on the processor, which always does.
+    pub fn set_profiling(&self, on: bool) {
+        if let Some(card) = self.machine.card() {
+            card.set_profiling(on);
+        }
+    }
+
+    /// What took how long on the card since [`Engine::set_profiling`]: operation, seconds, calls, the longest first.
+    ///
+    /// # Errors
+    /// What failed on the card before.
+    pub fn card_profile(&self) -> Result<Vec<(String, f64, u64)>> {
+        self.machine.card().map_or(Ok(Vec::new()), crate::backend::cuda::Cuda::take_profile)
     }
 
     /// Threads that work.

@@ -108,9 +108,9 @@ impl Engine {
         let parameters = made.parameters(fit, parameters, key)?;
         let parts = Parts { config, base: &mut **base, layout: fit.layout() };
         let tokens = packed.predicting.len() as u64;
-        let recompute = plan.recompute;
+        let levels = plan.levels;
         let loss =
-            machine.pass(parts, Pass { packed, sizes, recompute, parameters, dropout, training, each })?;
+            machine.pass(parts, Pass { packed, sizes, levels, parameters, dropout, training, each })?;
         Ok(LossSum { loss, tokens })
     }
 
@@ -118,12 +118,12 @@ impl Engine {
         parameters.map_or(Ok(()), |parameters| self.check_flat(parameters.len()))
     }
 
-    fn check_flat(&self, found: usize) -> Result<()> {
+    pub(super) fn check_flat(&self, found: usize) -> Result<()> {
         let expected = self.layout().len();
         if found == expected { Ok(()) } else { Err(StepError::FlatLength { found, expected }.into()) }
     }
 
-    fn check_rows(&self, rows: &[Row], virtual_tokens: VirtualTokens) -> Result<()> {
+    pub(super) fn check_rows(&self, rows: &[Row], virtual_tokens: VirtualTokens) -> Result<()> {
         let plan = &self.plan;
         let tokens: usize = rows.iter().map(|row| virtual_tokens.positions(row)).sum();
         if rows.len() > plan.micro_batch_rows || tokens > plan.micro_batch_tokens {

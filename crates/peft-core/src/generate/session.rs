@@ -2,13 +2,13 @@
 
 use crate::{
     adapter::Branches,
-    backend::{Backend, SpanStart, View, ViewMut},
+    backend::{Backend, SpanStart, Use, View, ViewMut},
     batch::{PackedBatch, Span, VirtualTokens},
     engine::Parts,
     error::Result,
     model::decoder::{Attend, Decoder, Trained},
     nn::rope::RopeTable,
-    plan::{Arena, PlanRequest, Recompute, Sizes},
+    plan::{Arena, Levels, PlanRequest, Sizes},
 };
 
 /// Keys and values of one layer, `[rows * positions, kv_heads * head_dim]` each: row after row.
@@ -57,9 +57,10 @@ impl<B: Backend> Session<B> {
         let sizes = Sizes::new(parts.config, parts.layout, tokens, positions, request);
         let layers = if room.cached { sizes.layers } else { 0 };
         let length = room.rows * room.positions * sizes.keys;
-        let cache = || Ok(Cache { keys: backend.allocate(length)?, values: backend.allocate(length)? });
+        let part = || backend.allocate(length, Use::Activation);
+        let cache = || Ok(Cache { keys: part()?, values: part()? });
         Ok(Self {
-            arena: Arena::new(backend, &sizes, Recompute::Layers)?,
+            arena: Arena::new(backend, &sizes, Levels::boundaries(sizes.layers))?,
             rope: RopeTable::new(backend, parts.config, room.positions)?,
             caches: (0..layers).map(|_| cache()).collect::<Result<_>>()?,
             packed: PackedBatch::with_capacity(room.tokens),
@@ -108,8 +109,18 @@ impl<B: Backend> Session<B> {
             }
         }
         let (base, keys) = (&mut **base, packed.keys());
-        let mut decoder =
-            Decoder { backend, config, base, trained, rope, arena, tokens, keys, predicting: 0 };
+        let mut decoder = Decoder {
+            backend,
+            config,
+            base,
+            trained,
+            rope,
+            arena,
+            tokens,
+            keys,
+            predicting: 0,
+            training: false,
+        };
         let spans = &packed.spans;
         backend.run(|| {
             decoder.forward_with(|layer, attention, step| {

@@ -13,7 +13,7 @@ use crate::{
         linear::{Branch, Linear, TrainedParts},
         rms_norm::RmsNorm,
     },
-    plan::HeadScratch,
+    plan::{HeadMemory, HeadScratch},
 };
 
 /// The end of a decoder.
@@ -61,7 +61,7 @@ pub struct HeadGradient<'a, B: Backend> {
 }
 
 impl<B: Backend> Head<'_, B> {
-    /// Summed cross-entropy of the batch's `count` predicting rows of `hidden` `[T, hidden]`.
+    /// Cross-entropy of the batch's `count` predicting rows of `hidden` `[T, hidden]`, kept in `scratch` for [`Head::sum`].
     #[expect(clippy::too_many_arguments, reason = "inputs, outputs and scratch of a layer without memory")]
     pub fn loss(
         &self,
@@ -69,54 +69,40 @@ impl<B: Backend> Head<'_, B> {
         batch: &B::Batch,
         count: usize,
         hidden: View<'_, B>,
-        scratch: &mut HeadScratch<B>,
+        scratch: &mut HeadScratch<'_, B>,
         branch: &mut BranchScratch<B>,
         mut gradient: Option<HeadGradient<'_, B>>,
-    ) -> f64 {
+    ) {
         if let Some(gradient) = &mut gradient {
             backend.fill(0.0, gradient.hidden.reborrow());
         }
         let (features, vocabulary) = (hidden.columns, self.table.rows());
-        let HeadScratch {
-            x,
-            normed,
-            dnormed,
-            dx,
-            reciprocal,
-            logits,
-            losses,
-            block,
-            rows,
-            block_rows,
-            kept,
-            few,
-        } = scratch;
+        let HeadScratch { x, normed, dnormed, logits, own } = scratch;
+        let HeadMemory { dx, reciprocal, losses, block, rows, block_rows, kept, few, .. } = &mut **own;
         let block_rows = self.block_rows(*block_rows);
         let mut table = self.table(backend, block, block_rows);
-        let mut loss = 0.0;
         for first in (0..count).step_by(*rows) {
             let rows = (*rows).min(count - first);
-            let x_view = ViewMut::<B>::new(&mut *x, rows, features);
+            let x_view = ViewMut::<B>::new(&mut **x, rows, features);
             backend.gather_predicting(batch, first, hidden, x_view);
-            let x = View::<B>::new(&*x, rows, features);
-            let normed_view = ViewMut::<B>::new(&mut *normed, rows, features);
+            let x = View::<B>::new(&**x, rows, features);
+            let normed_view = ViewMut::<B>::new(&mut **normed, rows, features);
             self.norm.forward(backend, x, normed_view, ViewMut::<B>::new(&mut *reciprocal, rows, 1));
-            let normed = View::<B>::new(&*normed, rows, features);
+            let normed = View::<B>::new(&**normed, rows, features);
             self.multiply(backend, batch, &mut table, block_rows, normed, logits, kept, branch);
-            let logits_view = ViewMut::<B>::new(&mut *logits, rows, vocabulary);
-            let losses = ViewMut::<B>::new(&mut *losses, rows, 1);
-            loss +=
-                backend.cross_entropy(batch, first, gradient.is_some(), self.soft_cap, logits_view, losses);
+            let logits_view = ViewMut::<B>::new(&mut **logits, rows, vocabulary);
+            let losses = ViewMut::<B>::at(&mut *losses, first, rows, 1);
+            backend.cross_entropy(batch, first, gradient.is_some(), self.soft_cap, logits_view, losses);
 
             let Some(HeadGradient { hidden, flat }) = &mut gradient else { continue };
             self.rows_backward(backend, normed, logits, few, flat);
             if let Some(own) = self.trained.table {
-                let dlogits = View::<B>::new(&*logits, rows, vocabulary);
+                let dlogits = View::<B>::new(&**logits, rows, vocabulary);
                 let dtable = ViewMut::<B>::at(flat, own.offset, vocabulary, features);
                 backend.gemm(1.0, dlogits, true, normed, false, 1.0, dtable);
             }
-            let dlogits = View::<B>::new(&*logits, rows, vocabulary);
-            let into = ViewMut::<B>::new(&mut *dnormed, rows, features);
+            let dlogits = View::<B>::new(&**logits, rows, vocabulary);
+            let into = ViewMut::<B>::new(&mut **dnormed, rows, features);
             match (&self.trained.branch, &table) {
                 (Some(own), Table::Whole(weight)) => {
                     self.linear(*weight, own).backward(
@@ -135,7 +121,7 @@ impl<B: Backend> Head<'_, B> {
                     for (start, size) in blocks(vocabulary, block_rows) {
                         let weight = table.block(backend, &self.table, start, size);
                         let beta = if start > 0 { 1.0 } else { 0.0 };
-                        let dnormed = ViewMut::<B>::new(&mut *dnormed, rows, features);
+                        let dnormed = ViewMut::<B>::new(&mut **dnormed, rows, features);
                         let part = dlogits.column_range(start, size);
                         backend.gemm(1.0, part, false, weight, false, beta, dnormed);
                     }
@@ -143,48 +129,25 @@ impl<B: Backend> Head<'_, B> {
             }
             if let Some((_, own)) = self.trained.rows {
                 let dlogits = View::<B>::new(&*few, rows, own.rows);
-                let dnormed = ViewMut::<B>::new(&mut *dnormed, rows, features);
+                let dnormed = ViewMut::<B>::new(&mut **dnormed, rows, features);
                 backend.gemm(1.0, dlogits, false, own, false, 1.0, dnormed);
             }
             backend.fill(0.0, ViewMut::<B>::new(&mut *dx, rows, features));
-            let dnormed = View::<B>::new(&*dnormed, rows, features);
+            let dnormed = View::<B>::new(&**dnormed, rows, features);
             let reciprocal = View::<B>::new(&*reciprocal, rows, 1);
             let dx_view = ViewMut::<B>::new(&mut *dx, rows, features);
             self.norm.backward(backend, dnormed, x, reciprocal, dx_view, flat);
             let dx = View::<B>::new(&*dx, rows, features);
             backend.scatter_predicting(batch, first, dx, hidden.reborrow());
         }
-        loss
     }
 
-    /// Cross-entropy of each of the batch's `out.len()` predicting rows of `hidden` `[T, hidden]`, in their order.
-    pub fn losses(
-        &self,
-        backend: &B,
-        batch: &B::Batch,
-        hidden: View<'_, B>,
-        scratch: &mut HeadScratch<B>,
-        branch: &mut BranchScratch<B>,
-        out: &mut [f32],
-    ) {
-        let (features, vocabulary) = (hidden.columns, self.table.rows());
-        let HeadScratch { x, normed, reciprocal, logits, losses, block, rows, block_rows, kept, .. } =
-            scratch;
-        let block_rows = self.block_rows(*block_rows);
-        let mut table = self.table(backend, block, block_rows);
-        for (index, out) in out.chunks_mut(*rows).enumerate() {
-            let (first, rows) = (index * *rows, out.len());
-            backend.gather_predicting(batch, first, hidden, ViewMut::<B>::new(&mut *x, rows, features));
-            let x = View::<B>::new(&*x, rows, features);
-            let normed_view = ViewMut::<B>::new(&mut *normed, rows, features);
-            self.norm.forward(backend, x, normed_view, ViewMut::<B>::new(&mut *reciprocal, rows, 1));
-            let normed = View::<B>::new(&*normed, rows, features);
-            self.multiply(backend, batch, &mut table, block_rows, normed, logits, kept, branch);
-            let logits = ViewMut::<B>::new(&mut *logits, rows, vocabulary);
-            let each = ViewMut::<B>::new(&mut *losses, rows, 1);
-            backend.cross_entropy(batch, first, false, self.soft_cap, logits, each);
-            backend.download(View::<B>::new(&*losses, rows, 1), out);
-        }
+    /// The sum of the losses that [`Head::loss`] left, in f64 in the order of the tokens. Waits for them.
+    pub fn sum(backend: &B, count: usize, memory: &mut HeadMemory<B>) -> f64 {
+        let HeadMemory { losses, read_losses, .. } = memory;
+        read_losses.resize(count, 0.0);
+        backend.download(View::<B>::new(losses, count, 1), read_losses);
+        read_losses.iter().map(|loss| f64::from(*loss)).sum()
     }
 
     /// Logits of every row of `hidden`, written to `out` row after row.
@@ -193,26 +156,27 @@ impl<B: Backend> Head<'_, B> {
         backend: &B,
         batch: &B::Batch,
         hidden: View<'_, B>,
-        scratch: &mut HeadScratch<B>,
+        scratch: &mut HeadScratch<'_, B>,
         branch: &mut BranchScratch<B>,
         out: &mut [f32],
     ) {
         let (features, vocabulary) = (hidden.columns, self.table.rows());
-        let HeadScratch { normed, reciprocal, logits, block, rows, block_rows, kept, .. } = scratch;
+        let HeadScratch { normed, logits, own, .. } = scratch;
+        let HeadMemory { reciprocal, block, rows, block_rows, kept, .. } = &mut **own;
         let block_rows = self.block_rows(*block_rows);
         let mut table = self.table(backend, block, block_rows);
         for first in (0..hidden.rows).step_by(*rows) {
             let rows = (*rows).min(hidden.rows - first);
             let x = hidden.row_range(first, rows);
-            let normed_view = ViewMut::<B>::new(&mut *normed, rows, features);
+            let normed_view = ViewMut::<B>::new(&mut **normed, rows, features);
             self.norm.forward(backend, x, normed_view, ViewMut::<B>::new(&mut *reciprocal, rows, 1));
-            let normed = View::<B>::new(&*normed, rows, features);
+            let normed = View::<B>::new(&**normed, rows, features);
             self.multiply(backend, batch, &mut table, block_rows, normed, logits, kept, branch);
             if let Some(cap) = self.soft_cap {
-                backend.soft_cap(cap, ViewMut::<B>::new(&mut *logits, rows, vocabulary));
+                backend.soft_cap(cap, ViewMut::<B>::new(&mut **logits, rows, vocabulary));
             }
             let out = &mut out[first * vocabulary..(first + rows) * vocabulary];
-            backend.download(View::<B>::new(&*logits, rows, vocabulary), out);
+            backend.download(View::<B>::new(&**logits, rows, vocabulary), out);
         }
     }
 
@@ -276,7 +240,7 @@ impl<B: Backend> Head<'_, B> {
     fn linear<'a>(&'a self, weight: View<'a, B>, branch: &'a Branch<'_, B>) -> Linear<'a, B> {
         let Branch { branch, parameters, dropout } = *branch;
         let branch = Some(Branch { branch, parameters, dropout });
-        Linear { weight, bias: None, branch, trained: TrainedParts::default() }
+        Linear { weight, bias: None, branch, trained: TrainedParts::default(), merged: false }
     }
 
     /// A table that is trained lies whole in the parameters.

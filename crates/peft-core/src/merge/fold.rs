@@ -11,7 +11,7 @@ use crate::{
         BranchScratch, Branches, EmbeddingBranch, EmbeddingSite, LinearBranch, LinearSite, ParameterEntry,
         layout::AdaptedModule, method::Role,
     },
-    backend::{Backend, BatchRoom, View, ViewMut, cpu::Cpu},
+    backend::{Backend, BatchRoom, Use, View, ViewMut, cpu::Cpu},
     batch::{PackedBatch, Span, VirtualTokens},
     error::Result,
     generate::LoadedAdapter,
@@ -142,14 +142,14 @@ impl<'a> Folder<'a> {
 
     fn scratch(&self, adapted: &AdaptedModule, tokens: usize) -> Result<(Vec<f32>, BranchScratch<Cpu>)> {
         let needs = adapted.needs;
-        let room = |numbers: usize| self.cpu.allocate(tokens * numbers);
+        let room = |numbers: usize| self.cpu.allocate(tokens * numbers, Use::Activation);
         let scratch = BranchScratch {
             wide: room(needs.wide)?,
             narrow: room(needs.narrow)?,
             output: room(needs.output)?,
             fixed: {
                 let [a, b, c, d] = needs.fixed;
-                let room = |numbers| self.cpu.allocate(numbers);
+                let room = |numbers| self.cpu.allocate(numbers, Use::Exact);
                 [room(a)?, room(b)?, room(c)?, room(d)?]
             },
         };
@@ -271,6 +271,6 @@ impl<'a> Folder<'a> {
         bias: Option<View<'b, Cpu>>,
     ) -> LinearSite<'b, Cpu> {
         let parameters = self.adapter.parameters();
-        LinearSite { backend: &self.cpu, batch, weight, bias, parameters, dropout: None }
+        LinearSite { backend: &self.cpu, batch, weight, bias, parameters, dropout: None, merged: false }
     }
 }

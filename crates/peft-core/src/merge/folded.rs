@@ -14,7 +14,7 @@ use crate::{
     },
     quant::{
         PackedLayer,
-        bitsandbytes::{self, StoredWeight},
+        bitsandbytes::{self, OwnedTensor, StoredWeight},
     },
 };
 
@@ -130,6 +130,22 @@ impl<'a> FoldedModel<'a> {
     /// The file's own tensor, to be copied as it is; none where its numbers must be made.
     pub(super) fn raw(&self, tensor: &FoldedTensor) -> Result<Option<Tensor<'_>>> {
         if tensor.changed || tensor.quantised { Ok(None) } else { self.files.tensor(&tensor.name).map(Some) }
+    }
+
+    /// The parts of a pre-quantised weight that stays as it is, bit for bit; none where it must be made.
+    pub(super) fn stored_parts(&self, tensor: &FoldedTensor) -> Result<Option<Vec<OwnedTensor>>> {
+        let Some(stored) = self.stored(&tensor.name)?.filter(|_| !tensor.changed) else { return Ok(None) };
+        let part = |part: Tensor<'_>| {
+            let mut bytes = vec![0; part.bytes()];
+            part.read_bytes(&mut bytes, &mut |_| {})?;
+            Ok(OwnedTensor {
+                name: part.name().to_owned(),
+                dtype: part.dtype(),
+                shape: part.shape().to_vec(),
+                bytes,
+            })
+        };
+        stored.tensors().map(part).collect::<Result<_>>().map(Some)
     }
 
     /// The numbers of the base, widened to f32.

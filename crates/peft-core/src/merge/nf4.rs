@@ -110,6 +110,9 @@ fn quantised(
             expected: vec![0, 0],
         });
     };
+    if let Some(parts) = model.stored_parts(tensor)? {
+        return Ok(parts);
+    }
     let (before, after) = before_and_after(model, options, tensor)?;
     let shape = PackedShape { rows, columns, options: nf4 };
     let Some(packed) = quantise(&after, shape) else {

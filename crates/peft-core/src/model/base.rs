@@ -195,6 +195,14 @@ impl<'a> EmbeddingView<'a> {
         self.columns
     }
 
+    /// Where it lies in memory, and its bytes.
+    pub(crate) fn place(&self) -> (usize, u64) {
+        match self.data {
+            EmbeddingData::F32(data) => (data.as_ptr() as usize, size_of_val(data) as u64),
+            EmbeddingData::Bf16(data) => (data.as_ptr() as usize, size_of_val(data) as u64),
+        }
+    }
+
     /// The numbers themselves, where they are kept as f32.
     pub fn as_f32(&self) -> Option<&'a [f32]> {
         match self.data {

@@ -19,7 +19,7 @@ use crate::{
         rms_norm::RmsNorm,
         rope::RopeTable,
     },
-    plan::Arena,
+    plan::{Arena, Attended, Boundary, Joined, Level, Work, two},
 };
 
 /// What is trained, as one pass sees it.
@@ -130,6 +130,8 @@ pub struct Decoder<'a, B: Backend, S: BaseSource + ?Sized> {
     pub keys: usize,
     /// Rows of it that predict a trained token.
     pub predicting: usize,
+    /// Whether a backward pass follows.
+    pub training: bool,
 }
 
 impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
@@ -181,46 +183,58 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
             let (trained, keys) = (&self.trained, self.keys);
             let site = Site { backend, config, layer, trained, rope: self.rope, keys };
             let (attention, mlp) = site.blocks(&weights, &mut arena.weights);
-            let (inputs, next) = arena.inputs.split_at_mut(layer + 1);
-            let x = View::<B>::new(&inputs[layer], tokens, hidden);
-            let index = if arena.work.len() == 1 { 0 } else { layer };
-            let (work, scratch) = (&mut arena.work[index], &mut arena.scratch);
-            let attended = &mut arena.attended[layer];
+            let levels = arena.levels;
+            let (own, after) = (levels.boundary_place(layer), levels.boundary_place(layer + 1));
+            // What lay in the places that this layer writes to may still be on its way to the host.
+            let shared = |layer: usize| self.training && layer < levels.aside;
+            if shared(layer) && layer >= 2 {
+                arena.aside[layer - 2].wait(backend);
+            }
+            let (x, next) = two(&mut arena.inputs, own, after);
+            let x = View::<B>::new(x, tokens, hidden);
+            let (work, scratch) = (&mut arena.work[levels.work_place(layer)], &mut arena.scratch);
+            let expansion = &mut arena.expansions[levels.expansion_place(layer)];
+            let attended = &mut arena.attended[own];
             attention.project(backend, &arena.batch, x, work, scratch);
             let (batch, joined) = (&arena.batch, &mut scratch.joined);
             attend(layer, &attention, Attend { backend, batch, tokens, work, joined, attended });
             attention.output(backend, &arena.batch, x, attended, work, scratch);
-            mlp.expand(backend, &arena.batch, tokens, work, scratch);
-            let next = ViewMut::<B>::new(&mut next[0], tokens, hidden);
-            mlp.contract(backend, &arena.batch, work, scratch, next);
+            if let Some(boundary) = arena.aside.get_mut(layer).filter(|_| self.training) {
+                boundary.put(backend, x, attended, config);
+            }
+            mlp.expand(backend, &arena.batch, tokens, work, expansion, scratch);
+            if shared(layer + 1) && layer >= 1 {
+                arena.aside[layer - 1].wait(backend);
+            }
+            let next = ViewMut::<B>::new(next, tokens, hidden);
+            mlp.contract(backend, &arena.batch, work, expansion, scratch, next);
         }
         Ok(())
     }
 
-    /// Summed loss; with `flat`, the gradient of the last hidden state is left in the arena, and that of what is trained of
-    /// the head is added to `flat`.
-    pub fn loss(&mut self, flat: Option<&mut B::Buffer>) -> f64 {
+    /// The loss of each predicting row, for [`Decoder::sum`]; with `flat`, the gradient of the last hidden state is left in
+    /// the arena, and that of what is trained of the head is added to `flat`.
+    pub fn loss(&mut self, flat: Option<&mut B::Buffer>) {
         let (backend, tokens) = (self.backend, self.tokens);
         let (hidden, layers) = (self.config.hidden_size, self.config.layers);
         let head = head(backend, &*self.base, &self.trained);
         let arena = &mut *self.arena;
-        let last = View::<B>::new(&arena.inputs[layers], tokens, hidden);
-        let gradient = flat.map(|flat| HeadGradient {
-            hidden: ViewMut::<B>::new(&mut arena.scratch.gradient, tokens, hidden),
-            flat,
-        });
-        let branch = &mut arena.scratch.branch;
-        head.loss(backend, &arena.batch, self.predicting, last, &mut arena.head, branch, gradient)
+        let last = View::<B>::new(&arena.inputs[arena.levels.boundary_place(layers)], tokens, hidden);
+        let (mut scratch, branch, flowing) = Arena::head_scratch(&mut arena.scratch, &mut arena.head);
+        let gradient =
+            flat.map(|flat| HeadGradient { hidden: ViewMut::<B>::new(flowing, tokens, hidden), flat });
+        head.loss(backend, &arena.batch, self.predicting, last, &mut scratch, branch, gradient);
     }
 
-    /// Loss of each row that predicts a trained token, in their order.
+    /// Summed loss. Waits for it: asked for when all work is queued, it delays nothing.
+    pub fn sum(&mut self) -> f64 {
+        Head::<B>::sum(self.backend, self.predicting, &mut self.arena.head)
+    }
+
+    /// Loss of each row that predicts a trained token, in their order. Waits for them.
     pub fn losses(&mut self, out: &mut [f32]) {
-        let (backend, tokens) = (self.backend, self.tokens);
-        let (hidden, layers) = (self.config.hidden_size, self.config.layers);
-        let head = head(backend, &*self.base, &self.trained);
-        let arena = &mut *self.arena;
-        let last = View::<B>::new(&arena.inputs[layers], tokens, hidden);
-        head.losses(backend, &arena.batch, last, &mut arena.head, &mut arena.scratch.branch, out);
+        self.loss(None);
+        self.backend.download(View::<B>::new(&self.arena.head.losses, out.len(), 1), out);
     }
 
     /// Logits of the last `rows` rows of the micro-batch, written to `out`.
@@ -229,8 +243,9 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         let (hidden, layers) = (self.config.hidden_size, self.config.layers);
         let head = head(backend, &*self.base, &self.trained);
         let arena = &mut *self.arena;
-        let last = View::<B>::new(&arena.inputs[layers], tokens, hidden).row_range(tokens - rows, rows);
-        head.logits(backend, &arena.batch, last, &mut arena.head, &mut arena.scratch.branch, out);
+        let last = View::<B>::new(&arena.inputs[arena.levels.boundary_place(layers)], tokens, hidden);
+        let (mut scratch, branch, _) = Arena::head_scratch(&mut arena.scratch, &mut arena.head);
+        head.logits(backend, &arena.batch, last.row_range(tokens - rows, rows), &mut scratch, branch, out);
     }
 
     /// From the last hidden state's gradient down to the lowest trained tensor; adds to `flat`.
@@ -254,7 +269,7 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
             // Virtual keys are inputs of every layer; nothing is trained below the first.
             Some(Place::Input) => (0, virtual_tokens.keys() == 0),
         };
-        let again = arena.work.len() == 1 && config.layers > 1;
+        let levels = arena.levels;
         for layer in (lowest..config.layers).rev() {
             if layer > lowest {
                 self.base.prefetch(layer - 1);
@@ -263,20 +278,48 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
             let (trained, keys) = (&self.trained, self.keys);
             let site = Site { backend, config, layer, trained, rope: self.rope, keys };
             let (attention, mlp) = site.blocks(&weights, &mut arena.weights);
-            let x = View::<B>::new(&arena.inputs[layer], tokens, hidden);
-            let (work, scratch) = (&mut arena.work[if again { 0 } else { layer }], &mut arena.scratch);
-            let attended = &arena.attended[layer];
+            let own = levels.boundary_place(layer);
+            // The two highest of those that lie aside are still here as well.
+            let returns = |layer: usize| layer + 2 < levels.aside;
+            if returns(layer) {
+                arena.aside[layer].wait(backend);
+            }
+            if layer > lowest && returns(layer - 1) {
+                let below = levels.boundary_place(layer - 1);
+                let (input, attended) = (&mut arena.inputs[below], &mut arena.attended[below]);
+                arena.aside[layer - 1].bring(backend, tokens, input, attended, config);
+            }
+            let x = View::<B>::new(&arena.inputs[own], tokens, hidden);
+            let (work, scratch) = (&mut arena.work[levels.work_place(layer)], &mut arena.scratch);
+            let expansion = &mut arena.expansions[levels.expansion_place(layer)];
+            let attended = &arena.attended[own];
             // The last layer's work is still there from the forward pass.
-            let mut again = again && layer + 1 < config.layers;
+            let last = layer + 1 == config.layers;
+            let level = if last { Level::Everything } else { levels.of(layer) };
+            let mut again = matches!(level, Level::Boundaries | Level::Aside);
             if again {
                 attention.project(backend, &arena.batch, x, work, scratch);
                 attention.output(backend, &arena.batch, x, attended, work, scratch);
-                mlp.expand(backend, &arena.batch, tokens, work, scratch);
-                again = !mlp.contract_again(backend, &arena.batch, tokens, work, scratch);
+            }
+            if level != Level::Everything {
+                mlp.expand(backend, &arena.batch, tokens, work, expansion, scratch);
+            }
+            if again {
+                again = !mlp.contract_again(backend, &arena.batch, tokens, work, expansion, scratch);
             }
             let below = layer > lowest || through;
             let into_attention = below || attention.is_adapted();
-            mlp.backward(backend, &arena.batch, tokens, work, scratch, flat, again, into_attention);
+            mlp.backward(
+                backend,
+                &arena.batch,
+                tokens,
+                work,
+                expansion,
+                scratch,
+                flat,
+                again,
+                into_attention,
+            );
             if into_attention {
                 attention.backward(backend, &arena.batch, x, attended, work, scratch, flat, below);
             }
@@ -312,6 +355,39 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
     }
 }
 
+impl<B: Backend> Boundary<B> {
+    /// Begins to copy a layer's input and attention's output to the host.
+    fn put(&mut self, backend: &B, x: View<'_, B>, attended: &Attended<B>, config: &ModelConfig) {
+        let queries = config.attention_heads * config.head_dim;
+        backend.put_aside(x, &mut self.input);
+        backend.put_aside(View::<B>::new(&attended.out, x.rows, queries), &mut self.out);
+        let log_sum = View::<B>::new(&attended.log_sum, x.rows, config.attention_heads);
+        backend.put_aside(log_sum, &mut self.log_sum);
+    }
+
+    /// Begins to copy them back.
+    fn bring(
+        &self,
+        backend: &B,
+        tokens: usize,
+        input: &mut B::Buffer,
+        attended: &mut Attended<B>,
+        config: &ModelConfig,
+    ) {
+        let queries = config.attention_heads * config.head_dim;
+        backend.bring_back(&self.input, ViewMut::<B>::new(input, tokens, config.hidden_size));
+        backend.bring_back(&self.out, ViewMut::<B>::new(&mut attended.out, tokens, queries));
+        let log_sum = ViewMut::<B>::new(&mut attended.log_sum, tokens, config.attention_heads);
+        backend.bring_back(&self.log_sum, log_sum);
+    }
+
+    /// Whatever is queued from now on comes after the last copy.
+    fn wait(&self, backend: &B) {
+        // Copies follow each other in the order in which they were begun.
+        backend.await_aside(&self.log_sum);
+    }
+}
+
 /// What attention reads and writes in one layer.
 pub struct Attend<'a, B: Backend> {
     /// Where operations run.
@@ -321,11 +397,11 @@ pub struct Attend<'a, B: Backend> {
     /// Its tokens.
     pub tokens: usize,
     /// q, k, v.
-    pub work: &'a crate::plan::Work<B>,
+    pub work: &'a Work<B>,
     /// Where keys and values lie behind virtual ones.
-    pub joined: &'a mut crate::plan::Joined<B>,
+    pub joined: &'a mut Joined<B>,
     /// Where the result goes.
-    pub attended: &'a mut crate::plan::Attended<B>,
+    pub attended: &'a mut Attended<B>,
 }
 
 fn head<'a, B: Backend, S: BaseSource + ?Sized>(
@@ -420,19 +496,18 @@ impl<'a, B: Backend> Site<'a, '_, B> {
             Some(_) => parts,
             None => TrainedParts::default(),
         };
-        let weight = match (parts.weight, self.trained.parameters) {
-            (Some(at), Some(parameters)) => {
+        let branch = self.trained.linear(self.layer, projection.index());
+        let update = branch.as_ref().and_then(|on| on.branch.update(on.parameters, on.dropout));
+        let (weight, merged) = match (parts.weight, self.trained.parameters, &update) {
+            (Some(at), Some(parameters), _) => {
                 let [rows, columns] = self.config.shape(projection);
-                View::at(parameters, at, rows, columns)
+                (View::at(parameters, at, rows, columns), false)
             }
-            _ => self.backend.frozen(&weights.weight, scratch),
+            (_, _, Some(update)) => self.backend.frozen_updated(&weights.weight, update, scratch),
+            _ => (self.backend.frozen(&weights.weight, scratch), false),
         };
-        Linear {
-            weight,
-            bias: weights.bias.map(|bias| self.trained.vector(self.backend, parts.bias, bias)),
-            branch: self.trained.linear(self.layer, projection.index()),
-            trained: parts,
-        }
+        let bias = weights.bias.map(|bias| self.trained.vector(self.backend, parts.bias, bias));
+        Linear { weight, bias, branch, trained: parts, merged }
     }
 }
 

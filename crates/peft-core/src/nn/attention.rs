@@ -227,7 +227,7 @@ impl<B: Backend> Attention<'_, B> {
             }
         };
         let doutput = View::<B>::new(doutput, tokens, hidden);
-        let dout = attend_gradient.then(|| ViewMut::<B>::new(&mut scratch.wide_b, tokens, queries));
+        let dout = attend_gradient.then(|| ViewMut::<B>::new(&mut scratch.wide, tokens, queries));
 
         self.o.backward(backend, batch, out, o_kept, doutput, false, dout, flat, &mut scratch.branch);
         if !attend_gradient {
@@ -247,23 +247,23 @@ impl<B: Backend> Attention<'_, B> {
                     View::<B>::new(&work.v, tokens, keys),
                     out,
                     View::<B>::new(&attended.log_sum, tokens, self.shape.heads),
-                    View::<B>::new(&scratch.wide_b, tokens, queries),
-                    ViewMut::<B>::new(&mut scratch.wide_a, tokens, queries),
+                    View::<B>::new(&scratch.wide, tokens, queries),
+                    ViewMut::<B>::new(&mut scratch.dq, tokens, queries),
                     ViewMut::<B>::new(&mut scratch.dk, tokens, keys),
                     ViewMut::<B>::new(&mut scratch.dv, tokens, keys),
                 );
             }
         }
-        self.rope.backward(backend, batch, ViewMut::<B>::new(&mut scratch.wide_a, tokens, queries));
+        self.rope.backward(backend, batch, ViewMut::<B>::new(&mut scratch.dq, tokens, queries));
         self.rope.backward(backend, batch, ViewMut::<B>::new(&mut scratch.dk, tokens, keys));
         let (dq, dk) = match &self.query_key_norms {
-            None => (&scratch.wide_a, &scratch.dk),
+            None => (&scratch.dq, &scratch.dk),
             Some([query_norm, key_norm]) => {
                 let (kept, shape) = (&work.query_key, self.shape);
                 let (dim, heads) =
                     (shape.head_dim, [shape.heads, shape.kv_heads].map(|heads| heads * tokens));
                 let parts = [
-                    (query_norm, heads[0], &scratch.wide_a, &kept.q, &kept.q_norm, &mut scratch.wide_b),
+                    (query_norm, heads[0], &scratch.dq, &kept.q, &kept.q_norm, &mut scratch.wide),
                     (key_norm, heads[1], &scratch.dk, &kept.k, &kept.k_norm, &mut scratch.dk_normed),
                 ];
                 for (norm, rows, dy, x, factor, dx) in parts {
@@ -272,7 +272,7 @@ impl<B: Backend> Attention<'_, B> {
                     let (dy, x) = (View::<B>::new(dy, rows, dim), View::<B>::new(x, rows, dim));
                     norm.backward(backend, dy, x, View::<B>::new(factor, rows, 1), dx, flat);
                 }
-                (&scratch.wide_b, &scratch.dk_normed)
+                (&scratch.wide, &scratch.dk_normed)
             }
         };
 
@@ -327,8 +327,8 @@ impl<B: Backend> Attention<'_, B> {
             View::<B>::new(values, rows, features),
             View::<B>::new(&attended.out, tokens, queries),
             View::<B>::new(&attended.log_sum, tokens, self.shape.heads),
-            View::<B>::new(&scratch.wide_b, tokens, queries),
-            ViewMut::<B>::new(&mut scratch.wide_a, tokens, queries),
+            View::<B>::new(&scratch.wide, tokens, queries),
+            ViewMut::<B>::new(&mut scratch.dq, tokens, queries),
             ViewMut::<B>::new(dkeys, rows, features),
             ViewMut::<B>::new(dvalues, rows, features),
         );

@@ -18,6 +18,8 @@ pub struct Linear<'a, B: Backend> {
     pub branch: Option<Branch<'a, B>>,
     /// Where the gradients of W and b lie, where these are trained themselves.
     pub trained: TrainedParts,
+    /// Whether W holds the branch's update already.
+    pub merged: bool,
 }
 
 /// Where weight and bias of a module lie in the flat buffers, where they are trained themselves.
@@ -114,6 +116,25 @@ impl<B: Backend> Linear<'_, B> {
         backend.gemm(1.0, dy, false, self.weight, false, beta, dx);
     }
 
+    /// `dx = dy W` and what the branch adds, or `dx += …` with `accumulate`, without any gradient of what is trained: for a
+    /// caller that has the layer's input only afterwards, and then calls [`Linear::backward`] without dx.
+    pub fn input_gradient(
+        &self,
+        backend: &B,
+        batch: &B::Batch,
+        dy: View<'_, B>,
+        accumulate: bool,
+        dx: ViewMut<'_, B>,
+        scratch: &mut BranchScratch<B>,
+    ) {
+        if let Some(branch) = &self.branch {
+            let site = self.site(backend, batch, branch);
+            return branch.branch.input_gradient(&site, dy, accumulate, dx, scratch);
+        }
+        let beta = if accumulate { 1.0 } else { 0.0 };
+        backend.gemm(1.0, dy, false, self.weight, false, beta, dx);
+    }
+
     fn site<'b>(
         &'b self,
         backend: &'b B,
@@ -127,6 +148,7 @@ impl<B: Backend> Linear<'_, B> {
             bias: self.bias,
             parameters: branch.parameters,
             dropout: branch.dropout,
+            merged: self.merged,
         }
     }
 }

@@ -8,7 +8,7 @@ use super::{inputs::Inputs, linear::Linear, rms_norm::RmsNorm};
 use crate::{
     backend::{Backend, View, ViewMut},
     model::Activation,
-    plan::{Scratch, Work},
+    plan::{Expansion, Scratch, Work},
 };
 
 /// Weights of a feed-forward block.
@@ -41,6 +41,7 @@ impl<B: Backend> Mlp<'_, B> {
         batch: &B::Batch,
         tokens: usize,
         work: &mut Work<B>,
+        expansion: &mut Expansion<B>,
         scratch: &mut Scratch<B>,
     ) {
         let (hidden, features) = (self.down.weight.rows, self.features());
@@ -48,8 +49,8 @@ impl<B: Backend> Mlp<'_, B> {
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
         let [_, _, _, _, gate_kept, up_kept, _] = &mut work.kept;
         let parts = [
-            (ViewMut::<B>::new(&mut work.gate, tokens, features), gate_kept),
-            (ViewMut::<B>::new(&mut work.up, tokens, features), up_kept),
+            (ViewMut::<B>::new(&mut expansion.gate, tokens, features), gate_kept),
+            (ViewMut::<B>::new(&mut expansion.up, tokens, features), up_kept),
         ];
         self.inputs.forward(backend, batch, normed, parts, &mut scratch.fused, &mut scratch.branch);
     }
@@ -60,17 +61,18 @@ impl<B: Backend> Mlp<'_, B> {
         backend: &B,
         batch: &B::Batch,
         work: &mut Work<B>,
+        expansion: &Expansion<B>,
         scratch: &mut Scratch<B>,
         mut next: ViewMut<'_, B>,
     ) {
         let (tokens, hidden) = (next.rows, next.columns);
         backend.copy(View::<B>::new(&work.middle, tokens, hidden), next.reborrow());
         if let Some(norm) = &self.output_norm {
-            self.output(backend, batch, tokens, work, scratch);
+            self.output(backend, batch, tokens, work, expansion, scratch);
             return norm.add(backend, &mut work.mlp_output, &mut scratch.normed, next);
         }
-        self.activate(backend, tokens, work, scratch);
-        let activated = View::<B>::new(&scratch.wide_a, tokens, self.features());
+        self.activate(backend, tokens, expansion, scratch);
+        let activated = View::<B>::new(&scratch.wide, tokens, self.features());
         let [.., down_kept] = &mut work.kept;
         self.down.forward(backend, batch, activated, true, next, down_kept, &mut scratch.branch);
     }
@@ -82,10 +84,11 @@ impl<B: Backend> Mlp<'_, B> {
         batch: &B::Batch,
         tokens: usize,
         work: &mut Work<B>,
+        expansion: &Expansion<B>,
         scratch: &mut Scratch<B>,
     ) -> bool {
         let Some(norm) = &self.output_norm else { return false };
-        self.output(backend, batch, tokens, work, scratch);
+        self.output(backend, batch, tokens, work, expansion, scratch);
         let hidden = self.down.weight.rows;
         let normed = ViewMut::<B>::new(&mut scratch.normed, tokens, hidden);
         let output = &mut work.mlp_output;
@@ -101,10 +104,11 @@ impl<B: Backend> Mlp<'_, B> {
         batch: &B::Batch,
         tokens: usize,
         work: &mut Work<B>,
+        expansion: &Expansion<B>,
         scratch: &mut Scratch<B>,
     ) {
-        self.activate(backend, tokens, work, scratch);
-        let activated = View::<B>::new(&scratch.wide_a, tokens, self.features());
+        self.activate(backend, tokens, expansion, scratch);
+        let activated = View::<B>::new(&scratch.wide, tokens, self.features());
         let y = ViewMut::<B>::new(&mut work.mlp_output.x, tokens, self.down.weight.rows);
         let [.., down_kept] = &mut work.kept;
         self.down.forward(backend, batch, activated, false, y, down_kept, &mut scratch.branch);
@@ -120,6 +124,7 @@ impl<B: Backend> Mlp<'_, B> {
         batch: &B::Batch,
         tokens: usize,
         work: &mut Work<B>,
+        expansion: &mut Expansion<B>,
         scratch: &mut Scratch<B>,
         flat: &mut B::Buffer,
         again: bool,
@@ -128,16 +133,6 @@ impl<B: Backend> Mlp<'_, B> {
         let (hidden, features) = (self.down.weight.rows, self.features());
         let into_norm = input_gradient || self.norm.is_trained();
         let expand_gradient = into_norm || self.inputs_adapted();
-        if self.down.is_trained() {
-            self.activate(backend, tokens, work, scratch);
-            if again {
-                let activated = View::<B>::new(&scratch.wide_a, tokens, features);
-                let [.., down_kept] = &mut work.kept;
-                self.down.keep_again(backend, batch, activated, down_kept, &mut scratch.branch);
-            }
-        }
-        let [.., down_kept] = &work.kept;
-        let activated = View::<B>::new(&scratch.wide_a, tokens, features);
         let doutput = match &self.output_norm {
             None => &scratch.gradient,
             Some(norm) => {
@@ -147,29 +142,40 @@ impl<B: Backend> Mlp<'_, B> {
             }
         };
         let doutput = View::<B>::new(doutput, tokens, hidden);
-        let dactivated = expand_gradient.then(|| ViewMut::<B>::new(&mut scratch.wide_b, tokens, features));
-
+        let wide = &mut scratch.wide;
+        if expand_gradient {
+            let dactivated = ViewMut::<B>::new(&mut *wide, tokens, features);
+            self.down.input_gradient(backend, batch, doutput, false, dactivated, &mut scratch.branch);
+            // Leaves the activated product where its gradient was.
+            let dactivated = ViewMut::<B>::new(&mut *wide, tokens, features);
+            let gate = ViewMut::<B>::new(&mut expansion.gate, tokens, features);
+            let up = ViewMut::<B>::new(&mut expansion.up, tokens, features);
+            match self.activation {
+                Activation::Silu => backend.swiglu_backward(dactivated, gate, up),
+                Activation::GeluTanh => backend.geglu_backward(dactivated, gate, up),
+            }
+        } else if self.down.is_trained() {
+            self.activate_into(backend, tokens, expansion, wide);
+        }
+        let activated = View::<B>::new(&*wide, tokens, features);
+        let [.., down_kept] = &mut work.kept;
+        if again {
+            self.down.keep_again(backend, batch, activated, down_kept, &mut scratch.branch);
+        }
         let branch = &mut scratch.branch;
-        self.down.backward(backend, batch, activated, down_kept, doutput, false, dactivated, flat, branch);
+        self.down.backward(backend, batch, activated, down_kept, doutput, false, None, flat, branch);
         if !expand_gradient {
             return;
         }
 
-        let dactivated = View::<B>::new(&scratch.wide_b, tokens, features);
-        let gate = ViewMut::<B>::new(&mut work.gate, tokens, features);
-        let up = ViewMut::<B>::new(&mut work.up, tokens, features);
-        match self.activation {
-            Activation::Silu => backend.swiglu_backward(dactivated, gate, up),
-            Activation::GeluTanh => backend.geglu_backward(dactivated, gate, up),
-        }
         if self.inputs_adapted() {
             self.normalise(backend, tokens, work, scratch);
         }
         let normed = View::<B>::new(&scratch.normed, tokens, hidden);
         let [_, _, _, _, gate_kept, up_kept, _] = &work.kept;
         let parts = [
-            (View::<B>::new(&work.gate, tokens, features), gate_kept),
-            (View::<B>::new(&work.up, tokens, features), up_kept),
+            (View::<B>::new(&expansion.gate, tokens, features), gate_kept),
+            (View::<B>::new(&expansion.up, tokens, features), up_kept),
         ];
         let dnormed = into_norm.then(|| ViewMut::<B>::new(&mut scratch.dnormed, tokens, hidden));
         let (fused, branch) = (&mut scratch.fused, &mut scratch.branch);
@@ -190,12 +196,16 @@ impl<B: Backend> Mlp<'_, B> {
         self.norm.forward(backend, middle, normed, ViewMut::<B>::new(&mut work.mlp_norm, tokens, 1));
     }
 
-    /// `wide_a = f(gate) * up`.
-    fn activate(&self, backend: &B, tokens: usize, work: &Work<B>, scratch: &mut Scratch<B>) {
+    /// `wide = f(gate) * up`.
+    fn activate(&self, backend: &B, tokens: usize, expansion: &Expansion<B>, scratch: &mut Scratch<B>) {
+        self.activate_into(backend, tokens, expansion, &mut scratch.wide);
+    }
+
+    fn activate_into(&self, backend: &B, tokens: usize, expansion: &Expansion<B>, wide: &mut B::Buffer) {
         let features = self.features();
-        let gate = View::<B>::new(&work.gate, tokens, features);
-        let up = View::<B>::new(&work.up, tokens, features);
-        let out = ViewMut::<B>::new(&mut scratch.wide_a, tokens, features);
+        let gate = View::<B>::new(&expansion.gate, tokens, features);
+        let up = View::<B>::new(&expansion.up, tokens, features);
+        let out = ViewMut::<B>::new(wide, tokens, features);
         match self.activation {
             Activation::Silu => backend.swiglu(gate, up, out),
             Activation::GeluTanh => backend.geglu(gate, up, out),

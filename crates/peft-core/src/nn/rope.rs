@@ -4,7 +4,7 @@
 //! `position * frequency[i]`. The backward pass turns back. Frequencies come from the model's configuration.
 
 use crate::{
-    backend::{Backend, View, ViewMut},
+    backend::{Backend, Use, View, ViewMut},
     error::Result,
     model::ModelConfig,
 };
@@ -32,7 +32,7 @@ impl<B: Backend> RopeTable<B> {
             table.extend(frequencies.iter().map(|frequency| (angle(frequency).cos() * factor) as f32));
             table.extend(frequencies.iter().map(|frequency| (angle(frequency).sin() * factor) as f32));
         }
-        let mut data = backend.allocate(table.len())?;
+        let mut data = backend.allocate(table.len(), Use::Exact)?;
         backend.upload(&table, &mut data);
         Ok(Self { data, positions, head_dim })
     }

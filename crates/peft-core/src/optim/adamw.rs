@@ -112,47 +112,24 @@ impl AdamW {
         expect_length("the parameter buffer", parameters.len(), self.first.len())?;
         expect_length("the gradient buffer", gradients.len(), self.first.len())?;
         self.step += 1;
-        let [beta1, beta2] = self.options.betas;
-        let t = i32::try_from(self.step).unwrap_or(i32::MAX);
-        let root = (1.0 - beta2.powi(t)).sqrt() as f32;
-        let factors = |learning_rate: f64| Factors {
-            gradient: gradient_scale as f32,
-            keep: (1.0 - learning_rate * self.options.weight_decay) as f32,
-            first: (1.0 - beta1) as f32,
-            beta2: beta2 as f32,
-            second: (1.0 - beta2) as f32,
-            root,
-            epsilon: self.options.epsilon as f32,
-            step: -(learning_rate / (1.0 - beta1.powi(t))) as f32,
-        };
-        let mut update = |range: Range<usize>, factor: f64| {
-            if factor == 0.0 || range.is_empty() {
-                return;
+        let groups = groups(&self.options, self.step, learning_rate, rates, parameters.len());
+        let mut start = 0;
+        for (end, factors) in groups {
+            if let Some(factors) = factors {
+                let range = start..end;
+                let (first, second) = (&mut self.first[range.clone()], &mut self.second[range.clone()]);
+                let scale = gradient_scale as f32;
+                apply(&factors, scale, &mut parameters[range.clone()], &gradients[range], first, second);
             }
-            let factors = factors(learning_rate * factor);
-            let (first, second) = (&mut self.first[range.clone()], &mut self.second[range.clone()]);
-            parameters[range.clone()]
-                .par_chunks_mut(CHUNK)
-                .zip(gradients[range].par_chunks(CHUNK))
-                .zip(first.par_chunks_mut(CHUNK).zip(second.par_chunks_mut(CHUNK)))
-                .for_each(|((parameters, gradients), (first, second))| {
-                    factors.apply(parameters, gradients, first, second);
-                });
-        };
-        let mut done = 0;
-        for (range, factor) in rates {
-            update(done..range.start.max(done), 1.0);
-            update(range.clone(), *factor);
-            done = range.end;
+            start = end;
         }
-        update(done..gradients.len(), 1.0);
         Ok(())
     }
 }
 
 /// The scalars of one update.
-struct Factors {
-    gradient: f32,
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Factors {
     keep: f32,
     first: f32,
     beta2: f32,
@@ -162,13 +139,86 @@ struct Factors {
     step: f32,
 }
 
+/// Ranges that share factors, to the end of `length` numbers: the first number behind each, ascending, and no factors where
+/// numbers stay as they are. `rates` are factors of the learning rate for parts, in ascending order; 1 elsewhere.
+pub fn groups(
+    options: &AdamWOptions,
+    step: u64,
+    learning_rate: f64,
+    rates: &[(Range<usize>, f64)],
+    length: usize,
+) -> Vec<(usize, Option<Factors>)> {
+    let factors = |rate: f64| (rate != 0.0).then(|| Factors::new(options, step, learning_rate * rate));
+    let mut groups = Vec::with_capacity(2 * rates.len() + 1);
+    let mut done = 0;
+    for (range, rate) in rates {
+        if range.start > done {
+            groups.push((range.start, factors(1.0)));
+        }
+        if !range.is_empty() {
+            groups.push((range.end, factors(*rate)));
+        }
+        done = range.end.max(done);
+    }
+    if done < length {
+        groups.push((length, factors(1.0)));
+    }
+    groups
+}
+
+/// Updates parameters and moments of one length by `gradients * scale`.
+pub(super) fn apply(
+    factors: &Factors,
+    scale: f32,
+    parameters: &mut [f32],
+    gradients: &[f32],
+    first: &mut [f32],
+    second: &mut [f32],
+) {
+    parameters
+        .par_chunks_mut(CHUNK)
+        .zip(gradients.par_chunks(CHUNK))
+        .zip(first.par_chunks_mut(CHUNK).zip(second.par_chunks_mut(CHUNK)))
+        .for_each(|((parameters, gradients), (first, second))| {
+            factors.apply(scale, parameters, gradients, first, second);
+        });
+}
+
 impl Factors {
-    fn apply(&self, parameters: &mut [f32], gradients: &[f32], first: &mut [f32], second: &mut [f32]) {
+    /// The scalars of update `step`, from 1.
+    pub fn new(options: &AdamWOptions, step: u64, learning_rate: f64) -> Self {
+        let [beta1, beta2] = options.betas;
+        let t = i32::try_from(step).unwrap_or(i32::MAX);
+        let step_size = learning_rate / (1.0 - beta1.powi(t));
+        Self {
+            keep: (1.0 - learning_rate * options.weight_decay) as f32,
+            first: (1.0 - beta1) as f32,
+            beta2: beta2 as f32,
+            second: (1.0 - beta2) as f32,
+            root: (1.0 - beta2.powi(t)).sqrt() as f32,
+            epsilon: options.epsilon as f32,
+            step: -step_size as f32,
+        }
+    }
+
+    /// In the order in which a kernel takes them.
+    pub(crate) fn as_array(&self) -> [f32; 7] {
+        [self.keep, self.first, self.beta2, self.second, self.root, self.epsilon, self.step]
+    }
+
+    fn apply(
+        &self,
+        scale: f32,
+        parameters: &mut [f32],
+        gradients: &[f32],
+        first: &mut [f32],
+        second: &mut [f32],
+    ) {
         // Slices of one known length: the loop needs no bounds checks and becomes vector instructions.
         let length = parameters.len();
         let (gradients, first, second) = (&gradients[..length], &mut first[..length], &mut second[..length]);
         for i in 0..length {
-            let gradient = gradients[i] * self.gradient;
+            let gradient = gradients[i] * scale;
             first[i] += self.first * (gradient - first[i]);
             second[i] = second[i] * self.beta2 + self.second * gradient * gradient;
             let denominator = second[i].sqrt() / self.root + self.epsilon;

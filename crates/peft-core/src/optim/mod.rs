@@ -4,9 +4,12 @@
 //! [`AdamW::update`] with both factors in one scale and the rate of [`Schedule::learning_rate`].
 
 mod adamw;
+mod flat;
 mod norm;
 mod schedule;
 
-pub use adamw::{AdamW, AdamWOptions};
+pub use adamw::{AdamW, AdamWOptions, Factors, groups};
+pub(crate) use flat::SQUARES;
+pub use flat::{FlatState, FlatUpdate, Outcome};
 pub use norm::{clip_factor, global_norm};
 pub use schedule::{Schedule, Shape};

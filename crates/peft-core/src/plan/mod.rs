@@ -5,12 +5,20 @@
 //! The counts and the reservation share one description, so they cannot drift apart.
 
 mod arena;
+mod levels;
 mod sizes;
 
 use serde::{Deserialize, Serialize};
 
-pub use arena::{Arena, Attended, HeadScratch, Joined, Output, QueryKey, Scratch, Work};
+use crate::{backend::cuda::DeviceError, error::Result};
+
+pub use arena::{
+    Arena, Attended, Boundary, Expansion, HeadMemory, HeadScratch, Joined, Output, QueryKey, Scratch, Work,
+    two,
+};
+pub use levels::{Level, Levels};
 pub use sizes::Sizes;
+pub(crate) use sizes::WORKSPACE;
 
 /// What becomes of activations between forward and backward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -39,6 +47,8 @@ pub struct PlanRequest {
     pub memory_limit: Option<u64>,
     /// Bytes of the frozen base.
     pub base_bytes: u64,
+    /// Of them, the embedding's where it is not the head as well: beside a card it can stay in host memory.
+    pub embedding_bytes: u64,
     /// Whether the base's matrices must be written out before use (4 bits).
     pub dequantised: bool,
     /// Whether the head must be widened before use (bf16).
@@ -47,8 +57,10 @@ pub struct PlanRequest {
     pub dropout: bool,
     /// Threads that work.
     pub threads: usize,
-    /// Whether a GPU works: larger pieces, no scratch of threads.
+    /// Whether a GPU works: larger pieces, no scratch of threads, host memory to put activations aside.
     pub accelerated: bool,
+    /// Whether activations take 2 bytes, not 4.
+    pub half_activations: bool,
 }
 
 /// Memory of a worker by part, bytes.
@@ -58,8 +70,8 @@ pub struct MemoryPlan {
     pub micro_batch_rows: usize,
     /// Tokens a micro-batch has room for.
     pub micro_batch_tokens: usize,
-    /// What becomes of activations; never [`Recompute::Auto`].
-    pub recompute: Recompute,
+    /// What becomes of each layer's activations.
+    pub levels: Levels,
     /// The frozen base.
     pub base_bytes: u64,
     /// Trained parameters and their gradient, f32.
@@ -70,6 +82,10 @@ pub struct MemoryPlan {
     pub activation_bytes: u64,
     /// What operations work in: gradients of activations, a chunk of logits, one layer's weights written out.
     pub scratch_bytes: u64,
+    /// What lies in the host's memory instead: what the forward pass keeps, and the embedding.
+    pub aside_bytes: u64,
+    /// Whether the embedding stays in the host's memory.
+    pub embedding_aside: bool,
 }
 
 /// Tokens of a micro-batch that keep products large; more gains nothing on a CPU.
@@ -78,7 +94,8 @@ const ENOUGH_TOKENS: usize = 2048;
 const ENOUGH_TOKENS_ACCELERATED: usize = 8192;
 
 impl MemoryPlan {
-    /// Picks micro-batch and recompute.
+    /// Picks the micro-batch, and what becomes of each layer's activations: of the choices that fit, the one that
+    /// computes least again. Where none fits, the smallest is returned.
     pub fn choose(sizes: impl Fn(usize) -> Sizes, request: &PlanRequest) -> Self {
         let limit = request.memory_limit.unwrap_or_else(default_memory_limit);
         let enough = if request.accelerated { ENOUGH_TOKENS_ACCELERATED } else { ENOUGH_TOKENS };
@@ -86,14 +103,7 @@ impl MemoryPlan {
         let mut rows = wanted;
         loop {
             let sizes = sizes(rows * request.max_length);
-            let kept = Self::of(&sizes, rows, request, Recompute::Never);
-            let again = Self::of(&sizes, rows, request, Recompute::Layers);
-            let plan = match request.recompute {
-                Recompute::Never => kept,
-                Recompute::Layers => again,
-                Recompute::Auto if kept.peak_bytes() <= limit => kept,
-                Recompute::Auto => again,
-            };
+            let plan = Self::for_rows(&sizes, rows, request, limit);
             if plan.peak_bytes() <= limit || rows == 1 || request.micro_batch_rows.is_some() {
                 return plan;
             }
@@ -101,21 +111,85 @@ impl MemoryPlan {
         }
     }
 
-    fn of(sizes: &Sizes, rows: usize, request: &PlanRequest, recompute: Recompute) -> Self {
+    fn for_rows(sizes: &Sizes, rows: usize, request: &PlanRequest, limit: u64) -> Self {
+        if !request.accelerated {
+            return Self::search(sizes, rows, request, limit);
+        }
+        let near = Self::search(sizes, rows, request, limit);
+        if near.peak_bytes() <= limit && near.levels.aside == 0 || request.embedding_bytes == 0 {
+            return near;
+        }
+        let base_bytes = request.base_bytes.saturating_sub(request.embedding_bytes);
+        let far = Self::search(sizes, rows, &PlanRequest { base_bytes, ..*request }, limit);
+        Self { aside_bytes: far.aside_bytes + request.embedding_bytes, embedding_aside: true, ..far }
+    }
+
+    fn search(sizes: &Sizes, rows: usize, request: &PlanRequest, limit: u64) -> Self {
+        let layers = sizes.layers;
+        let plan = |levels| Self::of(sizes, rows, request, levels);
+        let fits = |levels: &Levels| plan(*levels).peak_bytes() <= limit;
+        match request.recompute {
+            Recompute::Never => return plan(Levels::everything(layers)),
+            Recompute::Layers => return plan(Levels::boundaries(layers)),
+            Recompute::Auto => {}
+        }
+        let [some, rest] = sizes.savings();
+        let saved = |levels: &Levels| {
+            (levels.unexpanded + levels.everything) as u64 * some + levels.everything as u64 * rest
+        };
+        let kept = (0..=layers).flat_map(|everything| {
+            (0..=layers - everything).map(move |unexpanded| Levels {
+                aside: 0,
+                boundaries: layers - everything - unexpanded,
+                unexpanded,
+                everything,
+            })
+        });
+        if let Some(best) = kept.filter(fits).max_by_key(saved) {
+            return plan(best);
+        }
+        let aside = |aside| Levels { aside, ..Levels::boundaries(layers - aside) };
+        let most = if request.accelerated { layers } else { 0 };
+        plan((0..=most).map(aside).find(fits).unwrap_or_else(|| aside(most)))
+    }
+
+    fn of(sizes: &Sizes, rows: usize, request: &PlanRequest, levels: Levels) -> Self {
         let flat = 4 * sizes.parameters as u64;
+        // Beside the parameters lies what products read.
+        let rounded = if request.half_activations { flat / 2 } else { 0 };
         Self {
             micro_batch_rows: rows,
             micro_batch_tokens: sizes.tokens,
-            recompute,
+            levels,
             base_bytes: request.base_bytes,
-            adapter_bytes: 2 * flat,
+            adapter_bytes: 2 * flat + rounded,
             optimizer_bytes: 2 * flat,
-            activation_bytes: 4 * sizes.activations(recompute) as u64,
-            scratch_bytes: 4 * sizes.scratch() as u64,
+            activation_bytes: sizes.activation_bytes(&levels),
+            scratch_bytes: sizes.scratch_bytes(),
+            aside_bytes: sizes.aside_bytes(&levels),
+            embedding_aside: false,
         }
     }
 
-    /// All parts together.
+    /// Out of memory is foreseen, not met.
+    ///
+    /// # Errors
+    /// Where the plan takes more than `limit`.
+    pub(crate) fn check(&self, limit: Option<u64>) -> Result<()> {
+        match limit {
+            Some(limit) if self.peak_bytes() > limit => Err(DeviceError::PlanTooLarge {
+                needed: self.peak_bytes(),
+                limit,
+                base: self.base_bytes,
+                activations: self.activation_bytes + self.scratch_bytes,
+                tokens: self.micro_batch_tokens,
+            }
+            .into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// All parts together, but for the host's memory beside a card.
     pub fn peak_bytes(&self) -> u64 {
         self.base_bytes
             + self.adapter_bytes
@@ -156,22 +230,54 @@ mod tests {
             recompute,
             memory_limit,
             base_bytes: 1000,
+            embedding_bytes: 0,
             dequantised: true,
             head_widened: true,
             dropout: false,
             threads: 2,
             accelerated: false,
+            half_activations: false,
         }
     }
 
     #[test]
     fn computing_again_is_chosen_only_where_memory_is_short() {
         let roomy = MemoryPlan::choose(sizes, &request(Recompute::Auto, Some(1 << 40)));
-        assert_eq!((roomy.recompute, roomy.micro_batch_rows), (Recompute::Never, 16));
-        let tight = MemoryPlan::choose(sizes, &request(Recompute::Auto, Some(roomy.peak_bytes() - 1)));
-        assert_eq!((tight.recompute, tight.micro_batch_rows), (Recompute::Layers, 16));
-        assert!(tight.activation_bytes < roomy.activation_bytes);
+        assert_eq!((roomy.levels, roomy.micro_batch_rows), (Levels::everything(4), 16));
+        let [some, rest] = sizes(1).savings();
+        let saved = |levels: Levels| {
+            (levels.unexpanded + levels.everything) as u64 * some + levels.everything as u64 * rest
+        };
+        let (mut limit, mut last) = (roomy.peak_bytes(), saved(roomy.levels));
+        while last > 0 {
+            let tight = MemoryPlan::choose(sizes, &request(Recompute::Auto, Some(limit - 1)));
+            assert_eq!((tight.micro_batch_rows, tight.aside_bytes), (16, 0));
+            assert!(tight.peak_bytes() < limit, "{tight:?}");
+            assert!(saved(tight.levels) < last, "less memory cannot save more work: {tight:?}");
+            (limit, last) = (tight.peak_bytes(), saved(tight.levels));
+        }
         let tiny = MemoryPlan::choose(sizes, &request(Recompute::Auto, Some(1)));
         assert_eq!(tiny.micro_batch_rows, 1);
+    }
+
+    #[test]
+    fn beside_a_card_boundaries_go_to_the_host_where_memory_is_shorter_still() {
+        let request = |limit| PlanRequest {
+            accelerated: true,
+            micro_batch_rows: Some(16),
+            ..request(Recompute::Auto, Some(limit))
+        };
+        let sizes = |tokens| Sizes { layers: 9, ..sizes(tokens) };
+        let again = Levels::boundaries(9);
+        let kept = MemoryPlan::of(&sizes(2048), 16, &request(0), again).peak_bytes();
+        let plan = MemoryPlan::choose(sizes, &request(kept - 1));
+        assert_eq!(
+            plan.levels,
+            Levels { aside: 3, ..Levels::boundaries(6) },
+            "two share two places: nothing is won"
+        );
+        assert!(plan.peak_bytes() < kept && plan.aside_bytes > 0);
+        let least = MemoryPlan::choose(sizes, &request(1));
+        assert_eq!(least.levels, Levels { aside: 9, ..Levels::boundaries(0) });
     }
 }

@@ -1,6 +1,6 @@
-//! The number of f32 in every buffer of a step.
+//! How large every buffer of a step is.
 
-use super::{PlanRequest, Recompute};
+use super::{Levels, PlanRequest};
 use crate::{
     adapter::{Fit, Needs, ParameterLayout, Role},
     batch::VirtualTokens,
@@ -13,13 +13,17 @@ const LOGITS: usize = 1 << 24;
 const HEAD_ROWS: usize = 512;
 /// Numbers of the head that are widened at once, at most.
 const HEAD_BLOCK: usize = 1 << 24;
-/// Numbers that a chunk of logits may hold, and its rows at most, on a GPU.
-const LOGITS_ACCELERATED: usize = 1 << 28;
+/// Rows of logits made at once on a GPU: no fewer where memory is to be had for them, and at most.
+const FEWEST_ROWS_ACCELERATED: usize = 256;
 const HEAD_ROWS_ACCELERATED: usize = 4096;
+/// Bytes that products on a GPU may work in.
+pub(crate) const WORKSPACE: usize = 32 << 20;
 
-/// The number of f32 in every buffer of a step.
+/// How large every buffer of a step is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sizes {
+    /// Bytes of an activation.
+    pub activation: usize,
     /// Tokens of a micro-batch.
     pub tokens: usize,
     /// Layers.
@@ -102,11 +106,15 @@ impl Sizes {
         let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
         let queries = config.attention_heads * config.head_dim;
         let keys = config.key_value_heads * config.head_dim;
-        let (logits, most_rows) = match request.accelerated {
-            true => (LOGITS_ACCELERATED, HEAD_ROWS_ACCELERATED),
-            false => (LOGITS, HEAD_ROWS),
-        };
-        let head_rows = (logits / config.vocabulary_size).clamp(1, most_rows).min(tokens.max(1));
+        let wide = tokens * intermediate.max(queries);
+        let head_rows = if request.accelerated {
+            // Logits lie where the feed-forward halves work.
+            let least = FEWEST_ROWS_ACCELERATED.min(tokens.max(1));
+            (wide / config.vocabulary_size).clamp(least, HEAD_ROWS_ACCELERATED.max(least))
+        } else {
+            (LOGITS / config.vocabulary_size).clamp(1, HEAD_ROWS)
+        }
+        .min(tokens.max(1));
         let head_branch = layout.modules().iter().find(|adapted| adapted.module.kind == ModuleKind::Head);
         let rows = layout.entries().iter().find(|entry| entry.role == Role::Rows);
         let head_branch = head_branch.filter(|adapted| adapted.branch);
@@ -117,6 +125,7 @@ impl Sizes {
         // Two tiles of attention, or a row that dropout is applied to.
         let lane = (2 * 64 * max_length).max(if request.dropout { branch.wide } else { 0 });
         Self {
+            activation: if request.half_activations { 2 } else { 4 },
             tokens,
             layers: config.layers,
             parameters: layout.len(),
@@ -145,12 +154,8 @@ impl Sizes {
             head_kept: head_branch.map_or(0, |adapted| adapted.needs.kept),
             head_few: if config.tied_embeddings { rows.map_or(0, |entry| entry.rows()) } else { 0 },
             lanes: match request.accelerated {
-                // Ids and the like, attention's sums by head, the larger operand of a product rounded to 2 bytes.
-                true => {
-                    let operand =
-                        (tokens * intermediate.max(queries)).max(head_rows * config.vocabulary_size);
-                    tokens * (config.attention_heads + 11) + operand / 2
-                }
+                // Ids and the like, attention's sums by head, and what products work in.
+                true => tokens * (config.attention_heads + 11) + WORKSPACE / 4,
                 false => request.threads.max(1) * lane,
             },
             rope: max_length * config.head_dim,
@@ -170,9 +175,14 @@ impl Sizes {
         Self { parameters: fit.trained().len(), made, ..sizes }
     }
 
-    /// Features of the two widest scratch buffers.
+    /// Numbers of the widest scratch buffer: a row of the feed-forward half for each token, or a chunk of logits.
     pub(super) fn wide(&self) -> usize {
-        self.intermediate.max(self.queries)
+        (self.tokens * self.intermediate.max(self.queries)).max(self.head_rows * self.vocabulary)
+    }
+
+    /// Numbers of the scratch buffer that is as wide as queries, or as the head's gradient.
+    pub(super) fn middle(&self) -> usize {
+        (self.tokens * self.queries).max(self.head_rows * self.hidden)
     }
 
     /// Factors a token of the norm of a block's output.
@@ -180,44 +190,63 @@ impl Sizes {
         usize::from(self.normed_output > 0)
     }
 
-    /// Kept for each layer whatever the plan: its input, attention's output and logarithms.
-    fn kept_always(&self) -> usize {
-        self.hidden + self.queries + self.heads
+    /// A layer's input, attention's output and logarithms, bytes.
+    pub(super) fn boundary_bytes(&self) -> u64 {
+        self.rows(self.hidden + self.queries) + 4 * (self.tokens * self.heads) as u64
     }
 
-    /// Kept for each layer, or once for the layer at work: q, k, v, middle, gate, up, norms, branches.
-    fn work(&self) -> usize {
+    /// What a layer needs besides: q, k, v, middle, norms, branches; bytes.
+    fn work_bytes(&self) -> u64 {
         let kept: usize = self.kept.iter().sum();
         let query_key = self.normed_queries + self.normed_keys;
-        let norms = query_key + query_key / self.head_dim + 2 * (self.normed_output + self.output_norm());
-        self.queries + 2 * self.keys + self.hidden + 2 * self.intermediate + 2 + norms + kept
+        let norms = query_key / self.head_dim + 2 * self.output_norm();
+        self.rows(self.queries + 2 * self.keys + self.hidden + query_key + 2 * self.normed_output + kept)
+            + (4 * self.tokens * (2 + norms)) as u64
     }
 
-    /// Numbers that the forward pass keeps.
-    pub fn activations(&self, recompute: Recompute) -> usize {
-        let works = if recompute == Recompute::Layers { 1 } else { self.layers };
-        let last_hidden = self.hidden;
-        self.tokens * (self.layers * self.kept_always() + last_hidden + works * self.work())
+    /// Gate and up, bytes.
+    fn expansion_bytes(&self) -> u64 {
+        self.rows(2 * self.intermediate)
     }
 
-    /// Numbers that operations work in.
-    pub fn scratch(&self) -> usize {
+    fn rows(&self, columns: usize) -> u64 {
+        (self.activation * self.tokens * columns) as u64
+    }
+
+    /// What the forward pass keeps for the backward pass in the memory that operations work in, bytes.
+    pub fn activation_bytes(&self, levels: &Levels) -> u64 {
+        let boundaries = levels.shared_boundaries() + levels.layers() - levels.aside;
+        let works = levels.shared_work() + levels.unexpanded + levels.everything;
+        let expansions = levels.shared_expansions() + levels.everything;
+        self.rows(self.hidden)
+            + boundaries as u64 * self.boundary_bytes()
+            + works as u64 * self.work_bytes()
+            + expansions as u64 * self.expansion_bytes()
+    }
+
+    /// What the forward pass keeps in host memory, bytes.
+    pub fn aside_bytes(&self, levels: &Levels) -> u64 {
+        levels.aside as u64 * self.boundary_bytes()
+    }
+
+    /// Multiplications that a level saves for each token of a layer, by [`super::Level::Unexpanded`] and by
+    /// [`super::Level::Everything`] on top: what the choice weighs.
+    pub(super) fn savings(&self) -> [u64; 2] {
+        let attention = self.hidden * (2 * self.queries + 2 * self.keys);
+        [attention as u64, (2 * self.hidden * self.intermediate) as u64]
+    }
+
+    /// What operations work in, bytes.
+    pub fn scratch_bytes(&self) -> u64 {
         let branch = self.branch.wide + self.branch.narrow + self.branch.output;
-        let per_token = 3 * self.hidden
-            + 2 * self.wide()
-            + 2 * self.keys
-            + self.normed_keys
-            + self.fused
-            + 4 * self.joined
-            + branch;
-        let head = self.head_rows * (self.vocabulary + 4 * self.hidden + 2 + self.head_kept + self.head_few)
-            + self.head_block * self.hidden;
-        self.tokens * per_token
-            + head
-            + self.weights.iter().sum::<usize>()
-            + self.lanes
-            + self.rope
-            + self.branch.fixed.iter().sum::<usize>()
-            + self.made
+        let activations = self.wide()
+            + self.middle()
+            + self.head_rows * (self.hidden + self.head_kept + self.head_few)
+            + self.head_block * self.hidden
+            + self.weights.iter().sum::<usize>();
+        let fixed: usize = self.branch.fixed.iter().sum();
+        let exact = self.tokens + self.head_rows + self.rope + fixed + self.lanes + self.made;
+        self.rows(3 * self.hidden + 2 * self.keys + self.normed_keys + self.fused + 4 * self.joined + branch)
+            + (self.activation * activations + 4 * exact) as u64
     }
 }

@@ -74,6 +74,7 @@ fn check(input: usize, output: usize, rank: usize, p: f32, accumulate: bool) {
         weight: View::<Cpu>::new(&weight, output, input),
         bias: Some(View::<Cpu>::new(&bias, 1, output)),
         branch: Some(Branch { branch: &dora, parameters: &parameters[..], dropout }),
+        merged: false,
         trained: TrainedParts::default(),
     };
     let mut start = |columns: usize| match accumulate {

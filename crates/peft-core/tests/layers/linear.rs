@@ -99,6 +99,7 @@ impl Scene {
             bias: bias.then(|| View::<Cpu>::new(&self.bias, 1, output)),
             branch,
             trained: TrainedParts::default(),
+            merged: false,
         }
     }
 

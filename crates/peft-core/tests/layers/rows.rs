@@ -94,10 +94,11 @@ fn swiglu() {
         let gradients = backward(&wanted, &dout);
 
         let (mut gate, mut up) = (Field::holding(&gate, rows, columns), Field::holding(&up, rows, columns));
-        let (mut out, dout) = (Field::poisoned(rows, columns), Field::holding(&dout, rows, columns));
+        let (mut out, mut dout) = (Field::poisoned(rows, columns), Field::holding(&dout, rows, columns));
         cpu.swiglu(gate.view(), up.view(), out.view_mut());
         assert_near("out", &out.numbers(), &wanted, SINGLE);
-        cpu.swiglu_backward(dout.view(), gate.view_mut(), up.view_mut());
+        cpu.swiglu_backward(dout.view_mut(), gate.view_mut(), up.view_mut());
+        assert_near("out again", &dout.numbers(), &wanted, SINGLE);
         assert_near("dgate", &gate.numbers(), &gradient(&gradients, &gate_in), SINGLE);
         assert_near("dup", &up.numbers(), &gradient(&gradients, &up_in), SINGLE);
     }
@@ -119,10 +120,10 @@ fn geglu() {
         let gradients = backward(&wanted, &dout);
 
         let (mut gate, mut up) = (Field::holding(&gate, rows, columns), Field::holding(&up, rows, columns));
-        let (mut out, dout) = (Field::poisoned(rows, columns), Field::holding(&dout, rows, columns));
+        let (mut out, mut dout) = (Field::poisoned(rows, columns), Field::holding(&dout, rows, columns));
         cpu.geglu(gate.view(), up.view(), out.view_mut());
         assert_near("out", &out.numbers(), &wanted, SINGLE);
-        cpu.geglu_backward(dout.view(), gate.view_mut(), up.view_mut());
+        cpu.geglu_backward(dout.view_mut(), gate.view_mut(), up.view_mut());
         assert_near("dgate", &gate.numbers(), &gradient(&gradients, &gate_in), SINGLE);
         assert_near("dup", &up.numbers(), &gradient(&gradients, &up_in), SINGLE);
     }

@@ -192,6 +192,8 @@ impl Setup {
             dropout: false,
             threads: self.threads,
             accelerated: false,
+            half_activations: false,
+            embedding_bytes: 0,
         };
         let parts = EngineParts { adapter: self.adapter.clone(), request };
         Engine::with_base(Box::new(base), parts).unwrap()

@@ -68,11 +68,18 @@ impl<B: Backend> LinearBranch<B> for Scale {
     ) {
         let z = View::<B>::new(kept, x.rows, self.len);
         site.backend.column_dot(dy, z, ViewMut::<B>::at(gradient, self.at, 1, self.len));
-        let Some(dx) = dx else { return };
+        if let Some(dx) = dx {
+            self.input_gradient(site, dy, accumulate, dx, scratch);
+        }
+    }
+    #[rustfmt::skip]
+    fn input_gradient(&self, site: &LinearSite<'_, B>, dy: View<'_, B>, accumulate: bool, dx: ViewMut<'_, B>,
+        scratch: &mut BranchScratch<B>,
+    ) {
         let scale = View::<B>::at(site.parameters, self.at, 1, self.len);
-        let dz = ViewMut::<B>::new(&mut *scratch.output, x.rows, self.len);
+        let dz = ViewMut::<B>::new(&mut *scratch.output, dy.rows, self.len);
         site.backend.scale_columns(1.0, dy, scale, 0.0, dz);
         let beta = if accumulate { 1.0 } else { 0.0 };
-        site.multiply_backward(View::<B>::new(&scratch.output, x.rows, self.len), beta, dx);
+        site.multiply_backward(View::<B>::new(&scratch.output, dy.rows, self.len), beta, dx);
     }
 }

@@ -1,6 +1,6 @@
 //! The real engine, of peft-core.
 
-use std::ops::Range;
+use std::{ops::Range, path::Path};
 
 use shanty_config::job::{self, Device, JobSpec};
 use shanty_peft_core::{
@@ -31,8 +31,8 @@ impl EngineLoader for PeftEngines {
         let spec = request.spec;
         let options = EngineOptions {
             device: device(request.device, spec.cluster.device)?,
-            memory_limit: request.memory_limit_bytes,
-            start: Some(request.store.join(START)),
+            memory_limit: [request.memory_limit_bytes, spec.train.memory_limit()].into_iter().flatten().min(),
+            start: local(request.store).map(|store| store.join(START)),
             ..engine_options_for(spec, request.threads, Some(request.steps))?
         };
         let quantised = format!("{:?}", options.quantization);
@@ -40,6 +40,14 @@ impl EngineLoader for PeftEngines {
             progress(loaded.done_bytes as f64 / loaded.total_bytes.max(1) as f64);
         })
         .map_err(|error| Error::part(&error))?;
+        let plan = engine.plan();
+        tracing::info!(
+            memory_bytes = plan.peak_bytes(),
+            host_bytes = plan.aside_bytes,
+            micro_batch_rows = plan.micro_batch_rows,
+            layers = plan.levels.describe(),
+            "planned the memory of a step"
+        );
         let mut hasher = blake3::Hasher::new();
         if let Some(stored) = engine.base_hash() {
             hasher.update(stored.as_bytes());
@@ -56,6 +64,12 @@ impl EngineLoader for PeftEngines {
         };
         Ok(Box::new(PeftEngine { engine, facts }))
     }
+}
+
+/// A run's folder, where it is one on this machine.
+fn local(store: &Path) -> Option<&Path> {
+    let url = store.to_str().is_some_and(|store| store.contains("://"));
+    (!url).then_some(store)
 }
 
 /// Where to compute: the worker's device, but for what the job insists on. `cuda` never becomes the processor.
@@ -98,6 +112,7 @@ fn engine_options_for(spec: &JobSpec, threads: usize, steps: Option<u64>) -> Res
             job::Recompute::Layers => Recompute::Layers,
         },
         micro_batch_rows: spec.train.micro_batch_size,
+        memory_limit: spec.train.memory_limit(),
         ..EngineOptions::new(&spec.base.model, spec.data.max_length)
     })
 }

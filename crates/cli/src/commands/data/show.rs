@@ -175,7 +175,7 @@ fn body(pieces: &[Piece], color: bool) -> String {
         }
         flush(&mut line);
     }
-    out
+    out.trim_end_matches(['\n', ' ']).to_owned()
 }
 
 /// What becomes of a record that is not trained as a whole.
@@ -274,14 +274,18 @@ fn left_out(summary: &SplitSummary, max_length: u32, color: bool) -> Vec<String>
             example(what)
         ));
     }
-    lines.push(format!(
-        "{}{} records lost {} tokens beyond {max_length}, {} of them to be trained{}",
-        head("cut off", color),
-        format::count(summary.truncated),
-        format::count(summary.truncated_tokens),
-        format::count(summary.truncated_trained_tokens),
-        example("truncated"),
-    ));
+    let cut_off = head("cut off", color);
+    if summary.truncated == 0 {
+        lines.push(format!("{cut_off}0 records"));
+    } else {
+        lines.push(format!(
+            "{cut_off}{} records lost {} tokens beyond {max_length}, {} of them to be trained{}",
+            format::count(summary.truncated),
+            format::count(summary.truncated_tokens),
+            format::count(summary.truncated_trained_tokens),
+            example("truncated"),
+        ));
+    }
     if summary.cut > 0 {
         lines.push(format!(
             "{:12}{} texts are longer than a row and became several samples",

@@ -392,7 +392,7 @@ impl<Back: Backend> LinearBranch<Back> for Svd {
     ) {
         let (backend, tokens, r) = (site.backend, x.rows, self.rank);
         let of = |at, rows, columns| View::<Back>::at(site.parameters, at, rows, columns);
-        let (a, b, e) = (of(self.a, r, self.input), of(self.b, self.output, r), of(self.e, 1, r));
+        let (b, e) = (of(self.b, self.output, r), of(self.e, 1, r));
         self.weigh(site, tokens, kept, &mut scratch.narrow);
         let q = View::<Back>::new(&scratch.narrow, tokens, r);
         let db = ViewMut::<Back>::at(&mut *gradient, self.b, self.output, r);
@@ -407,7 +407,43 @@ impl<Back: Backend> LinearBranch<Back> for Svd {
         let dropped = site.dropped(self.module, x, &mut *scratch.wide);
         let da = ViewMut::<Back>::at(gradient, self.a, r, self.input);
         backend.gemm(1.0, dp, true, dropped, false, 1.0, da);
-        let Some(mut dx) = dx else { return };
+        if let Some(dx) = dx {
+            self.widen(site, dy, accumulate, dx, scratch);
+        }
+    }
+
+    fn input_gradient(
+        &self,
+        site: &LinearSite<'_, Back>,
+        dy: View<'_, Back>,
+        accumulate: bool,
+        dx: ViewMut<'_, Back>,
+        scratch: &mut BranchScratch<Back>,
+    ) {
+        let (backend, tokens, r) = (site.backend, dy.rows, self.rank);
+        let of = |at, rows, columns| View::<Back>::at(site.parameters, at, rows, columns);
+        let dq = ViewMut::<Back>::new(&mut *scratch.narrow, tokens, r);
+        backend.gemm(self.scale, dy, false, of(self.b, self.output, r), false, 0.0, dq);
+        let dq = View::<Back>::new(&scratch.narrow, tokens, r);
+        let dp = ViewMut::<Back>::new(&mut *scratch.output, tokens, r);
+        backend.scale_columns(1.0, dq, of(self.e, 1, r), 0.0, dp);
+        self.widen(site, dy, accumulate, dx, scratch);
+    }
+}
+
+impl Svd {
+    /// `dx = dy W + mask (dp A)`, or `dx += …`, with dp in `scratch.output`.
+    fn widen<Back: Backend>(
+        &self,
+        site: &LinearSite<'_, Back>,
+        dy: View<'_, Back>,
+        accumulate: bool,
+        mut dx: ViewMut<'_, Back>,
+        scratch: &mut BranchScratch<Back>,
+    ) {
+        let (backend, tokens) = (site.backend, dy.rows);
+        let a = View::<Back>::at(site.parameters, self.a, self.rank, self.input);
+        let dp = View::<Back>::new(&*scratch.output, tokens, self.rank);
         let beta = if accumulate { 1.0 } else { 0.0 };
         let Some(dropout) = site.dropout else {
             let branch = Product { alpha: 1.0, a: dp, transpose_a: false, b: a, transpose_b: false };

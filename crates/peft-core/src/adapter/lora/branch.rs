@@ -1,8 +1,8 @@
 //! The branch beside a linear layer.
 
 use crate::{
-    adapter::branch::{BranchScratch, LinearBranch, LinearSite},
-    backend::{Backend, Product, View, ViewMut},
+    adapter::branch::{BranchScratch, LinearBranch, LinearSite, PassDropout},
+    backend::{Backend, LowRank, Product, View, ViewMut},
 };
 
 /// The branch beside one linear layer: where its tensors lie, and its shape.
@@ -51,7 +51,55 @@ impl Lora {
     }
 }
 
+impl Lora {
+    /// `dp = s dy B` `[T, r]`, into `narrow`.
+    fn narrow<'b, B: Backend>(
+        &self,
+        site: &LinearSite<'_, B>,
+        dy: View<'_, B>,
+        narrow: &'b mut B::Buffer,
+    ) -> View<'b, B> {
+        let b = self.b::<B>(site.parameters);
+        let dp = ViewMut::<B>::new(&mut *narrow, dy.rows, self.rank);
+        site.backend.gemm(self.scale, dy, false, b, false, 0.0, dp);
+        View::<B>::new(narrow, dy.rows, self.rank)
+    }
+
+    /// `dx = dy W + mask (dp A)`, or `dx += …`, with dp in `scratch.narrow`.
+    fn widen<B: Backend>(
+        &self,
+        site: &LinearSite<'_, B>,
+        dy: View<'_, B>,
+        accumulate: bool,
+        mut dx: ViewMut<'_, B>,
+        scratch: &mut BranchScratch<B>,
+    ) {
+        let (backend, tokens) = (site.backend, dy.rows);
+        let a = self.a::<B>(site.parameters);
+        let dp = View::<B>::new(&*scratch.narrow, tokens, self.rank);
+        let beta = if accumulate { 1.0 } else { 0.0 };
+        if site.merged {
+            return site.multiply_backward(dy, beta, dx);
+        }
+        let Some(dropout) = site.dropout else {
+            let branch = Product { alpha: 1.0, a: dp, transpose_a: false, b: a, transpose_b: false };
+            backend.gemm_pair(site.product_backward(dy), branch, beta, dx);
+            return;
+        };
+        site.multiply_backward(dy, beta, dx.reborrow());
+        let wide = ViewMut::<B>::new(&mut *scratch.wide, tokens, self.input);
+        backend.gemm(1.0, dp, false, a, false, 0.0, wide);
+        let wide = View::<B>::new(&*scratch.wide, tokens, self.input);
+        backend.dropout_backward(site.batch, dropout.key(self.module), dropout.p, wide, dx);
+    }
+}
+
 impl<B: Backend> LinearBranch<B> for Lora {
+    fn update<'b>(&self, parameters: &'b B::Buffer, dropout: Option<PassDropout>) -> Option<LowRank<'b, B>> {
+        let (a, b) = (self.a::<B>(parameters), self.b::<B>(parameters));
+        dropout.is_none().then_some(LowRank { scale: self.scale, a, b })
+    }
+
     fn forward(
         &self,
         site: &LinearSite<'_, B>,
@@ -62,15 +110,19 @@ impl<B: Backend> LinearBranch<B> for Lora {
         scratch: &mut BranchScratch<B>,
     ) {
         self.project(site, x, &mut scratch.wide, kept);
-        let branch = Product {
-            alpha: self.scale,
-            a: View::<B>::new(kept, x.rows, self.rank),
-            transpose_a: false,
-            b: self.b(site.parameters),
-            transpose_b: true,
-        };
         let beta = if accumulate { 1.0 } else { 0.0 };
-        site.backend.gemm_pair(site.product(x), branch, beta, y.reborrow());
+        if site.merged {
+            site.multiply(x, beta, y.reborrow());
+        } else {
+            let branch = Product {
+                alpha: self.scale,
+                a: View::<B>::new(kept, x.rows, self.rank),
+                transpose_a: false,
+                b: self.b(site.parameters),
+                transpose_b: true,
+            };
+            site.backend.gemm_pair(site.product(x), branch, beta, y.reborrow());
+        }
         site.add_bias(y.reborrow());
         if let Some(bias) = self.bias {
             // s bias, in scratch.
@@ -104,34 +156,36 @@ impl<B: Backend> LinearBranch<B> for Lora {
         scratch: &mut BranchScratch<B>,
     ) {
         let (backend, tokens) = (site.backend, x.rows);
-        let (a, b) = (self.a::<B>(site.parameters), self.b::<B>(site.parameters));
         if let Some(bias) = self.bias {
             let dbias = ViewMut::<B>::at(&mut *gradient, bias, 1, self.output);
             backend.column_sum(self.scale, dy, dbias);
         }
         let projected = View::<B>::new(kept, tokens, self.rank);
         let db = ViewMut::<B>::at(&mut *gradient, self.b, self.output, self.rank);
-        backend.gemm(self.scale, dy, true, projected, false, 1.0, db);
+        let (b, dp) =
+            (self.b::<B>(site.parameters), ViewMut::<B>::new(&mut *scratch.narrow, tokens, self.rank));
+        backend.low_rank_backward(self.scale, dy, b, projected, dp, db);
 
-        let dp = ViewMut::<B>::new(&mut *scratch.narrow, tokens, self.rank);
-        backend.gemm(self.scale, dy, false, b, false, 0.0, dp);
         let dp = View::<B>::new(&*scratch.narrow, tokens, self.rank);
-
         let dropped = site.dropped(self.module, x, &mut *scratch.wide);
         let da = ViewMut::<B>::at(gradient, self.a, self.rank, self.input);
         backend.gemm(1.0, dp, true, dropped, false, 1.0, da);
+        if let Some(dx) = dx {
+            self.widen(site, dy, accumulate, dx, scratch);
+        }
+    }
 
-        let Some(mut dx) = dx else { return };
-        let beta = if accumulate { 1.0 } else { 0.0 };
-        let Some(dropout) = site.dropout else {
-            let branch = Product { alpha: 1.0, a: dp, transpose_a: false, b: a, transpose_b: false };
-            backend.gemm_pair(site.product_backward(dy), branch, beta, dx);
-            return;
-        };
-        site.multiply_backward(dy, beta, dx.reborrow());
-        let wide = ViewMut::<B>::new(&mut *scratch.wide, tokens, self.input);
-        backend.gemm(1.0, dp, false, a, false, 0.0, wide);
-        let wide = View::<B>::new(&*scratch.wide, tokens, self.input);
-        backend.dropout_backward(site.batch, dropout.key(self.module), dropout.p, wide, dx);
+    fn input_gradient(
+        &self,
+        site: &LinearSite<'_, B>,
+        dy: View<'_, B>,
+        accumulate: bool,
+        dx: ViewMut<'_, B>,
+        scratch: &mut BranchScratch<B>,
+    ) {
+        if !site.merged {
+            self.narrow(site, dy, &mut scratch.narrow);
+        }
+        self.widen(site, dy, accumulate, dx, scratch);
     }
 }

@@ -138,8 +138,8 @@ impl<B: Backend> LinearBranch<B> for Dora {
         scratch: &mut BranchScratch<B>,
     ) {
         let (backend, tokens) = (site.backend, x.rows);
-        let Lora { rank, output, input, scale, module, .. } = self.lora;
-        let (a, b) = (self.lora.a::<B>(site.parameters), self.lora.b::<B>(site.parameters));
+        let Lora { rank, output, input, scale, .. } = self.lora;
+        let b = self.lora.b::<B>(site.parameters);
         self.gains(site, &mut scratch.fixed);
         let [_, dgain, gain, inverse] = &mut scratch.fixed;
         backend.fill(0.0, ViewMut::<B>::new(&mut *dgain, 1, output));
@@ -173,7 +173,46 @@ impl<B: Backend> LinearBranch<B> for Dora {
         let da = ViewMut::<B>::at(gradient, self.lora.a, rank, input);
         backend.gemm(1.0, dp, true, dropped, false, 1.0, da);
 
-        let Some(mut dx) = dx else { return };
+        if let Some(dx) = dx {
+            self.widen(site, dy, accumulate, dx, scratch);
+        }
+    }
+
+    fn input_gradient(
+        &self,
+        site: &LinearSite<'_, B>,
+        dy: View<'_, B>,
+        accumulate: bool,
+        dx: ViewMut<'_, B>,
+        scratch: &mut BranchScratch<B>,
+    ) {
+        let (backend, tokens) = (site.backend, dy.rows);
+        let Lora { rank, output, scale, .. } = self.lora;
+        self.gains(site, &mut scratch.fixed);
+        let dz = ViewMut::<B>::new(&mut *scratch.output, tokens, output);
+        backend.scale_columns(1.0, dy, View::<B>::new(&scratch.fixed[GAIN], 1, output), 0.0, dz);
+        let dz = View::<B>::new(&*scratch.output, tokens, output);
+        let dp = ViewMut::<B>::new(&mut *scratch.narrow, tokens, rank);
+        backend.gemm(scale, dz, false, self.lora.b::<B>(site.parameters), false, 0.0, dp);
+        self.widen(site, dy, accumulate, dx, scratch);
+    }
+}
+
+impl Dora {
+    /// dx, with dz in `scratch.output` and dp in `scratch.narrow`.
+    fn widen<B: Backend>(
+        &self,
+        site: &LinearSite<'_, B>,
+        dy: View<'_, B>,
+        accumulate: bool,
+        mut dx: ViewMut<'_, B>,
+        scratch: &mut BranchScratch<B>,
+    ) {
+        let (backend, tokens) = (site.backend, dy.rows);
+        let Lora { rank, output, input, module, .. } = self.lora;
+        let a = self.lora.a::<B>(site.parameters);
+        let dz = View::<B>::new(&*scratch.output, tokens, output);
+        let dp = View::<B>::new(&*scratch.narrow, tokens, rank);
         let beta = if accumulate { 1.0 } else { 0.0 };
         let branch = Product { alpha: 1.0, a: dp, transpose_a: false, b: a, transpose_b: false };
         let Some(dropout) = site.dropout else {

@@ -1,5 +1,7 @@
 //! Starts of LoRA that are computed from the base's weights: magnitudes (DoRA), and A and B of PiSSA, OLoRA and LoftQ.
 
+use rayon::prelude::*;
+
 use super::{A, B, LoraConfig, LoraStart, MAGNITUDE};
 use crate::{
     adapter::method::ModuleStart,
@@ -23,6 +25,7 @@ pub(super) fn fill(config: &LoraConfig, start: &mut ModuleStart<'_>) -> Result<(
     let (r, scale) = config.of_module(&start.module.path);
     let (a, b) = (&start.parameters[a], &start.parameters[b]);
     let lengths: Vec<f32> = (0..out)
+        .into_par_iter()
         .map(|row| {
             let mut sum = 0.0_f64;
             for column in 0..input {
@@ -83,15 +86,15 @@ pub fn residual(
     factors: &Factors,
 ) -> Vec<f32> {
     let mut residual = weight.to_vec();
-    for row in 0..out {
-        let own = &mut residual[row * input..(row + 1) * input];
+    debug_assert_eq!(residual.len(), out * input);
+    residual.par_chunks_mut(input).enumerate().for_each(|(row, own)| {
         for at in 0..r {
             let factor = scale * factors.b[row * r + at];
             for (value, a) in own.iter_mut().zip(&factors.a[at * input..(at + 1) * input]) {
                 *value -= factor * a;
             }
         }
-    }
+    });
     residual
 }
 
@@ -101,17 +104,17 @@ fn orthonormal_rows(weight: &[f32], [out, input]: [usize; 2], r: usize) -> Facto
         (0..r).map(|column| (0..out).map(|row| f64::from(weight[row * input + column])).collect()).collect();
     orthonormalise(&mut columns);
     let mut a = vec![0.0_f32; r * input];
-    for (at, q) in columns.iter().enumerate() {
+    a.par_chunks_mut(input).zip(&columns).for_each(|(a, q)| {
         let mut sums = vec![0.0_f64; input];
         for (row, q) in q.iter().enumerate() {
             for (sum, w) in sums.iter_mut().zip(&weight[row * input..(row + 1) * input]) {
                 *sum += q * f64::from(*w);
             }
         }
-        for (a, sum) in a[at * input..].iter_mut().zip(sums) {
+        for (a, sum) in a.iter_mut().zip(sums) {
             *a = sum as f32;
         }
-    }
+    });
     let mut b = vec![0.0_f32; out * r];
     for (at, q) in columns.iter().enumerate() {
         for (row, q) in q.iter().enumerate() {

@@ -63,6 +63,26 @@ impl Cpu {
         });
     }
 
+    /// Calls `work(numbers of a, numbers of b, numbers of c)` for every row of three matrices of one shape.
+    pub(super) fn row_triples(
+        &self,
+        a: ViewMut<'_, Self>,
+        b: ViewMut<'_, Self>,
+        c: ViewMut<'_, Self>,
+        work: impl Fn(&mut [f32], &mut [f32], &mut [f32]) + Sync + Send,
+    ) {
+        debug_assert!(a.rows == b.rows && b.rows == c.rows);
+        let (columns, strides) = (a.columns, [a.stride, b.stride, c.stride].map(|stride| stride.max(1)));
+        let (a, b, c) = (rows_of(a), rows_of(b), rows_of(c));
+        self.install(|| {
+            let chunks = b.par_chunks_mut(strides[1]).zip(c.par_chunks_mut(strides[2]));
+            a.par_chunks_mut(strides[0])
+                .zip(chunks)
+                .with_min_len(grain(columns))
+                .for_each(|(a, (b, c))| work(&mut a[..columns], &mut b[..columns], &mut c[..columns]));
+        });
+    }
+
     pub(super) fn rms_norm_rows(
         &self,
         x: View<'_, Self>,

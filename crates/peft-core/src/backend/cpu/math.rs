@@ -77,10 +77,10 @@ fn sigmoid(x: f32) -> f32 {
 pub(super) fn tanh(x: f32) -> f32 {
     let square = x * x;
     let mut polynomial = -5.704_988_7e-3;
-    polynomial = polynomial * square + 2.063_908_9e-2;
+    polynomial = polynomial * square + 2.063_909e-2;
     polynomial = polynomial * square - 5.373_971_6e-2;
     polynomial = polynomial * square + 1.333_144_2e-1;
-    polynomial = polynomial * square - 3.333_328_2e-1;
+    polynomial = polynomial * square - 3.333_328e-1;
     let near = polynomial * square * x + x;
     let far = 1.0 - 2.0 / (exp(2.0 * x.abs()) + 1.0);
     if x.abs() < 0.625 { near } else { far.copysign(x) }
@@ -267,12 +267,14 @@ fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
 }
 
 vectorized! {
-/// Replaces `gate` and `up` by their gradients.
-fn swiglu_backward(dout: &[f32], gate: &mut [f32], up: &mut [f32]) {
-    for ((dout, gate), up) in dout.iter().zip(gate).zip(up) {
+/// Replaces `gate` and `up` by their gradients, and `dout` by the product.
+fn swiglu_backward(dout: &mut [f32], gate: &mut [f32], up: &mut [f32]) {
+    for ((out, gate), up) in dout.iter_mut().zip(gate).zip(up) {
+        let dout = *out;
         let sigmoid = sigmoid(*gate);
         let silu = *gate * sigmoid;
         let slope = sigmoid * (1.0 + *gate * (1.0 - sigmoid));
+        *out = silu * *up;
         *gate = dout * *up * slope;
         *up = dout * silu;
     }
@@ -290,13 +292,14 @@ fn geglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
 }
 
 vectorized! {
-/// Replaces `gate` and `up` by their gradients.
-fn geglu_backward(dout: &[f32], gate: &mut [f32], up: &mut [f32]) {
-    for ((dout, gate), up) in dout.iter().zip(gate).zip(up) {
-        let x = *gate;
+/// Replaces `gate` and `up` by their gradients, and `dout` by the product.
+fn geglu_backward(dout: &mut [f32], gate: &mut [f32], up: &mut [f32]) {
+    for ((out, gate), up) in dout.iter_mut().zip(gate).zip(up) {
+        let (x, dout) = (*gate, *out);
         let bend = tanh(GELU_FACTOR * (x + GELU_CUBE * x * x * x));
         let inner = GELU_FACTOR * (1.0 + 3.0 * GELU_CUBE * x * x);
         let slope = 0.5 * (1.0 + bend) + 0.5 * x * (1.0 - bend * bend) * inner;
+        *out = 0.5 * x * (1.0 + bend) * *up;
         *gate = dout * *up * slope;
         *up = dout * (0.5 * x * (1.0 + bend));
     }

@@ -21,12 +21,13 @@ pub use self::{
     gemm::in_product,
     profile::{NARROW, Operation, Spent},
 };
-use super::{AttentionShape, Backend, BatchRoom, Product, Ready, SpanStart, View, ViewMut};
+use super::{AttentionShape, Backend, BatchRoom, Product, Ready, SpanStart, Use, View, ViewMut};
 use crate::{
     batch::PackedBatch,
     engine::{GradientSink, StepError},
     error::Result,
     model::{EmbeddingView, Matrix},
+    optim::{FlatState, FlatUpdate, Outcome},
     random::DropoutKey,
 };
 
@@ -98,17 +99,49 @@ impl Backend for Cpu {
     type Buffer = [f32];
     type Owned = Vec<f32>;
     type Batch = CpuBatch;
+    type Aside = Vec<f32>;
 
-    fn allocate(&self, length: usize) -> Result<Self::Owned> {
+    fn allocate(&self, length: usize, _purpose: Use) -> Result<Self::Owned> {
         let mut memory = Vec::new();
         memory.try_reserve_exact(length).map_err(|_| StepError::OutOfMemory { bytes: length * 4 })?;
         memory.resize(length, 0.0);
         Ok(memory)
     }
 
+    fn allocate_aside(&self, length: usize, purpose: Use) -> Result<Vec<f32>> {
+        self.allocate(length, purpose)
+    }
+
+    fn put_aside(&self, from: View<'_, Self>, to: &mut Vec<f32>) {
+        let count = from.rows * from.columns;
+        to[..count].copy_from_slice(&from.data[from.offset..from.offset + count]);
+    }
+
+    fn bring_back(&self, from: &Vec<f32>, to: ViewMut<'_, Self>) {
+        let count = to.rows * to.columns;
+        to.data[to.offset..to.offset + count].copy_from_slice(&from[..count]);
+    }
+
+    fn await_aside(&self, _aside: &Vec<f32>) {}
+
+    fn add_losses(&self, losses: View<'_, Self>, state: &mut FlatState<Self>) {
+        let losses = &losses.data[losses.offset..losses.offset + losses.rows];
+        state.outcome.loss += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
+    }
+
+    fn update_flat(&self, update: &FlatUpdate<'_>, state: &mut FlatState<Self>) {
+        self.pool.install(|| update.apply(state));
+    }
+
+    fn outcome(&self, state: &mut FlatState<Self>) -> Result<Outcome> {
+        Ok(std::mem::take(&mut state.outcome))
+    }
+
     fn allocate_batch(&self, room: BatchRoom) -> Result<CpuBatch> {
         let lane = (2 * attention::TILE * room.longest_span).max(room.widest);
-        let lanes = (0..self.threads).map(|_| self.allocate(lane).map(Mutex::new)).collect::<Result<_>>()?;
+        let lanes = (0..self.threads)
+            .map(|_| self.allocate(lane, Use::Exact).map(Mutex::new))
+            .collect::<Result<_>>()?;
         Ok(CpuBatch { packed: PackedBatch::with_capacity(room.tokens), lanes })
     }
 
@@ -304,10 +337,8 @@ impl Backend for Cpu {
         });
     }
 
-    fn swiglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
-        self.measure(Operation::Swiglu, || {
-            self.row_pairs(gate, up, |row, gate, up| math::swiglu_backward(row_of(dout, row), gate, up))
-        });
+    fn swiglu_backward(&self, dout: ViewMut<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
+        self.measure(Operation::Swiglu, || self.row_triples(dout, gate, up, math::swiglu_backward));
     }
 
     fn geglu(&self, gate: View<'_, Self>, up: View<'_, Self>, out: ViewMut<'_, Self>) {
@@ -316,10 +347,8 @@ impl Backend for Cpu {
         });
     }
 
-    fn geglu_backward(&self, dout: View<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
-        self.measure(Operation::Swiglu, || {
-            self.row_pairs(gate, up, |row, gate, up| math::geglu_backward(row_of(dout, row), gate, up))
-        });
+    fn geglu_backward(&self, dout: ViewMut<'_, Self>, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>) {
+        self.measure(Operation::Swiglu, || self.row_triples(dout, gate, up, math::geglu_backward));
     }
 
     fn soft_cap(&self, cap: f32, x: ViewMut<'_, Self>) {
@@ -459,10 +488,10 @@ impl Backend for Cpu {
         soft_cap: Option<f32>,
         logits: ViewMut<'_, Self>,
         losses: ViewMut<'_, Self>,
-    ) -> f64 {
+    ) {
         self.measure(Operation::CrossEntropy, || {
-            cross_entropy::rows(self, &batch.packed.targets[first..], gradient, soft_cap, logits, losses)
-        })
+            cross_entropy::rows(self, &batch.packed.targets[first..], gradient, soft_cap, logits, losses);
+        });
     }
 }
 

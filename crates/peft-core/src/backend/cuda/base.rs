@@ -6,11 +6,12 @@ use half::bf16;
 
 use super::{
     DeviceError, Precision,
-    device::{Device, DeviceMemory, Numbers},
+    device::Device,
+    memory::{DeviceMemory, Numbers, Registered, Source},
 };
 use crate::{
     error::Result,
-    model::{BaseSource, EmbeddingView, Matrix, ModelConfig},
+    model::{BaseSource, EmbeddingView, Matrix},
     quant::{Nf4View, nf4::Scales},
 };
 
@@ -33,13 +34,31 @@ pub(super) struct PackedWeight {
     pub(super) argument: Nf4Argument,
 }
 
+/// An embedding or head.
+pub(super) enum Table {
+    /// On the card.
+    Near(DeviceMemory),
+    /// In host memory, which the card reads through the bus.
+    Far(Registered),
+}
+
+impl Table {
+    /// Where the card reads it, and what it holds.
+    pub(super) fn place(&self) -> (u64, Numbers) {
+        match self {
+            Self::Near(memory) => (memory.address, memory.numbers),
+            Self::Far(registered) => (registered.address, registered.numbers),
+        }
+    }
+}
+
 /// What of a base lies on the card, by the host address of its first number.
 #[derive(Default)]
 pub(super) struct DeviceBase {
     pub(super) packed: HashMap<usize, PackedWeight>,
     pub(super) dense: HashMap<usize, DeviceMemory>,
     pub(super) vectors: HashMap<usize, DeviceMemory>,
-    pub(super) tables: HashMap<usize, DeviceMemory>,
+    pub(super) tables: HashMap<usize, Table>,
 }
 
 pub(super) fn key<T>(data: &[T]) -> usize {
@@ -51,28 +70,20 @@ fn put<T: bytemuck::Pod>(
     data: &[T],
     numbers: Numbers,
 ) -> Result<DeviceMemory, DeviceError> {
-    let memory = device.reserve(size_of_val(data), numbers)?;
+    let memory = Source::Single.take(device, size_of_val(data), numbers)?;
     device.upload(data, memory.address);
     Ok(memory)
 }
 
-/// Refuses what attention's kernels do not know yet.
-fn refuse(config: &ModelConfig) -> Result<(), DeviceError> {
-    let what = if config.attention_soft_cap.is_some() {
-        "a soft cap on attention's scores"
-    } else if config.windows.iter().any(Option::is_some) {
-        "sliding windows"
-    } else {
-        return Ok(());
-    };
-    Err(DeviceError::Unsupported { what: format!("{what} (model type `{}`)", config.family) })
-}
-
 impl DeviceBase {
-    /// Uploads a whole base. It must stay where it is on the host for as long as the result is used.
-    pub(super) fn upload<S: BaseSource + ?Sized>(device: &Arc<Device>, base: &mut S) -> Result<Self> {
+    /// Uploads a whole base, the embedding only where it is not to stay on the host. The base must stay where it is on the
+    /// host for as long as the result is used.
+    pub(super) fn upload<S: BaseSource + ?Sized>(
+        device: &Arc<Device>,
+        base: &mut S,
+        embedding_stays: bool,
+    ) -> Result<Self> {
         let mut this = Self::default();
-        refuse(base.config())?;
         for layer in 0..base.config().layers {
             let weights = base.layer(layer)?;
             for norm in weights.norms() {
@@ -89,8 +100,8 @@ impl DeviceBase {
             }
         }
         this.vector(device, base.final_norm())?;
-        this.table(device, &base.embedding())?;
-        this.table(device, &base.head())?;
+        this.table(device, &base.head(), false)?;
+        this.table(device, &base.embedding(), embedding_stays)?;
         device.settle()?;
         Ok(this)
     }
@@ -112,19 +123,35 @@ impl DeviceBase {
         Ok(())
     }
 
-    fn table(&mut self, device: &Arc<Device>, table: &EmbeddingView<'_>) -> Result<(), DeviceError> {
+    fn table(
+        &mut self,
+        device: &Arc<Device>,
+        table: &EmbeddingView<'_>,
+        far: bool,
+    ) -> Result<(), DeviceError> {
         let key = table_key(table);
         if self.tables.contains_key(&key) {
             return Ok(());
         }
-        let memory = match (table.as_f32(), table.as_bf16()) {
-            (Some(data), _) => put(device, data, Numbers::F32)?,
-            (_, Some(data)) => put(device, data, Numbers::Bf16)?,
+        fn place<T: bytemuck::Pod>(
+            device: &Arc<Device>,
+            data: &[T],
+            numbers: Numbers,
+            far: bool,
+        ) -> Result<Table, DeviceError> {
+            Ok(match far {
+                true => Table::Far(Registered::new(device, bytemuck::cast_slice(data), numbers)?),
+                false => Table::Near(put(device, data, numbers)?),
+            })
+        }
+        let placed = match (table.as_f32(), table.as_bf16()) {
+            (Some(data), _) => place(device, data, Numbers::F32, far)?,
+            (_, Some(data)) => place(device, data, Numbers::Bf16, far)?,
             (None, None) => {
                 return Err(DeviceError::Unsupported { what: "the embedding's dtype".to_owned() });
             }
         };
-        self.tables.insert(key, memory);
+        self.tables.insert(key, placed);
         Ok(())
     }
 

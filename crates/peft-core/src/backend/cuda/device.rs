@@ -3,7 +3,6 @@
 use std::{
     collections::HashMap,
     ffi::{CString, c_void},
-    ops::{Deref, DerefMut},
     ptr,
     sync::{
         Arc, Mutex, PoisonError,
@@ -17,130 +16,31 @@ use cudarc::{
 };
 
 use super::{
-    DeviceError, Precision,
-    compile::{AttentionTiles, Unit},
-    libraries,
+    DeviceError, Precision, attention::AttentionKernels, compile::Unit, libraries, memory::Numbers,
+    profile::Profile,
 };
-
-/// Bytes that products may work in.
-const WORKSPACE: usize = 32 << 20;
-/// Kernels outside attention.
-const GENERAL: [&str; 36] = [
-    "fill",
-    "copy",
-    "add",
-    "add_bias",
-    "gather_f32",
-    "gather_bf16",
-    "gather_rows",
-    "put_virtual",
-    "sum_virtual",
-    "rows_to_keys",
-    "keys_to_rows",
-    "scatter_rows",
-    "widen",
-    "narrow",
-    "swiglu",
-    "swiglu_backward",
-    "geglu",
-    "geglu_backward",
-    "scale",
-    "soft_cap",
-    "rope",
-    "dropout",
-    "rms_norm",
-    "rms_norm_backward",
-    "cross_entropy",
-    "nf4_f32",
-    "scale_columns",
-    "column_sum",
-    "column_dot",
-    "row_dot",
-    "reciprocal_root",
-    "norm_weight_backward",
-    "gather_ids",
-    "scatter_ids",
-    "set_rows_of",
-    "sum_rows_of",
-];
-
-/// What a buffer holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Numbers {
-    F32,
-    Bf16,
-}
-
-/// Memory of the card that views look into.
-pub struct DeviceBuffer {
-    pub(super) address: u64,
-    pub(super) numbers: Numbers,
-    /// The same memory, seen as bf16.
-    narrow: Option<Box<Self>>,
-}
-
-impl DeviceBuffer {
-    pub(super) fn new(address: u64, numbers: Numbers) -> Self {
-        let narrow = (numbers == Numbers::F32)
-            .then(|| Box::new(Self { address, numbers: Numbers::Bf16, narrow: None }));
-        Self { address, numbers, narrow }
-    }
-
-    pub(super) fn as_bf16(&self) -> &Self {
-        self.narrow.as_deref().unwrap_or(self)
-    }
-}
-
-/// Memory of the card that is owned: given back when dropped.
-pub struct DeviceMemory {
-    pub(super) buffer: DeviceBuffer,
-    pub(super) bytes: usize,
-    device: Arc<Device>,
-}
-
-impl Deref for DeviceMemory {
-    type Target = DeviceBuffer;
-
-    fn deref(&self) -> &DeviceBuffer {
-        &self.buffer
-    }
-}
-
-impl DerefMut for DeviceMemory {
-    fn deref_mut(&mut self) -> &mut DeviceBuffer {
-        &mut self.buffer
-    }
-}
-
-impl Drop for DeviceMemory {
-    fn drop(&mut self) {
-        self.device.free(self.buffer.address, self.bytes);
-    }
-}
-
-/// Attention's kernels for one size of heads.
-#[derive(Clone, Copy)]
-pub(super) struct AttentionKernels {
-    pub(super) tiles: AttentionTiles,
-    pub(super) forward: sys::CUfunction,
-    pub(super) delta: sys::CUfunction,
-    pub(super) dq: sys::CUfunction,
-    pub(super) dkv: sys::CUfunction,
-}
+use crate::plan::WORKSPACE;
 
 /// One card.
 pub(super) struct Device {
     pub(super) name: String,
-    architecture: String,
+    pub(super) architecture: String,
     context: sys::CUcontext,
     number: sys::CUdevice,
     pub(super) stream: sys::CUstream,
+    /// Copies to and from the host run here, beside the work.
+    pub(super) side: sys::CUstream,
     blas: cublas::sys::cublasHandle_t,
-    workspace: u64,
-    functions: HashMap<&'static str, sys::CUfunction>,
-    attention: Mutex<HashMap<usize, AttentionKernels>>,
+    /// Where products keep sums between two kernels; work on the stream takes turns.
+    pub(super) workspace: u64,
+    module: sys::CUmodule,
+    functions: Mutex<HashMap<&'static str, sys::CUfunction>>,
+    profile: Mutex<Option<Profile>>,
+    pub(super) attention: AttentionKernels,
     pub(super) precision: Precision,
-    shared_bytes: usize,
+    pub(super) shared_bytes: usize,
+    /// Blocks that run at once where each fills a multiprocessor.
+    pub(super) multiprocessors: usize,
     broken: AtomicBool,
     failure: Mutex<Option<DeviceError>>,
     allocated: AtomicU64,
@@ -169,8 +69,24 @@ impl Device {
         libraries::cublas()
     }
 
+    /// Bytes of a card, and how many are free.
+    pub(super) fn memory_bytes(index: usize) -> Result<(u64, u64), DeviceError> {
+        let card = Card::find(index)?;
+        // SAFETY: the device exists; its context is given back at once.
+        unsafe {
+            let context =
+                result::primary_ctx::retain(card.number).map_err(call("cuDevicePrimaryCtxRetain"))?;
+            let free = result::ctx::set_current(context)
+                .map_err(call("cuCtxSetCurrent"))
+                .and_then(|()| result::mem_get_info().map_err(call("cuMemGetInfo")));
+            let _ = result::primary_ctx::release(card.number);
+            let (free, total) = free?;
+            Ok((total as u64, free as u64))
+        }
+    }
+
     pub(super) fn open(index: usize, precision: Precision) -> Result<Arc<Self>, DeviceError> {
-        let Card { number, name, architecture, shared_bytes } = Card::find(index)?;
+        let Card { number, name, architecture, shared_bytes, multiprocessors } = Card::find(index)?;
         libraries::cublas()?;
         let code = Unit::general().load(&architecture)?;
         // SAFETY: the device exists; every handle is made here, used by this value alone and destroyed with it.
@@ -179,11 +95,9 @@ impl Device {
             result::ctx::set_current(context).map_err(call("cuCtxSetCurrent"))?;
             let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
                 .map_err(call("cuStreamCreate"))?;
+            let side = result::stream::create(result::stream::StreamKind::NonBlocking)
+                .map_err(call("cuStreamCreate"))?;
             let module = result::module::load_data(code.as_ptr().cast()).map_err(call("cuModuleLoadData"))?;
-            let mut functions = HashMap::new();
-            for name in GENERAL.into_iter().chain(["nf4_bf16"]) {
-                functions.insert(name, function(module, name)?);
-            }
             let blas = cublas::result::create_handle().map_err(blas_call("cublasCreate"))?;
             cublas::result::set_stream(blas, stream.cast()).map_err(blas_call("cublasSetStream"))?;
             let workspace = result::malloc_sync(WORKSPACE).map_err(call("cuMemAlloc"))?;
@@ -196,12 +110,16 @@ impl Device {
                 context,
                 number,
                 stream,
+                side,
                 blas,
                 workspace,
-                functions,
-                attention: Mutex::new(HashMap::new()),
+                module,
+                functions: Mutex::new(HashMap::new()),
+                profile: Mutex::new(None),
+                attention: AttentionKernels::default(),
                 precision,
                 shared_bytes,
+                multiprocessors,
                 broken: AtomicBool::new(false),
                 failure: Mutex::new(None),
                 allocated: AtomicU64::new(WORKSPACE as u64),
@@ -234,8 +152,9 @@ impl Device {
     /// Waits until all work is done, and says what failed since the last time.
     pub(super) fn settle(&self) -> Result<(), DeviceError> {
         // SAFETY: the stream lives as long as this value.
-        self.attempt(|| {
-            unsafe { result::stream::synchronize(self.stream) }.map_err(call("cuStreamSynchronize"))
+        self.attempt(|| unsafe {
+            result::stream::synchronize(self.stream).map_err(call("cuStreamSynchronize"))?;
+            result::stream::synchronize(self.side).map_err(call("cuStreamSynchronize"))
         });
         match self.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
             Some(failure) => {
@@ -246,33 +165,23 @@ impl Device {
         }
     }
 
-    /// Reserves memory for `bytes` bytes, all 0.
-    pub(super) fn reserve(
-        self: &Arc<Self>,
-        bytes: usize,
-        numbers: Numbers,
-    ) -> Result<DeviceMemory, DeviceError> {
+    /// Reserves `bytes` bytes, all 0: for regions, which give them back.
+    pub(super) fn reserve(&self, bytes: usize) -> Result<u64, DeviceError> {
         self.bind()?;
-        let size = bytes.next_multiple_of(256).max(256);
-        // SAFETY: the memory is fresh, of this size, and owned by the value that is returned.
+        // SAFETY: the memory is fresh and of this size.
         unsafe {
-            let address = result::malloc_sync(size).map_err(|_| {
+            let address = result::malloc_sync(bytes).map_err(|_| {
                 let free = result::mem_get_info().map_or(0, |(free, _)| free);
                 DeviceError::OutOfMemory { bytes, free }
             })?;
-            let allocated = self.allocated.fetch_add(size as u64, Ordering::AcqRel) + size as u64;
+            let allocated = self.allocated.fetch_add(bytes as u64, Ordering::AcqRel) + bytes as u64;
             self.peak.fetch_max(allocated, Ordering::AcqRel);
-            let memory = DeviceMemory {
-                buffer: DeviceBuffer::new(address, numbers),
-                bytes: size,
-                device: Arc::clone(self),
-            };
-            result::memset_d8_async(address, 0, size, self.stream).map_err(call("cuMemsetD8Async"))?;
-            Ok(memory)
+            result::memset_d8_async(address, 0, bytes, self.stream).map_err(call("cuMemsetD8Async"))?;
+            Ok(address)
         }
     }
 
-    fn free(&self, address: u64, bytes: usize) {
+    pub(super) fn free(&self, address: u64, bytes: usize) {
         // SAFETY: the memory was reserved and is freed once, by its owner; the driver waits for work that uses it.
         if self.bind().is_ok() && unsafe { result::free_sync(address) }.is_ok() {
             self.allocated.fetch_sub(bytes as u64, Ordering::AcqRel);
@@ -312,9 +221,23 @@ impl Device {
         });
     }
 
-    /// A kernel by its name.
+    /// A kernel by its name; what is no kernel's name fails as what was launched.
     pub(super) fn function(&self, name: &'static str) -> sys::CUfunction {
-        self.functions.get(name).copied().unwrap_or(ptr::null_mut())
+        let mut known = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = known.get(name) {
+            return *function;
+        }
+        // SAFETY: the module stays loaded as long as this value.
+        match self.bind().and_then(|()| unsafe { function(self.module, name) }) {
+            Ok(function) => {
+                known.insert(name, function);
+                function
+            }
+            Err(error) => {
+                self.note(Err(error));
+                ptr::null_mut()
+            }
+        }
     }
 
     /// Starts a kernel, unless something failed before.
@@ -340,48 +263,41 @@ impl Device {
             unsafe {
                 result::launch_kernel(function, (x, y, z), block, shared as u32, self.stream, arguments)
             }
-            .map_err(call(name))
+            .map_err(call(name))?;
+            self.mark(|| name.to_owned())
         });
     }
 
-    /// Attention's kernels for heads of `head_dim` features.
-    pub(super) fn attention(&self, head_dim: usize) -> Result<AttentionKernels, DeviceError> {
-        let mut known = self.attention.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kernels) = known.get(&head_dim) {
-            return Ok(*kernels);
+    /// Times every operation from now on, or no longer: an event after each, so that the times add up to the whole.
+    pub(super) fn set_profiling(&self, on: bool) {
+        self.attempt(|| {
+            *self.profile.lock().unwrap_or_else(PoisonError::into_inner) =
+                if on { Some(Profile::start(self.stream)?) } else { None };
+            Ok(())
+        });
+    }
+
+    /// What took how long since profiling began, seconds and calls by operation, the longest first.
+    pub(super) fn take_profile(&self) -> Result<Vec<(String, f64, u64)>, DeviceError> {
+        self.settle()?;
+        match self.profile.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            Some(profile) => profile.take(),
+            None => Ok(Vec::new()),
         }
+    }
+
+    fn mark(&self, name: impl FnOnce() -> String) -> Result<(), DeviceError> {
+        match self.profile.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            Some(profile) => profile.mark(self.stream, name()),
+            None => Ok(()),
+        }
+    }
+
+    /// Loads machine code, which is never unloaded.
+    pub(super) fn module(&self, code: &[u8]) -> Result<sys::CUmodule, DeviceError> {
         self.bind()?;
-        let unsupported = || DeviceError::Unsupported { what: format!("heads of {head_dim} features") };
-        if head_dim == 0 || !head_dim.is_multiple_of(8) || head_dim > 256 {
-            return Err(unsupported());
-        }
-        let tiles =
-            AttentionTiles::choose(head_dim, self.shared_bytes, self.precision).ok_or_else(unsupported)?;
-        let code = Unit::attention(head_dim, tiles).load(&self.architecture)?;
-        // SAFETY: the code is whole; functions live as long as the module, which is never unloaded.
-        let kernels = unsafe {
-            let module = result::module::load_data(code.as_ptr().cast()).map_err(call("cuModuleLoadData"))?;
-            let kernels = AttentionKernels {
-                tiles,
-                forward: function(module, "attention_forward")?,
-                delta: function(module, "attention_delta")?,
-                dq: function(module, "attention_dq")?,
-                dkv: function(module, "attention_dkv")?,
-            };
-            use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED;
-            let sizes = [
-                (kernels.forward, tiles.forward_bytes(head_dim)),
-                (kernels.dq, tiles.backward_bytes(head_dim)),
-                (kernels.dkv, tiles.backward_bytes(head_dim)),
-            ];
-            for (function, bytes) in sizes {
-                result::function::set_function_attribute(function, SHARED, bytes as i32)
-                    .map_err(call("cuFuncSetAttribute"))?;
-            }
-            kernels
-        };
-        known.insert(head_dim, kernels);
-        Ok(kernels)
+        // SAFETY: the code is whole.
+        unsafe { result::module::load_data(code.as_ptr().cast()) }.map_err(call("cuModuleLoadData"))
     }
 
     /// `c = alpha op(a) op(b) + beta c` by row-major matrices: the columns of C are the rows of cuBLAS.
@@ -395,13 +311,12 @@ impl Device {
             Numbers::F32 => Type::CUDA_R_32F,
             Numbers::Bf16 => Type::CUDA_R_16BF,
         };
-        let narrow = product.numbers == Numbers::Bf16;
         let compute = match self.precision {
-            _ if narrow => Compute::CUBLAS_COMPUTE_32F,
+            _ if product.numbers == Numbers::Bf16 => Compute::CUBLAS_COMPUTE_32F,
             Precision::F32 => Compute::CUBLAS_COMPUTE_32F,
             Precision::Tf32 | Precision::Bf16 => Compute::CUBLAS_COMPUTE_32F_FAST_TF32,
         };
-        let Product { a, b, c, rows, columns, inner, alpha, beta, numbers } = product;
+        let Product { a, b, c, rows, columns, inner, alpha, beta, numbers, into } = product;
         let size = |size: usize| i32::try_from(size).unwrap_or(i32::MAX);
         // SAFETY: the operands are matrices of the card's memory of these sizes, which views were checked for.
         self.attempt(|| {
@@ -422,13 +337,14 @@ impl Device {
                     size(a.stride),
                     ptr::from_ref(beta).cast(),
                     c.address as *mut c_void,
-                    Type::CUDA_R_32F,
+                    kind(*into),
                     size(c.stride),
                     compute,
                     CUBLAS_GEMM_DFALT,
                 )
             }
-            .map_err(blas_call("cublasGemmEx"))
+            .map_err(blas_call("cublasGemmEx"))?;
+            self.mark(|| format!("product {rows} x {columns} x {inner}"))
         });
     }
 }
@@ -440,6 +356,7 @@ struct Card {
     architecture: String,
     /// Shared memory that a block may take.
     shared_bytes: usize,
+    multiprocessors: usize,
 }
 
 impl Card {
@@ -459,11 +376,13 @@ impl Card {
         let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         if major < 8 {
             return Err(DeviceError::TooOld { card: name, major, minor });
         }
         let architecture = format!("sm_{major}{minor}");
-        Ok(Self { number, name, architecture, shared_bytes: shared.max(0) as usize })
+        let (shared_bytes, multiprocessors) = (shared.max(0) as usize, multiprocessors.max(1) as usize);
+        Ok(Self { number, name, architecture, shared_bytes, multiprocessors })
     }
 }
 
@@ -475,7 +394,7 @@ pub(super) struct Operand {
     pub(super) transposed: bool,
 }
 
-/// A product: C `[rows, columns]`, summed over `inner`. A and B hold `numbers`, C holds f32.
+/// A product: C `[rows, columns]`, summed over `inner`. A and B hold `numbers`, C holds `into`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Product {
     pub(super) a: Operand,
@@ -487,10 +406,14 @@ pub(super) struct Product {
     pub(super) alpha: f32,
     pub(super) beta: f32,
     pub(super) numbers: Numbers,
+    pub(super) into: Numbers,
 }
 
 // SAFETY: callers hand in a module that is loaded.
-unsafe fn function(module: sys::CUmodule, name: &'static str) -> Result<sys::CUfunction, DeviceError> {
+pub(super) unsafe fn function(
+    module: sys::CUmodule,
+    name: &'static str,
+) -> Result<sys::CUfunction, DeviceError> {
     let c_name = CString::new(name).unwrap_or_default();
     // SAFETY: the module is loaded.
     unsafe { result::module::get_function(module, c_name) }.map_err(|error| DeviceError::Call {
@@ -509,6 +432,7 @@ impl Drop for Device {
         unsafe {
             let _ = cublas::result::destroy_handle(self.blas);
             let _ = result::free_sync(self.workspace);
+            let _ = result::stream::destroy(self.side);
             let _ = result::stream::destroy(self.stream);
             let _ = result::primary_ctx::release(self.number);
         }

@@ -60,6 +60,29 @@ pub enum DeviceError {
         /// How much is free.
         free: usize,
     },
+    /// A step does not fit the card's memory, or what of it may be taken.
+    #[error(
+        "a step of {tokens} tokens needs {needed} bytes of GPU memory, {limit} may be taken: {base} for the base, \
+         {activations} for activations and scratch, the rest for adapter and optimizer"
+    )]
+    PlanTooLarge {
+        /// Bytes of the plan.
+        needed: u64,
+        /// Bytes that may be taken.
+        limit: u64,
+        /// Of them, the base's.
+        base: u64,
+        /// Of them, activations' and scratch's.
+        activations: u64,
+        /// Tokens of a micro-batch.
+        tokens: usize,
+    },
+    /// Memory of the host that the card reads directly is short.
+    #[error("failed to pin {bytes} bytes of host memory")]
+    HostMemory {
+        /// How much was asked for.
+        bytes: usize,
+    },
     /// The model's shape is none that the kernels serve.
     #[error("the GPU engine does not serve {what}")]
     Unsupported {
@@ -80,6 +103,8 @@ impl DeviceError {
             Self::Call { .. } => "SH0806",
             Self::OutOfMemory { .. } => "SH0807",
             Self::Unsupported { .. } => "SH0808",
+            Self::PlanTooLarge { .. } => "SH0810",
+            Self::HostMemory { .. } => "SH0811",
         }
     }
 
@@ -87,7 +112,7 @@ impl DeviceError {
     pub fn kind(&self) -> Kind {
         match self {
             Self::Compile { .. } => Kind::Internal,
-            Self::Call { .. } | Self::OutOfMemory { .. } => Kind::Transient,
+            Self::Call { .. } | Self::OutOfMemory { .. } | Self::HostMemory { .. } => Kind::Transient,
             _ => Kind::User,
         }
     }
@@ -106,6 +131,14 @@ impl DeviceError {
             Self::Call { .. } => "see `nvidia-smi` and the system log for the card's state, then start again",
             Self::OutOfMemory { .. } => {
                 "set train.micro_batch_size = 1 and train.recompute = \"layers\", or lower data.max_length"
+            }
+            Self::PlanTooLarge { .. } => {
+                "lower data.max_length, train.micro_batch_size or adapter.r, raise train.memory, free the card of other programs \
+                 (`nvidia-smi`), or use a smaller base"
+            }
+            Self::HostMemory { .. } => {
+                "free memory of the host or raise its limit of locked memory (`ulimit -l`); a higher train.memory keeps more \
+                 on the card"
             }
             Self::Unsupported { .. } => "use `--device cpu`",
         }

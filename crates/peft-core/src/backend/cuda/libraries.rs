@@ -130,3 +130,28 @@ pub(super) fn cublas() -> Result<(), DeviceError> {
     // SAFETY: opens a library of that name, no more.
     require("cublas", || unsafe { cudarc::cublas::sys::is_culib_present() })
 }
+
+/// The version of CUDA that the driver speaks.
+pub(super) fn driver_version() -> String {
+    let mut version = 0;
+    // SAFETY: writes one number.
+    let asked = unsafe { cudarc::driver::sys::cuDriverGetVersion(&mut version) }.result();
+    asked.map_or_else(|_| "?".to_owned(), |()| format!("{}.{}", version / 1000, version % 1000 / 10))
+}
+
+/// The libraries that are loaded, with their versions.
+pub(super) fn versions() -> Vec<(&'static str, String)> {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: writes two numbers.
+    let nvrtc = unsafe { cudarc::nvrtc::sys::nvrtcVersion(&mut major, &mut minor) }.result();
+    let nvrtc = nvrtc.map_or_else(|_| "?".to_owned(), |()| format!("{major}.{minor}"));
+    let part = |property| {
+        let mut value = 0;
+        // SAFETY: writes one number.
+        let asked = unsafe { cudarc::cublas::sys::cublasGetProperty(property, &mut value) }.result();
+        asked.map_or_else(|_| "?".to_owned(), |()| value.to_string())
+    };
+    use cudarc::cublas::sys::libraryPropertyType_t as Property;
+    let parts = [Property::MAJOR_VERSION, Property::MINOR_VERSION, Property::PATCH_LEVEL];
+    vec![("nvrtc", nvrtc), ("cublas", parts.map(part).join("."))]
+}

@@ -1,7 +1,8 @@
 //! Operations on an NVIDIA card: kernels of our own, compiled for the card when first used, and cuBLAS for products.
 //!
-//! Activations are f32. Products run in the [`Precision`] asked for: f32 throughout, TF32, or operands rounded to bf16
-//! with sums in f32. Nothing here uses atomics on numbers: the same micro-batch gives the same bits.
+//! Products run in the [`Precision`] asked for: f32 throughout, TF32, or bf16 with sums in f32; then activations
+//! ([`Use::Activation`]) are kept as bf16 as well. Parameters, gradients of parameters, norms' factors, losses and
+//! attention's logarithms are f32 always. Nothing here uses atomics on numbers: the same micro-batch gives the same bits.
 //!
 //! Operations only queue work. A failure is kept; nothing runs after it, and [`Backend::settle`] returns it.
 
@@ -11,26 +12,44 @@ pub mod compile;
 mod device;
 mod error;
 mod libraries;
+mod low_rank;
+mod memory;
+mod merge;
 mod operations;
+mod optimizer;
+mod profile;
+mod survey;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-pub use device::{DeviceBuffer, DeviceMemory};
 pub use error::DeviceError;
-use half::bf16;
 pub use libraries::{LIBRARIES_VARIABLE, NVRTC_VARIABLE};
+pub use memory::{Aside, DeviceBuffer, DeviceMemory};
+use memory::{Numbers, Pinned, Region, Source};
 use serde::{Deserialize, Serialize};
+pub use survey::{Survey, survey};
 
 use self::{
+    attention::TileLists,
     base::DeviceBase,
-    device::{Device, Numbers, Operand},
+    device::{Device, Operand},
 };
-use super::{Backend, View, ViewMut};
+use super::{Backend, Use, View, ViewMut};
 use crate::{error::Result, model::BaseSource, random::DropoutKey};
 
 /// Whether this machine has a card that [`Cuda::new`] can use, and the libraries for it: for `auto`, which asks first.
 pub fn is_available() -> bool {
     Device::probe().is_ok()
+}
+
+/// Bytes of a card, and how many are free; none where there is no such card.
+pub fn memory_bytes(index: usize) -> Option<(u64, u64)> {
+    Device::memory_bytes(index).ok()
+}
+
+/// Bytes of a card that are free; none where there is no such card.
+pub fn free_bytes(index: usize) -> Option<u64> {
+    Device::memory_bytes(index).ok().map(|(_, free)| free)
 }
 
 /// How products are computed.
@@ -41,15 +60,13 @@ pub enum Precision {
     F32,
     /// Operands rounded to 10 bits of mantissa, sums in f32.
     Tf32,
-    /// Operands of large products rounded to bf16, the rest as [`Precision::Tf32`]; sums in f32.
+    /// Activations and operands of products in bf16; sums in f32.
     #[default]
     Bf16,
 }
 
 /// Threads of a block.
 const THREADS: usize = 256;
-/// Products with a side below this are not worth rounding their operands for.
-const NARROW: usize = 64;
 
 /// The CUDA backend: one card.
 pub struct Cuda {
@@ -58,6 +75,9 @@ pub struct Cuda {
     /// Operands of a product, rounded to bf16.
     rounded: Mutex<[Option<DeviceMemory>; 2]>,
     nothing: DeviceBuffer,
+    source: Mutex<Source>,
+    /// Flat buffers on their way between host and card: pinned, so that the copy runs at the bus's speed.
+    staging: Mutex<Option<Pinned>>,
 }
 
 /// A micro-batch on the card.
@@ -68,8 +88,9 @@ pub struct CudaBatch {
     spans: DeviceMemory,
     predicting: DeviceMemory,
     targets: DeviceMemory,
-    /// Sums of `dout * out` by row and head.
-    delta: DeviceMemory,
+    /// What attention's backward pass needs of every row and head: two numbers.
+    statistics: DeviceMemory,
+    tiles: TileLists,
     span_count: usize,
     longest_queries: usize,
     longest_keys: usize,
@@ -87,27 +108,41 @@ struct MatrixArgument {
 
 fn matrix(view: View<'_, Cuda>) -> MatrixArgument {
     MatrixArgument {
-        address: view.data.address + 4 * view.offset as u64,
+        address: view.data.address + (view.data.numbers.bytes() * view.offset) as u64,
         stride: view.stride as u64,
         rows: view.rows as u32,
         columns: view.columns as u32,
     }
 }
 
+/// A matrix as kernels take it that serve either kind of number.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct AnyArgument {
+    matrix: MatrixArgument,
+    half: u32,
+    padding: u32,
+}
+
+fn any(view: View<'_, Cuda>) -> AnyArgument {
+    AnyArgument { matrix: matrix(view), half: u32::from(view.data.numbers == Numbers::Bf16), padding: 0 }
+}
+
 fn target(view: &ViewMut<'_, Cuda>) -> MatrixArgument {
     matrix(view.view())
 }
 
-/// Blocks for rows of `columns`: one block a row, more where a row is long and rows are few.
+/// Blocks for rows of `columns`: one block a row, more where a row is long; a thread takes eight numbers at once.
 fn grid(rows: usize, columns: usize) -> [usize; 3] {
-    [rows, columns.div_ceil(4 * THREADS).clamp(1, 64), 1]
+    [rows, columns.div_ceil(8 * THREADS).clamp(1, 64), 1]
 }
 
 macro_rules! launch {
-    ($device:expr, $name:literal, $grid:expr, $block:expr, $($argument:expr),+) => {
-        launch!($device, $device.function($name), $name, $grid, $block, 0, $($argument),+)
-    };
-    ($device:expr, $function:expr, $name:literal, $grid:expr, $block:expr, $shared:expr, $($argument:expr),+) => {{
+    ($device:expr, $name:expr, $grid:expr, $block:expr, $($argument:expr),+ $(,)?) => {{
+        let name = $name;
+        launch!(at $device, $device.function(name), name, $grid, $block, 0, $($argument),+)
+    }};
+    (at $device:expr, $function:expr, $name:expr, $grid:expr, $block:expr, $shared:expr, $($argument:expr),+ $(,)?) => {{
         // SAFETY: the arguments are those of the kernel of this name, in its order. They are temporaries of this one
         // expression, so they live until the kernel is queued, which copies them.
         unsafe {
@@ -118,6 +153,25 @@ macro_rules! launch {
     }};
 }
 
+/// The kernel of a family for numbers of one kind, or read as one and written as another kind.
+macro_rules! kernel {
+    ($name:literal, $numbers:expr) => {
+        match $numbers {
+            Numbers::F32 => concat!($name, "_f32"),
+            Numbers::Bf16 => concat!($name, "_bf16"),
+        }
+    };
+    ($name:literal, $from:expr, $to:expr) => {
+        match ($from, $to) {
+            (Numbers::F32, Numbers::F32) => concat!($name, "_f32_f32"),
+            (Numbers::F32, Numbers::Bf16) => concat!($name, "_f32_bf16"),
+            (Numbers::Bf16, Numbers::F32) => concat!($name, "_bf16_f32"),
+            (Numbers::Bf16, Numbers::Bf16) => concat!($name, "_bf16_bf16"),
+        }
+    };
+}
+
+use kernel;
 use launch;
 
 impl Cuda {
@@ -131,16 +185,20 @@ impl Cuda {
             nothing: DeviceBuffer::new(0, Numbers::F32),
             base: DeviceBase::default(),
             rounded: Mutex::new([None, None]),
+            source: Mutex::new(Source::Single),
+            staging: Mutex::new(None),
             device,
         })
     }
 
-    /// Uploads a base, which must stay where it is on the host for as long as this backend works on it.
+    /// Uploads a base, which must stay where it is on the host for as long as this backend works on it. With
+    /// `embedding_stays` the card reads the rows of the embedding that it needs from there, unless it is the head as well.
     ///
     /// # Errors
     /// Where the card's memory is short, or a layer cannot be had.
-    pub fn hold<S: BaseSource + ?Sized>(&mut self, base: &mut S) -> Result<()> {
-        self.base = DeviceBase::upload(&self.device, base)?;
+    pub fn hold<S: BaseSource + ?Sized>(&mut self, base: &mut S, embedding_stays: bool) -> Result<()> {
+        self.base = DeviceBase::default();
+        self.base = DeviceBase::upload(&self.device, base, embedding_stays)?;
         Ok(())
     }
 
@@ -164,26 +222,79 @@ impl Cuda {
         self.device.memory().1
     }
 
-    /// A matrix without gaps on the host, widened to f32 where it is bf16: for checks.
+    /// A matrix on the host, widened to f32 where it is bf16: for checks.
     ///
     /// # Errors
     /// What failed on the card before.
     pub fn read(&self, view: View<'_, Self>) -> Result<Vec<f32>> {
-        let count = view.rows * view.columns;
-        let numbers = match view.data.numbers {
-            Numbers::F32 => {
-                let mut numbers = vec![f32::NAN; count];
-                self.download(view, &mut numbers);
-                numbers
-            }
-            Numbers::Bf16 => {
-                let mut numbers = vec![bf16::NAN; count];
-                self.device.download(view.data.address + 2 * view.offset as u64, &mut numbers);
-                numbers.into_iter().map(bf16::to_f32).collect()
-            }
-        };
+        let mut numbers = vec![f32::NAN; view.rows * view.columns];
+        self.download(view, &mut numbers);
         self.settle()?;
         Ok(numbers)
+    }
+
+    /// Times every operation from now on, or no longer. Timing slows the host down, not the card.
+    pub fn set_profiling(&self, on: bool) {
+        self.device.set_profiling(on);
+    }
+
+    /// What took how long since profiling began: operation, seconds, calls; the longest first.
+    ///
+    /// # Errors
+    /// What failed on the card before.
+    pub fn take_profile(&self) -> Result<Vec<(String, f64, u64)>> {
+        Ok(self.device.take_profile()?)
+    }
+
+    /// Memory of the card for `bytes` bytes, all 0.
+    fn take(&self, bytes: usize, numbers: Numbers) -> Result<DeviceMemory, DeviceError> {
+        self.source.lock().unwrap_or_else(PoisonError::into_inner).take(&self.device, bytes, numbers)
+    }
+
+    /// Runs `build` twice: to count what it takes, and to place it in one allocation of that size.
+    fn in_one_region<R>(&self, mut build: impl FnMut() -> Result<R>) -> Result<R> {
+        let swap = |source| {
+            let mut place = self.source.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *place, source)
+        };
+        swap(Source::Counting(0));
+        let counted = build().map(drop);
+        let Source::Counting(bytes) = swap(Source::Single) else { return build() };
+        counted?;
+        let region = Region::new(&self.device, bytes)?;
+        swap(Source::Placing(region, 0));
+        let built = build();
+        swap(Source::Single);
+        built
+    }
+
+    /// Hands `work` pinned room for `length` numbers, reserved at first.
+    fn with_staging<R>(&self, length: usize, work: impl FnOnce(&mut [f32]) -> Result<R>) -> Result<R> {
+        let mut place = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        if place.as_ref().is_none_or(|memory| memory.bytes().len() < 4 * length) {
+            *place = None;
+            *place = Some(Pinned::new(&self.device, 4 * length)?);
+        }
+        let memory = place.as_mut().ok_or(DeviceError::HostMemory { bytes: 4 * length })?;
+        work(&mut bytemuck::cast_slice_mut(memory.bytes_mut())[..length])
+    }
+
+    /// What a buffer for `purpose` holds.
+    fn numbers(&self, purpose: Use) -> Numbers {
+        match (purpose, self.device.precision) {
+            (Use::Activation, Precision::Bf16) => Numbers::Bf16,
+            _ => Numbers::F32,
+        }
+    }
+
+    /// Notes a defect of the program where operands that must be of one kind are not; whether they are.
+    fn alike(&self, what: &'static str, numbers: Numbers, all: &[Numbers]) -> bool {
+        let alike = all.iter().all(|other| *other == numbers);
+        if !alike {
+            let what = format!("`{what}` on operands of several kinds: a defect of the program");
+            self.device.note(Err(DeviceError::Unsupported { what }));
+        }
+        alike
     }
 
     fn missing(&self, what: &str) {
@@ -191,7 +302,7 @@ impl Cuda {
         self.device.note(Err(DeviceError::Unsupported { what }));
     }
 
-    /// The memory of `place`, for `length` numbers; reserved at first.
+    /// The memory of `place`, for `length` numbers of f32; reserved at first.
     fn reserved<'a>(
         &self,
         length: usize,
@@ -202,7 +313,7 @@ impl Cuda {
         }
         let memory = match place {
             Some(memory) => memory,
-            None => place.insert(self.allocate(length)?),
+            None => place.insert(self.allocate(length, Use::Exact)?),
         };
         Ok(&mut memory.buffer)
     }
@@ -213,7 +324,7 @@ impl Cuda {
         let enough = rounded[side].as_ref().is_some_and(|memory| memory.bytes >= bytes);
         if !enough {
             rounded[side] = None;
-            match self.device.reserve(bytes, Numbers::Bf16) {
+            match self.take(bytes, Numbers::Bf16) {
                 Ok(memory) => rounded[side] = Some(memory),
                 Err(error) => self.device.note(Err(error)),
             }
@@ -221,23 +332,45 @@ impl Cuda {
         rounded[side].as_ref().map_or(0, |memory| memory.address)
     }
 
-    /// An operand as bf16: itself, or rounded into room of its own.
-    fn rounded(&self, side: usize, view: View<'_, Self>, transposed: bool) -> Operand {
-        if view.data.numbers == Numbers::Bf16 {
-            let address = view.data.address + 2 * view.offset as u64;
-            return Operand { address, stride: view.stride, transposed };
+    /// Refreshes the rounded twin of a flat buffer.
+    fn round(&self, buffer: &DeviceBuffer, length: usize) {
+        if self.device.precision == Precision::Bf16 && buffer.rounded != 0 {
+            // Rows of a fixed length, so that many blocks share the work; what is left over is a row of its own.
+            const ROW: usize = 1 << 14;
+            let whole = length / ROW;
+            for (start, rows, columns) in [(0, whole, ROW), (whole * ROW, 1, length % ROW)] {
+                let (stride, rows, columns) = (columns as u64, rows as u32, columns as u32);
+                let from =
+                    MatrixArgument { address: buffer.address + 4 * start as u64, stride, rows, columns };
+                let to = MatrixArgument { address: buffer.rounded + 2 * start as u64, ..from };
+                let blocks = grid(rows as usize, columns as usize);
+                if rows > 0 && columns > 0 {
+                    launch!(self.device, "copy_f32_bf16", blocks, [THREADS, 1], from, to);
+                }
+            }
         }
-        let address = self.room(side, 2 * view.rows * view.columns);
-        let wide =
-            view.columns.is_multiple_of(4) && view.stride.is_multiple_of(4) && view.offset.is_multiple_of(4);
-        let columns = if wide { view.columns / 4 } else { view.columns };
-        let grid = [view.rows, columns.div_ceil(4 * THREADS).clamp(1, 64), 1];
-        launch!(self.device, "narrow", grid, [THREADS, 1], matrix(view), address, u32::from(wide));
-        Operand { address, stride: view.columns, transposed }
     }
 
+    /// An operand as bf16: itself, its rounded twin, or rounded into room of its own.
+    fn rounded(&self, side: usize, view: View<'_, Self>, transposed: bool) -> Operand {
+        let at = |address: u64| address + 2 * view.offset as u64;
+        if view.data.numbers == Numbers::Bf16 {
+            return Operand { address: at(view.data.address), stride: view.stride, transposed };
+        }
+        if view.data.rounded != 0 {
+            return Operand { address: at(view.data.rounded), stride: view.stride, transposed };
+        }
+        let address = self.room(side, 2 * view.rows * view.columns);
+        let (rows, columns) = (view.rows, view.columns);
+        let to =
+            MatrixArgument { address, stride: columns as u64, rows: rows as u32, columns: columns as u32 };
+        launch!(self.device, "copy_f32_bf16", grid(rows, columns), [THREADS, 1], matrix(view), to);
+        Operand { address, stride: columns, transposed }
+    }
+
+    /// Threads for a block that takes a row.
     fn row_threads(columns: usize) -> [usize; 2] {
-        [columns.next_multiple_of(32).clamp(32, 1024), 1]
+        [columns.div_ceil(8).next_multiple_of(32).clamp(32, 1024), 1]
     }
 
     fn drop_into(
@@ -260,9 +393,13 @@ impl Cuda {
         };
         let scale = if p <= 0.0 || p >= 1.0 { 1.0 } else { 1.0_f32 / (1.0 - p) };
         let blocks = x.columns.div_ceil(64) * 8;
+        let numbers = x.data.numbers;
+        if !self.alike("dropout", numbers, &[out.data.numbers]) {
+            return;
+        }
         launch!(
             self.device,
-            "dropout",
+            kernel!("dropout", numbers),
             grid(x.rows, blocks),
             [THREADS, 1],
             batch.samples.address,

@@ -27,6 +27,13 @@ typedef float Number;
 #define PAD 4
 #define EXP expf
 #endif
+// Numbers in memory.
+#ifdef STORED_BF16
+typedef bf16 Stored;
+#else
+typedef float Stored;
+#endif
+typedef MatrixOf<Stored> Tensor;
 #define LD (HEAD_DIM + PAD)
 #define LS (TILE + PAD)
 
@@ -38,10 +45,27 @@ struct Span {
     u32 keys;
 };
 
+// With a `cap` above 0 the scaled scores become cap tanh(score / cap); with a `window` above 0 a query sees no more
+// than the last `window` of its keys.
 struct Shape {
     u32 heads;
     u32 group;
     float scale;
+    float cap;
+    u32 window;
+
+    // Whether the query at `place` of the span's keys sees `key`, which the caller knows to be one of them.
+    __device__ __forceinline__ bool sees(int place, int key) const {
+        return key <= place && (!window || key > place - (int)window);
+    }
+    // The score of a product.
+    __device__ __forceinline__ float score(float x) const {
+        return cap > 0.0f ? cap * tanhf(x * scale / cap) : x * scale;
+    }
+    // Its slope, given the score.
+    __device__ __forceinline__ float slope(float score) const {
+        return cap > 0.0f ? scale * (1.0f - score / cap * (score / cap)) : scale;
+    }
 };
 
 __device__ __forceinline__ u32 tf32(float x) {
@@ -137,18 +161,25 @@ __device__ __forceinline__ void clear(float (&acc)[N][4]) {
     for (int n = 0; n < N; n++) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
 }
 
+__device__ __forceinline__ float4 get4(const float* p) { return *(const float4*)p; }
+__device__ __forceinline__ float4 get4(const bf16* p) {
+    uint2 w = *(const uint2*)p;
+    return make_float4(__uint_as_float(w.x << 16), __uint_as_float(w.x & 0xffff0000u), __uint_as_float(w.y << 16),
+                       __uint_as_float(w.y & 0xffff0000u));
+}
+
 // `count` rows of a head into shared memory; rows from `valid` on become 0.
-__device__ __forceinline__ void load(Number* to, const Matrix& from, u64 row, u32 column, int count, int valid) {
+__device__ __forceinline__ void load(Number* to, const Tensor& from, u64 row, u32 column, int count, int valid) {
     // Sixteen bytes at once where all rows begin at a multiple of that.
-    bool aligned = (from.stride & 3) == 0 && ((u64)from.data & 15) == 0;
+    bool aligned = (from.stride & 3) == 0 && ((u64)from.data & (4 * sizeof(Stored) - 1)) == 0;
     for (int i = threadIdx.x; i < count * (HEAD_DIM / 4); i += THREADS) {
         int r = i / (HEAD_DIM / 4), c = i % (HEAD_DIM / 4) * 4;
         Number* out = to + r * LD + c;
         float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         if (r < valid) {
-            const float* in = row_of(from, row + r) + column + c;
-            if (aligned) x = *(const float4*)in;
-            else x = make_float4(in[0], in[1], in[2], in[3]);
+            const Stored* in = row_of(from, row + r) + column + c;
+            if (aligned) x = get4(in);
+            else x = make_float4(get(in), get(in + 1), get(in + 2), get(in + 3));
         }
 #ifdef HALVES
         *(uint2*)out = make_uint2(pair(x.x, x.y), pair(x.z, x.w));
@@ -160,18 +191,18 @@ __device__ __forceinline__ void load(Number* to, const Matrix& from, u64 row, u3
 
 // Rows of accumulators to memory: lane's rows g and g + 8 of the warp's 16.
 template <int N>
-__device__ __forceinline__ void store(const float (&acc)[N][4], const Matrix& to, u64 row, u32 column, int valid,
+__device__ __forceinline__ void store(const float (&acc)[N][4], const Tensor& to, u64 row, u32 column, int valid,
                                       float low, float high) {
     int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int n = 0; n < N; n++) {
         if (g < valid) {
-            float* out = row_of(to, row + g) + column + 8 * n + 2 * t;
-            out[0] = acc[n][0] * low, out[1] = acc[n][1] * low;
+            Stored* out = row_of(to, row + g) + column + 8 * n + 2 * t;
+            set(out, acc[n][0] * low), set(out + 1, acc[n][1] * low);
         }
         if (g + 8 < valid) {
-            float* out = row_of(to, row + g + 8) + column + 8 * n + 2 * t;
-            out[0] = acc[n][2] * high, out[1] = acc[n][3] * high;
+            Stored* out = row_of(to, row + g + 8) + column + 8 * n + 2 * t;
+            set(out, acc[n][2] * high), set(out + 1, acc[n][3] * high);
         }
     }
 }
@@ -197,7 +228,7 @@ __device__ __forceinline__ void stage(const float (&acc)[N][4], Number* to) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-attention_forward(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, Matrix out, Matrix log_sum) {
+attention_forward(const Span* spans, Shape shape, Tensor q, Tensor k, Tensor v, Tensor out, Matrix log_sum) {
     extern __shared__ uint4 shared[];
     Span span = spans[blockIdx.z];
     u32 head = blockIdx.y, first = (gridDim.x - 1 - blockIdx.x) * ROWS;
@@ -218,7 +249,8 @@ attention_forward(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, 
     float largest[2] = {-1e30f, -1e30f}, sum[2] = {0.0f, 0.0f};
     float acc[HEAD_DIM / 8][4];
     clear(acc);
-    for (int start = 0; start < end; start += TILE) {
+    int begin = shape.window ? max(0, (int)first + past + 1 - (int)shape.window) / TILE * TILE : 0;
+    for (int start = begin; start < end; start += TILE) {
         __syncthreads();
         int valid = min(TILE, (int)span.keys - start);
         load(ks, k, span.key_start + start, column, TILE, valid);
@@ -233,7 +265,7 @@ attention_forward(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, 
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int key = start + 8 * n + 2 * t + (i & 1), row = i < 2 ? low_row : high_row;
-                s[n][i] = key <= row + past && key < (int)span.keys ? s[n][i] * shape.scale : -1e30f;
+                s[n][i] = shape.sees(row + past, key) && key < (int)span.keys ? shape.score(s[n][i]) : -1e30f;
                 highest[i / 2] = fmaxf(highest[i / 2], s[n][i]);
             }
         }
@@ -276,21 +308,21 @@ attention_forward(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, 
 }
 
 // delta[t, head] = sum over the head of dout * out. A warp takes a row of a head.
-extern "C" __global__ void attention_delta(Matrix dout, Matrix out, Matrix delta) {
+extern "C" __global__ void attention_delta(Tensor dout, Tensor out, Matrix delta) {
     u32 head = blockIdx.y * blockDim.y + threadIdx.y;
     if (head >= delta.columns) return;
-    const float* a = row_of(dout, blockIdx.x) + head * HEAD_DIM;
-    const float* b = row_of(out, blockIdx.x) + head * HEAD_DIM;
+    const Stored* a = row_of(dout, blockIdx.x) + head * HEAD_DIM;
+    const Stored* b = row_of(out, blockIdx.x) + head * HEAD_DIM;
     float sum = 0.0f;
-    for (int c = threadIdx.x; c < HEAD_DIM; c += 32) sum += a[c] * b[c];
+    for (int c = threadIdx.x; c < HEAD_DIM; c += 32) sum += get(a + c) * get(b + c);
     for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffffu, sum, offset);
     if (threadIdx.x == 0) row_of(delta, blockIdx.x)[head] = sum;
 }
 
 // dq = sum over keys of dS K, with dS = P (dO V^T - delta) scale. A block takes a tile of queries of a head.
 extern "C" __global__ void __launch_bounds__(THREADS)
-attention_dq(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, Matrix log_sum, Matrix delta, Matrix dout,
-             Matrix dq) {
+attention_dq(const Span* spans, Shape shape, Tensor q, Tensor k, Tensor v, Matrix log_sum, Matrix delta, Tensor dout,
+             Tensor dq) {
     extern __shared__ uint4 shared[];
     Span span = spans[blockIdx.z];
     u32 head = blockIdx.y, first = (gridDim.x - 1 - blockIdx.x) * ROWS;
@@ -318,7 +350,8 @@ attention_dq(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, Matri
     int end = min((int)span.keys, (int)first + queries + past);
     float acc[HEAD_DIM / 8][4];
     clear(acc);
-    for (int start = 0; start < end; start += TILE) {
+    int begin = shape.window ? max(0, (int)first + past + 1 - (int)shape.window) / TILE * TILE : 0;
+    for (int start = begin; start < end; start += TILE) {
         __syncthreads();
         int valid = min(TILE, (int)span.keys - start);
         load(ks, k, span.key_start + start, column, TILE, valid);
@@ -334,9 +367,9 @@ attention_dq(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, Matri
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int key = start + 8 * n + 2 * t + (i & 1), query = low_row + (i < 2 ? 0 : 8);
-                bool seen = key <= query + past && key < (int)span.keys && query < (int)span.queries;
-                float p = seen ? EXP(s[n][i] * shape.scale - logs[i / 2]) : 0.0f;
-                s[n][i] = p * (d[n][i] - deltas[i / 2]) * shape.scale;
+                bool seen = shape.sees(query + past, key) && key < (int)span.keys && query < (int)span.queries;
+                float score = shape.score(s[n][i]), p = seen ? EXP(score - logs[i / 2]) : 0.0f;
+                s[n][i] = p * (d[n][i] - deltas[i / 2]) * shape.slope(score);
             }
         }
         stage(s, ps);
@@ -347,8 +380,8 @@ attention_dq(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, Matri
 
 // dv = sum over queries of P^T dO, dk = sum of dS^T Q, over all query heads of the key head. A block takes a tile of keys.
 extern "C" __global__ void __launch_bounds__(THREADS)
-attention_dkv(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, Matrix log_sum, Matrix delta, Matrix dout,
-              Matrix dk, Matrix dv) {
+attention_dkv(const Span* spans, Shape shape, Tensor q, Tensor k, Tensor v, Matrix log_sum, Matrix delta, Tensor dout,
+              Tensor dk, Tensor dv) {
     extern __shared__ uint4 shared[];
     Span span = spans[blockIdx.z];
     u32 kv_head = blockIdx.y, first = blockIdx.x * ROWS;
@@ -367,11 +400,13 @@ attention_dkv(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, Matr
     int past = (int)(span.keys - span.queries);
     // The first query that sees a key of this tile, at the start of its tile.
     int begin = max(0, (int)first - past) / TILE * TILE;
+    // One past the last query that does.
+    int end = shape.window ? min((int)span.queries, (int)first + keys - 1 + (int)shape.window - past) : (int)span.queries;
     float dk_acc[HEAD_DIM / 8][4], dv_acc[HEAD_DIM / 8][4];
     clear(dk_acc);
     clear(dv_acc);
     for (u32 head = kv_head * shape.group; head < (kv_head + 1) * shape.group; head++) {
-        for (int start = begin; start < (int)span.queries; start += TILE) {
+        for (int start = begin; start < end; start += TILE) {
             __syncthreads();
             int valid = min(TILE, (int)span.queries - start);
             u64 row = (u64)span.query_start + start;
@@ -393,10 +428,10 @@ attention_dkv(const Span* spans, Shape shape, Matrix q, Matrix k, Matrix v, Matr
                 for (int i = 0; i < 4; i++) {
                     int column = 8 * n + 2 * t + (i & 1);
                     int key = (int)first + warp * 16 + g + (i < 2 ? 0 : 8);
-                    bool seen = key <= start + column + past && key < (int)span.keys && column < valid;
-                    float p = seen ? EXP(s[n][i] * shape.scale - logs[column]) : 0.0f;
+                    bool seen = shape.sees(start + column + past, key) && key < (int)span.keys && column < valid;
+                    float score = shape.score(s[n][i]), p = seen ? EXP(score - logs[column]) : 0.0f;
                     s[n][i] = p;
-                    d[n][i] = p * (d[n][i] - deltas[column]) * shape.scale;
+                    d[n][i] = p * (d[n][i] - deltas[column]) * shape.slope(score);
                 }
             }
             stage(s, ps);

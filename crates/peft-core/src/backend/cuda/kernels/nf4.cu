@@ -45,7 +45,7 @@ __device__ __forceinline__ void dequantise(const Nf4& m, float* wide, u16* narro
         } else {
             u32 words[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) words[i] = (u32)to_bf16(out[2 * i]) | ((u32)to_bf16(out[2 * i + 1]) << 16);
+            for (int i = 0; i < 4; i++) words[i] = pack_bf16(out[2 * i], out[2 * i + 1]);
             ((uint4*)narrow)[group] = make_uint4(words[0], words[1], words[2], words[3]);
         }
     }
@@ -59,3 +59,83 @@ __device__ __forceinline__ void dequantise(const Nf4& m, float* wide, u16* narro
 
 extern "C" __global__ void nf4_f32(Nf4 m, float* out) { dequantise(m, out, nullptr); }
 extern "C" __global__ void nf4_bf16(Nf4 m, u16* out) { dequantise(m, nullptr, out); }
+
+// out = bf16(W + scale B A) for W of NF4, A [rank, columns] and B [rows, rank] of bf16, sums in f32: a branch of low rank
+// costs no pass over activations then. `columns` is a multiple of 64 and `rank` of 2. A block takes 256 rows and 128
+// columns, a warp 32 rows. Columns of a tile of products are numbered so that a lane holds sixteen side by side.
+#define MERGED_ROWS 256
+#define MERGED_COLUMNS 128
+
+__device__ __forceinline__ void multiply_16x8(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+nf4_merged(Nf4 m, u32 rows, u32 columns, const bf16* a, const bf16* b, u32 rank, float scale, u16* out) {
+    extern __shared__ u16 tile[];
+    __shared__ float2 pairs[256];
+    u32 depth = (rank + 15) / 16 * 16, ld = depth + 2, first = blockIdx.x * MERGED_COLUMNS;
+    pairs[threadIdx.x] = make_float2(CODE_BOOK[threadIdx.x >> 4], CODE_BOOK[threadIdx.x & 15]);
+    for (u32 i = threadIdx.x; i < depth * MERGED_COLUMNS; i += 256) {
+        u32 k = i / MERGED_COLUMNS, c = i % MERGED_COLUMNS;
+        tile[c * ld + k] = k < rank && first + c < columns ? a[(u64)k * columns + first + c].bits : (u16)0;
+    }
+    __syncthreads();
+    u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    u32 row = blockIdx.y * MERGED_ROWS + warp * 32 + g;
+    for (u32 part = 0; part < MERGED_COLUMNS && first + part < columns; part += 64) {
+        // What is read of W, asked for before the products that it is added to.
+        uint2 codes[4];
+        float blocks[4];
+#pragma unroll
+        for (int quarter = 0; quarter < 4; quarter++) {
+            u32 r = min(row + 8 * quarter, rows - 1);
+            u64 at = (u64)r * columns + first + part + 16 * t;
+            codes[quarter] = *(const uint2*)(m.codes + at / 2);
+            blocks[quarter] = scale_of(m, at >> m.block_shift);
+        }
+        float acc[2][8][4];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+#pragma unroll
+            for (int n = 0; n < 8; n++) acc[half][n][0] = acc[half][n][1] = acc[half][n][2] = acc[half][n][3] = 0.0f;
+        }
+        for (u32 k = 2 * t; k < depth; k += 16) {
+            u32 b_part[2][4];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    u32 r = row + 16 * half + 8 * (i & 1), at = k + 8 * (i >> 1);
+                    b_part[half][i] = r < rows && at < rank ? *(const u32*)(b + (u64)r * rank + at) : 0u;
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < 8; n++) {
+                const u16* from = tile + (part + 16 * (g >> 1) + 2 * n + (g & 1)) * ld + k;
+                u32 a0 = *(const u32*)from, a1 = *(const u32*)(from + 8);
+                multiply_16x8(acc[0][n], b_part[0], a0, a1);
+                multiply_16x8(acc[1][n], b_part[1], a0, a1);
+            }
+        }
+#pragma unroll
+        for (int quarter = 0; quarter < 4; quarter++) {
+            u32 r = row + 8 * quarter;
+            if (r >= rows) continue;
+            u64 at = (u64)r * columns + first + part + 16 * t;
+            float block = blocks[quarter];
+            u32 words[8];
+#pragma unroll
+            for (int n = 0; n < 8; n++) {
+                float2 pair = pairs[((n < 4 ? codes[quarter].x : codes[quarter].y) >> (8 * (n & 3))) & 255u];
+                const float* sum = &acc[quarter >> 1][n][2 * (quarter & 1)];
+                words[n] = pack_bf16(fmaf(scale, sum[0], __fmul_rn(pair.x, block)),
+                                     fmaf(scale, sum[1], __fmul_rn(pair.y, block)));
+            }
+            ((uint4*)(out + at))[0] = make_uint4(words[0], words[1], words[2], words[3]);
+            ((uint4*)(out + at))[1] = make_uint4(words[4], words[5], words[6], words[7]);
+        }
+    }
+}

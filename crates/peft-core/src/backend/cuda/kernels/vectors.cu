@@ -1,85 +1,77 @@
 // Operations that methods of adaptation need: scales, sums over tokens, rows by token id. Sums over tokens run from the
-// first to the last, one thread a column.
+// first to the last, one thread a column. Matrices are of either kind of number.
 
 #define FOR_ALL_COLUMNS(c, columns) \
     for (u32 c = blockIdx.y * blockDim.x + threadIdx.x; c < (columns); c += gridDim.y * blockDim.x)
 
-extern "C" __global__ void scale_columns(float alpha, Matrix x, const float* factors, float beta, Matrix out) {
-    const float* in = row_of(x, blockIdx.x);
-    float* to = row_of(out, blockIdx.x);
-    FOR_ALL_COLUMNS(c, out.columns) to[c] = alpha * in[c] * factors[c] + (beta == 0.0f ? 0.0f : beta * to[c]);
-}
-
-extern "C" __global__ void column_sum(float alpha, Matrix x, float* out) {
-    FOR_ALL_COLUMNS(c, x.columns) {
-        float sum = 0.0f;
-        for (u32 t = 0; t < x.rows; t++) sum += row_of(x, t)[c];
-        out[c] += alpha * sum;
+extern "C" __global__ void scale_columns(float alpha, Any x, Any factors, float beta, Any out) {
+    FOR_ALL_COLUMNS(c, out.columns) {
+        float scaled = alpha * get(x, blockIdx.x, c) * get(factors, 0, c);
+        set(out, blockIdx.x, c, scaled + (beta == 0.0f ? 0.0f : beta * get(out, blockIdx.x, c)));
     }
 }
 
-extern "C" __global__ void column_dot(Matrix x, Matrix y, float* out) {
+extern "C" __global__ void column_sum(float alpha, Any x, Any out) {
     FOR_ALL_COLUMNS(c, x.columns) {
         float sum = 0.0f;
-        for (u32 t = 0; t < x.rows; t++) sum += row_of(x, t)[c] * row_of(y, t)[c];
-        out[c] += sum;
+        for (u32 t = 0; t < x.rows; t++) sum += get(x, t, c);
+        set(out, 0, c, get(out, 0, c) + alpha * sum);
     }
 }
 
-// Weights may be kept as bf16: a flag for each factor says so.
-__device__ __forceinline__ float number_at(const Matrix& m, u64 row, u32 column, u32 half) {
-    u64 at = row * m.stride + column;
-    return half ? from_bf16(((const u16*)m.data)[at]) : m.data[at];
+extern "C" __global__ void column_dot(Any x, Any y, Any out) {
+    FOR_ALL_COLUMNS(c, x.columns) {
+        float sum = 0.0f;
+        for (u32 t = 0; t < x.rows; t++) sum += get(x, t, c) * get(y, t, c);
+        set(out, 0, c, get(out, 0, c) + sum);
+    }
 }
 
-extern "C" __global__ void row_dot(float alpha, Matrix x, u32 x_half, Matrix y, u32 y_half, float beta, float* out) {
+extern "C" __global__ void row_dot(float alpha, Any x, Any y, float beta, Any out) {
     float sum = 0.0f;
-    for (u32 c = threadIdx.x; c < x.columns; c += blockDim.x) {
-        sum += number_at(x, blockIdx.x, c, x_half) * number_at(y, blockIdx.x, c, y_half);
-    }
+    for (u32 c = threadIdx.x; c < x.columns; c += blockDim.x) sum += get(x, blockIdx.x, c) * get(y, blockIdx.x, c);
     sum = alpha * block_sum(sum);
-    if (threadIdx.x == 0) out[blockIdx.x] = beta == 0.0f ? sum : sum + beta * out[blockIdx.x];
+    if (threadIdx.x == 0) {
+        set(out, 0, blockIdx.x, beta == 0.0f ? sum : sum + beta * get(out, 0, blockIdx.x));
+    }
 }
 
-extern "C" __global__ void reciprocal_root(Matrix from, Matrix to) {
-    const float* in = row_of(from, blockIdx.x);
-    float* out = row_of(to, blockIdx.x);
-    FOR_ALL_COLUMNS(c, to.columns) out[c] = 1.0f / sqrtf(in[c]);
+extern "C" __global__ void reciprocal_root(Any from, Any to) {
+    FOR_ALL_COLUMNS(c, to.columns) set(to, blockIdx.x, c, 1.0f / sqrtf(get(from, blockIdx.x, c)));
 }
 
-extern "C" __global__ void norm_weight_backward(Matrix dout, Matrix x, Matrix reciprocal, float* dweight) {
+extern "C" __global__ void norm_weight_backward(Any dout, Any x, Any reciprocal, Any dweight) {
     FOR_ALL_COLUMNS(c, x.columns) {
         float sum = 0.0f;
-        for (u32 t = 0; t < x.rows; t++) sum += row_of(dout, t)[c] * row_of(x, t)[c] * row_of(reciprocal, t)[0];
-        dweight[c] += sum;
+        for (u32 t = 0; t < x.rows; t++) sum += get(dout, t, c) * get(x, t, c) * get(reciprocal, t, 0);
+        set(dweight, 0, c, get(dweight, 0, c) + sum);
     }
 }
 
-extern "C" __global__ void gather_ids(const u32* ids, u32 columns, Matrix table, Matrix out) {
+extern "C" __global__ void gather_ids(const u32* ids, u32 columns, Any table, Any out) {
     u64 id = ids[blockIdx.x];
-    float* to = row_of(out, blockIdx.x);
-    FOR_ALL_COLUMNS(c, out.columns) to[c] = columns ? row_of(table, c)[id] : row_of(table, id)[c];
+    FOR_ALL_COLUMNS(c, out.columns) set(out, blockIdx.x, c, columns ? get(table, c, id) : get(table, id, c));
 }
 
-// Tokens that occur twice meet in an atomic addition: the order of the sum is not fixed.
-extern "C" __global__ void scatter_ids(const u32* ids, u32 columns, Matrix from, Matrix table) {
+// Tokens that occur twice meet in an atomic addition: the order of the sum is not fixed. The table is f32.
+extern "C" __global__ void scatter_ids(const u32* ids, u32 columns, Any from, Matrix table) {
     u64 id = ids[blockIdx.x];
-    const float* in = row_of(from, blockIdx.x);
-    FOR_ALL_COLUMNS(c, from.columns) atomicAdd(columns ? row_of(table, c) + id : row_of(table, id) + c, in[c]);
+    FOR_ALL_COLUMNS(c, from.columns) {
+        atomicAdd(columns ? row_of(table, c) + id : row_of(table, id) + c, get(from, blockIdx.x, c));
+    }
 }
 
-extern "C" __global__ void set_rows_of(const u32* ids, u32 id, const float* row, Matrix out) {
+extern "C" __global__ void set_rows_of(const u32* ids, u32 id, Any row, Any out) {
     if (ids[blockIdx.x] != id) return;
-    float* to = row_of(out, blockIdx.x);
-    FOR_ALL_COLUMNS(c, out.columns) to[c] = row[c];
+    FOR_ALL_COLUMNS(c, out.columns) set(out, blockIdx.x, c, get(row, 0, c));
 }
 
-extern "C" __global__ void sum_rows_of(const u32* ids, u32 id, Matrix from, float* row) {
+extern "C" __global__ void sum_rows_of(const u32* ids, u32 id, Any from, Any row) {
     FOR_ALL_COLUMNS(c, from.columns) {
         float sum = 0.0f;
         for (u32 t = 0; t < from.rows; t++) {
-            if (ids[t] == id) sum += row_of(from, t)[c];
+            if (ids[t] == id) sum += get(from, t, c);
         }
-        row[c] += sum;
+        set(row, 0, c, get(row, 0, c) + sum);
     }
 }

@@ -24,33 +24,28 @@ __device__ __forceinline__ u64 key_of(const Front* spans, u32 count, u32 row) {
 }
 
 // to[start + i, :] = from[i, :] for every span, whose keys or queries begin at `start`.
-extern "C" __global__ void put_virtual(const Front* spans, u32 count, u32 keys, Matrix from, Matrix to) {
-    const float* in = row_of(from, blockIdx.x);
+extern "C" __global__ void put_virtual(const Front* spans, u32 count, u32 keys, Any from, Any to) {
     for (u32 s = 0; s < count; s++) {
-        u64 start = keys ? spans[s].key_start : spans[s].query_start;
-        float* out = row_of(to, start + blockIdx.x);
-        FOR_VIRTUAL_COLUMNS(c, from.columns) out[c] = in[c];
+        u64 row = (keys ? spans[s].key_start : spans[s].query_start) + blockIdx.x;
+        FOR_VIRTUAL_COLUMNS(c, from.columns) set(to, row, c, get(from, blockIdx.x, c));
     }
 }
 
 // to[i, :] += from[span.key_start + i, :], span by span.
-extern "C" __global__ void sum_virtual(const Front* spans, u32 count, Matrix from, Matrix to) {
-    float* out = row_of(to, blockIdx.x);
+extern "C" __global__ void sum_virtual(const Front* spans, u32 count, Any from, Any to) {
     FOR_VIRTUAL_COLUMNS(c, to.columns) {
-        float sum = out[c];
-        for (u32 s = 0; s < count; s++) sum += row_of(from, (u64)spans[s].key_start + blockIdx.x)[c];
-        out[c] = sum;
+        float sum = get(to, blockIdx.x, c);
+        for (u32 s = 0; s < count; s++) sum += get(from, (u64)spans[s].key_start + blockIdx.x, c);
+        set(to, blockIdx.x, c, sum);
     }
 }
 
-extern "C" __global__ void rows_to_keys(const Front* spans, u32 count, Matrix from, Matrix to) {
-    const float* in = row_of(from, blockIdx.x);
-    float* out = row_of(to, key_of(spans, count, blockIdx.x));
-    FOR_VIRTUAL_COLUMNS(c, from.columns) out[c] = in[c];
+extern "C" __global__ void rows_to_keys(const Front* spans, u32 count, Any from, Any to) {
+    u64 row = key_of(spans, count, blockIdx.x);
+    FOR_VIRTUAL_COLUMNS(c, from.columns) set(to, row, c, get(from, blockIdx.x, c));
 }
 
-extern "C" __global__ void keys_to_rows(const Front* spans, u32 count, Matrix from, Matrix to) {
-    const float* in = row_of(from, key_of(spans, count, blockIdx.x));
-    float* out = row_of(to, blockIdx.x);
-    FOR_VIRTUAL_COLUMNS(c, to.columns) out[c] = in[c];
+extern "C" __global__ void keys_to_rows(const Front* spans, u32 count, Any from, Any to) {
+    u64 row = key_of(spans, count, blockIdx.x);
+    FOR_VIRTUAL_COLUMNS(c, to.columns) set(to, blockIdx.x, c, get(from, row, c));
 }

@@ -1,0 +1,417 @@
+//! Steps and operations on a card, beside what the card does at best in the same run.
+
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::{RandomBase, Shape, random_rows};
+use crate::{
+    adapter::{LoraConfig, TargetModules},
+    backend::{
+        AttentionShape, Backend, BatchRoom, Use, View, ViewMut,
+        cuda::{Cuda, Precision},
+    },
+    batch::{PackedBatch, Row},
+    engine::{Engine, EngineDevice, EngineParts, StepKey},
+    error::Result,
+    model::{BaseSource, ModelConfig, Projection},
+    optim::{AdamWOptions, FlatUpdate, Outcome, groups},
+    plan::{MemoryPlan, PlanRequest, Recompute},
+    random,
+};
+
+/// What is measured on a card.
+#[derive(Debug, Clone)]
+pub struct CardBenchOptions {
+    /// Which card, from 0.
+    pub index: usize,
+    /// The model.
+    pub shape: Shape,
+    /// Rank on all linear layers.
+    pub r: usize,
+    /// Rows of a step.
+    pub rows: usize,
+    /// Tokens of a row.
+    pub length: usize,
+    /// Bytes that a step may take; all that is free when none.
+    pub memory_limit: Option<u64>,
+    /// Keep activations or compute them again.
+    pub recompute: Recompute,
+    /// Steps that are timed; two more go before.
+    pub steps: usize,
+}
+
+/// What was measured of whole steps: forward, backward, clipping, AdamW.
+#[derive(Debug, Clone, Serialize)]
+pub struct CardStep {
+    /// The card's name.
+    pub card: String,
+    /// Rows and tokens of a row.
+    pub shape: [usize; 2],
+    /// Tokens a second, at the median step.
+    pub tokens_per_second: f64,
+    /// The median step.
+    pub step_seconds: f64,
+    /// The most bytes that the engine reserved on the card.
+    pub peak_memory_bytes: u64,
+    /// Bytes of the card in use at the end, as the driver says: context, kernels and other programs included.
+    pub device_memory_bytes: u64,
+    /// What the base takes.
+    pub base_memory_bytes: u64,
+    /// Multiplications and additions a second of the model alone: products and attention, nothing computed again.
+    pub model_flops_per_second: f64,
+    /// The rate of a large product of bf16 in this run, the same unit.
+    pub product_flops_per_second: f64,
+    /// The time that the model's multiplications would take at that rate, by the step's time.
+    pub floor_fraction: f64,
+    /// Trained parameters.
+    pub trainable_parameters: usize,
+    /// Loss per token of the last step: that the step did its work.
+    pub loss: f64,
+    /// Planned memory by part.
+    pub plan: MemoryPlan,
+    /// One step by operation, the longest first; the times add up to it.
+    pub profile: Vec<Line>,
+}
+
+/// What an operation took.
+#[derive(Debug, Clone, Serialize)]
+pub struct Line {
+    /// The operation.
+    pub operation: String,
+    /// Seconds of all its calls.
+    pub seconds: f64,
+    /// Calls.
+    pub calls: u64,
+}
+
+/// Steps on a base of random numbers.
+pub struct Stepper {
+    engine: Engine,
+    rows: Vec<Row>,
+    number: u64,
+}
+
+impl Stepper {
+    /// Loads a base of random numbers onto a card, under an adapter at its start.
+    ///
+    /// # Errors
+    /// Where the card cannot be used or a step does not fit it.
+    pub fn new(options: &CardBenchOptions) -> Result<Self> {
+        let base = RandomBase::new(options.shape, 64)?;
+        let request = PlanRequest {
+            micro_batch_rows: Some(options.rows),
+            max_length: options.length,
+            recompute: options.recompute,
+            memory_limit: options.memory_limit,
+            base_bytes: options.shape.base_bytes(),
+            embedding_bytes: 0,
+            dequantised: true,
+            head_widened: false,
+            dropout: false,
+            threads: 0,
+            accelerated: true,
+            half_activations: true,
+        };
+        let lora = LoraConfig {
+            r: options.r,
+            lora_alpha: 2.0 * options.r as f64,
+            target_modules: TargetModules::all_linear(),
+            ..LoraConfig::default()
+        };
+        let device = EngineDevice::Cuda { index: options.index, precision: Precision::Bf16 };
+        let parts = EngineParts { adapter: Some(lora.shared()), request };
+        let mut engine = Engine::with_base_on(device, Box::new(base), parts)?;
+        let rows = random_rows(engine.config(), options.rows, options.length);
+        let parameters = engine.initial_parameters(1)?;
+        let zeros = vec![0.0; parameters.len()];
+        engine.begin(&parameters, &zeros, &zeros)?;
+        Ok(Self { engine, rows, number: 0 })
+    }
+
+    /// One step.
+    ///
+    /// # Errors
+    /// What fails on the card.
+    pub fn step(&mut self) -> Result<Outcome> {
+        self.number += 1;
+        let tokens = self.engine.accumulate(&self.rows, StepKey { seed: 1, step: self.number })?;
+        let length = self.engine.layout().len();
+        let groups = groups(&AdamWOptions::default(), self.number, 1e-4, &[], length);
+        self.engine.update(&FlatUpdate { mean: 1.0 / tokens as f64, max_norm: 1.0, groups: &groups })
+    }
+
+    /// One step by operation.
+    ///
+    /// # Errors
+    /// What fails on the card.
+    pub fn profile(&mut self) -> Result<Vec<Line>> {
+        self.engine.set_profiling(true);
+        self.step()?;
+        let lines = self.engine.card_profile()?.into_iter();
+        self.engine.set_profiling(false);
+        Ok(lines.map(|(operation, seconds, calls)| Line { operation, seconds, calls }).collect())
+    }
+}
+
+/// Multiplications and additions of a step's forward and backward pass: frozen matrices and head twice (output, input's
+/// gradient), attention three and a half times, causal. No gradient of a frozen weight, nothing computed again.
+pub fn model_flops(config: &ModelConfig, rows: usize, length: usize) -> f64 {
+    let queries = config.attention_heads * config.head_dim;
+    let keys = config.key_value_heads * config.head_dim;
+    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+    let linear =
+        config.layers * hidden * (2 * queries + 2 * keys + 3 * inner) + config.vocabulary_size * hidden;
+    let tokens = (rows * length) as f64;
+    let attention = 3.5 * 4.0 * (config.layers * queries) as f64 * tokens * length as f64 / 2.0;
+    4.0 * linear as f64 * tokens + attention
+}
+
+/// Times whole steps.
+///
+/// # Errors
+/// Where the card cannot be used, a step does not fit it, or fails.
+pub fn steps(options: &CardBenchOptions) -> Result<CardStep> {
+    let rate = best_product(options.index)?;
+    let mut stepper = Stepper::new(options)?;
+    let mut times = Vec::with_capacity(options.steps);
+    let mut outcome = Outcome::default();
+    for number in 0..options.steps + 2 {
+        let begin = Instant::now();
+        outcome = stepper.step()?;
+        if number >= 2 {
+            times.push(begin.elapsed().as_secs_f64());
+        }
+    }
+    times.sort_by(f64::total_cmp);
+    let seconds = times.get(times.len() / 2).copied().unwrap_or(f64::NAN);
+    let profile = stepper.profile()?;
+    let engine = &stepper.engine;
+    let (card, peak) = engine.card().map_or((String::new(), 0), |(name, peak)| (name.to_owned(), peak));
+    let (total, free) = crate::backend::cuda::memory_bytes(options.index).unwrap_or((0, 0));
+    let flops = model_flops(engine.config(), options.rows, options.length);
+    let trained: u64 = stepper.rows.iter().map(Row::trained_tokens).sum();
+    Ok(CardStep {
+        card,
+        shape: [options.rows, options.length],
+        tokens_per_second: (options.rows * options.length) as f64 / seconds,
+        step_seconds: seconds,
+        peak_memory_bytes: peak,
+        device_memory_bytes: total.saturating_sub(free),
+        base_memory_bytes: options.shape.base_bytes(),
+        model_flops_per_second: flops / seconds,
+        product_flops_per_second: rate,
+        floor_fraction: flops / rate / seconds,
+        trainable_parameters: engine.layout().parameters(),
+        loss: outcome.loss / trained as f64,
+        plan: *engine.plan(),
+        profile,
+    })
+}
+
+/// An operation, and its share of what the card does at best.
+#[derive(Debug, Clone, Serialize)]
+pub struct CardOperation {
+    /// The operation.
+    pub operation: String,
+    /// Seconds of a call, from many queued at once: the median of five.
+    pub seconds: f64,
+    /// Bytes or operations a second.
+    pub rate: f64,
+    /// `B/s` or `FLOP/s`.
+    pub unit: &'static str,
+    /// The rate by that of a copy, or of a large product, in the same run.
+    pub share: f64,
+}
+
+struct Bench<'a> {
+    cuda: &'a Cuda,
+    copy: f64,
+    product: f64,
+    lines: Vec<CardOperation>,
+}
+
+/// Operations at the shape of an 8B model, 8192 tokens.
+///
+/// # Errors
+/// Where the card cannot be used or an operation fails.
+pub fn operations(index: usize) -> Result<Vec<CardOperation>> {
+    let (tokens, hidden, inner, heads, kv_heads) = (8192, 4096, 14336, 32, 8);
+    let mut base =
+        RandomBase::new(Shape { hidden, intermediate: inner, layers: 1, vocabulary: 1000, heads }, 64)?;
+    let mut cuda = Cuda::new(index, Precision::Bf16)?;
+    cuda.hold(&mut base, false)?;
+    let product = best_product(index)?;
+    let cuda = &cuda;
+    let mut bench = Bench { cuda, copy: f64::NAN, product, lines: Vec::new() };
+    let mut wide = [noise(cuda, tokens * inner)?, noise(cuda, tokens * inner)?, noise(cuda, tokens * inner)?];
+    let size = (2 * tokens * inner) as f64;
+    let [a, b, c] = &mut wide;
+    let view = |buffer| View::<Cuda>::new(buffer, tokens, inner);
+    let seconds = bench.time(|| cuda.copy(view(a), ViewMut::<Cuda>::new(&mut *b, tokens, inner)))?;
+    bench.copy = 2.0 * size / seconds;
+    bench.bytes("copy", 2.0 * size, seconds);
+    let gate = base.layer(0)?.linear(Projection::Gate).weight;
+    let seconds = bench.time(|| {
+        let _ = cuda.frozen(&gate, c);
+    })?;
+    let weights = (inner * hidden) as f64;
+    bench.bytes("NF4 to bf16, 14336 x 4096", weights * (0.5 + 1.0 / 64.0 + 2.0), seconds);
+    let seconds =
+        bench.time(|| cuda.swiglu(view(a), view(b), ViewMut::<Cuda>::new(&mut *c, tokens, inner)))?;
+    bench.bytes("SwiGLU", 3.0 * size, seconds);
+    let seconds = bench.time(|| {
+        let target = |buffer| ViewMut::<Cuda>::new(buffer, tokens, inner);
+        cuda.swiglu_backward(target(&mut *c), target(&mut *a), target(&mut *b));
+    })?;
+    bench.bytes("SwiGLU backward", 6.0 * size, seconds);
+    let row = (2 * tokens * hidden) as f64;
+    let narrow = |buffer| View::<Cuda>::new(buffer, tokens, hidden);
+    let mut weight = cuda.allocate(hidden, Use::Exact)?;
+    cuda.upload(&vec![1.0; hidden], &mut weight);
+    let weight = View::<Cuda>::new(&weight, 1, hidden);
+    let mut factors = cuda.allocate(tokens, Use::Exact)?;
+    let seconds = bench.time(|| {
+        let out = ViewMut::<Cuda>::new(&mut *b, tokens, hidden);
+        cuda.rms_norm(narrow(a), weight, 1e-5, out, ViewMut::<Cuda>::new(&mut factors, tokens, 1));
+    })?;
+    bench.bytes("RMSNorm", 2.0 * row, seconds);
+    let seconds = bench.time(|| {
+        let factors = View::<Cuda>::new(&factors, tokens, 1);
+        let out = ViewMut::<Cuda>::new(&mut *c, tokens, hidden);
+        cuda.rms_norm_backward(narrow(b), narrow(a), weight, factors, out);
+    })?;
+    bench.bytes("RMSNorm backward", 4.0 * row, seconds);
+    // What gradients were written over again and again is no noise any more.
+    (*a, *b) = (noise(cuda, tokens * inner)?, noise(cuda, tokens * inner)?);
+    for (name, rows, columns, inner) in
+        [("gate", tokens, inner, hidden), ("down", tokens, hidden, inner), ("q", tokens, hidden, hidden)]
+    {
+        let seconds = bench.time(|| {
+            let (a, b) = (View::<Cuda>::new(a, rows, inner), View::<Cuda>::new(b, columns, inner));
+            cuda.gemm(1.0, a, false, b, true, 0.0, ViewMut::<Cuda>::new(&mut *c, rows, columns));
+        })?;
+        bench.flops(
+            &format!("product {name}, {rows} x {columns} x {inner}"),
+            2.0 * (rows * columns) as f64 * inner as f64,
+            seconds,
+        );
+    }
+    attention(&mut bench, cuda, [heads, kv_heads, 128], &[2048; 4])?;
+    attention(&mut bench, cuda, [heads, kv_heads, 128], &[4096; 2])?;
+    Ok(bench.lines)
+}
+
+fn attention(bench: &mut Bench<'_>, cuda: &Cuda, heads: [usize; 3], lengths: &[usize]) -> Result<()> {
+    let [heads, kv_heads, head_dim] = heads;
+    let shape = AttentionShape::new(heads, kv_heads, head_dim);
+    let rows: Vec<Row> =
+        (0..lengths.len()).map(|row| Row::whole(row as u64, vec![0; lengths[row]])).collect();
+    let mut packed = PackedBatch::default();
+    packed.fill(&rows)?;
+    let tokens = packed.tokens();
+    let longest = lengths.iter().copied().max().unwrap_or(1);
+    let mut batch = cuda.allocate_batch(BatchRoom { tokens, longest_span: longest, widest: 1, heads })?;
+    cuda.load_batch(&packed, &mut batch);
+    let (queries, keys) = (heads * head_dim, kv_heads * head_dim);
+    let (q, k, v) =
+        (noise(cuda, tokens * queries)?, noise(cuda, tokens * keys)?, noise(cuda, tokens * keys)?);
+    let dout = noise(cuda, tokens * queries)?;
+    let mut out = cuda.allocate(tokens * queries, Use::Activation)?;
+    let mut log_sum = cuda.allocate(tokens * heads, Use::Exact)?;
+    let view = |buffer, columns| View::<Cuda>::new(buffer, tokens, columns);
+    let squares: f64 = lengths.iter().map(|length| (length * length) as f64).sum();
+    let flops = 4.0 * squares / 2.0 * queries as f64;
+    let name = format!("attention, {} x {longest}", lengths.len());
+    let seconds = bench.time(|| {
+        let (to, log_sum) = (
+            ViewMut::<Cuda>::new(&mut out, tokens, queries),
+            ViewMut::<Cuda>::new(&mut log_sum, tokens, heads),
+        );
+        cuda.attention(&batch, shape, view(&q, queries), view(&k, keys), view(&v, keys), to, log_sum);
+    })?;
+    bench.flops(&name, flops, seconds);
+    let mut dq = cuda.allocate(tokens * queries, Use::Activation)?;
+    let (mut dk, mut dv) =
+        (cuda.allocate(tokens * keys, Use::Activation)?, cuda.allocate(tokens * keys, Use::Activation)?);
+    let seconds = bench.time(|| {
+        cuda.attention_backward(
+            &batch,
+            shape,
+            view(&q, queries),
+            view(&k, keys),
+            view(&v, keys),
+            view(&out, queries),
+            view(&log_sum, heads),
+            view(&dout, queries),
+            ViewMut::<Cuda>::new(&mut dq, tokens, queries),
+            ViewMut::<Cuda>::new(&mut dk, tokens, keys),
+            ViewMut::<Cuda>::new(&mut dv, tokens, keys),
+        );
+    })?;
+    bench.flops(&format!("{name} backward"), 2.5 * flops, seconds);
+    Ok(())
+}
+
+/// Numbers that are not all alike: a card is faster on zeros.
+fn noise(cuda: &Cuda, count: usize) -> Result<<Cuda as Backend>::Owned> {
+    const PIECE: usize = 1 << 20;
+    let mut piece = vec![0.0; PIECE.min(count)];
+    random::fill_uniform(1, "bench", 1.0, &mut piece);
+    let mut first = cuda.allocate(piece.len(), Use::Activation)?;
+    cuda.upload(&piece, &mut first);
+    let mut buffer = cuda.allocate(count, Use::Activation)?;
+    for start in (0..count).step_by(piece.len()) {
+        let length = piece.len().min(count - start);
+        cuda.copy(View::<Cuda>::new(&first, 1, length), ViewMut::<Cuda>::at(&mut buffer, start, 1, length));
+    }
+    cuda.settle()?;
+    Ok(buffer)
+}
+
+/// The rate of a large product of bf16.
+fn best_product(index: usize) -> Result<f64> {
+    const SIDE: usize = 8192;
+    let cuda = Cuda::new(index, Precision::Bf16)?;
+    let (a, b) = (noise(&cuda, SIDE * SIDE)?, noise(&cuda, SIDE * SIDE)?);
+    let mut c = cuda.allocate(SIDE * SIDE, Use::Activation)?;
+    let (a, b) = (View::<Cuda>::new(&a, SIDE, SIDE), View::<Cuda>::new(&b, SIDE, SIDE));
+    let seconds =
+        time(&cuda, || cuda.gemm(1.0, a, false, b, true, 0.0, ViewMut::<Cuda>::new(&mut c, SIDE, SIDE)))?;
+    Ok(2.0 * (SIDE * SIDE) as f64 * SIDE as f64 / seconds)
+}
+
+fn time(cuda: &Cuda, mut work: impl FnMut()) -> Result<f64> {
+    const CALLS: usize = 20;
+    work();
+    cuda.settle()?;
+    let mut times = Vec::with_capacity(5);
+    for _ in 0..5 {
+        let begin = Instant::now();
+        for _ in 0..CALLS {
+            work();
+        }
+        cuda.settle()?;
+        times.push(begin.elapsed().as_secs_f64() / CALLS as f64);
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[2])
+}
+
+impl Bench<'_> {
+    fn time(&self, work: impl FnMut()) -> Result<f64> {
+        time(self.cuda, work)
+    }
+
+    fn bytes(&mut self, name: &str, bytes: f64, seconds: f64) {
+        let rate = bytes / seconds;
+        let share = rate / self.copy;
+        self.lines.push(CardOperation { operation: name.to_owned(), seconds, rate, unit: "B/s", share });
+    }
+
+    fn flops(&mut self, name: &str, flops: f64, seconds: f64) {
+        let rate = flops / seconds;
+        let share = rate / self.product;
+        self.lines.push(CardOperation { operation: name.to_owned(), seconds, rate, unit: "FLOP/s", share });
+    }
+}
