@@ -319,7 +319,6 @@ fn parts_learn_at_rates_of_their_own() {
 /// Needs a Python with peft, transformers and torch: `SHANTY_PYTHON`, else `python3`. Without one the test is skipped
 /// aloud; where `SHANTY_REQUIRE_PYTHON` is set, as in continuous integration, it fails.
 #[test]
-#[expect(clippy::print_stderr, reason = "a test that is skipped says so")]
 fn peft_opens_every_folder() {
     const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../cli/tests/it/open_in_peft.py");
     let python = std::env::var("SHANTY_PYTHON").unwrap_or_else(|_| "python3".to_owned());

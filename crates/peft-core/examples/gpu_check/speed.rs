@@ -87,7 +87,8 @@ fn products(lines: &mut Vec<String>) {
     let (a_buffer, b_buffer, mut c) = (fill(), fill(), fill());
     let mut exact = cuda.allocate(28672 * 64, Use::Exact).unwrap();
     // rows, columns, inner, transposes, whether the target is f32 and added to.
-    let shapes: [(&str, usize, usize, usize, [bool; 2], f32, bool); 30] = [
+    type Case = (&'static str, usize, usize, usize, [bool; 2], f32, bool);
+    let shapes: [Case; 30] = [
         ("q k v", 8192, 6144, 4096, [false, true], 0.0, false),
         ("q k v folded", 8192, 6144, 4160, [false, true], 0.0, false),
         ("q", 8192, 4096, 4096, [false, true], 0.0, false),
