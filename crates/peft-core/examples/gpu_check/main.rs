@@ -9,6 +9,7 @@
     reason = "a tool that stops at the first thing that cannot be"
 )]
 
+mod frozen;
 mod models;
 mod operations;
 mod speed;

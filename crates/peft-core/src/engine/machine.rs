@@ -10,10 +10,7 @@ use crate::{
     },
     batch::PackedBatch,
     error::{Error, Result},
-    model::{
-        BaseSource, ModelConfig,
-        decoder::{Decoder, Trained},
-    },
+    model::{BaseSource, ModelConfig, decoder::Decoder, trained::Trained},
     nn::rope::RopeTable,
     optim::{FlatState, FlatUpdate, Outcome},
     plan::{Arena, Levels, Sizes},

@@ -6,7 +6,10 @@ use crate::{
     batch::{PackedBatch, Span, VirtualTokens},
     engine::Parts,
     error::Result,
-    model::decoder::{Attend, Decoder, Trained},
+    model::{
+        decoder::{Attend, Decoder},
+        trained::Trained,
+    },
     nn::rope::RopeTable,
     plan::{Arena, Levels, PlanRequest, Sizes},
 };

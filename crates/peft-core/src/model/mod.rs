@@ -12,6 +12,7 @@ pub mod families;
 pub mod gguf;
 pub mod modules;
 pub mod resident;
+pub mod trained;
 pub mod weights;
 
 pub use base::{BaseSource, DenseView, EmbeddingView, LayerWeights, LinearWeights, Matrix};

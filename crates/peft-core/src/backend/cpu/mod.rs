@@ -4,6 +4,7 @@
 //! same micro-batch gives the same bits on any number of threads.
 
 mod attention;
+mod batch;
 mod cross_entropy;
 mod elementwise;
 mod gemm;
@@ -18,6 +19,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use self::gemm::{Factors, Operand};
 pub use self::{
+    batch::CpuBatch,
     gemm::in_product,
     profile::{NARROW, Operation, Spent},
 };
@@ -71,22 +73,6 @@ impl Cpu {
     /// Counts the time of `work`.
     fn measure<R>(&self, operation: Operation, work: impl FnOnce() -> R) -> R {
         self.profile.measure(operation, 0, work)
-    }
-}
-
-/// A micro-batch, and scratch memory for each thread that works on it.
-pub struct CpuBatch {
-    packed: PackedBatch,
-    lanes: Vec<Mutex<Vec<f32>>>,
-}
-
-impl CpuBatch {
-    /// Lends the calling thread its scratch memory. Must not be nested.
-    fn with_lane<R>(&self, work: impl FnOnce(&mut [f32]) -> R) -> R {
-        let index = rayon::current_thread_index().unwrap_or(0) % self.lanes.len();
-        // A poisoned lane holds scratch numbers, nothing that could be half done.
-        let mut lane = self.lanes[index].lock().unwrap_or_else(PoisonError::into_inner);
-        work(&mut lane)
     }
 }
 

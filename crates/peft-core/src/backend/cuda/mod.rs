@@ -17,8 +17,11 @@ mod memory;
 mod merge;
 mod operations;
 mod optimizer;
+mod products;
 mod profile;
 mod survey;
+mod transfers;
+mod virtual_tokens;
 
 use std::sync::{Arc, Mutex, PoisonError};
 

@@ -22,8 +22,6 @@ use crate::{
     random::DropoutKey,
 };
 
-/// Numbers copied or added as one task.
-const CHUNK: usize = 1 << 16;
 /// Threads of a block of norms, which takes a row.
 const NORM_THREADS: usize = 128;
 
@@ -56,24 +54,7 @@ impl Backend for Cuda {
     }
 
     fn load_batch(&self, from: &PackedBatch, into: &mut CudaBatch) {
-        let device = &self.device;
-        device.upload(&from.token_ids, into.ids.address);
-        device.upload(&from.positions, into.positions.address);
-        device.upload(&from.sample_ids, into.samples.address);
-        device.upload(&from.predicting, into.predicting.address);
-        device.upload(&from.targets, into.targets.address);
-        let spans: Vec<[u32; 4]> = from
-            .spans
-            .iter()
-            .map(|span| {
-                [span.query_start, span.queries, span.key_start, span.keys].map(|number| number as u32)
-            })
-            .collect();
-        device.upload(&spans, into.spans.address);
-        into.span_count = spans.len();
-        into.tiles.load(self, &from.spans);
-        into.longest_queries = from.spans.iter().map(|span| span.queries).max().unwrap_or(0);
-        into.longest_keys = from.spans.iter().map(|span| span.keys).max().unwrap_or(0);
+        self.load(from, into);
     }
 
     fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
@@ -85,22 +66,7 @@ impl Backend for Cuda {
     }
 
     fn lend<'a>(&self, host: &'a [f32], place: &'a mut Option<DeviceMemory>) -> Result<&'a DeviceBuffer> {
-        let length = host.len();
-        if place.as_ref().is_none_or(|memory| memory.bytes < 4 * length) {
-            *place = None;
-            *place = Some(self.allocate_parameters(length)?);
-        }
-        let memory = place.as_mut().ok_or(DeviceError::OutOfMemory { bytes: 6 * length, free: 0 })?;
-        let memory = &mut *memory;
-        self.with_staging(length, |staging| {
-            staging.par_chunks_mut(CHUNK).zip(host.par_chunks(CHUNK)).for_each(|(staging, host)| {
-                staging.copy_from_slice(host);
-            });
-            self.upload(staging, memory);
-            // The staging is used again before the copy out of it need be over.
-            self.settle()
-        })?;
-        Ok(memory)
+        self.lend_parameters(host, place)
     }
 
     fn allocate_parameters(&self, length: usize) -> Result<DeviceMemory> {
@@ -155,23 +121,7 @@ impl Backend for Cuda {
         sink: &mut dyn GradientSink,
         work: impl FnOnce(&mut DeviceBuffer, &mut Ready<'_, Self>) -> Result<R>,
     ) -> Result<R> {
-        let memory = self.reserved(host.len(), place)?;
-        self.fill(0.0, ViewMut::<Self>::new(&mut *memory, 1, host.len()));
-        let mut ranges = Vec::new();
-        let result = work(&mut *memory, &mut |range, _| ranges.push(range))?;
-        let address = memory.address;
-        self.with_staging(host.len(), |staging| {
-            self.device.download(address, staging);
-            self.settle()?;
-            host.par_chunks_mut(CHUNK).zip(staging.par_chunks(CHUNK)).for_each(|(host, new)| {
-                host.iter_mut().zip(new).for_each(|(host, new)| *host += new);
-            });
-            Ok(())
-        })?;
-        for range in ranges {
-            sink.ready(range, host);
-        }
-        Ok(result)
+        self.gather_gradient(host, place, sink, work)
     }
 
     fn upload(&self, from: &[f32], into: &mut DeviceBuffer) {
@@ -188,44 +138,11 @@ impl Backend for Cuda {
     }
 
     fn download(&self, from: View<'_, Self>, into: &mut [f32]) {
-        let start = matrix(from).address;
-        let (runs, length) = if from.stride == from.columns {
-            (1, from.rows * from.columns)
-        } else {
-            (from.rows, from.columns)
-        };
-        let mut narrow = Vec::new();
-        for (run, into) in into.chunks_exact_mut(length.max(1)).enumerate().take(runs) {
-            let address = start + (from.data.numbers.bytes() * run * from.stride) as u64;
-            match from.data.numbers {
-                Numbers::F32 => self.device.download(address, into),
-                Numbers::Bf16 => {
-                    narrow.resize(length, bf16::ZERO);
-                    self.device.download(address, &mut narrow);
-                    into.iter_mut().zip(&narrow).for_each(|(into, from)| *into = from.to_f32());
-                }
-            }
-        }
+        self.download_rows(from, into);
     }
 
     fn frozen<'a>(&'a self, matrix: &Matrix<'a>, scratch: &'a mut DeviceBuffer) -> View<'a, Self> {
-        let (rows, columns) = (matrix.rows(), matrix.columns());
-        match matrix {
-            Matrix::Dense(view) => match self.base.dense.get(&key(view.data())) {
-                Some(memory) => return View::new(&memory.buffer, rows, columns),
-                None => self.missing("a matrix"),
-            },
-            Matrix::Nf4(view) => match self.base.packed.get(&key(view.codes())) {
-                Some(packed) => {
-                    let argument = packed.argument;
-                    let blocks = (argument.numbers as usize / 8).div_ceil(THREADS).clamp(1, 132 * 32);
-                    let name = kernel!("nf4", scratch.numbers);
-                    launch!(self.device, name, [blocks, 1, 1], [THREADS, 1], argument, scratch.address);
-                }
-                None => self.missing("a quantised matrix"),
-            },
-        }
-        View::new(scratch, rows, columns)
+        self.dequantised(matrix, scratch)
     }
 
     fn frozen_updated<'a>(
@@ -280,29 +197,7 @@ impl Backend for Cuda {
         beta: f32,
         c: ViewMut<'_, Self>,
     ) {
-        let (rows, inner) = if transpose_a { (a.columns, a.rows) } else { (a.rows, a.columns) };
-        let (b_inner, columns) = if transpose_b { (b.columns, b.rows) } else { (b.rows, b.columns) };
-        assert!(
-            rows == c.rows && columns == c.columns && inner == b_inner,
-            "a product's operands and target do not fit each other"
-        );
-        if rows == 0 || columns == 0 {
-            return;
-        }
-        let into = c.data.numbers;
-        let narrow = [a.data.numbers, b.data.numbers, into].contains(&Numbers::Bf16);
-        let plain = |view: View<'_, Self>, transposed| Operand {
-            address: matrix(view).address,
-            stride: view.stride,
-            transposed,
-        };
-        let (a, b, numbers) = if narrow {
-            (self.rounded(0, a, transpose_a), self.rounded(1, b, transpose_b), Numbers::Bf16)
-        } else {
-            (plain(a, transpose_a), plain(b, transpose_b), Numbers::F32)
-        };
-        let c = plain(c.view(), false);
-        self.device.product(&Product { a, b, c, rows, columns, inner, alpha, beta, numbers, into });
+        self.multiply(alpha, [(a, transpose_a), (b, transpose_b)], beta, c);
     }
 
     fn low_rank_backward(
@@ -371,36 +266,19 @@ impl Backend for Cuda {
     }
 
     fn put_virtual(&self, batch: &CudaBatch, at: SpanStart, from: View<'_, Self>, to: ViewMut<'_, Self>) {
-        let (grid, spans, count) =
-            (grid(from.rows, from.columns), batch.spans.address, batch.span_count as u32);
-        let keys = u32::from(at == SpanStart::Keys);
-        launch!(
-            self.device,
-            "put_virtual",
-            grid,
-            [THREADS, 1],
-            spans,
-            count,
-            keys,
-            any(from),
-            any(to.view())
-        );
+        self.put_virtual_tokens(batch, at, from, to);
     }
 
     fn sum_virtual(&self, batch: &CudaBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
-        let (grid, spans, count) = (grid(to.rows, to.columns), batch.spans.address, batch.span_count as u32);
-        launch!(self.device, "sum_virtual", grid, [THREADS, 1], spans, count, any(from), any(to.view()));
+        self.over_spans("sum_virtual", batch, (to.rows, to.columns), from, to);
     }
 
     fn rows_to_keys(&self, batch: &CudaBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
-        let (grid, spans, count) =
-            (grid(from.rows, from.columns), batch.spans.address, batch.span_count as u32);
-        launch!(self.device, "rows_to_keys", grid, [THREADS, 1], spans, count, any(from), any(to.view()));
+        self.over_spans("rows_to_keys", batch, (from.rows, from.columns), from, to);
     }
 
     fn keys_to_rows(&self, batch: &CudaBatch, from: View<'_, Self>, to: ViewMut<'_, Self>) {
-        let (grid, spans, count) = (grid(to.rows, to.columns), batch.spans.address, batch.span_count as u32);
-        launch!(self.device, "keys_to_rows", grid, [THREADS, 1], spans, count, any(from), any(to.view()));
+        self.over_spans("keys_to_rows", batch, (to.rows, to.columns), from, to);
     }
 
     fn rms_norm(
