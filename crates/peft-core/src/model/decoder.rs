@@ -4,17 +4,18 @@
 //! says of each layer's part of the flat gradient when it is final, so that its reduction may begin.
 
 use crate::{
-    adapter::{Branches, EmbeddingBranch, EmbeddingSite, ParameterLayout, PassDropout},
+    adapter::EmbeddingSite,
     backend::{AttentionShape, Backend, Ready, SpanStart, View, ViewMut},
-    batch::VirtualTokens,
     error::Result,
-    loss::head::{Head, HeadGradient, TrainedHead},
-    model::{BaseSource, LayerWeights, LinearWeights, ModelConfig, Norm, Place, Projection},
+    loss::head::{Head, HeadGradient},
+    model::{
+        BaseSource, LayerWeights, LinearWeights, ModelConfig, Norm, Place, Projection, trained::Trained,
+    },
     nn::{
         attention::{Attention, Prefix},
         embedding,
         inputs::Inputs,
-        linear::{Branch, Linear, TrainedParts},
+        linear::{Linear, TrainedParts},
         mlp::Mlp,
         rms_norm::RmsNorm,
         rope::RopeTable,

@@ -13,7 +13,7 @@ mod profile;
 mod vectors;
 mod virtual_tokens;
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 

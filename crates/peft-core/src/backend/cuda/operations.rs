@@ -1,13 +1,11 @@
 //! The backend's operations on a card.
 
 use half::bf16;
-use rayon::prelude::*;
 
 use super::{
-    Aside, Cuda, CudaBatch, DeviceBuffer, DeviceError, DeviceMemory, Numbers, THREADS, any, attention,
+    Aside, Cuda, CudaBatch, DeviceBuffer, DeviceMemory, Numbers, THREADS, any, attention,
     attention::{Backward, Forward, TileLists},
     base::{Table, key, table_key},
-    device::{Operand, Product},
     grid, kernel, launch, matrix, target,
 };
 use crate::{
