@@ -37,7 +37,7 @@ pub(crate) struct Args {
     /// The base model, for a data file: its folder, or org/name of the hub
     #[arg(long, value_name = "DIR|ORG/NAME")]
     base: Option<PathBuf>,
-    /// Override a key of the job file; for a data file, keys of [data], for example data.max_length=512
+    /// Override a key of the job file; for a data file, keys below `data`, for example data.max_length=512
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Which part of a job's data to look at
