@@ -1,7 +1,7 @@
 //! Families of decoders: what each `model_type` means.
 //!
 //! A family is one file that turns the keys of a `config.json` into a [`ModelConfig`], registered by one line in
-//! [`FAMILIES`]. [`shared`] reads what nearly all have in common and lets a family change the rest. The layer loop knows no
+//! `FAMILIES`. `shared` reads what nearly all have in common and lets a family change the rest. The layer loop knows no
 //! families: what sets one apart from another is a field of [`ModelConfig`].
 
 mod gemma;
