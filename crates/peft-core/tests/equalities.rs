@@ -6,11 +6,11 @@ mod memory;
 
 use std::ops::Range;
 
-use memory::{MemoryBase, Random, Setup, assert_close, lora, reference};
+use memory::{MemoryBase, Random, Setup, assert_close, bits, lora, reference, rows};
 use shanty_peft_core::{
     Engine, EngineOptions, GradientSink, LossSum, NoSink, StepKey,
     adapter::{LoraConfig, ParameterLayout, TargetModules},
-    batch::{Row, Segment},
+    batch::Row,
     generate::SamplingOptions,
     plan::Recompute,
     quant::Nf4Options,
@@ -35,31 +35,11 @@ fn parameters(layout: &ParameterLayout) -> Vec<f32> {
     parameters
 }
 
-fn rows() -> Vec<Row> {
-    let mut random = Random::new(11);
-    let mut ids = |count: u32| (0..count).map(|_| random.below(288)).collect::<Vec<u32>>();
-    let segments = vec![
-        Segment { sample_id: 5, length: 30 },
-        Segment { sample_id: 6, length: 41 },
-        Segment { sample_id: 7, length: 20 },
-    ];
-    vec![
-        Row::whole(0, ids(96)),
-        Row { id: 1, token_ids: ids(91), segments, trained: vec![10..30, 35..71, 80..91] },
-        Row::whole(2, ids(17)),
-        Row { trained: std::iter::once(60..64).collect(), ..Row::whole(3, ids(64)) },
-    ]
-}
-
 fn step(engine: &mut Engine, rows: &[Row]) -> (LossSum, Vec<f32>) {
     let layout = engine.layout().clone();
     let mut gradient = vec![0.0; layout.len()];
     let sum = engine.forward_backward(&parameters(&layout), rows, KEY, &mut gradient, &mut NoSink).unwrap();
     (sum, gradient)
-}
-
-fn bits(numbers: &[f32]) -> Vec<u32> {
-    numbers.iter().map(|number| number.to_bits()).collect()
 }
 
 #[test]

@@ -6,14 +6,14 @@ mod memory;
 
 use std::ops::{ControlFlow, Range};
 
-use memory::{MemoryBase, Random, Setup, assert_close, reference};
+use memory::{MemoryBase, Random, Setup, assert_close, bits, reference, rows};
 use shanty_peft_core::{
     Engine, EngineOptions, LossSum, NoSink, StepKey,
     adapter::{
         PTuningConfig, ParameterLayout, PrefixStart, PrefixTuningConfig, PromptEncoder, PromptStart,
         PromptTuningConfig, SharedMethod, VirtualTokenConfig,
     },
-    batch::{Row, Segment},
+    batch::Row,
     engine::StepError,
     generate::SamplingOptions,
     plan::Recompute,
@@ -78,31 +78,11 @@ fn parameters(layout: &ParameterLayout) -> Vec<f32> {
     parameters
 }
 
-fn rows() -> Vec<Row> {
-    let mut random = Random::new(11);
-    let mut ids = |count: u32| (0..count).map(|_| random.below(288)).collect::<Vec<u32>>();
-    let segments = vec![
-        Segment { sample_id: 5, length: 30 },
-        Segment { sample_id: 6, length: 41 },
-        Segment { sample_id: 7, length: 20 },
-    ];
-    vec![
-        Row::whole(0, ids(96)),
-        Row { id: 1, token_ids: ids(91), segments, trained: vec![10..30, 35..71, 80..91] },
-        Row::whole(2, ids(17)),
-        Row { trained: std::iter::once(60..64).collect(), ..Row::whole(3, ids(64)) },
-    ]
-}
-
 fn step(engine: &mut Engine, rows: &[Row]) -> (LossSum, Vec<f32>) {
     let layout = engine.layout().clone();
     let mut gradient = vec![0.0; layout.len()];
     let sum = engine.forward_backward(&parameters(&layout), rows, KEY, &mut gradient, &mut NoSink).unwrap();
     (sum, gradient)
-}
-
-fn bits(numbers: &[f32]) -> Vec<u32> {
-    numbers.iter().map(|number| number.to_bits()).collect()
 }
 
 #[test]

@@ -270,3 +270,25 @@ impl Random {
         (self.next() % u64::from(limit)) as u32
     }
 }
+
+/// Four rows of the reference vocabulary: whole ones, one of three segments of which parts are trained, one that trains a few tokens.
+pub fn rows() -> Vec<Row> {
+    let mut random = Random::new(11);
+    let mut ids = |count: u32| (0..count).map(|_| random.below(288)).collect::<Vec<u32>>();
+    let segments = vec![
+        Segment { sample_id: 5, length: 30 },
+        Segment { sample_id: 6, length: 41 },
+        Segment { sample_id: 7, length: 20 },
+    ];
+    vec![
+        Row::whole(0, ids(96)),
+        Row { id: 1, token_ids: ids(91), segments, trained: vec![10..30, 35..71, 80..91] },
+        Row::whole(2, ids(17)),
+        Row { trained: std::iter::once(60..64).collect(), ..Row::whole(3, ids(64)) },
+    ]
+}
+
+/// The bits of each number.
+pub fn bits(numbers: &[f32]) -> Vec<u32> {
+    numbers.iter().map(|number| number.to_bits()).collect()
+}
