@@ -2,20 +2,17 @@
 
 use std::{collections::HashMap, fs, os::unix::fs::PermissionsExt, path::Path};
 
-use safetensors::tensor::Dtype;
-
 use super::{
     FoldedModel, FoldedTensor, MergeOptions, MergeProgress, MergeReport, Written, before_and_after,
     partial_name, report::Distances, shard::unwritable, source,
 };
 use crate::{
     error::{Error, Origin, Result},
-    model::ModuleKind,
+    model::{ModuleKind, export::torch_name},
     quant::{
         Nf4Options, PackedLayer, PackedShape,
         bitsandbytes::{self, OwnedTensor},
-        double, nf4,
-        packed::ScalesMut,
+        nf4,
     },
 };
 
@@ -24,14 +21,6 @@ pub(super) fn compute_dtype(model: &FoldedModel<'_>) -> Result<&'static str> {
     let linear = linear_weights(model);
     let first = model.tensors()?.into_iter().find(|tensor| linear.contains(&tensor.name));
     Ok(first.map_or("float32", |tensor| torch_name(tensor.dtype)))
-}
-
-fn torch_name(dtype: Dtype) -> &'static str {
-    match dtype {
-        Dtype::BF16 => "bfloat16",
-        Dtype::F16 => "float16",
-        _ => "float32",
-    }
 }
 
 fn linear_weights(model: &FoldedModel<'_>) -> Vec<String> {
@@ -46,15 +35,7 @@ pub(super) fn quantise(values: &[f32], shape: PackedShape) -> Option<PackedLayer
     if !nf4::quantise(values, shape.options.block_size, packed.parts_mut(0).codes, &mut scales) {
         return None;
     }
-    match packed.parts_mut(0).scales {
-        ScalesMut::Plain(out) => out.copy_from_slice(&scales),
-        ScalesMut::Double { codes, nested } => {
-            let quantised = double::quantise(&scales);
-            codes.copy_from_slice(&quantised.codes);
-            nested.copy_from_slice(&quantised.nested);
-            packed.set_double(0, quantised.offset, &double::DYNAMIC_MAP);
-        }
-    }
+    packed.set_scales(0, &scales);
     Some(packed)
 }
 

@@ -74,7 +74,8 @@ pub fn save_nf4(source: &Path, target: &Path, options: Nf4Options) -> Result<()>
     write(target, &tensors, &config(source, dtype.as_deref().unwrap_or("float32"), options.double)?)
 }
 
-fn torch_name(dtype: Dtype) -> &'static str {
+/// As torch names it.
+pub(crate) fn torch_name(dtype: Dtype) -> &'static str {
     match dtype {
         Dtype::BF16 => "bfloat16",
         Dtype::F16 => "float16",

@@ -16,8 +16,8 @@ use crate::{
         weights::{ModelFiles, Tensor, TensorFile},
     },
     quant::{
-        Nf4Options, double, nf4,
-        packed::{PackedLayer, PackedShape, ScalesMut},
+        Nf4Options, nf4,
+        packed::{PackedLayer, PackedShape},
     },
 };
 
@@ -393,15 +393,7 @@ impl Reader<'_> {
             let (file, tensor) = (tensor.file().to_owned(), tensor.name().to_owned());
             return Err(Error::NonFinite { origin: Origin::Base, file, tensor });
         }
-        match packed.parts_mut(index).scales {
-            ScalesMut::Plain(out) => out.copy_from_slice(&scales),
-            ScalesMut::Double { codes, nested } => {
-                let quantised = double::quantise(&scales);
-                codes.copy_from_slice(&quantised.codes);
-                nested.copy_from_slice(&quantised.nested);
-                packed.set_double(index, quantised.offset, &double::DYNAMIC_MAP);
-            }
-        }
+        packed.set_scales(index, &scales);
         Ok(())
     }
 }

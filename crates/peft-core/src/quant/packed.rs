@@ -10,7 +10,7 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::quant::{
     Nf4Options,
-    double::NESTED_BLOCK,
+    double::{self, NESTED_BLOCK},
     nf4::{self, Nf4View, Scales},
 };
 
@@ -171,6 +171,19 @@ impl PackedLayer {
             false => ScalesMut::Plain(bytemuck::cast_slice_mut(scales)),
         };
         PackedParts { codes, scales }
+    }
+
+    /// Stores the scales of matrix `index`, one a block, quantised themselves where its shape says so.
+    pub fn set_scales(&mut self, index: usize, scales: &[f32]) {
+        match self.parts_mut(index).scales {
+            ScalesMut::Plain(out) => out.copy_from_slice(scales),
+            ScalesMut::Double { codes, nested } => {
+                let quantised = double::quantise(scales);
+                codes.copy_from_slice(&quantised.codes);
+                nested.copy_from_slice(&quantised.nested);
+                self.set_double(index, quantised.offset, &double::DYNAMIC_MAP);
+            }
+        }
     }
 
     /// Sets what double quantisation of matrix `index` needs besides its bytes.
