@@ -10,9 +10,11 @@ mod find;
 mod hub;
 mod leases;
 pub mod machine;
+pub mod outside;
 pub mod prepare;
 mod server;
 mod services;
+pub mod simulation;
 pub mod store;
 
 pub use error::{Error, Result};

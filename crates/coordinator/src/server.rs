@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     sync::{Arc, atomic::AtomicU64},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use shanty_proto::{
@@ -15,9 +15,9 @@ use shanty_proto::{
         status_service_server::StatusServiceServer, worker_service_server::WorkerServiceServer,
     },
 };
-use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
+use tokio::{net::TcpListener, time::Instant};
 use tokio_util::sync::CancellationToken;
+use tonic::transport::server::TcpIncoming;
 
 use crate::{
     engine::{self, Works},
@@ -25,6 +25,7 @@ use crate::{
     hub::Hub,
     leases::Leases,
     machine::{self, Event, Machine},
+    outside::{Files, Outside},
     services::{Jobs, Statuses, Workers},
     store::{Closing, Store},
 };
@@ -138,7 +139,8 @@ impl Coordinator {
         let Self { options, listener, handle, store, closing, stored } = self;
         let started = Instant::now();
         let mut machine = Machine::new(options.protocol.clone(), seed());
-        let (hub, leases) = (Arc::new(Hub::default()), Arc::new(Leases::default()));
+        let outside: Arc<dyn Outside> = Arc::new(Files { prepare_command: options.prepare_command.clone() });
+        let (hub, leases) = (Arc::new(Hub::default()), Arc::new(Leases::new(Arc::clone(&outside))));
         for job in stored {
             machine.restore(engine::now(started), job);
         }
@@ -152,7 +154,7 @@ impl Coordinator {
             store: store.clone(),
             hub: Arc::clone(&hub),
             leases: Arc::clone(&leases),
-            prepare_command: options.prepare_command.clone(),
+            outside,
             started,
         };
         let (engine, task) = engine::build(works);
@@ -178,7 +180,10 @@ impl Coordinator {
 }
 
 /// Opens the prepared data of jobs that were at work; those whose data cannot be opened are given back.
-async fn open_data(machine: &Machine, leases: &Leases) -> Vec<(JobId, shanty_diagnostic::Diagnostic)> {
+pub(crate) async fn open_data(
+    machine: &Machine,
+    leases: &Leases,
+) -> Vec<(JobId, shanty_diagnostic::Diagnostic)> {
     let mut broken = Vec::new();
     for job in machine.unfinished() {
         let (Some(spec), Some(hash)) = (machine.spec(&job), machine.data_hash(&job)) else { continue };
@@ -235,8 +240,9 @@ async fn serve_grpc(
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .expect("the descriptors come from the same build");
+    // The builder's own setting is for sockets that it opens itself.
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     tonic::transport::Server::builder()
-        .tcp_nodelay(true)
         .http2_keepalive_interval(Some(Duration::from_secs(2)))
         .http2_keepalive_timeout(Some(Duration::from_secs(3)))
         .add_service(health)
@@ -244,7 +250,7 @@ async fn serve_grpc(
         .add_service(jobs)
         .add_service(statuses)
         .add_service(workers)
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled())
+        .serve_with_incoming_shutdown(incoming, stop.cancelled())
         .await
         .map_err(Error::Serve)
 }

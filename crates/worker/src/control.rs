@@ -5,11 +5,12 @@
 
 use std::{
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use shanty_collective::AbortHandle;
 use shanty_proto::v1::{Attachment, MemberPhase};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// First pause between two requests for a beat while the trainer is out of credit; doubled up to [`LONGEST_PAUSE`].

@@ -8,7 +8,7 @@ mod outbox;
 
 use std::{
     sync::{Arc, mpsc::Sender},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use shanty_proto::v1::{
@@ -18,7 +18,7 @@ use shanty_proto::v1::{
 };
 use tokio::{
     sync::mpsc::{self, Receiver, UnboundedReceiver, UnboundedSender},
-    time::{Interval, MissedTickBehavior, interval, sleep, timeout},
+    time::{Instant, Interval, MissedTickBehavior, interval, sleep, timeout},
 };
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -174,19 +174,9 @@ impl Session {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let control = Arc::clone(&self.control);
         loop {
+            // In this order: a beat that is due waits for nothing, and a simulation can be played again.
             tokio::select! {
-                message = inbound.message() => match message {
-                    Ok(Some(CoordinatorMessage { message: Some(message) })) => {
-                        self.receive(memory, &mut wire, message);
-                    }
-                    Ok(Some(CoordinatorMessage { message: None })) => debug!("the coordinator sent an unknown message"),
-                    Ok(None) => return Ok(End::Lost("it closed the stream".to_owned())),
-                    Err(status) => return self.lost(&status),
-                },
-                Some(report) = self.reports.recv() => self.report(memory, &mut wire, report),
-                _ = tick.tick() => self.beat(memory, &mut wire),
-                () = control.beat_wanted.notified() => self.beat(memory, &mut wire),
-                Some(line) = self.logs.recv() => self.forward_logs(memory, &mut wire, line),
+                biased;
                 () = shutdown.cancelled() => {
                     wire.send(Message::Goodbye(Goodbye { reason: "the worker was asked to end".to_owned() }));
                     drop(wire);
@@ -196,6 +186,18 @@ impl Session {
                     }).await;
                     return Ok(End::Shutdown);
                 }
+                _ = tick.tick() => self.beat(memory, &mut wire),
+                () = control.beat_wanted.notified() => self.beat(memory, &mut wire),
+                message = inbound.message() => match message {
+                    Ok(Some(CoordinatorMessage { message: Some(message) })) => {
+                        self.receive(memory, &mut wire, message);
+                    }
+                    Ok(Some(CoordinatorMessage { message: None })) => debug!("the coordinator sent an unknown message"),
+                    Ok(None) => return Ok(End::Lost("it closed the stream".to_owned())),
+                    Err(status) => return self.lost(&status),
+                },
+                Some(report) = self.reports.recv() => self.report(memory, &mut wire, report),
+                Some(line) = self.logs.recv() => self.forward_logs(memory, &mut wire, line),
             }
             if wire.sender.is_closed() {
                 return Ok(End::Lost("the stream broke".to_owned()));

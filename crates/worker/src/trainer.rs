@@ -6,7 +6,7 @@
 mod boundary;
 mod check;
 mod checkpoint;
-mod formation;
+pub(crate) mod formation;
 mod job;
 mod pipeline;
 mod start;

@@ -233,7 +233,7 @@ impl Machine {
             start,
         };
         let applied = generation.start.applied;
-        job.crew = Crew { members: members.iter().map(|worker| self.new_member(worker, holders)).collect() };
+        job.crew = Crew::new(members.iter().map(|worker| self.new_member(worker, holders)).collect());
         job.generation = Some(Arc::new(generation));
         job.phase = Phase::Running;
         job.formed = true;

@@ -115,7 +115,7 @@ impl Machine {
             member.step = generation.start.applied;
             member
         };
-        Crew { members: generation.members.iter().map(member).collect() }
+        Crew::new(generation.members.iter().map(member).collect())
     }
 }
 
