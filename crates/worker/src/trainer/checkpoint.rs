@@ -145,7 +145,7 @@ impl Ticket {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
+    use tokio::time::Instant;
 
     use shanty_checkpoint::{Key, Optimizer, State};
     use shanty_proto::v1::Attachment;
