@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    access::Access,
     error::{Error, Result},
     find,
     hub::Hub,
@@ -95,6 +96,9 @@ pub(crate) struct Works {
     pub store: Store,
     pub hub: Arc<Hub>,
     pub leases: Arc<Leases>,
+    pub access: Arc<Access>,
+    /// Whether collectives are encrypted.
+    pub encrypted: bool,
     pub prepare_command: Vec<OsString>,
     pub started: Instant,
 }
@@ -248,6 +252,9 @@ impl Task {
             Effect::StatusChanged(job) => {
                 self.works.leases.allow(&job, self.works.machine.leasable(&job));
                 if let Some(view) = self.works.machine.view(now(self.works.started), &job) {
+                    if view.state.is_final() {
+                        self.works.access.job_ended(&job);
+                    }
                     self.works.hub.set_status(view);
                 }
             }
@@ -269,8 +276,12 @@ impl Task {
         }
         let options = self.works.machine.options();
         let milliseconds = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
-        let message =
-            wire::message_out(message, milliseconds(options.beat_interval), milliseconds(options.credit));
+        let terms = wire::Terms {
+            beat_ms: milliseconds(options.beat_interval),
+            credit_ms: milliseconds(options.credit),
+            encrypted: self.works.encrypted,
+        };
+        let message = wire::message_out(message, terms);
         if let Err(error) = outgoing.try_send(Ok(message)) {
             let reason = match error {
                 mpsc::error::TrySendError::Full(_) => "it does not read what it is told",

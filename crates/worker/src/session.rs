@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use shanty_access::Channel;
 use shanty_proto::v1::{
     Attachment, Beat, CoordinatorMessage, Goodbye, Hello, LogLine, LogLines, Welcome, WorkerMessage,
     coordinator_message::Message as FromCoordinator, worker_message::Message,
@@ -22,7 +23,7 @@ use tokio::{
 };
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Status, Streaming, transport::Channel};
+use tonic::{Code, Status, Streaming};
 use tracing::{debug, info, warn};
 
 use crate::{Error, control::Control, trainer::Command};

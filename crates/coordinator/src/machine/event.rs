@@ -127,6 +127,8 @@ pub struct WorkerInfo {
     pub device: String,
     /// Where it accepts its neighbours' connections.
     pub address: String,
+    /// The one job that it may work for; any, if none is named.
+    pub only: Option<JobId>,
 }
 
 /// A worker's claim to belong to a generation.

@@ -23,7 +23,8 @@ impl Machine {
         let mut asked = Vec::new();
         for (worker, session) in &mut self.sessions {
             let is_idle = session.assigned.is_none() && session.unfit_until <= now.monotonic;
-            if is_idle && session.failures_in(job) < tries && job.wants_workers() {
+            let may = session.info.only.as_ref().is_none_or(|only| *only == job.id);
+            if is_idle && may && session.failures_in(job) < tries && job.wants_workers() {
                 session.assigned = Some((job.id.clone(), job.attempt));
                 session.ready_since = None;
                 asked.push(worker.clone());
@@ -318,7 +319,7 @@ impl Machine {
     }
 
     /// A generation's secret: from the machine's, and never the same twice since numbers are not reused.
-    fn token(&self, job: &JobId, generation: Generation) -> [u8; 32] {
+    pub(super) fn token(&self, job: &JobId, generation: Generation) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new_keyed(&self.seed);
         hasher.update(job.as_str().as_bytes());
         hasher.update(&generation.0.to_le_bytes());

@@ -69,7 +69,11 @@ impl Machine {
         job.evaluations = evaluations;
         job.checkpoints = checkpoints;
         job.events = events;
-        if let Some(generation) = record.generation {
+        if let Some(mut generation) = record.generation {
+            // It is not stored.
+            if generation.token == [0; 32] {
+                generation.token = self.token(&id, generation.generation);
+            }
             job.crew = self.crew_of(now, &generation);
             job.generation = Some(Arc::new(generation));
         }
