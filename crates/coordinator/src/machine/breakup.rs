@@ -11,6 +11,7 @@ use super::{
     effect::Message,
     event::{Moment, Within},
     job::{Break, Forming, Holder, Job, Leaving, Origin, Phase},
+    retry::{self, Cause},
 };
 
 /// A job that cannot be carried out.
@@ -178,7 +179,9 @@ impl Machine {
         let cause = job.broken.as_ref().map(|broken| broken.cause.clone()).unwrap_or_default();
         let text = format!("nobody of generation {} is left who has its state", job.generation_number());
         self.note(now, job, "all_lost", text);
-        if job.total_losses >= self.options.total_losses {
+        let bound = job.spec.cluster.retries.map_or(self.options.total_losses, |retries| retries + 1);
+        let pause = retry::again(Cause::Lost, job.total_losses, bound, self.options.retry_pause);
+        let Some(pause) = pause else {
             let (times, step) = (job.total_losses, job.furthest);
             let message = format!(
                 "all workers were lost {times} times without getting beyond step {step}; the last: {cause}"
@@ -187,7 +190,8 @@ impl Machine {
                 "look at the workers' logs for what ends them (memory, a kernel fault); then `shanty resume`";
             let error = Diagnostic::new(HOPELESS, message).kind(Kind::Internal).hint(hint);
             return self.fail(now, job, error);
-        }
+        };
+        job.standing.not_before = now.monotonic + pause;
         job.phase = Phase::Forming(Forming { origin: Origin::Fenced, enough_since: None });
         self.save(job);
     }

@@ -13,17 +13,18 @@ use super::{
     event::Moment,
     job::{Holder, Job, Origin, Phase},
     record::{CheckpointRecord, GenerationRecord, MemberRecord, RankRows, Source, StartPoint},
+    retry::{self, Cause},
 };
 
 impl Machine {
-    /// Asks idle workers to load the job's base.
-    pub(super) fn assign(&mut self, now: Moment, job: &mut Job) {
-        let Some(facts) = &job.facts else { return };
+    /// Asks at most so many idle workers to load the job's base; says how many.
+    pub(super) fn assign(&mut self, now: Moment, job: &mut Job, most: usize) -> usize {
+        let Some(facts) = &job.facts else { return 0 };
         let tries = self.options.worker_tries;
         let mut asked = Vec::new();
         for (worker, session) in &mut self.sessions {
             let is_idle = session.assigned.is_none() && session.unfit_until <= now.monotonic;
-            if is_idle && session.failures_in(job) < tries && job.wants_workers() {
+            if is_idle && session.failures_in(job) < tries && job.wants_workers() && asked.len() < most {
                 session.assigned = Some((job.id.clone(), job.attempt));
                 session.ready_since = None;
                 asked.push(worker.clone());
@@ -42,6 +43,7 @@ impl Machine {
         if !asked.is_empty() {
             self.changed.insert(job.id.clone());
         }
+        asked.len()
     }
 
     /// Workers that loaded the job's base, in the order in which they came.
@@ -60,10 +62,11 @@ impl Machine {
     pub(super) fn let_join(&mut self, now: Moment, job: &mut Job) {
         let all_here = job.crew.members.iter().all(|member| member.attached);
         let near_end = job.watermark.0 + 1 >= job.steps().0;
-        if !matches!(job.phase, Phase::Running) || !all_here || !job.advanced || near_end {
+        let leaves = job.standing.giving_way.is_some();
+        if !matches!(job.phase, Phase::Running) || !all_here || !job.advanced || near_end || leaves {
             return;
         }
-        let max = job.spec.cluster.workers.max as usize;
+        let (_, max) = job.bounds();
         let mut joiners = self.ready_for(job);
         joiners.retain(|worker| job.crew.of(worker).is_none());
         joiners.truncate(max.saturating_sub(job.crew.members.len()));
@@ -85,6 +88,18 @@ impl Machine {
     /// Forms the next generation, if all that it needs is there; else says what is missing.
     pub(super) fn try_form(&mut self, now: Moment, job: &mut Job) {
         let Phase::Forming(forming) = &job.phase else { return };
+        if job.standing.giving_way.is_some() {
+            return self.park(now, job);
+        }
+        if now.monotonic < job.standing.not_before {
+            let pause = job.standing.not_before - now.monotonic;
+            let why = match job.total_losses {
+                0 => "the store does not answer".to_owned(),
+                times => format!("all workers were lost {times} times in a row"),
+            };
+            return self
+                .set_reason(job, format!("{why}; tries again in {:.0} s", pause.as_secs_f64().ceil()));
+        }
         let holders = match &forming.origin {
             Origin::Fenced => return self.wait_for_fence(now, job),
             Origin::Searching => {
@@ -94,8 +109,7 @@ impl Machine {
             Origin::Fresh | Origin::Checkpoint(_) => BTreeMap::new(),
         };
         let enough_since = forming.enough_since;
-        let bounds = job.spec.cluster.workers;
-        let (min, max) = (bounds.min.max(1) as usize, bounds.max.max(1) as usize);
+        let (min, max) = job.bounds();
         let mut joiners = self.ready_for(job);
         joiners.retain(|worker| !holders.contains_key(worker));
         let count = holders.len() + joiners.len();
@@ -114,11 +128,8 @@ impl Machine {
                 format!("{count} of at most {max} workers are ready; waits up to {seconds:.1} s for more");
             return self.set_reason(job, reason);
         }
-        let mut by_rank: Vec<(Rank, WorkerId)> =
-            holders.iter().map(|(worker, holder)| (holder.rank, worker.clone())).collect();
-        by_rank.sort();
-        let members: Vec<WorkerId> =
-            by_rank.into_iter().map(|(_, worker)| worker).chain(joiners).take(max).collect();
+        let stay = who_stays(&holders, max);
+        let members: Vec<WorkerId> = stay.into_iter().chain(joiners).take(max).collect();
         self.form(now, job, &members, &holders);
     }
 
@@ -166,13 +177,30 @@ impl Machine {
                     forming.origin = Origin::Fresh;
                     "there is no checkpoint; starts from the beginning".to_owned()
                 }
-                Err(error) => return machine.fail(now, job, error),
+                Err(error) => return machine.search_failed(now, job, error),
             };
+            job.standing.search_failures = 0;
             for reason in damaged {
                 machine.note(now, job, "checkpoint_damaged", reason);
             }
             machine.note(now, job, "checkpoint_chosen", text);
         });
+    }
+
+    /// A store that does not answer may do so later.
+    fn search_failed(&mut self, now: Moment, job: &mut Job, error: shanty_diagnostic::Diagnostic) {
+        job.standing.search_failures += 1;
+        let (times, bound) = (job.standing.search_failures, self.options.total_losses);
+        let Some(pause) = retry::again(Cause::from(error.kind), times, bound, self.options.retry_pause)
+        else {
+            return self.fail(now, job, error);
+        };
+        let text = format!("the newest checkpoint cannot be looked for: {}: {}", error.code, error.message);
+        self.note(now, job, "checkpoint_search_failed", text);
+        job.standing.not_before = now.monotonic + pause;
+        if let Phase::Forming(forming) = &mut job.phase {
+            forming.origin = Origin::Fenced;
+        }
     }
 
     /// Why there are not enough workers.
@@ -324,6 +352,18 @@ impl Machine {
         hasher.update(&generation.0.to_le_bytes());
         *hasher.finalize().as_bytes()
     }
+}
+
+/// At most `most` of those who hold a state, by rank. Where some have to go, those with the last step and a sum stay.
+fn who_stays(holders: &BTreeMap<WorkerId, Holder>, most: usize) -> Vec<WorkerId> {
+    let mut stay: Vec<(&WorkerId, &Holder)> = holders.iter().collect();
+    stay.sort_by_key(|(_, holder)| {
+        let kept = holder.kept.as_ref().map_or(0, |kept| kept.rows.len());
+        (std::cmp::Reverse((holder.applied, kept)), holder.rank)
+    });
+    stay.truncate(most);
+    stay.sort_by_key(|(_, holder)| holder.rank);
+    stay.into_iter().map(|(worker, _)| worker.clone()).collect()
 }
 
 fn start_point(job: &Job, applied: Step, source: Source, rows: Vec<RankRows>) -> StartPoint {

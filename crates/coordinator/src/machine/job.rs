@@ -18,6 +18,7 @@ use super::{
         CheckpointRecord, DataFacts, EvaluationRecord, EventRecord, FailureRecord, GenerationRecord,
         JobRecord, JobState, StepRecord,
     },
+    turns::Standing,
 };
 
 /// Events that the status shows.
@@ -106,6 +107,7 @@ pub(crate) struct Job {
     pub spec: Arc<JobSpec>,
     pub spec_json: Arc<str>,
     pub phase: Phase,
+    pub standing: Standing,
     pub reason: String,
     pub failure: Option<FailureRecord>,
     pub attempt: Attempt,
@@ -160,6 +162,7 @@ impl Job {
             spec,
             spec_json,
             phase: Phase::Queued,
+            standing: Standing::default(),
             reason: "waits for its turn".to_owned(),
             failure: None,
             attempt: Attempt(1),
@@ -336,6 +339,7 @@ impl Job {
             submitted_unix_ms: self.submitted_unix_ms,
             started_unix_ms: self.started_unix_ms,
             ended_unix_ms: self.ended_unix_ms,
+            overtaken: self.standing.overtaken,
         }
     }
 }

@@ -208,6 +208,9 @@ pub struct JobRecord {
     pub started_unix_ms: u64,
     /// When it ended; 0 before.
     pub ended_unix_ms: u64,
+    /// Younger jobs of its priority that began while it waited.
+    #[serde(default)]
+    pub overtaken: u32,
 }
 
 /// A committed step.
@@ -263,6 +266,9 @@ pub struct CheckpointRecord {
     pub seconds: f64,
     /// When.
     pub unix_ms: u64,
+    /// Mean loss of the held-out rows with it, where they were evaluated.
+    #[serde(default)]
+    pub loss: Option<f64>,
 }
 
 /// Something that happened to a job.

@@ -63,6 +63,9 @@ impl Machine {
         job.submitted_unix_ms = record.submitted_unix_ms;
         job.started_unix_ms = record.started_unix_ms;
         job.ended_unix_ms = record.ended_unix_ms;
+        job.standing.overtaken = record.overtaken;
+        job.standing.active =
+            matches!(record.state, JobState::Forming | JobState::Running | JobState::Recovering);
         job.recorded = steps.iter().map(|step| step.step).collect::<BTreeSet<_>>();
         job.last_step = steps.last().cloned();
         job.tokens_per_second = steps.last().map_or(0.0, |step| step.tokens_per_second);

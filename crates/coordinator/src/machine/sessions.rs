@@ -216,8 +216,12 @@ impl Machine {
                 let left = super::crew::LeftWith { applied, holds_state, kept };
                 self.left(now, worker, &within, left);
             }
-            Said::Checkpoint { within, step, path, size_bytes, seconds } => {
-                self.checkpoint(now, worker, &within, step, path, size_bytes, seconds);
+            Said::Checkpoint { within, step, path, size_bytes, seconds, removed } => {
+                let written = super::reports::Written { step, path, size_bytes, seconds, removed };
+                self.checkpoint(now, worker, &within, written);
+            }
+            Said::CheckpointFailed { within, step, error } => {
+                self.checkpoint_failed(now, worker, &within, step, &error);
             }
             Said::Evaluation { within, step, loss, tokens } => {
                 self.evaluation(now, worker, &within, step, loss, tokens);
