@@ -3,7 +3,7 @@
 //! Field names are those of Hugging Face PEFT and transformers where they have the thing.
 //! The doc comments here are the text of `docs/reference/job.md`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -372,18 +372,54 @@ described! {
     #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
     #[serde(deny_unknown_fields, default)]
     pub struct CheckpointSpec {
-        /// A folder; `runs/NAME` when absent. Everything of the run lies below it.
+        /// A folder, or a URL of an object store (`s3://bucket/prefix`, `gs://…`, `az://…`); `runs/NAME` when absent.
+        /// Checkpoints and the finished adapter lie below it.
         pub store: Option<PathBuf>,
+        /// The folder on each machine for the rest: prepared data, logs, the coordinator's state. `store` when absent, or
+        /// `runs/NAME` where the store is a URL.
+        pub run_folder: Option<PathBuf>,
         /// Write a checkpoint every so many steps; the last step always has one. 0: the last alone.
         pub every_steps: u64,
-        /// How many checkpoints are kept.
+        /// How many checkpoints are kept: the newest ones.
         pub keep: usize,
+        /// How many more are kept: those with the lowest loss on the held-out rows. Only checkpoints of steps that were
+        /// evaluated can be among them, so `train.eval_every_steps` should divide `every_steps`, or the other way round.
+        pub keep_best: usize,
     }
+}
+
+impl CheckpointSpec {
+    /// The store, as a folder's path or a URL; `runs/NAME` where the job `name` names none.
+    pub fn location(&self, name: &str) -> String {
+        match &self.store {
+            Some(store) => store.to_string_lossy().into_owned(),
+            None => Path::new("runs").join(name).to_string_lossy().into_owned(),
+        }
+    }
+
+    /// Whether the store is an object store, and no folder.
+    pub fn is_remote(&self) -> bool {
+        self.store.as_deref().is_some_and(is_url)
+    }
+
+    /// The folder on this machine of what does not go to the store.
+    pub fn folder(&self, name: &str) -> PathBuf {
+        let store = self.store.as_ref().filter(|store| !is_url(store));
+        match self.run_folder.as_ref().or(store) {
+            Some(folder) => folder.clone(),
+            None => Path::new("runs").join(name),
+        }
+    }
+}
+
+/// Whether a path is a URL of something else than a folder of this machine.
+pub(crate) fn is_url(path: &Path) -> bool {
+    path.to_str().is_some_and(|text| text.contains("://") && !text.starts_with("file://"))
 }
 
 impl Default for CheckpointSpec {
     fn default() -> Self {
-        Self { store: None, every_steps: 50, keep: 3 }
+        Self { store: None, run_folder: None, every_steps: 50, keep: 3, keep_best: 0 }
     }
 }
 
@@ -404,6 +440,15 @@ described! {
         /// Compare the adapters of all workers every so many steps, and before each checkpoint; 0: before checkpoints
         /// alone.
         pub compare_every_steps: u64,
+        /// From 0 to 100. A job of a higher priority is next, and jobs of a lower one make room for it: they write a
+        /// checkpoint, and go on from there when their turn comes again.
+        pub priority: u32,
+        /// For whom the job runs. Jobs of one priority are dealt out fairly among owners: next is that of the owner who
+        /// has the fewest workers. `shanty submit` fills in the user's name.
+        pub owner: Option<String>,
+        /// How often all of its workers may be lost in a row, without a new step in between, and the job is tried again;
+        /// 2 when absent. The pauses between tries grow.
+        pub retries: Option<u32>,
     }
 
     /// Bounds on the number of workers.
@@ -425,6 +470,9 @@ impl Default for ClusterSpec {
             spares: None,
             replace_stragglers: false,
             compare_every_steps: 100,
+            priority: 50,
+            owner: None,
+            retries: None,
         }
     }
 }

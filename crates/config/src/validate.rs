@@ -267,6 +267,18 @@ fn cluster(spec: &JobSpec, findings: &mut Findings) {
     let workers = spec.cluster.workers;
     findings.require(workers.min >= 1, "cluster.workers.min", workers.min, "must be at least 1");
     findings.require(workers.max >= 1, "cluster.workers.max", workers.max, "must be at least 1");
+    let priority = spec.cluster.priority;
+    findings.require(priority <= 100, "cluster.priority", priority, "must be from 0 to 100");
+    let checkpoint = &spec.checkpoint;
+    if let Some(store) = checkpoint.store.as_ref().filter(|_| checkpoint.is_remote()) {
+        let store = store.to_string_lossy();
+        let known = ["s3://", "gs://", "az://"].iter().any(|scheme| {
+            store.strip_prefix(scheme).is_some_and(|rest| !rest.is_empty() && !rest.starts_with('/'))
+        });
+        let rule =
+            "must be a folder, or `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`";
+        findings.require(known, "checkpoint.store", &store, rule);
+    }
     if workers.min >= 1 && workers.max >= 1 {
         let rule = format!("must be at least `min`, which is {}", workers.min);
         let hint = "write `workers = { min = 1, max = 8 }`; `max` is 1 where it is left out";

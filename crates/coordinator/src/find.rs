@@ -4,16 +4,11 @@ use shanty_checkpoint::{Expectations, Manifest, Store};
 use shanty_config::JobSpec;
 use shanty_proto::{Attempt, Generation, JobId, Step};
 
-use crate::{
-    error::{Error, Result},
-    machine::record::CheckpointRecord,
-};
+use crate::{error::Result, machine::record::CheckpointRecord};
 
 /// The store of a job.
 fn store_of(spec: &JobSpec) -> Result<Store> {
-    let folder = spec.checkpoint.store.as_ref().ok_or_else(|| Error::bad("the job names no store"))?;
-    let location = folder.to_str().ok_or_else(|| Error::bad("the job's store is no text"))?;
-    Ok(Store::open(location)?)
+    Ok(Store::open(&spec.checkpoint.location(&spec.name))?)
 }
 
 fn record(manifest: &Manifest) -> CheckpointRecord {
@@ -25,6 +20,7 @@ fn record(manifest: &Manifest) -> CheckpointRecord {
         size_bytes: manifest.size_bytes(),
         seconds: 0.0,
         unix_ms: manifest.created_unix_ms,
+        loss: manifest.state.loss.map(|loss| loss.value()),
     }
 }
 

@@ -11,6 +11,7 @@ use super::{
     effect::Message,
     event::{Moment, Within},
     job::{Break, Cause, Forming, Holder, Job, Leaving, Origin, Phase},
+    retry,
 };
 
 /// A job that cannot be carried out.
@@ -97,18 +98,11 @@ impl Machine {
                 return self.fail(now, job, error);
             }
         }
-        self.leave(now, job, cause, None, false);
+        self.leave(now, job, cause, None);
     }
 
     /// Asks every member that can to leave the generation: at once, or after a step.
-    pub(super) fn leave(
-        &mut self,
-        now: Moment,
-        job: &mut Job,
-        cause: Cause,
-        after: Option<Step>,
-        checkpoint: bool,
-    ) {
+    pub(super) fn leave(&mut self, now: Moment, job: &mut Job, cause: Cause, after: Option<Step>) {
         let reason = cause.text.clone();
         let requeued_before = job.requeued;
         // A loss counts, also where members were leaving for another reason when it came.
@@ -124,7 +118,6 @@ impl Machine {
                 generation,
                 reason: reason.clone(),
                 after,
-                checkpoint,
             };
             self.send(&member.worker, leave);
         }
@@ -136,7 +129,7 @@ impl Machine {
     /// Members were to leave after a step, which they cannot make any more: they leave at once.
     pub(super) fn harden(&mut self, now: Moment, job: &mut Job, cause: Cause) {
         if matches!(&job.phase, Phase::Leaving(leaving) if leaving.after.is_some()) {
-            self.leave(now, job, cause, None, false);
+            self.leave(now, job, cause, None);
         }
     }
 
@@ -149,7 +142,6 @@ impl Machine {
                 generation: job.generation_number(),
                 reason: leaving.cause.clone(),
                 after: leaving.after,
-                checkpoint: false,
             };
             self.send(worker, leave);
         }
@@ -232,7 +224,9 @@ impl Machine {
         let cause = job.broken.as_ref().map(|broken| broken.cause.text.clone()).unwrap_or_default();
         let text = format!("nobody of generation {} is left who has its state", job.generation_number());
         self.note(now, job, "all_lost", text);
-        if job.total_losses >= self.options.total_losses {
+        let bound = job.spec.cluster.retries.map_or(self.options.total_losses, |retries| retries + 1);
+        let pause = retry::again(retry::Cause::Lost, job.total_losses, bound, self.options.retry_pause);
+        let Some(pause) = pause else {
             let (times, step) = (job.total_losses, job.furthest);
             let message = format!(
                 "all workers were lost {times} times without getting beyond step {step}; the last: {cause}"
@@ -241,7 +235,8 @@ impl Machine {
                 "look at the workers' logs for what ends them (memory, a kernel fault); then `shanty resume`";
             let error = Diagnostic::new(HOPELESS, message).kind(Kind::Internal).hint(hint);
             return self.fail(now, job, error);
-        }
+        };
+        job.standing.not_before = now.monotonic + pause;
         job.phase = Phase::Forming(Forming { origin: Origin::Fenced, enough_since: None });
         self.save(job);
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use shanty_proto::WorkerId;
+use shanty_proto::{Step, WorkerId};
 
 use super::{
     Machine,
@@ -11,9 +11,6 @@ use super::{
     event::Moment,
     job::{Forming, Holder, Job, Origin, Phase},
 };
-
-/// How often the last members are asked for a checkpoint before they go; with a step of margin the first is enough.
-const HAND_OVER_TRIES: u32 = 3;
 
 impl Machine {
     pub(super) fn is_draining(&self, worker: &WorkerId) -> bool {
@@ -113,34 +110,52 @@ impl Machine {
             // They are let go with the next look at all sessions.
             return Some(holders);
         }
-        let min = job.spec.cluster.workers.min.max(1) as usize;
+        let (min, _) = job.bounds();
         let others = holders.len() - going.len() + joiners;
-        let enough = holders.len() + joiners >= min;
-        if others > 0 && enough {
+        if others > 0 && holders.len() + joiners >= min {
             // They give what they hold to the others, and go after the step that these make with them.
             return Some(holders);
         }
-        let written = newest.is_some() && job.checkpoint == newest;
-        if !written && enough && job.health.hand_over_tries < HAND_OVER_TRIES {
-            job.health.hand_over_tries += 1;
-            let tries = job.health.hand_over_tries;
-            self.note(
-                now,
-                job,
-                "hand_over",
-                format!("no checkpoint of step {}; try {tries}", newest.unwrap_or_default()),
-            );
-            return Some(holders);
+        let newest = newest.unwrap_or_default();
+        let written = newest.0 == 0 || job.checkpoint >= Some(newest);
+        if !written && !job.health.keep_failed {
+            self.ask_to_keep(now, job, &holders, newest);
+            return None;
         }
         let text = if written {
-            format!("the checkpoint of step {} has what the last members held", newest.unwrap_or_default())
+            format!("nobody is left; what was trained up to step {newest} is in a checkpoint")
         } else {
-            "the last members go without a checkpoint of their last step".to_owned()
+            format!("nobody is left, and step {newest} is in no checkpoint: none could be written")
         };
         self.note(now, job, "handed_over", text);
         job.health.record.handed_over = true;
         job.phase = Phase::Forming(Forming { origin: Origin::Fenced, enough_since: None });
         self.save(job);
         None
+    }
+
+    /// Has one of those who hold the newest state write a checkpoint of it, before they go.
+    fn ask_to_keep(
+        &mut self,
+        now: Moment,
+        job: &mut Job,
+        holders: &BTreeMap<WorkerId, Holder>,
+        newest: Step,
+    ) {
+        let holds = |worker: &WorkerId| holders.get(worker).is_some_and(|holder| holder.applied == newest);
+        if job.health.keeper.as_ref().is_some_and(holds) {
+            let reason = format!("its last workers end; writes a checkpoint of step {newest}");
+            return self.set_reason(job, reason);
+        }
+        let Some(keeper) = holders.keys().find(|worker| holds(worker)).cloned() else { return };
+        self.note(
+            now,
+            job,
+            "hand_over",
+            format!("{keeper} writes a checkpoint of step {newest} before it ends"),
+        );
+        job.health.keeper = Some(keeper.clone());
+        let (attempt, generation) = (job.attempt, job.generation_number());
+        self.send(&keeper, Message::Keep { job: job.id.clone(), attempt, generation, step: newest });
     }
 }

@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use shanty_proto::{Attempt, Generation, JobId, Rank, Step, WorkerId};
 
+use super::edits::Ignored;
 use super::record::{
     CheckpointRecord, DataFacts, EvaluationRecord, EventRecord, GenerationRecord, JobRecord, JobState,
     StepRecord,
@@ -96,6 +97,8 @@ pub enum Change {
     Evaluation(JobId, EvaluationRecord),
     /// A checkpoint.
     Checkpoint(JobId, CheckpointRecord),
+    /// Checkpoints are gone, by their paths.
+    CheckpointsRemoved(JobId, Vec<String>),
     /// An event.
     Event(JobId, EventRecord),
     /// Steps and evaluations after this one are no longer in the lineage.
@@ -153,8 +156,17 @@ pub enum Message {
         reason: String,
         /// Once this step is applied, and not before; at once if nothing.
         after: Option<Step>,
-        /// Rank 0 writes a checkpoint before it leaves.
-        checkpoint: bool,
+    },
+    /// Write a checkpoint of the state that you left a generation with.
+    Keep {
+        /// The job.
+        job: JobId,
+        /// Its attempt.
+        attempt: Attempt,
+        /// The generation.
+        generation: Generation,
+        /// Updates applied.
+        step: Step,
     },
     /// The job needs the worker no longer.
     Release {
@@ -197,8 +209,15 @@ pub enum Reply {
     Submitted(JobId),
     /// The job's state now.
     Cancelled(JobState),
-    /// The attempt that begins, and the step of its checkpoint.
-    Resumed(Attempt, Step),
+    /// The job goes on.
+    Resumed {
+        /// The attempt that begins.
+        attempt: Attempt,
+        /// The step of its checkpoint.
+        step: Step,
+        /// What differs between the job and the job file of the request, and is not obeyed.
+        ignored: Vec<Ignored>,
+    },
     /// The worker is asked to end; the job that it is at work for.
     Draining(Option<JobId>),
 }

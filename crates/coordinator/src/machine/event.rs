@@ -46,6 +46,8 @@ pub enum Event {
         request: u64,
         /// The job.
         job: JobId,
+        /// The job file as it is now, if the user has one.
+        job_file: Option<serde_json::Value>,
     },
     /// Preparing the data goes on.
     PrepareProgress {
@@ -327,6 +329,17 @@ pub enum Said {
         size_bytes: u64,
         /// How long it took.
         seconds: f64,
+        /// Checkpoints that were deleted for it, by their paths.
+        removed: Vec<String>,
+    },
+    /// A checkpoint could not be written.
+    CheckpointFailed {
+        /// In which generation.
+        within: Within,
+        /// After this step.
+        step: Step,
+        /// Why.
+        error: Diagnostic,
     },
     /// An evaluation was made.
     Evaluation {

@@ -13,20 +13,20 @@ use super::{
     event::Moment,
     job::{Holder, Job, Origin, Phase},
     record::{CheckpointRecord, GenerationRecord, MemberRecord, RankRows, Source, StartPoint},
+    retry::{self, Cause},
 };
 
 impl Machine {
-    /// Asks idle workers to load the job's base.
-    pub(super) fn assign(&mut self, now: Moment, job: &mut Job) {
-        let Some(facts) = &job.facts else { return };
+    /// Asks at most so many idle workers to load the job's base; says how many.
+    pub(super) fn assign(&mut self, now: Moment, job: &mut Job, most: usize) -> usize {
+        let Some(facts) = &job.facts else { return 0 };
         let tries = self.options.worker_tries;
-        let mut wanted = self.places(job);
+        let most = most.min(self.places(job));
         let mut asked = Vec::new();
         for (worker, session) in &mut self.sessions {
             let is_idle =
                 session.assigned.is_none() && !session.draining && session.unfit_until <= now.monotonic;
-            if wanted > 0 && is_idle && session.failures_in(job) < tries && job.wants_workers() {
-                wanted -= 1;
+            if is_idle && session.failures_in(job) < tries && job.wants_workers() && asked.len() < most {
                 session.assigned = Some((job.id.clone(), job.attempt));
                 session.ready_since = None;
                 asked.push(worker.clone());
@@ -45,6 +45,7 @@ impl Machine {
         if !asked.is_empty() {
             self.changed.insert(job.id.clone());
         }
+        asked.len()
     }
 
     /// How many more workers may load the job's base: members and spares.
@@ -70,6 +71,18 @@ impl Machine {
     /// Forms the next generation, if all that it needs is there; else says what is missing.
     pub(super) fn try_form(&mut self, now: Moment, job: &mut Job) {
         let Phase::Forming(forming) = &job.phase else { return };
+        if job.standing.giving_way.is_some() {
+            return self.park(now, job);
+        }
+        if now.monotonic < job.standing.not_before {
+            let pause = job.standing.not_before - now.monotonic;
+            let why = match job.total_losses {
+                0 => "the store does not answer".to_owned(),
+                times => format!("all workers were lost {times} times in a row"),
+            };
+            return self
+                .set_reason(job, format!("{why}; tries again in {:.0} s", pause.as_secs_f64().ceil()));
+        }
         let holders = match &forming.origin {
             Origin::Fenced => return self.wait_for_fence(now, job),
             Origin::Searching => {
@@ -79,8 +92,7 @@ impl Machine {
             Origin::Fresh | Origin::Checkpoint(_) => BTreeMap::new(),
         };
         let enough_since = forming.enough_since;
-        let bounds = job.spec.cluster.workers;
-        let (min, max) = (bounds.min.max(1) as usize, bounds.max.max(1) as usize);
+        let (min, max) = job.bounds();
         let mut joiners = self.ready_for(job);
         joiners.retain(|worker| !holders.contains_key(worker));
         let Some(holders) = self.part_with_drained(now, job, holders, joiners.len()) else { return };
@@ -116,11 +128,9 @@ impl Machine {
         let newest = holders.values().map(|holder| holder.applied).max();
         let holds_newest = |worker: &WorkerId| holders.get(worker).map(|holder| holder.applied) == newest;
         let others_hold = holders.keys().any(|worker| holds_newest(worker) && !is_slow(worker));
-        let mut by_rank: Vec<(Rank, WorkerId)> =
-            holders.iter().map(|(worker, holder)| (holder.rank, worker.clone())).collect();
-        by_rank.sort();
-        let (last, first): (Vec<WorkerId>, Vec<WorkerId>) =
-            by_rank.into_iter().map(|(_, worker)| worker).partition(|worker| others_hold && is_slow(worker));
+        let (last, first): (BTreeMap<WorkerId, Holder>, BTreeMap<WorkerId, Holder>) =
+            holders.clone().into_iter().partition(|(worker, _)| others_hold && is_slow(worker));
+        let (first, last) = (who_stays(&first, max), who_stays(&last, max));
         first.into_iter().chain(joiners).chain(last).take(max).collect()
     }
 
@@ -169,13 +179,30 @@ impl Machine {
                     forming.origin = Origin::Fresh;
                     "there is no checkpoint; starts from the beginning".to_owned()
                 }
-                Err(error) => return machine.fail(now, job, error),
+                Err(error) => return machine.search_failed(now, job, error),
             };
+            job.standing.search_failures = 0;
             for reason in damaged {
                 machine.note(now, job, "checkpoint_damaged", reason);
             }
             machine.note(now, job, "checkpoint_chosen", text);
         });
+    }
+
+    /// A store that does not answer may do so later.
+    fn search_failed(&mut self, now: Moment, job: &mut Job, error: shanty_diagnostic::Diagnostic) {
+        job.standing.search_failures += 1;
+        let (times, bound) = (job.standing.search_failures, self.options.total_losses);
+        let Some(pause) = retry::again(Cause::from(error.kind), times, bound, self.options.retry_pause)
+        else {
+            return self.fail(now, job, error);
+        };
+        let text = format!("the newest checkpoint cannot be looked for: {}: {}", error.code, error.message);
+        self.note(now, job, "checkpoint_search_failed", text);
+        job.standing.not_before = now.monotonic + pause;
+        if let Phase::Forming(forming) = &mut job.phase {
+            forming.origin = Origin::Fenced;
+        }
     }
 
     /// Why there are not enough workers.
@@ -241,7 +268,8 @@ impl Machine {
         }
         job.health.record.handed_over = false;
         job.health.back_to = None;
-        job.health.hand_over_tries = 0;
+        job.health.keeper = None;
+        job.health.keep_failed = false;
         job.crew =
             Crew { members: members.iter().map(|worker| self.new_member(now, worker, holders)).collect() };
         job.generation = Some(Arc::new(generation));
@@ -335,6 +363,18 @@ impl Machine {
         hasher.update(&generation.0.to_le_bytes());
         *hasher.finalize().as_bytes()
     }
+}
+
+/// At most `most` of those who hold a state, by rank. Where some have to go, those with the last step and a sum stay.
+fn who_stays(holders: &BTreeMap<WorkerId, Holder>, most: usize) -> Vec<WorkerId> {
+    let mut stay: Vec<(&WorkerId, &Holder)> = holders.iter().collect();
+    stay.sort_by_key(|(_, holder)| {
+        let kept = holder.kept.as_ref().map_or(0, |kept| kept.rows.len());
+        (std::cmp::Reverse((holder.applied, kept)), holder.rank)
+    });
+    stay.truncate(most);
+    stay.sort_by_key(|(_, holder)| holder.rank);
+    stay.into_iter().map(|(worker, _)| worker.clone()).collect()
 }
 
 fn start_point(job: &Job, applied: Step, source: Source, rows: Vec<RankRows>) -> StartPoint {

@@ -21,7 +21,7 @@ const BAD_STEPS_WITHIN: u64 = 20;
 pub struct RecoveryRecord {
     /// When the step was committed.
     pub unix_ms: u64,
-    /// `lost`, `broken`, `hung`, `diverged`, `bad_step`, `joined`, `drained`, `straggler`, `left`.
+    /// `lost`, `broken`, `hung`, `diverged`, `bad_step`, `left`; `joined`, `drained`, `straggler`, `gives_way`, `shrunk`.
     pub cause: String,
     /// In words.
     pub text: String,
@@ -75,8 +75,10 @@ pub(crate) struct Health {
     bad: Vec<Step>,
     /// The adapter is to go back to a checkpoint not beyond this step.
     pub back_to: Option<Step>,
-    /// How often the last members were asked for a checkpoint before they go, in vain.
-    pub hand_over_tries: u32,
+    /// Who was asked for a checkpoint before the last members go.
+    pub keeper: Option<WorkerId>,
+    /// It could not write one.
+    pub keep_failed: bool,
 }
 
 impl Health {

@@ -19,6 +19,7 @@ use super::{
         CheckpointRecord, DataFacts, EvaluationRecord, EventRecord, FailureRecord, GenerationRecord,
         JobRecord, JobState, StepRecord,
     },
+    turns::Standing,
 };
 
 /// Events that the status shows.
@@ -115,7 +116,7 @@ impl Cause {
 
     /// Whether something went wrong, as opposed to workers that come and go.
     pub fn is_unwanted(&self) -> bool {
-        !matches!(self.kind, "joined" | "drained" | "straggler")
+        !matches!(self.kind, "joined" | "drained" | "straggler" | "gives_way" | "shrunk")
     }
 }
 
@@ -141,6 +142,7 @@ pub(crate) struct Job {
     pub spec: Arc<JobSpec>,
     pub spec_json: Arc<str>,
     pub phase: Phase,
+    pub standing: Standing,
     pub reason: String,
     pub failure: Option<FailureRecord>,
     pub attempt: Attempt,
@@ -196,6 +198,7 @@ impl Job {
             spec,
             spec_json,
             phase: Phase::Queued,
+            standing: Standing::default(),
             reason: "waits for its turn".to_owned(),
             failure: None,
             attempt: Attempt(1),
@@ -399,6 +402,7 @@ impl Job {
             started_unix_ms: self.started_unix_ms,
             ended_unix_ms: self.ended_unix_ms,
             health: self.health.record.clone(),
+            overtaken: self.standing.overtaken,
         }
     }
 }

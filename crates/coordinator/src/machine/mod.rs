@@ -2,10 +2,11 @@
 //! [`Machine::apply`] takes the time and an event, and says what is to be done. It has no clock, no randomness
 //! and no input or output, so that a test can play any schedule.
 //!
-//! Where to look: `users` what users ask for and how data is prepared; `sessions` what workers say;
-//! `reports` what members report; `breakup` how a generation ends early, `part` how it does so at a step's boundary;
-//! `form` how one begins; `hang`, `straggler`, `diverge` and `spoilt` what is done about members and steps that are not as
-//! they should be, `drain` about members that are to go;
+//! Where to look: `users` what users ask for and how data is prepared; [`queue`] whose turn it is, `turns` what
+//! follows from that, [`retry`] what is tried again; `sessions` what workers say; `reports` what members report;
+//! `breakup` how a generation ends early, `part` how it does so at a step's boundary; `form` how one begins; `hang`,
+//! `straggler`, `diverge` and `spoilt` what is done about members and steps that are not as they should be, `drain` about
+//! members that are to go;
 //! [`deal()`] and [`ledger`] the arithmetic of rows; `view` what status shows.
 
 mod breakup;
@@ -13,6 +14,7 @@ mod crew;
 mod deal;
 mod diverge;
 mod drain;
+mod edits;
 mod effect;
 mod event;
 mod form;
@@ -23,12 +25,15 @@ pub mod ledger;
 mod options;
 mod pace;
 mod part;
+pub mod queue;
 pub mod record;
 mod reports;
 mod restore;
+pub mod retry;
 mod sessions;
 mod spoilt;
 mod straggler;
+mod turns;
 mod users;
 mod view;
 
@@ -42,6 +47,7 @@ use shanty_proto::{Attempt, JobId, Step, WorkerId};
 
 pub use self::{
     deal::deal,
+    edits::Ignored,
     effect::{Change, CreditGiven, Effect, Message, Point, Refusal, Reply},
     event::{
         Announcement, Attachment, Event, KeptSum, MemberPhase, Moment, Said, StepReport, Timings, Within,
@@ -107,7 +113,7 @@ impl Machine {
                 self.submit(now, request, request_id, spec, spec_json);
             }
             Event::Cancel { request, job } => self.cancel(now, request, &job),
-            Event::Resume { request, job } => self.resume(now, request, &job),
+            Event::Resume { request, job, job_file } => self.resume(now, request, &job, job_file.as_ref()),
             Event::PrepareProgress { job, attempt, text } => self.prepare_progress(&job, attempt, &text),
             Event::PrepareEnded { job, attempt, outcome } => self.prepare_ended(now, &job, attempt, outcome),
             Event::DataLost { job, error } => self.data_lost(now, &job, error),
@@ -135,18 +141,19 @@ impl Machine {
     fn advance(&mut self, now: Moment) {
         self.lose_silent(now);
         self.release_drained(now);
-        self.start_next(now);
+        self.take_turns(now);
         let ids: Vec<JobId> =
             self.jobs.iter().filter(|(_, job)| job.wants_workers()).map(|(id, _)| id.clone()).collect();
         for id in ids {
             self.with_job(&id, |machine, job| {
                 machine.lose_overdue(now, job);
                 machine.lose_hung(now, job);
+                machine.shrink(now, job);
                 machine.let_change(now, job);
                 machine.try_form(now, job);
-                machine.assign(now, job);
             });
         }
+        self.deal_workers(now);
     }
 
     /// A coordinator that slept (a suspended laptop, a full machine) has heard no beat, but that is no worker's fault.
@@ -219,6 +226,7 @@ impl Machine {
             self.effects.push(Effect::StopPrepare { job: job.id.clone() });
         }
         job.phase = Phase::Ended(state);
+        job.standing = turns::Standing::default();
         job.reason = reason.clone();
         job.ended_unix_ms = now.unix_ms;
         self.note(now, job, "state", format!("{}: {reason}", state.as_str()));

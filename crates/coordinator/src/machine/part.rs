@@ -16,7 +16,8 @@ impl Machine {
     /// Leaves a running generation at the next boundary if workers are to go or to join.
     pub(super) fn let_change(&mut self, now: Moment, job: &mut Job) {
         let all_here = job.crew.members.iter().all(|member| member.attached);
-        if !matches!(job.phase, Phase::Running) || !all_here || job.watermark >= job.steps() {
+        let gives_way = job.standing.giving_way.is_some();
+        if !matches!(job.phase, Phase::Running) || !all_here || gives_way || job.watermark >= job.steps() {
             return;
         }
         self.let_drain(now, job);
@@ -24,21 +25,15 @@ impl Machine {
         self.let_replace(now, job);
     }
 
-    /// Members that were asked to end leave. If too few stay and nobody is ready, a checkpoint is written first.
+    /// Members that were asked to end leave.
     fn let_drain(&mut self, now: Moment, job: &mut Job) {
-        let (going, staying): (Vec<WorkerId>, Vec<WorkerId>) = job
-            .crew
-            .members
-            .iter()
-            .map(|member| member.worker.clone())
-            .partition(|worker| self.is_draining(worker));
+        let members = job.crew.members.iter().map(|member| &member.worker);
+        let going: Vec<WorkerId> = members.filter(|worker| self.is_draining(worker)).cloned().collect();
         let Some(first) = going.first() else { return };
-        let ready = self.ready_for(job).into_iter().filter(|worker| job.crew.of(worker).is_none()).count();
-        let checkpoint = staying.len() + ready < job.spec.cluster.workers.min.max(1) as usize;
         let names: Vec<&str> = going.iter().map(WorkerId::as_str).collect();
         let cause = Cause::new("drained", format!("{} to end", names.join(", "))).of(first, None);
         self.note(now, job, "draining", format!("{} after step {}", cause.text, job.watermark));
-        self.part(now, job, cause, checkpoint);
+        self.part(now, job, cause);
     }
 
     /// Ready workers join, once the generation has made a step and has more than one before it.
@@ -47,7 +42,7 @@ impl Machine {
         if !matches!(job.phase, Phase::Running) || !job.advanced || near_end {
             return;
         }
-        let max = job.spec.cluster.workers.max as usize;
+        let (_, max) = job.bounds();
         let mut joiners = self.ready_for(job);
         joiners.retain(|worker| job.crew.of(worker).is_none());
         joiners.truncate(max.saturating_sub(job.crew.members.len()));
@@ -63,7 +58,7 @@ impl Machine {
         let names: Vec<&str> = joiners.iter().map(WorkerId::as_str).collect();
         let cause = Cause::new("joined", format!("{} to join", names.join(", "))).of(&joiners[0], None);
         self.note(now, job, "member_joined", format!("{} after step {}", cause.text, job.watermark));
-        self.part(now, job, cause, false);
+        self.part(now, job, cause);
     }
 
     /// A spare takes a straggler's place, if the job wants it.
@@ -84,17 +79,17 @@ impl Machine {
         }
         let cause = Cause::new("straggler", format!("{spare} takes the place of {slow}")).of(&slow, None);
         self.note(now, job, "member_replaced", cause.text.clone());
-        self.part(now, job, cause, false);
+        self.part(now, job, cause);
     }
 
     /// Lets all members leave after the step that follows the furthest known one, or a few later where steps are short.
-    fn part(&mut self, now: Moment, job: &mut Job, cause: Cause, checkpoint: bool) {
+    pub(super) fn part(&mut self, now: Moment, job: &mut Job, cause: Cause) {
         let furthest = job.crew.members.iter().map(|member| member.step).max().unwrap_or_default();
         let furthest = furthest.max(job.watermark);
         let underway =
             if job.seconds_per_step > 0.0 { HEARD_WITHIN_SECONDS / job.seconds_per_step } else { 0.0 };
         let ahead = 1 + (underway as u64).min(self.options.steps_ahead.saturating_sub(2));
         let after = Step((furthest.0 + ahead).min(job.steps().0));
-        self.leave(now, job, cause, Some(after), checkpoint);
+        self.leave(now, job, cause, Some(after));
     }
 }

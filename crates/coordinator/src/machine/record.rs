@@ -219,6 +219,9 @@ pub struct JobRecord {
     /// What its crew went through.
     #[serde(default)]
     pub health: HealthRecord,
+    /// Younger jobs of its priority that began while it waited.
+    #[serde(default)]
+    pub overtaken: u32,
 }
 
 /// A committed step.
@@ -277,6 +280,9 @@ pub struct CheckpointRecord {
     pub seconds: f64,
     /// When.
     pub unix_ms: u64,
+    /// Mean loss of the held-out rows with it, where they were evaluated.
+    #[serde(default)]
+    pub loss: Option<f64>,
 }
 
 /// Something that happened to a job.

@@ -12,6 +12,8 @@ use super::{
     record::{CheckpointRecord, EvaluationRecord, JobState, RecoveryRecord, StepRecord},
 };
 
+/// Checkpoints that are remembered; far more than are kept.
+const MOST_CHECKPOINTS: usize = 200;
 /// Weight of the newest step in the smoothed rate.
 const SMOOTHING: f64 = 0.2;
 
@@ -211,21 +213,13 @@ impl Machine {
         });
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the fields of one message")]
-    pub(super) fn checkpoint(
-        &mut self,
-        now: Moment,
-        worker: &WorkerId,
-        within: &Within,
-        step: Step,
-        path: String,
-        size_bytes: u64,
-        seconds: f64,
-    ) {
+    pub(super) fn checkpoint(&mut self, now: Moment, worker: &WorkerId, within: &Within, written: Written) {
         let _ = self.with_job(&within.job, |machine, job| {
+            let Written { step, path, size_bytes, seconds, removed } = written;
             if Self::rank_within(job, worker, within).is_none() || step > job.steps() {
                 return;
             }
+            let loss = job.evaluations.iter().find(|evaluation| evaluation.step == step);
             let record = CheckpointRecord {
                 attempt: job.attempt,
                 step,
@@ -234,18 +228,46 @@ impl Machine {
                 size_bytes,
                 seconds,
                 unix_ms: now.unix_ms,
+                loss: loss.map(|evaluation| evaluation.loss),
             };
             job.checkpoint = Some(job.checkpoint.unwrap_or_default().max(step));
-            if !job.checkpoints.iter().any(|known| known.path == record.path) {
-                job.checkpoints.push(record.clone());
-            }
-            let keep = job.spec.checkpoint.keep.max(1);
-            let beyond = job.checkpoints.len().saturating_sub(keep);
+            job.checkpoints.retain(|known| known.path != record.path && !removed.contains(&known.path));
+            job.checkpoints.push(record.clone());
+            job.checkpoints.sort_by_key(|known| (known.step, known.attempt, known.generation));
+            let beyond = job.checkpoints.len().saturating_sub(MOST_CHECKPOINTS);
             job.checkpoints.drain(..beyond);
+            if !removed.is_empty() {
+                machine.effects.push(Effect::Record(Change::CheckpointsRemoved(job.id.clone(), removed)));
+            }
             machine.effects.push(Effect::Record(Change::Checkpoint(job.id.clone(), record.clone())));
             machine.effects.push(Effect::Publish(job.id.clone(), Point::Checkpoint(record)));
             machine.note(now, job, "checkpoint", format!("step {step} in {seconds:.2} s"));
             machine.save(job);
+        });
+    }
+
+    /// The job goes on with the checkpoints that it has; one that is to give way cannot.
+    pub(super) fn checkpoint_failed(
+        &mut self,
+        now: Moment,
+        worker: &WorkerId,
+        within: &Within,
+        step: Step,
+        error: &Diagnostic,
+    ) {
+        let _ = self.with_job(&within.job, |machine, job| {
+            if Self::rank_within(job, worker, within).is_none() {
+                return;
+            }
+            let last = match job.checkpoint {
+                Some(last) => format!("the newest is of step {last}"),
+                None => "there is none yet".to_owned(),
+            };
+            let text = format!("step {step}: {}: {}; {last}", error.code, error.message);
+            job.event(now, "checkpoint_failed", text).worker = Some(worker.clone());
+            machine.publish_event(job);
+            machine.cannot_give_way(now, job);
+            job.health.keep_failed = true;
         });
     }
 
@@ -298,6 +320,16 @@ fn made_twice(worker: &WorkerId, report: &StepReport, begun_from: Step) -> Diagn
         report.step, report.within.generation
     );
     Diagnostic::new("SH0640", message).kind(Kind::Internal)
+}
+
+/// What is told of a checkpoint.
+pub(super) struct Written {
+    pub step: Step,
+    pub path: String,
+    pub size_bytes: u64,
+    pub seconds: f64,
+    /// Paths of checkpoints that were deleted for it.
+    pub removed: Vec<String>,
 }
 
 /// A step's reduction did not amount to what was leased: somebody trained rows that nobody leased.

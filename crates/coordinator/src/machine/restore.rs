@@ -74,6 +74,9 @@ impl Machine {
                 job.health.usual_loss.learn(step.loss);
             }
         }
+        job.standing.overtaken = record.overtaken;
+        job.standing.active =
+            matches!(record.state, JobState::Forming | JobState::Running | JobState::Recovering);
         job.recorded = steps.iter().map(|step| step.step).collect::<BTreeSet<_>>();
         job.last_step = steps.last().cloned();
         job.tokens_per_second = steps.last().map_or(0.0, |step| step.tokens_per_second);

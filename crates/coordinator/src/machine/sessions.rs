@@ -113,9 +113,7 @@ impl Machine {
         match outcome {
             Reattached::No | Reattached::Yes => {}
             Reattached::Leave { job, attempt, generation, reason } => {
-                let leave =
-                    Message::Leave { job, attempt, generation, reason, after: None, checkpoint: false };
-                self.send(&worker, leave);
+                self.send(&worker, Message::Leave { job, attempt, generation, reason, after: None });
             }
             Reattached::Parting { job } => {
                 let _ = self.with_job(&job, |machine, job| machine.ask_to_leave(job, &worker));
@@ -240,8 +238,12 @@ impl Machine {
                 let left = super::crew::LeftWith { applied, holds_state, hash, kept };
                 self.left(now, worker, &within, left);
             }
-            Said::Checkpoint { within, step, path, size_bytes, seconds } => {
-                self.checkpoint(now, worker, &within, step, path, size_bytes, seconds);
+            Said::Checkpoint { within, step, path, size_bytes, seconds, removed } => {
+                let written = super::reports::Written { step, path, size_bytes, seconds, removed };
+                self.checkpoint(now, worker, &within, written);
+            }
+            Said::CheckpointFailed { within, step, error } => {
+                self.checkpoint_failed(now, worker, &within, step, &error);
             }
             Said::Evaluation { within, step, loss, tokens } => {
                 self.evaluation(now, worker, &within, step, loss, tokens);

@@ -5,7 +5,7 @@ use shanty_proto::{Attempt, Generation, JobId, Rank, Step, WorkerId};
 use super::{
     Machine,
     event::{MemberPhase, Moment, Timings},
-    job::Job,
+    job::{Job, Phase},
     ledger::Ledger,
     record::{
         CheckpointRecord, EvaluationRecord, EventRecord, FailureRecord, JobState, RecoveryRecord, StepRecord,
@@ -20,6 +20,14 @@ pub struct JobView {
     pub id: JobId,
     /// Its state.
     pub state: JobState,
+    /// For whom it runs.
+    pub owner: String,
+    /// The higher, the sooner.
+    pub priority: i32,
+    /// Its place among those that wait, from 1.
+    pub place: Option<u32>,
+    /// Workers that are its by the rules of the queue.
+    pub share: u32,
     /// Why, in words.
     pub reason: String,
     /// The current try.
@@ -120,6 +128,10 @@ impl Machine {
         JobView {
             id: job.id.clone(),
             state: job.state(),
+            owner: job.owner().to_owned(),
+            priority: job.priority(),
+            place: job.standing.place,
+            share: job.standing.share,
             reason: job.reason.clone(),
             attempt: job.attempt,
             generation: job.generation_number(),
@@ -150,7 +162,8 @@ impl Machine {
         };
         let mut views = Vec::new();
         for (rank, member) in (0u32..).zip(&job.crew.members) {
-            if job.is_ended() && !member.attached && member.lost.is_none() {
+            let is_past = job.is_ended() && !member.attached && member.lost.is_none();
+            if is_past || matches!(job.phase, Phase::Queued | Phase::Preparing) {
                 continue;
             }
             let lost = member.lost.clone().or_else(|| (!member.attached).then(|| "not connected".to_owned()));

@@ -116,7 +116,16 @@ pub(crate) fn said(message: In) -> Result<Said> {
             path: written.path,
             size_bytes: written.size_bytes,
             seconds: finite("a checkpoint's time", written.seconds)?,
+            removed: written.removed,
         },
+        In::CheckpointFailed(failed) => {
+            let detail = failed.error.ok_or_else(|| Error::bad("a failed checkpoint without an error"))?;
+            Said::CheckpointFailed {
+                within: within(&failed.job_id, failed.attempt, failed.generation)?,
+                step: Step(failed.step),
+                error: from_detail(&detail, shanty_diagnostic::Kind::User),
+            }
+        }
         In::Evaluation(evaluation) => Said::Evaluation {
             within: within(&evaluation.job_id, evaluation.attempt, evaluation.generation)?,
             step: Step(evaluation.step),
@@ -213,16 +222,21 @@ pub(crate) fn message_out(message: Message, beat_ms: u32, credit_ms: u32) -> v1:
             }),
         }),
         Message::Form { job, attempt, rank, generation } => Out::Form(form(job, attempt, rank, &generation)),
-        Message::Leave { job, attempt, generation, reason, after, checkpoint } => Out::Leave(v1::Leave {
+        Message::Leave { job, attempt, generation, reason, after } => Out::Leave(v1::Leave {
             job_id: job.into(),
             attempt: attempt.0,
             generation: generation.0,
             reason,
             after_step: after.map(|step| step.0),
-            checkpoint,
         }),
         Message::Drain { reason } => Out::Drain(v1::Drain { reason }),
         Message::Drained { reason } => Out::Drained(v1::Drained { reason }),
+        Message::Keep { job, attempt, generation, step } => Out::Keep(v1::Keep {
+            job_id: job.into(),
+            attempt: attempt.0,
+            generation: generation.0,
+            step: step.0,
+        }),
         Message::Release { job, attempt, succeeded, reason } => {
             Out::Release(v1::Release { job_id: job.into(), attempt: attempt.0, succeeded, reason })
         }
@@ -358,6 +372,7 @@ pub(crate) fn checkpoint_out(from: &CheckpointRecord) -> v1::Checkpoint {
         size_bytes: from.size_bytes,
         seconds: from.seconds,
         written_unix_ms: from.unix_ms,
+        loss: from.loss,
     }
 }
 
@@ -450,5 +465,9 @@ pub(crate) fn summary_out(from: &JobView) -> v1::JobSummary {
         loss: from.last_step.as_ref().map(|step| step.loss),
         members: if from.state.is_final() { 0 } else { from.members.iter().filter(living).count() as u32 },
         submitted_unix_ms: from.submitted_unix_ms,
+        owner: from.owner.clone(),
+        priority: from.priority,
+        place: from.place,
+        share: from.share,
     }
 }
