@@ -16,8 +16,8 @@ use tokio::{
 
 use crate::{error::Error, failure::CommandResult};
 
-/// How long workers may take to end by themselves: a micro-batch, and a checkpoint that is being written.
-const GRACE: Duration = Duration::from_secs(20);
+/// How long workers may take to end by themselves: a step, and a checkpoint after it.
+const GRACE: Duration = Duration::from_secs(120);
 
 /// What workers are started with.
 #[derive(Debug, Clone)]
