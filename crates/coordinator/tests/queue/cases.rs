@@ -33,10 +33,7 @@ fn a_waiting_job_gets_what_equals_hold_beyond_their_least() {
     assert_eq!(told(&jobs, pool(4)), ["a works with 2", "b works with 2"]);
     // But of a higher priority it gets none of that.
     let jobs = [at_work(job("a", "", 1, 1, 4), 4), job("b", "", 0, 2, 2)];
-    assert_eq!(
-        told(&jobs, pool(4)),
-        ["a works with 4", "b: needs 2 workers, 0 are free; job a has 4"]
-    );
+    assert_eq!(told(&jobs, pool(4)), ["a works with 4", "b: needs 2 workers, 0 are free; job a has 4"]);
 }
 
 #[test]
@@ -118,11 +115,7 @@ fn bounds_on_jobs_hold_and_a_higher_priority_takes_the_place_of_a_lower() {
     let jobs = [at_work(job("a", "", 1, 1, 1), 1), job("b", "", 2, 1, 1)];
     assert_eq!(told(&jobs, bound), ["a gives way to b", "b works with 1"]);
     let of_owner = Pool { workers: 4, most_jobs: 0, most_jobs_an_owner: 1 };
-    let jobs = [
-        at_work(job("a", "ada", 1, 1, 1), 1),
-        job("b", "ada", 1, 1, 1),
-        job("c", "bob", 1, 1, 1),
-    ];
+    let jobs = [at_work(job("a", "ada", 1, 1, 1), 1), job("b", "ada", 1, 1, 1), job("c", "bob", 1, 1, 1)];
     assert_eq!(
         told(&jobs, of_owner),
         ["a works with 1", "b: 1 jobs of ada run, which is as many as may at a time", "c works with 1"]
