@@ -220,6 +220,27 @@ described! {
         /// or a size such as `8GiB` (`GiB`, `MiB`, `GB`, `MB`). Base, adapter, optimizer, activations and scratch count; what
         /// does not fit is computed again, then moved to the host's memory. `shanty plan` shows what comes of it.
         pub memory: String,
+        /// What becomes of a step whose loss or gradient is no number, or whose loss is a spike: `stop` fails the job,
+        /// `skip` passes over its rows, which the ledger counts as `skipped`. The samples are named either way.
+        pub on_bad_step: BadStep,
+        /// A loss above so many times the usual one (the mean of the last steps, smoothed) is a spike; 0: none is.
+        pub loss_spike: f64,
+        /// With `skip`, go back to the newest checkpoint at least so many steps before the bad step, and pass over it on
+        /// the way; 0: stay where the step before it left the adapter.
+        pub rollback_steps: u64,
+    }
+}
+
+described! {
+    /// What becomes of a bad step.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum BadStep {
+        /// The job fails.
+        #[default]
+        Stop,
+        /// Its rows are passed over.
+        Skip,
     }
 }
 
@@ -313,6 +334,9 @@ impl Default for TrainSpec {
             eval_every_steps: 0,
             recompute: Recompute::Auto,
             memory: "auto".to_owned(),
+            on_bad_step: BadStep::Stop,
+            loss_spike: 0.0,
+            rollback_steps: 0,
         }
     }
 }
@@ -408,6 +432,14 @@ described! {
         pub workers: WorkerCount,
         /// Where workers compute.
         pub device: Device,
+        /// Workers beyond `workers.max` that load the base and wait to take the place of one that is lost; all that have
+        /// nothing else to do when absent.
+        pub spares: Option<u32>,
+        /// Let a waiting spare take the place of a member that the others wait for step after step.
+        pub replace_stragglers: bool,
+        /// Compare the adapters of all workers every so many steps, and before each checkpoint; 0: before checkpoints
+        /// alone.
+        pub compare_every_steps: u64,
         /// From 0 to 100. A job of a higher priority is next, and jobs of a lower one make room for it: they write a
         /// checkpoint, and go on from there when their turn comes again.
         pub priority: u32,
@@ -435,6 +467,9 @@ impl Default for ClusterSpec {
         Self {
             workers: WorkerCount::default(),
             device: Device::default(),
+            spares: None,
+            replace_stragglers: false,
+            compare_every_steps: 100,
             priority: 50,
             owner: None,
             retries: None,

@@ -1,6 +1,6 @@
 //! What a job may say: every check that needs no file.
 
-use crate::job::{JobSpec, Method, PrefixInit, PromptTuningInit, TrainData};
+use crate::job::{BadStep, JobSpec, Method, PrefixInit, PromptTuningInit, TrainData};
 
 /// A value that cannot be, or looks wrong.
 #[derive(Debug, Clone, PartialEq)]
@@ -241,6 +241,26 @@ fn optimizer(spec: &JobSpec, findings: &mut Findings) {
     let norm = train.max_grad_norm;
     let off = Some("0 turns clipping off");
     findings.require_hinted(norm.is_finite() && norm >= 0.0, "train.max_grad_norm", norm, not_negative, off);
+    bad_steps(spec, findings);
+}
+
+fn bad_steps(spec: &JobSpec, findings: &mut Findings) {
+    let train = &spec.train;
+    let spike = train.loss_spike;
+    findings.require_hinted(
+        spike == 0.0 || spike.is_finite() && spike > 1.0,
+        "train.loss_spike",
+        spike,
+        "must be above 1, or 0",
+        Some("3 takes a loss of three times the usual one for a spike; 0 looks for none"),
+    );
+    findings.require_hinted(
+        train.rollback_steps == 0 || train.on_bad_step == BadStep::Skip,
+        "train.rollback_steps",
+        train.rollback_steps,
+        "goes with `on_bad_step = \"skip\"` alone",
+        Some("with `stop` the job fails, and `shanty resume` goes on from its last checkpoint"),
+    );
 }
 
 fn cluster(spec: &JobSpec, findings: &mut Findings) {

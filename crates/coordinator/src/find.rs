@@ -24,11 +24,12 @@ fn record(manifest: &Manifest) -> CheckpointRecord {
     }
 }
 
-/// The newest checkpoint whose files are whole, and what is wrong with newer ones.
+/// The newest checkpoint whose files are whole, and what is wrong with newer ones; none beyond the step `up_to`.
 pub(crate) async fn newest_good(
     job: &JobId,
     spec: &JobSpec,
     data_hash: Option<String>,
+    up_to: Option<Step>,
 ) -> Result<(Option<CheckpointRecord>, Vec<String>)> {
     let expect = Expectations {
         data_hash,
@@ -36,6 +37,9 @@ pub(crate) async fn newest_good(
         global_batch_size: Some(spec.train.global_batch_size as u64),
         ..Expectations::default()
     };
+    if let Some(up_to) = up_to {
+        return newest_up_to(&store_of(spec)?, &expect, up_to).await;
+    }
     let verified = store_of(spec)?.newest_verified(&expect).await?;
     let Some(verified) = verified else { return Ok((None, Vec::new())) };
     let damaged: Vec<String> = verified.skipped.iter().map(ToString::to_string).collect();
@@ -43,6 +47,25 @@ pub(crate) async fn newest_good(
         tracing::warn!(%job, reason, "a checkpoint cannot be used");
     }
     Ok((Some(record(&verified.manifest)), damaged))
+}
+
+async fn newest_up_to(
+    store: &Store,
+    expect: &Expectations,
+    up_to: Step,
+) -> Result<(Option<CheckpointRecord>, Vec<String>)> {
+    let mut damaged = Vec::new();
+    for manifest in store.list().await?.iter().filter(|manifest| manifest.step <= up_to.0) {
+        let sound = match manifest.check(expect) {
+            Ok(()) => store.verify(manifest).await,
+            Err(error) => Err(error),
+        };
+        match sound {
+            Ok(()) => return Ok((Some(record(manifest)), damaged)),
+            Err(error) => damaged.push(format!("{}: {error}", manifest.path())),
+        }
+    }
+    Ok((None, damaged))
 }
 
 /// All checkpoints whose manifest is whole, newest first.

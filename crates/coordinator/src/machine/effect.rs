@@ -1,6 +1,6 @@
 //! What the machine wants done.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use shanty_proto::{Attempt, Generation, JobId, Rank, Step, WorkerId};
 
@@ -55,6 +55,8 @@ pub enum Effect {
         job: JobId,
         /// Its attempt.
         attempt: Attempt,
+        /// None beyond this step is wanted.
+        up_to: Option<Step>,
     },
     /// Answer a user's request.
     Reply {
@@ -115,8 +117,8 @@ pub enum Message {
     BeatAck {
         /// Which.
         sequence: u64,
-        /// The credit, if any: generation and last step.
-        credit: Option<(Generation, Step)>,
+        /// The credit, if any.
+        credit: Option<CreditGiven>,
     },
     /// Load a job's base.
     Assign {
@@ -152,6 +154,8 @@ pub enum Message {
         generation: Generation,
         /// Why.
         reason: String,
+        /// Once this step is applied, and not before; at once if nothing.
+        after: Option<Step>,
     },
     /// Write a checkpoint of the state that you left a generation with.
     Keep {
@@ -175,6 +179,27 @@ pub enum Message {
         /// Why.
         reason: String,
     },
+    /// Say that you are draining, and end when you are told that you may.
+    Drain {
+        /// Why.
+        reason: String,
+    },
+    /// What the worker held is in other hands: it may end.
+    Drained {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Leave to apply steps, for a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CreditGiven {
+    /// Of this generation,
+    pub generation: Generation,
+    /// up to and including this step.
+    pub up_to: Step,
+    /// How long a member may be without progress.
+    pub deadline: Duration,
 }
 
 /// The answer to a user's request.
@@ -193,6 +218,8 @@ pub enum Reply {
         /// What differs between the job and the job file of the request, and is not obeyed.
         ignored: Vec<Ignored>,
     },
+    /// The worker is asked to end; the job that it is at work for.
+    Draining(Option<JobId>),
 }
 
 /// Why a user's request is refused.
@@ -215,4 +242,6 @@ pub enum Refusal {
     StoreTaken(JobId),
     /// The request id belongs to another job with another spec.
     OtherSpec(JobId),
+    /// No such worker is connected.
+    NoSuchWorker(WorkerId),
 }

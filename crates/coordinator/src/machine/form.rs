@@ -21,9 +21,11 @@ impl Machine {
     pub(super) fn assign(&mut self, now: Moment, job: &mut Job, most: usize) -> usize {
         let Some(facts) = &job.facts else { return 0 };
         let tries = self.options.worker_tries;
+        let most = most.min(self.places(job));
         let mut asked = Vec::new();
         for (worker, session) in &mut self.sessions {
-            let is_idle = session.assigned.is_none() && session.unfit_until <= now.monotonic;
+            let is_idle =
+                session.assigned.is_none() && !session.draining && session.unfit_until <= now.monotonic;
             if is_idle && session.failures_in(job) < tries && job.wants_workers() && asked.len() < most {
                 session.assigned = Some((job.id.clone(), job.attempt));
                 session.ready_since = None;
@@ -46,43 +48,24 @@ impl Machine {
         asked.len()
     }
 
-    /// Workers that loaded the job's base, in the order in which they came.
-    fn ready_for(&self, job: &Job) -> Vec<WorkerId> {
-        let mut ready: Vec<(u64, &WorkerId)> = self
+    /// How many more workers may load the job's base: members and spares.
+    fn places(&self, job: &Job) -> usize {
+        let Some(spares) = job.spec.cluster.spares else { return usize::MAX };
+        let most = (job.spec.cluster.workers.max + spares) as usize;
+        let stays = |session: &&super::sessions::Session| session.is_assigned_to(job) && !session.draining;
+        most.saturating_sub(self.sessions.values().filter(stays).count())
+    }
+
+    /// Workers that loaded the job's base and are to stay, in the order in which they came, the slow ones last.
+    pub(super) fn ready_for(&self, job: &Job) -> Vec<WorkerId> {
+        let mut ready: Vec<((bool, u64), &WorkerId)> = self
             .sessions
             .iter()
-            .filter(|(_, session)| session.is_ready_for(job))
-            .map(|(worker, session)| (session.number, worker))
+            .filter(|(_, session)| session.is_ready_for(job) && !session.draining)
+            .map(|(worker, session)| ((session.slow, session.number), worker))
             .collect();
         ready.sort_unstable();
         ready.into_iter().map(|(_, worker)| worker.clone()).collect()
-    }
-
-    /// Breaks a running generation, once it has made a step and has more than one before it, to let ready workers join.
-    pub(super) fn let_join(&mut self, now: Moment, job: &mut Job) {
-        let all_here = job.crew.members.iter().all(|member| member.attached);
-        let near_end = job.watermark.0 + 1 >= job.steps().0;
-        let leaves = job.standing.giving_way.is_some();
-        if !matches!(job.phase, Phase::Running) || !all_here || !job.advanced || near_end || leaves {
-            return;
-        }
-        let (_, max) = job.bounds();
-        let mut joiners = self.ready_for(job);
-        joiners.retain(|worker| job.crew.of(worker).is_none());
-        joiners.truncate(max.saturating_sub(job.crew.members.len()));
-        if joiners.is_empty() {
-            return;
-        }
-        let full = job.crew.members.len() + joiners.len() >= max;
-        let first_ready = joiners.iter().filter_map(|worker| self.sessions.get(worker)?.ready_since).min();
-        let waited = first_ready.is_some_and(|since| now.monotonic >= since + self.options.join_gather);
-        if !full && !waited {
-            return;
-        }
-        let names: Vec<&str> = joiners.iter().map(WorkerId::as_str).collect();
-        let cause = format!("{} to join", names.join(", "));
-        self.note(now, job, "member_joined", format!("{} after step {}", cause, job.watermark));
-        self.start_leaving(now, job, cause, None);
     }
 
     /// Forms the next generation, if all that it needs is there; else says what is missing.
@@ -112,6 +95,7 @@ impl Machine {
         let (min, max) = job.bounds();
         let mut joiners = self.ready_for(job);
         joiners.retain(|worker| !holders.contains_key(worker));
+        let Some(holders) = self.part_with_drained(now, job, holders, joiners.len()) else { return };
         let count = holders.len() + joiners.len();
         if count < min {
             self.set_enough_since(job, None);
@@ -128,9 +112,26 @@ impl Machine {
                 format!("{count} of at most {max} workers are ready; waits up to {seconds:.1} s for more");
             return self.set_reason(job, reason);
         }
-        let stay = who_stays(&holders, max);
-        let members: Vec<WorkerId> = stay.into_iter().chain(joiners).take(max).collect();
+        let members = self.choose(&holders, joiners, max);
         self.form(now, job, &members, &holders);
+    }
+
+    /// The next members, by rank: those who hold the state, then ready ones. A slow holder has the last place, unless
+    /// nobody else holds as much.
+    fn choose(
+        &self,
+        holders: &BTreeMap<WorkerId, Holder>,
+        joiners: Vec<WorkerId>,
+        max: usize,
+    ) -> Vec<WorkerId> {
+        let is_slow = |worker: &WorkerId| self.sessions.get(worker).is_some_and(|session| session.slow);
+        let newest = holders.values().map(|holder| holder.applied).max();
+        let holds_newest = |worker: &WorkerId| holders.get(worker).map(|holder| holder.applied) == newest;
+        let others_hold = holders.keys().any(|worker| holds_newest(worker) && !is_slow(worker));
+        let (last, first): (BTreeMap<WorkerId, Holder>, BTreeMap<WorkerId, Holder>) =
+            holders.clone().into_iter().partition(|(worker, _)| others_hold && is_slow(worker));
+        let (first, last) = (who_stays(&first, max), who_stays(&last, max));
+        first.into_iter().chain(joiners).chain(last).take(max).collect()
     }
 
     fn set_enough_since(&mut self, job: &mut Job, since: Option<Duration>) {
@@ -150,7 +151,8 @@ impl Machine {
         if let Phase::Forming(forming) = &mut job.phase {
             forming.origin = Origin::Searching;
         }
-        self.effects.push(Effect::FindCheckpoint { job: job.id.clone(), attempt: job.attempt });
+        let up_to = job.health.back_to;
+        self.effects.push(Effect::FindCheckpoint { job: job.id.clone(), attempt: job.attempt, up_to });
         self.set_reason(job, "looks for the newest good checkpoint".to_owned());
     }
 
@@ -261,7 +263,15 @@ impl Machine {
             start,
         };
         let applied = generation.start.applied;
-        job.crew = Crew { members: members.iter().map(|worker| self.new_member(worker, holders)).collect() };
+        if !matches!(generation.start.source, Source::Members { .. }) {
+            job.health.record.lineage_from = number;
+        }
+        job.health.record.handed_over = false;
+        job.health.back_to = None;
+        job.health.keeper = None;
+        job.health.keep_failed = false;
+        job.crew =
+            Crew { members: members.iter().map(|worker| self.new_member(now, worker, holders)).collect() };
         job.generation = Some(Arc::new(generation));
         job.phase = Phase::Running;
         job.formed = true;
@@ -279,9 +289,10 @@ impl Machine {
         }
     }
 
-    fn new_member(&self, worker: &WorkerId, holders: &BTreeMap<WorkerId, Holder>) -> Member {
+    fn new_member(&self, now: Moment, worker: &WorkerId, holders: &BTreeMap<WorkerId, Holder>) -> Member {
         let mut member = Member::new(worker.clone());
         member.attached = true;
+        member.progressed = now.monotonic;
         member.had = holders.get(worker).map(|holder| holder.applied);
         member.step = member.had.unwrap_or_default();
         if let Some(session) = self.sessions.get(worker) {
@@ -374,6 +385,8 @@ fn start_point(job: &Job, applied: Step, source: Source, rows: Vec<RankRows>) ->
         // A member that is lost may have been a step ahead of all who live.
         evaluated: job.evaluated.filter(|step| *step <= applied),
         checkpoint: job.checkpoint.filter(|step| *step <= applied),
+        usual_loss: (job.health.usual_loss.mean, job.health.usual_loss.steps),
+        skip: job.health.record.skip.iter().filter(|step| **step > applied).copied().collect(),
     }
 }
 

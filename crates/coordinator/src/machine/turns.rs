@@ -8,7 +8,7 @@ use super::{
     Machine,
     effect::Message,
     event::Moment,
-    job::{Forming, Job, Origin, Phase},
+    job::{Cause, Forming, Job, Origin, Phase},
     queue::{self, Asking, Pool, Turn},
     record::JobState,
     sessions::Session,
@@ -135,7 +135,9 @@ impl Machine {
                 overtaken: job.standing.overtaken,
             });
         }
-        let is_fit = |session: &&Session| session.assigned.is_some() || session.unfit_until <= now.monotonic;
+        let is_fit = |session: &&Session| {
+            session.assigned.is_some() || !session.draining && session.unfit_until <= now.monotonic
+        };
         workers += self.sessions.values().filter(is_fit).count();
         let pool = Pool {
             workers: u32::try_from(workers).unwrap_or(u32::MAX),
@@ -225,7 +227,7 @@ impl Machine {
         let cause = format!("gives way to job {to}");
         self.note(now, job, "gives_way", format!("to job {to}, after step {}", job.watermark));
         if matches!(job.phase, Phase::Running) {
-            self.start_leaving(now, job, cause, None);
+            self.part(now, job, Cause::new("gives_way", cause));
         }
     }
 
@@ -316,7 +318,7 @@ impl Machine {
         let plural = if surplus == 1 { "" } else { "s" };
         let cause = format!("{surplus} worker{plural} to be given up for other jobs");
         self.note(now, job, "shrinks", format!("{cause}, after step {}", job.watermark));
-        self.start_leaving(now, job, cause, None);
+        self.part(now, job, Cause::new("shrunk", cause));
     }
 
     /// Asks workers to load the bases of the jobs that they are to work for.

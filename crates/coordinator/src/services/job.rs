@@ -96,6 +96,16 @@ impl Jobs {
         }
     }
 
+    async fn drain(&self, request: DrainWorkerRequest) -> Result<DrainWorkerResponse> {
+        let worker = shanty_proto::WorkerId::new(request.worker_id).map_err(Error::bad)?;
+        match self.engine.ask(move |request| Event::Drain { request, worker }).await? {
+            Reply::Draining(job) => {
+                Ok(DrainWorkerResponse { job_id: job.map(String::from).unwrap_or_default() })
+            }
+            other => Err(Error::bad(format!("an answer to something else: {other:?}"))),
+        }
+    }
+
     async fn checkpoints(&self, request: ListCheckpointsRequest) -> Result<ListCheckpointsResponse> {
         let job = wire::job_id(&request.job_id)?;
         let known = self.engine.look({
@@ -140,5 +150,12 @@ impl JobService for Jobs {
         request: Request<ListCheckpointsRequest>,
     ) -> Result<Response<ListCheckpointsResponse>, Status> {
         self.checkpoints(request.into_inner()).await.map(Response::new).map_err(refuse)
+    }
+
+    async fn drain_worker(
+        &self,
+        request: Request<DrainWorkerRequest>,
+    ) -> Result<Response<DrainWorkerResponse>, Status> {
+        self.drain(request.into_inner()).await.map(Response::new).map_err(refuse)
     }
 }

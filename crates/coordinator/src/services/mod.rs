@@ -3,6 +3,7 @@
 mod job;
 mod status;
 pub(crate) mod wire;
+mod wire_crew;
 mod worker;
 
 pub(crate) use self::{job::Jobs, status::Statuses, worker::Workers};

@@ -41,6 +41,7 @@ pub(crate) fn hello(hello: v1::Hello) -> Result<(WorkerId, WorkerInfo, Option<At
         version: hello.version,
         device: hello.device,
         address: hello.collective_address,
+        draining: hello.draining,
     };
     Ok((worker, info, hello.attachment.map(attachment).transpose()?))
 }
@@ -69,6 +70,8 @@ pub(crate) fn step_report(from: v1::StepReport) -> Result<StepReport> {
         learning_rate: finite("a step's learning rate", from.learning_rate)?,
         seconds: finite("a step's time", from.seconds)?,
         timings: from.timings.map(timings).unwrap_or_default(),
+        skipped: (!from.skipped.is_empty()).then_some(from.skipped),
+        bad_samples: from.bad_samples,
     })
 }
 
@@ -79,6 +82,7 @@ pub(crate) fn said(message: In) -> Result<Said> {
             sequence: beat.sequence,
             phase: phase_in(beat.phase()),
             attachment: beat.attachment.map(attachment).transpose()?,
+            progress: beat.progress,
         },
         In::BaseReady(ready) => Said::BaseReady {
             job: job_id(&ready.job_id)?,
@@ -103,6 +107,7 @@ pub(crate) fn said(message: In) -> Result<Said> {
             within: within(&left.job_id, left.attempt, left.generation)?,
             applied: Step(left.applied_step),
             holds_state: !left.state_hash.is_empty(),
+            hash: left.state_hash,
             kept: left.kept.map(|kept| KeptSum { step: Step(kept.step), rows: kept.row_ids }),
         },
         In::Checkpoint(written) => Said::Checkpoint {
@@ -133,6 +138,18 @@ pub(crate) fn said(message: In) -> Result<Said> {
             adapter: finished.adapter,
         },
         In::Goodbye(goodbye) => Said::Goodbye { reason: goodbye.reason },
+        In::Draining(draining) => Said::Draining { reason: draining.reason },
+        In::Diverged(diverged) => Said::Diverged {
+            within: within(&diverged.job_id, diverged.attempt, diverged.generation)?,
+            step: Step(diverged.step),
+            hashes: diverged.hashes,
+        },
+        In::BadStep(bad) => Said::BadStep {
+            within: within(&bad.job_id, bad.attempt, bad.generation)?,
+            step: Step(bad.step),
+            reason: bad.reason,
+            samples: bad.samples,
+        },
         In::Hello(_) => return Err(Error::bad("a second Hello on one stream")),
         In::Step(_) | In::Logs(_) => return Err(Error::bad("a message out of place")),
     })
@@ -167,6 +184,7 @@ fn timings(from: v1::StepTimings) -> Timings {
         compute_seconds: from.compute_seconds,
         reduce_seconds: from.reduce_seconds,
         update_seconds: from.update_seconds,
+        tokens: from.tokens,
     }
 }
 
@@ -177,8 +195,11 @@ pub(crate) fn message_out(message: Message, beat_ms: u32, credit_ms: u32) -> v1:
             Out::Welcome(v1::Welcome { beat_interval_ms: beat_ms, credit_ms, attached })
         }
         Message::BeatAck { sequence, credit } => {
-            let credit = credit
-                .map(|(generation, up_to)| v1::Credit { generation: generation.0, up_to_step: up_to.0 });
+            let credit = credit.map(|given| v1::Credit {
+                generation: given.generation.0,
+                up_to_step: given.up_to.0,
+                deadline_ms: u32::try_from(given.deadline.as_millis()).unwrap_or(u32::MAX),
+            });
             Out::BeatAck(v1::BeatAck { sequence, credit })
         }
         Message::Assign { job, attempt, spec_json, facts, steps } => Out::Assign(v1::Assign {
@@ -201,9 +222,15 @@ pub(crate) fn message_out(message: Message, beat_ms: u32, credit_ms: u32) -> v1:
             }),
         }),
         Message::Form { job, attempt, rank, generation } => Out::Form(form(job, attempt, rank, &generation)),
-        Message::Leave { job, attempt, generation, reason } => {
-            Out::Leave(v1::Leave { job_id: job.into(), attempt: attempt.0, generation: generation.0, reason })
-        }
+        Message::Leave { job, attempt, generation, reason, after } => Out::Leave(v1::Leave {
+            job_id: job.into(),
+            attempt: attempt.0,
+            generation: generation.0,
+            reason,
+            after_step: after.map(|step| step.0),
+        }),
+        Message::Drain { reason } => Out::Drain(v1::Drain { reason }),
+        Message::Drained { reason } => Out::Drained(v1::Drained { reason }),
         Message::Keep { job, attempt, generation, step } => Out::Keep(v1::Keep {
             job_id: job.into(),
             attempt: attempt.0,
@@ -256,6 +283,9 @@ fn start(from: &StartPoint) -> v1::StartPoint {
         rows: (0u32..).zip(&from.rows).map(rows).collect(),
         evaluated_step: from.evaluated.map(|step| step.0),
         checkpoint_step: from.checkpoint.map(|step| step.0),
+        usual_loss: from.usual_loss.0,
+        usual_loss_steps: from.usual_loss.1,
+        skip_steps: from.skip.iter().map(|step| step.0).collect(),
     }
 }
 
@@ -294,6 +324,7 @@ fn phase_in(phase: v1::MemberPhase) -> MemberPhase {
         v1::MemberPhase::Evaluating => MemberPhase::Evaluating,
         v1::MemberPhase::Waiting => MemberPhase::Waiting,
         v1::MemberPhase::Lost => MemberPhase::Lost,
+        v1::MemberPhase::Writing => MemberPhase::Writing,
     }
 }
 
@@ -308,6 +339,7 @@ fn phase_out(phase: MemberPhase) -> v1::MemberPhase {
         MemberPhase::Evaluating => v1::MemberPhase::Evaluating,
         MemberPhase::Waiting => v1::MemberPhase::Waiting,
         MemberPhase::Lost => v1::MemberPhase::Lost,
+        MemberPhase::Writing => v1::MemberPhase::Writing,
     }
 }
 
@@ -323,6 +355,7 @@ pub(crate) fn step_out(from: &StepRecord) -> v1::StepRecord {
         tokens_per_second: from.tokens_per_second,
         workers: from.workers,
         unix_ms: from.unix_ms,
+        skipped: from.skipped,
     }
 }
 
@@ -371,7 +404,10 @@ fn member_out(from: &MemberView) -> v1::Member {
             compute_seconds: from.timings.compute_seconds,
             reduce_seconds: from.timings.reduce_seconds,
             update_seconds: from.timings.update_seconds,
+            tokens: from.timings.tokens,
         }),
+        spare: from.spare,
+        draining: from.draining,
     }
 }
 
@@ -380,11 +416,10 @@ fn ledger_out(from: &Ledger) -> v1::Ledger {
         leased: from.leased,
         committed: from.committed,
         requeued: from.requeued,
-        skipped: 0,
+        skipped: from.skipped,
         recomputed: from.recomputed,
         remaining: from.remaining,
-        // A reduction with a row twice does not equal its announcement, which stops the job before it counts.
-        duplicates: 0,
+        duplicates: from.duplicates,
     }
 }
 
@@ -415,6 +450,7 @@ pub(crate) fn status_out(from: &JobView) -> v1::JobStatus {
         started_unix_ms: from.started_unix_ms,
         ended_unix_ms: from.ended_unix_ms,
         error: failure.as_ref().map(shanty_proto::to_detail),
+        crew: Some(super::wire_crew::health_out(&from.crew)),
     }
 }
 
