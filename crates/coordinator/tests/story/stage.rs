@@ -172,6 +172,17 @@ impl Stage {
         self.say(name, Said::BaseReady { job, attempt, base_hash, seconds: 1.0, trainable_parameters: 5 });
     }
 
+    /// A worker has loaded the base of a job other than the pirate's.
+    pub fn ready_for(&mut self, name: &str, job: &str) {
+        let (job, attempt) = (JobId::new(job).unwrap(), Attempt(1));
+        let base_hash = "base".to_owned();
+        self.say(name, Said::BaseReady { job, attempt, base_hash, seconds: 1.0, trainable_parameters: 5 });
+    }
+
+    pub fn view_of(&self, job: &str) -> JobView {
+        self.machine.view(self.moment(), &JobId::new(job).unwrap()).unwrap()
+    }
+
     pub fn attachment(&self, generation: u64, rank: u32, applied: u64) -> Attachment {
         Attachment {
             job: job(),
@@ -265,6 +276,7 @@ impl Stage {
             size_bytes: 1,
             seconds: 0.1,
             unix_ms: 1,
+            loss: None,
         });
         let (job, attempt) = (job(), Attempt(self.attempt));
         self.tell(Event::CheckpointFound { job, attempt, outcome: Ok(checkpoint), damaged: Vec::new() });
