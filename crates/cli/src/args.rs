@@ -65,6 +65,7 @@ pub(crate) enum Command {
     Status(commands::status::Args),
     Logs(commands::logs::Args),
     Cancel(commands::cancel::Args),
+    Drain(commands::drain::Args),
     Checkpoints(commands::checkpoints::Args),
     Coordinator(commands::coordinator::Args),
     Worker(commands::worker::Args),

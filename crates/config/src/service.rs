@@ -53,6 +53,10 @@ described! {
         pub gather_ms: u64,
         /// How many steps a worker may go beyond the last step that is known to be committed.
         pub steps_ahead: u64,
+        /// How many jobs may run at a time; 0: as many as there are workers for.
+        pub max_jobs: u32,
+        /// How many jobs of one owner may run at a time; 0: any number.
+        pub max_jobs_per_owner: u32,
     }
 
     /// The worker's file.
@@ -100,6 +104,8 @@ impl Default for CoordinatorFile {
             credit_ms: 20_000,
             gather_ms: 3_000,
             steps_ahead: 12,
+            max_jobs: 0,
+            max_jobs_per_owner: 0,
         }
     }
 }

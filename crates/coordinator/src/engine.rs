@@ -8,7 +8,7 @@ use std::{
 };
 
 use shanty_diagnostic::Diagnose;
-use shanty_proto::{Attempt, JobId, WorkerId, v1::CoordinatorMessage};
+use shanty_proto::{Attempt, JobId, Step, WorkerId, v1::CoordinatorMessage};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -233,7 +233,7 @@ impl Task {
                 if let Some(outgoing) = self.sessions.remove(&session) {
                     tracing::warn!(%worker, reason, "the worker's stream is ended");
                     // Best effort: the stream ends with the sender either way.
-                    let _ = outgoing.try_send(Err(shanty_proto::to_status(&Error::bad(reason))));
+                    let _ = outgoing.try_send(Err(shanty_proto::to_status(&Error::StreamEnded { reason })));
                 }
             }
             Effect::Prepare { job, attempt, known } => self.prepare(job, attempt, known),
@@ -242,7 +242,7 @@ impl Task {
                     stop.cancel();
                 }
             }
-            Effect::FindCheckpoint { job, attempt } => self.find_checkpoint(job, attempt),
+            Effect::FindCheckpoint { job, attempt, up_to } => self.find_checkpoint(job, attempt, up_to),
             Effect::Reply { request, outcome } => {
                 if let Some(answer) = self.requests.remove(&request) {
                     // Whoever asked may have gone; what was asked for is done all the same.
@@ -331,12 +331,12 @@ impl Task {
         });
     }
 
-    fn find_checkpoint(&mut self, job: JobId, attempt: Attempt) {
+    fn find_checkpoint(&mut self, job: JobId, attempt: Attempt, up_to: Option<Step>) {
         let Some(spec) = self.works.machine.spec(&job) else { return };
         let data_hash = self.works.machine.data_hash(&job);
         let engine = self.engine.clone();
         self.helpers.spawn(async move {
-            let found = find::newest_good(&job, &spec, data_hash).await;
+            let found = find::newest_good(&job, &spec, data_hash, up_to).await;
             let (outcome, damaged) = match found {
                 Ok((checkpoint, damaged)) => (Ok(checkpoint), damaged),
                 Err(error) => (Err(error.diagnostic()), Vec::new()),

@@ -144,6 +144,18 @@ pub enum Error {
         /// The job that has it.
         job: JobId,
     },
+    /// No such worker is connected.
+    #[error("no worker `{worker}` is connected")]
+    NoSuchWorker {
+        /// The worker.
+        worker: shanty_proto::WorkerId,
+    },
+    /// The coordinator ended a worker's stream; the worker may come again.
+    #[error("the coordinator ended the stream: {reason}")]
+    StreamEnded {
+        /// Why.
+        reason: String,
+    },
     /// A message makes no sense.
     #[error("{what}")]
     BadMessage {
@@ -225,6 +237,10 @@ impl Diagnose for Error {
             Self::StoreTaken { job } => say("SH0774", Kind::User).hint(format!(
                 "`shanty resume {job}` goes on with it; a new job takes another `checkpoint.store`"
             )),
+            Self::NoSuchWorker { .. } => {
+                say("SH0760", Kind::User).hint("`shanty status JOB` names the workers of a job")
+            }
+            Self::StreamEnded { .. } => say("SH0761", Kind::Transient),
             Self::BadMessage { .. } => say("SH0775", Kind::User),
             Self::StaleLease { .. } => say("SH0775", Kind::Transient),
             Self::Stopping => say("SH0776", Kind::Transient),
@@ -245,6 +261,7 @@ impl From<Refusal> for Error {
             Refusal::BadName(name) => Self::bad(format!("no job id can be made of the name `{name}`")),
             Refusal::StoreTaken(job) => Self::StoreTaken { job },
             Refusal::OtherSpec(job) => Self::OtherSpec { job },
+            Refusal::NoSuchWorker(worker) => Self::NoSuchWorker { worker },
         }
     }
 }

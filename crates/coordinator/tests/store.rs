@@ -59,6 +59,7 @@ fn record() -> JobRecord {
         submitted_unix_ms: 1,
         started_unix_ms: 2,
         ended_unix_ms: 0,
+        overtaken: 3,
     }
 }
 

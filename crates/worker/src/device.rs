@@ -15,7 +15,7 @@ use tokio::sync::{
 };
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::{
     Error,
@@ -35,6 +35,8 @@ const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(2);
 const KEEP_ALIVE_WITHIN: Duration = Duration::from_secs(5);
 /// How long the trainer may take to end: a micro-batch, and a checkpoint that is being written.
 const END_WITHIN: Duration = Duration::from_secs(20);
+/// How long a worker that is to end waits for the coordinator to say that it may. Who asked kills it earlier if in a hurry.
+const DRAIN_WITHIN: Duration = Duration::from_secs(600);
 /// The largest message that is taken from the coordinator.
 const LARGEST_MESSAGE_BYTES: usize = 64 << 20;
 
@@ -59,6 +61,8 @@ pub struct WorkerOptions {
     pub memory_limit_bytes: Option<u64>,
     /// Armed failpoints.
     pub failpoints: Failpoints,
+    /// Cancelled to have the worker hand back what it holds and end then.
+    pub drain: CancellationToken,
 }
 
 impl WorkerOptions {
@@ -77,6 +81,7 @@ impl WorkerOptions {
             advertise: None,
             memory_limit_bytes: None,
             failpoints: Failpoints::from_environment()?,
+            drain: CancellationToken::new(),
         })
     }
 }
@@ -147,18 +152,44 @@ pub async fn run_worker(
         commands: commands.clone(),
         reports: reported,
         logs,
+        drain: options.drain.clone(),
     };
+    let shutdown = end_after_drain(shutdown, options.drain);
     let result = tokio::select! {
         biased;
         () = control.dead.cancelled() => return Err(Error::Killed),
         result = &mut end => return result.unwrap_or(Err(Error::TrainerGone)),
         result = Box::pin(session.run(shutdown)) => result,
     };
+    if matches!(result, Err(Error::Hung { .. })) {
+        // Nothing that the thread holds can be had back but by the end of the process.
+        return result;
+    }
     control.drop_membership("the worker ends");
     // A trainer that has ended needs no command.
     let _ = commands.send(Command::Close);
     let _ = tokio::time::timeout(END_WITHIN, end).await;
     result
+}
+
+/// Ends with `shutdown`, or when a drain takes too long: whoever asked for it counts on an end.
+fn end_after_drain(shutdown: CancellationToken, drain: CancellationToken) -> CancellationToken {
+    let end = shutdown.child_token();
+    let ended = end.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            () = ended.cancelled() => return,
+            () = drain.cancelled() => {}
+        }
+        tokio::select! {
+            () = ended.cancelled() => {}
+            () = tokio::time::sleep(DRAIN_WITHIN) => {
+                warn!(?DRAIN_WITHIN, "what this worker holds was not taken over in time; it ends");
+                ended.cancel();
+            }
+        }
+    });
+    end
 }
 
 fn hello(options: &WorkerOptions, listener: &Listener) -> Hello {
@@ -178,6 +209,7 @@ fn hello(options: &WorkerOptions, listener: &Listener) -> Hello {
         memory_bytes: memory.totalram.saturating_mul(memory.mem_unit.into()),
         collective_address,
         attachment: None,
+        draining: false,
     }
 }
 

@@ -16,6 +16,7 @@ pub(crate) mod completions;
 pub(crate) mod coordinator;
 pub(crate) mod data;
 pub(crate) mod doctor;
+pub(crate) mod drain;
 pub(crate) mod eval;
 pub(crate) mod explain;
 pub(crate) mod export;
@@ -45,6 +46,7 @@ pub(crate) fn dispatch(command: Command, ui: &Ui) -> CommandResult<Exit> {
         Command::Status(args) => status::execute(args, ui),
         Command::Logs(args) => logs::execute(args, ui),
         Command::Cancel(args) => cancel::execute(args, ui),
+        Command::Drain(args) => drain::execute(args, ui),
         Command::Checkpoints(args) => checkpoints::execute(args, ui),
         Command::Coordinator(args) => coordinator::execute(args, ui),
         Command::Worker(args) => worker::execute(args, ui),

@@ -4,9 +4,7 @@ use std::{ffi::OsString, path::PathBuf};
 
 use serde_json::json;
 use shanty_config::job::Device;
-use shanty_worker::supervisor::{
-    DeviceCommand, Supervisor, SupervisorOptions, ended_well, shutdown_on_signals,
-};
+use shanty_worker::supervisor::{DeviceCommand, Supervisor, SupervisorOptions, ended_well, signals};
 
 use crate::{
     client::Identity,
@@ -23,7 +21,8 @@ use crate::{
   shanty worker --coordinator https://head:7461 --ca ca.pem --cert node-7.pem --key node-7.key --bind 10.0.0.12
   shanty worker --coordinator https://head:7461 --ca ca.pem --token-file worker.token --threads 8
 
-It works until it is interrupted. A job that it was part of goes on without it.")]
+It works until it is interrupted, or drained: it finishes its step, hands back what it holds, and ends; a job that it was
+part of goes on without it. Interrupted again, it ends at once.")]
 pub(crate) struct Args {
     /// The coordinator, as https://host:port
     #[arg(long, env = "SHANTY_COORDINATOR", value_name = "URL")]
@@ -93,9 +92,11 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
         .build()
         .map_err(|source| Error::Start { what: "the runtime", source })?;
     runtime.block_on(async {
-        let shutdown = shutdown_on_signals()?;
+        let asked = signals()?;
+        let shutdown = asked.first;
         let command = DeviceCommand { program, arguments, environment: Vec::new() };
-        let supervisor = Supervisor::spawn(SupervisorOptions::new(vec![command]))?;
+        let options = SupervisorOptions { kill: asked.again, ..SupervisorOptions::new(vec![command]) };
+        let supervisor = Supervisor::spawn(options)?;
         if ui.is_json() {
             ui.json(
                 &json!({ "event": "started", "coordinator": worker.coordinator, "pids": supervisor.pids() }),

@@ -9,7 +9,7 @@ use shanty_worker::{
     WorkerOptions,
     engine::PeftEngines,
     run_worker,
-    supervisor::{end_with_parent, shutdown_on_signals},
+    supervisor::{end_with_parent, signals},
 };
 use tokio::sync::mpsc;
 
@@ -95,8 +95,9 @@ pub(crate) fn execute(args: Args, _: &Ui) -> CommandResult<Exit> {
         .build()
         .map_err(|source| Error::Start { what: "the runtime", source })?;
     runtime.block_on(async {
-        let shutdown = shutdown_on_signals()?;
-        Box::pin(run_worker(options, Box::new(PeftEngines), logs, shutdown)).await?;
+        let asked = signals()?;
+        options.drain = asked.first;
+        Box::pin(run_worker(options, Box::new(PeftEngines), logs, asked.again)).await?;
         Ok(Exit::Done)
     })
 }

@@ -19,8 +19,8 @@ use shanty_config::env_vars::SHANTY_TOKEN;
 
 use crate::{error::Error, failure::CommandResult};
 
-/// How long workers may take to end by themselves: a micro-batch, and a checkpoint that is being written.
-const GRACE: Duration = Duration::from_secs(20);
+/// How long workers may take to end by themselves: a step, and a checkpoint after it.
+const GRACE: Duration = Duration::from_secs(120);
 
 /// What workers are started with.
 #[derive(Debug, Clone)]

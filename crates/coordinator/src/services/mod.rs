@@ -4,6 +4,7 @@ mod access;
 mod job;
 mod status;
 pub(crate) mod wire;
+mod wire_crew;
 mod worker;
 
 pub(crate) use self::{access::Tokens, job::Jobs, status::Statuses, worker::Workers};

@@ -103,6 +103,7 @@ async fn a_job_from_submission_to_adapter_with_a_lost_worker_in_between() {
         path,
         size_bytes: 9,
         seconds: 0.1,
+        removed: Vec::new(),
     }))
     .await;
     let (job_id, attempt, generation, step) = within(6);
@@ -204,7 +205,7 @@ async fn errors_keep_code_place_and_hint_over_the_wire() {
     );
     // A child that dies without a word is an error of its own.
     std::fs::write(folder.path().join("answer.json"), "").unwrap();
-    jobs.resume_job(ResumeJobRequest { job_id: job.clone() }).await.unwrap();
+    jobs.resume_job(ResumeJobRequest { job_id: job.clone(), ..Default::default() }).await.unwrap();
     let status = server.until(&job, |status| status.attempt == 2 && status.state() == JobState::Failed).await;
     assert_eq!(status.error_code, "SH0778");
     server.stop().await;

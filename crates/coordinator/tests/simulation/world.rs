@@ -38,6 +38,8 @@ pub fn options() -> Options {
         worker_tries: 3,
         total_losses: 1000,
         fruitless_generations: 1000,
+        retry_pause: milliseconds(50),
+        ..Options::default()
     }
 }
 
@@ -79,7 +81,10 @@ impl Disk {
                 }
             }
             Change::Truncate(_, step) => self.steps.retain(|known, _| *known <= step.0),
-            Change::Evaluation(..) | Change::Checkpoint(..) | Change::Event(..) => {}
+            Change::Evaluation(..)
+            | Change::Checkpoint(..)
+            | Change::CheckpointsRemoved(..)
+            | Change::Event(..) => {}
         }
     }
 
