@@ -12,9 +12,11 @@ mod hub;
 mod leases;
 mod listen;
 pub mod machine;
+pub mod outside;
 pub mod prepare;
 mod server;
 mod services;
+pub mod simulation;
 pub mod store;
 
 pub use error::{Error, Result};

@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, atomic::AtomicU64},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use shanty_access::{Role, Secret};
@@ -17,7 +17,7 @@ use shanty_proto::{
         worker_service_server::WorkerServiceServer,
     },
 };
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, time::Instant};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 
@@ -29,6 +29,7 @@ use crate::{
     leases::Leases,
     listen::{self, Tls, TlsFiles},
     machine::{self, Change, Event, Machine},
+    outside::{Files, Outside},
     services::{Jobs, Statuses, Tokens, Workers},
     store::{Closing, Store},
 };
@@ -178,7 +179,8 @@ impl Coordinator {
         let Self { options, listener, health, tls, access, seed, handle, store, closing, stored } = self;
         let started = Instant::now();
         let mut machine = Machine::new(options.protocol.clone(), seed);
-        let (hub, leases) = (Arc::new(Hub::default()), Arc::new(Leases::default()));
+        let outside: Arc<dyn Outside> = Arc::new(Files { prepare_command: options.prepare_command.clone() });
+        let (hub, leases) = (Arc::new(Hub::default()), Arc::new(Leases::new(Arc::clone(&outside))));
         for job in stored {
             machine.restore(engine::now(started), job);
         }
@@ -196,9 +198,9 @@ impl Coordinator {
             store: store.clone(),
             hub: Arc::clone(&hub),
             leases: Arc::clone(&leases),
+            outside,
             access: Arc::clone(&access),
             encrypted: tls.is_some(),
-            prepare_command: options.prepare_command.clone(),
             started,
         };
         let (engine, task) = engine::build(works);
@@ -242,7 +244,10 @@ impl Coordinator {
 }
 
 /// Opens the prepared data of jobs that were at work; those whose data cannot be opened are given back.
-async fn open_data(machine: &Machine, leases: &Leases) -> Vec<(JobId, shanty_diagnostic::Diagnostic)> {
+pub(crate) async fn open_data(
+    machine: &Machine,
+    leases: &Leases,
+) -> Vec<(JobId, shanty_diagnostic::Diagnostic)> {
     let mut broken = Vec::new();
     for job in machine.unfinished() {
         let (Some(spec), Some(hash)) = (machine.spec(&job), machine.data_hash(&job)) else { continue };

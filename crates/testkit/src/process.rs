@@ -41,6 +41,12 @@ impl Shanty {
         self
     }
 
+    /// Another program in the same folder with the same variables.
+    #[must_use]
+    pub fn of(&self, program: impl Into<PathBuf>) -> Self {
+        Self { program: program.into(), ..self.clone() }
+    }
+
     /// Where the program runs.
     pub fn folder(&self) -> &Path {
         &self.folder
@@ -113,6 +119,11 @@ impl Running {
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        !matches!(self.child.try_wait(), Ok(None))
     }
 
     /// Process ids of its children, theirs, and so on.

@@ -59,6 +59,16 @@ impl Lease {
     pub(crate) fn wait(self) -> Result<Result<Leased, Error>, Interrupted> {
         self.receiver.recv().map_err(|_| Interrupted)
     }
+
+    /// The rows, if they are there; a model of a trainer must not block.
+    #[cfg(all(test, feature = "simulation"))]
+    pub(crate) fn look(&self) -> Result<Option<Result<Leased, Error>>, Interrupted> {
+        match self.receiver.try_recv() {
+            Ok(leased) => Ok(Some(leased)),
+            Err(std::sync::mpsc::TryRecvError::Empty) => Ok(None),
+            Err(std::sync::mpsc::TryRecvError::Disconnected) => Err(Interrupted),
+        }
+    }
 }
 
 impl RowClient {

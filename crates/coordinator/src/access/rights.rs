@@ -13,6 +13,7 @@ pub const RIGHTS: &[(&str, Least)] = &[
     ("/shanty.v1.AccessService/ListTokens", Least::Admin),
     ("/shanty.v1.AccessService/RevokeToken", Least::Admin),
     ("/shanty.v1.JobService/CancelJob", Least::Submit),
+    ("/shanty.v1.JobService/DrainWorker", Least::Admin),
     ("/shanty.v1.JobService/ListCheckpoints", Least::Read),
     ("/shanty.v1.JobService/ListJobs", Least::Read),
     ("/shanty.v1.JobService/ResumeJob", Least::Submit),

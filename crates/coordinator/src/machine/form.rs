@@ -272,8 +272,7 @@ impl Machine {
         job.health.back_to = None;
         job.health.keeper = None;
         job.health.keep_failed = false;
-        job.crew =
-            Crew { members: members.iter().map(|worker| self.new_member(now, worker, holders)).collect() };
+        job.crew = Crew::new(members.iter().map(|worker| self.new_member(now, worker, holders)).collect());
         job.generation = Some(Arc::new(generation));
         job.phase = Phase::Running;
         job.formed = true;

@@ -141,7 +141,7 @@ impl Machine {
             member.progressed = now.monotonic;
             member
         };
-        Crew { members: generation.members.iter().map(member).collect() }
+        Crew::new(generation.members.iter().map(member).collect())
     }
 }
 
