@@ -7,7 +7,7 @@ use std::{
 };
 
 use shanty_diagnostic::Diagnose;
-use shanty_proto::{Attempt, JobId, WorkerId, v1::CoordinatorMessage};
+use shanty_proto::{Attempt, JobId, Step, WorkerId, v1::CoordinatorMessage};
 use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
@@ -15,6 +15,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    access::Access,
     error::{Error, Result},
     hub::Hub,
     leases::Leases,
@@ -97,6 +98,9 @@ pub(crate) struct Works {
     pub hub: Arc<Hub>,
     pub leases: Arc<Leases>,
     pub outside: Arc<dyn Outside>,
+    pub access: Arc<Access>,
+    /// Whether collectives are encrypted.
+    pub encrypted: bool,
     pub started: Instant,
 }
 
@@ -230,7 +234,7 @@ impl Task {
                 if let Some(outgoing) = self.sessions.remove(&session) {
                     tracing::warn!(%worker, reason, "the worker's stream is ended");
                     // Best effort: the stream ends with the sender either way.
-                    let _ = outgoing.try_send(Err(shanty_proto::to_status(&Error::bad(reason))));
+                    let _ = outgoing.try_send(Err(shanty_proto::to_status(&Error::StreamEnded { reason })));
                 }
             }
             Effect::Prepare { job, attempt, known } => self.prepare(job, attempt, known),
@@ -239,7 +243,7 @@ impl Task {
                     stop.cancel();
                 }
             }
-            Effect::FindCheckpoint { job, attempt } => self.find_checkpoint(job, attempt),
+            Effect::FindCheckpoint { job, attempt, up_to } => self.find_checkpoint(job, attempt, up_to),
             Effect::Reply { request, outcome } => {
                 if let Some(answer) = self.requests.remove(&request) {
                     // Whoever asked may have gone; what was asked for is done all the same.
@@ -249,6 +253,9 @@ impl Task {
             Effect::StatusChanged(job) => {
                 self.works.leases.allow(&job, self.works.machine.leasable(&job));
                 if let Some(view) = self.works.machine.view(now(self.works.started), &job) {
+                    if view.state.is_final() {
+                        self.works.access.job_ended(&job);
+                    }
                     self.works.hub.set_status(view);
                 }
             }
@@ -270,8 +277,12 @@ impl Task {
         }
         let options = self.works.machine.options();
         let milliseconds = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
-        let message =
-            wire::message_out(message, milliseconds(options.beat_interval), milliseconds(options.credit));
+        let terms = wire::Terms {
+            beat_ms: milliseconds(options.beat_interval),
+            credit_ms: milliseconds(options.credit),
+            encrypted: self.works.encrypted,
+        };
+        let message = wire::message_out(message, terms);
         if let Err(error) = outgoing.try_send(Ok(message)) {
             let reason = match error {
                 mpsc::error::TrySendError::Full(_) => "it does not read what it is told",
@@ -320,11 +331,11 @@ impl Task {
         });
     }
 
-    fn find_checkpoint(&mut self, job: JobId, attempt: Attempt) {
+    fn find_checkpoint(&mut self, job: JobId, attempt: Attempt, up_to: Option<Step>) {
         let Some(spec) = self.works.machine.spec(&job) else { return };
         let data_hash = self.works.machine.data_hash(&job);
         let engine = self.engine.clone();
-        let found = self.works.outside.newest_good(job.clone(), spec, data_hash);
+        let found = self.works.outside.newest_good(job.clone(), spec, data_hash, up_to);
         self.helpers.spawn(async move {
             let found = found.await;
             let (outcome, damaged) = match found {

@@ -26,7 +26,7 @@ const MOST_ROWS: usize = 65_536;
 
 /// Where a job's prepared data lies.
 pub(crate) fn prepared_folder(spec: &JobSpec) -> PathBuf {
-    spec.checkpoint.store.clone().unwrap_or_default().join("prepared")
+    spec.checkpoint.folder(&spec.name).join("prepared")
 }
 
 /// A job's prepared data, open.

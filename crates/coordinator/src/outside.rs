@@ -7,7 +7,7 @@ use std::{ffi::OsString, pin::Pin, sync::Arc};
 use shanty_config::JobSpec;
 use shanty_data::{Prepared, Row, Split};
 use shanty_diagnostic::Diagnostic;
-use shanty_proto::JobId;
+use shanty_proto::{JobId, Step};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -39,8 +39,14 @@ pub trait Outside: Send + Sync + 'static {
     /// Opens what was prepared.
     fn open(&self, spec: &JobSpec) -> Later<Result<Box<dyn Rows>>>;
 
-    /// Finds a job's newest good checkpoint.
-    fn newest_good(&self, job: JobId, spec: Arc<JobSpec>, data_hash: Option<String>) -> Later<Result<Found>>;
+    /// Finds a job's newest good checkpoint; none beyond the step `up_to`.
+    fn newest_good(
+        &self,
+        job: JobId,
+        spec: Arc<JobSpec>,
+        data_hash: Option<String>,
+        up_to: Option<Step>,
+    ) -> Later<Result<Found>>;
 }
 
 /// A job's prepared rows.
@@ -92,8 +98,14 @@ impl Outside for Files {
         })
     }
 
-    fn newest_good(&self, job: JobId, spec: Arc<JobSpec>, data_hash: Option<String>) -> Later<Result<Found>> {
-        Box::pin(async move { find::newest_good(&job, &spec, data_hash).await })
+    fn newest_good(
+        &self,
+        job: JobId,
+        spec: Arc<JobSpec>,
+        data_hash: Option<String>,
+        up_to: Option<Step>,
+    ) -> Later<Result<Found>> {
+        Box::pin(async move { find::newest_good(&job, &spec, data_hash, up_to).await })
     }
 }
 

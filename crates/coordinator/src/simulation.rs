@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 
 use crate::{
+    access::{Access, Limits, guard::Guard},
     engine::{self, Works},
     error::{Error, Result},
     hub::Hub,
@@ -64,12 +65,16 @@ where
         hub.set_status(job);
     }
     let store = Store::inline(&database);
+    // Who may do what is no matter of schedules: everybody is let in.
+    let access = Arc::new(Access::new(true, &Limits::default()));
     let works = Works {
         machine,
         store: store.clone(),
         hub: Arc::clone(&hub),
         leases: Arc::clone(&leases),
         outside,
+        access: Arc::clone(&access),
+        encrypted: false,
         started,
     };
     let (engine, task) = engine::build(works);
@@ -92,9 +97,17 @@ where
         hub: Arc::clone(&hub),
         shutdown: stop.clone(),
     };
-    let workers =
-        Workers { engine, store, hub, leases, sessions: Arc::new(AtomicU64::new(0)), shutdown: stop.clone() };
+    let workers = Workers {
+        engine,
+        store,
+        hub,
+        leases,
+        sessions: Arc::new(AtomicU64::new(0)),
+        holders: Arc::default(),
+        shutdown: stop.clone(),
+    };
     let served = tonic::transport::Server::builder()
+        .layer(Guard { access })
         .add_service(JobServiceServer::new(jobs))
         .add_service(StatusServiceServer::new(statuses))
         .add_service(WorkerServiceServer::new(workers))

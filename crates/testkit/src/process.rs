@@ -59,6 +59,8 @@ impl Shanty {
             .current_dir(&self.folder)
             .env_remove("SHANTY_COORDINATOR")
             .env_remove("SHANTY_FAILPOINT")
+            // Keys that coordinators leave for their user lie here, not in the home of whoever runs the tests.
+            .env("XDG_STATE_HOME", std::env::temp_dir().join("shanty-tests"))
             .env("NO_COLOR", "1")
             .env("COLUMNS", "100")
             .envs(self.environment.iter().map(|(key, value)| (key, value)))

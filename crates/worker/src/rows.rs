@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use shanty_access::Channel;
 use shanty_data::order::row_hash;
 use shanty_proto::error::UNREACHABLE;
 use shanty_proto::v1::{
@@ -12,7 +13,7 @@ use shanty_proto::v1::{
 };
 use tokio::{runtime::Handle, time::sleep};
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Code, Status};
 use tracing::{debug, warn};
 
 use crate::{

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use prost::Message as _;
+use shanty_access::{Channel, Credentials};
 use shanty_data::order;
 use shanty_proto::v1::{
     coordinator_message::Message as Out, job_service_client::JobServiceClient, worker_message::Message as In,
@@ -13,7 +14,7 @@ use tokio::{
     time::{Instant, Interval, MissedTickBehavior, sleep_until},
 };
 use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic::{Streaming, transport::Channel, transport::Endpoint};
+use tonic::{Streaming, transport::Endpoint};
 
 use crate::{Result, stage::Stage};
 
@@ -61,13 +62,20 @@ pub struct Crew {
     begin: Instant,
 }
 
+/// A connection that shows a token, as every worker's does.
+async fn connect(url: &str, credentials: &Credentials) -> Result<Channel> {
+    let endpoint = Endpoint::from_shared(url.to_owned())?.tcp_nodelay(true);
+    let (endpoint, bearer) = credentials.prepare(&url.parse()?, endpoint)?;
+    Ok(Channel::new(endpoint.connect().await?, bearer))
+}
+
 /// Connects a crew, submits the job, and waits until its generation is formed and everybody holds a credit.
-pub async fn board(url: &str, stage: &Stage, plan: &Plan) -> Result<Crew> {
-    let channel = Channel::from_shared(url.to_owned())?.connect().await?;
+pub async fn board(url: &str, credentials: &Credentials, stage: &Stage, plan: &Plan) -> Result<Crew> {
+    let channel = connect(url, credentials).await?;
     let submit = SubmitJobRequest { request_id: "load".to_owned(), spec_json: stage.spec_json.clone() };
     JobServiceClient::new(channel).submit_job(submit).await?;
     let gangway = Semaphore::new(CONNECTING);
-    let mustering = (0..plan.workers).map(|number| Sailor::muster(url, number, &gangway));
+    let mustering = (0..plan.workers).map(|number| Sailor::muster(url, credentials, number, &gangway));
     let sailors = futures::future::try_join_all(mustering).await?;
     let last = plan.warm_up + plan.steps;
     let stage_rows = (1..=last).map(|step| stage.order.step_rows(step)).collect();
@@ -115,15 +123,20 @@ struct Sailor {
 
 impl Sailor {
     /// From the connection to the first credit. Whoever is there says so while the others come.
-    async fn muster(url: &str, number: usize, gangway: &Semaphore) -> Result<Self> {
+    async fn muster(
+        url: &str,
+        credentials: &Credentials,
+        number: usize,
+        gangway: &Semaphore,
+    ) -> Result<Self> {
         let place = gangway.acquire().await?;
-        let sailor = Self::board(url, number).await?;
+        let sailor = Self::board(url, credentials, number).await?;
         drop(place);
         sailor.load().await?.form().await
     }
 
-    async fn board(url: &str, number: usize) -> Result<Self> {
-        let channel = Endpoint::from_shared(url.to_owned())?.tcp_nodelay(true).connect().await?;
+    async fn board(url: &str, credentials: &Credentials, number: usize) -> Result<Self> {
+        let channel = connect(url, credentials).await?;
         let mut client = WorkerServiceClient::new(channel).max_decoding_message_size(64 << 20);
         let (say, messages) = mpsc::unbounded_channel();
         let hear = client.session(UnboundedReceiverStream::new(messages)).await?.into_inner();

@@ -22,12 +22,16 @@ use std::{
     time::Duration,
 };
 
+use shanty_access::{Credentials, NewToken, Role, Secret};
 use shanty_coordinator::Coordinator;
 use tokio_util::sync::CancellationToken;
 
 use crew::Plan;
 use figures::Usage;
 use stage::Stage;
+
+/// Where the coordinator's process finds the token that the workers show.
+const TOKEN: &str = "SHANTY_TOKEN";
 
 type Result<T, E = Box<dyn std::error::Error + Send + Sync>> = std::result::Result<T, E>;
 
@@ -60,7 +64,9 @@ fn plan(flags: &[&str]) -> Result<Plan> {
 fn coordinator(folder: &Path) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
-        let coordinator = Coordinator::bind(stage::options(folder)).await?;
+        let mut coordinator = Coordinator::bind(stage::options(folder)).await?;
+        let token = Secret::new(&std::env::var(TOKEN)?);
+        coordinator.add_key(&token, "load", Role::Admin);
         println!("{}", coordinator.handle().url());
         let shutdown = CancellationToken::new();
         let lifeline = shutdown.clone();
@@ -85,10 +91,13 @@ impl Drop for Process {
 fn crew(plan: &Plan) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let stage = Stage::set(folder.path(), plan.workers)?;
+    let token = NewToken::draw()?.secret;
+    let credentials = Credentials { token: Some(token.clone()), ..Credentials::default() };
     let mut process = Process(
         Command::new(std::env::current_exe()?)
             .arg("coordinator")
             .arg(folder.path())
+            .env(TOKEN, token.expose())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?,
@@ -100,7 +109,7 @@ fn crew(plan: &Plan) -> Result<()> {
     // One thread: the coordinator has the other core to itself.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let work = async || -> Result<_> {
-        let crew = crew::board(url.trim(), &stage, plan).await?;
+        let crew = crew::board(url.trim(), &credentials, &stage, plan).await?;
         let begin = crew.begin();
         let usage = async || -> Result<(Usage, Usage)> {
             tokio::time::sleep_until(begin + plan.step * u32::try_from(plan.warm_up)?).await;

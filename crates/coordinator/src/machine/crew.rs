@@ -4,7 +4,10 @@ use std::{collections::HashMap, time::Duration};
 
 use shanty_proto::{Rank, Step, WorkerId};
 
-use super::event::{KeptSum, MemberPhase, Timings};
+use super::{
+    event::{KeptSum, MemberPhase, Timings},
+    straggler::Figures,
+};
 
 /// The members of a generation, by rank.
 #[derive(Debug, Clone, Default)]
@@ -32,6 +35,12 @@ pub(crate) struct Member {
     pub phase: MemberPhase,
     pub step: Step,
     pub timings: Timings,
+    /// Grows with what its trainer gets done.
+    pub progress: u64,
+    /// When that, its phase or its step changed last.
+    pub progressed: Duration,
+    /// Where its time goes, over the last steps.
+    pub figures: Figures,
     /// Host, process and device, for people; kept when the stream is gone.
     pub host: String,
     pub pid: u32,
@@ -62,10 +71,18 @@ impl Member {
             phase: MemberPhase::Forming,
             step: Step(0),
             timings: Timings::default(),
+            progress: 0,
+            progressed: Duration::ZERO,
+            figures: Figures::default(),
             host: String::new(),
             pid: 0,
             device: String::new(),
         }
+    }
+
+    /// Whether it has made a step in its crew, so that it has compiled, warmed up and connected.
+    pub fn is_warm(&self, begun_from: Step) -> bool {
+        self.had.is_some() || self.step > begun_from
     }
 }
 
@@ -76,6 +93,8 @@ pub struct LeftWith {
     pub applied: Step,
     /// Whether it holds adapter and optimizer.
     pub holds_state: bool,
+    /// Their hash.
+    pub hash: String,
     /// The sum that it keeps.
     pub kept: Option<KeptSum>,
 }
@@ -102,6 +121,14 @@ impl Crew {
     /// Members that are neither lost nor have left.
     pub fn staying(&self) -> impl Iterator<Item = &Member> {
         self.members.iter().filter(|member| member.lost.is_none() && member.left.is_none())
+    }
+
+    /// All said that they left, and nobody is to come back.
+    pub fn all_out(&mut self) {
+        for member in &mut self.members {
+            member.credit = Credit::Out;
+            member.back_by = None;
+        }
     }
 
     /// When the generation can apply no step any more: nothing if that is so already.

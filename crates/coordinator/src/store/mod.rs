@@ -19,6 +19,7 @@ use shanty_proto::JobId;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
+    access::TokenRecord,
     error::{Error, Result},
     machine::{
         Change, StoredJob,
@@ -129,6 +130,14 @@ impl Store {
     /// As [`Store::steps`].
     pub async fn events(&self, job: JobId, limit: u32) -> Result<Vec<EventRecord>> {
         self.query(move |connection| read::events(connection, job.as_str(), limit)).await
+    }
+
+    /// All tokens that were made and not taken back.
+    ///
+    /// # Errors
+    /// As [`Store::steps`].
+    pub async fn tokens(&self) -> Result<Vec<TokenRecord>> {
+        self.query(read::tokens).await
     }
 
     /// A job's newest log lines, oldest first; of one worker, if it is named.

@@ -11,7 +11,7 @@ use shanty_coordinator::{
 };
 use shanty_data::{Row, Split};
 use shanty_diagnostic::Diagnostic;
-use shanty_proto::JobId;
+use shanty_proto::{JobId, Step};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -109,7 +109,13 @@ impl Outside for MadeUp {
         Box::pin(async move { Ok(rows) })
     }
 
-    fn newest_good(&self, _: JobId, _: Arc<JobSpec>, _: Option<String>) -> Later<CoordinatorResult<Found>> {
+    fn newest_good(
+        &self,
+        _: JobId,
+        _: Arc<JobSpec>,
+        _: Option<String>,
+        _: Option<Step>,
+    ) -> Later<CoordinatorResult<Found>> {
         let (sea, time) = (Arc::clone(&self.0), lock(&self.0).chance.milliseconds(5, 100));
         Box::pin(async move {
             tokio::time::sleep(time).await;

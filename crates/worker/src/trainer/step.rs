@@ -1,6 +1,7 @@
 //! A generation's steps: compute, reduce, apply. docs/concepts/step-protocol.md tells why in this order.
 
 use std::{
+    ops::Range,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -9,13 +10,15 @@ use std::{
 };
 
 use shanty_collective::{Collective, HopPoint};
+use shanty_config::UsualLoss;
 use shanty_proto::v1::{Announcement, MemberPhase, StepReport, StepTimings, worker_message::Message};
 use tracing::{debug, info};
 
 use crate::{
     Error,
-    engine::Row,
-    failpoint::{Place, Point},
+    control::Control,
+    engine::{Memory, Reducer, ReductionError, Row, SumSink, Total, missing_state},
+    failpoint::{Failpoints, Place, Point},
     row_log::Entry,
     rows::hash_of_rows,
 };
@@ -26,12 +29,10 @@ use super::{
     formation::Formation,
     job::Job,
     pipeline::Pipeline,
+    spoilt::{Fault, Skipped},
     start,
     state::{Applied, State},
 };
-
-/// Entries of the gradient in one all-reduce. Between two, a member that is to leave does.
-const CHUNK: usize = 1 << 22;
 
 /// A generation that this worker takes part in.
 pub(super) struct Generation<'a> {
@@ -40,8 +41,11 @@ pub(super) struct Generation<'a> {
     pub(super) formation: Formation,
     pub(super) collective: Box<dyn Collective>,
     pub(super) pipeline: Pipeline,
-    pub(super) evaluated_step: Option<u64>,
     pub(super) checkpoint_step: Option<u64>,
+    /// The step after which the ranks compared their adapters last.
+    pub(super) compared_step: u64,
+    /// What a loss spike is measured by: the same on all ranks.
+    pub(super) usual_loss: UsualLoss,
     hops: Arc<Hops>,
 }
 
@@ -53,6 +57,34 @@ struct Hops {
     passed: AtomicUsize,
     reducing: AtomicBool,
     died: Mutex<Option<Error>>,
+}
+
+/// A failpoint while a part of the gradient is made and a part is not.
+struct MidBackward<'a> {
+    control: &'a Control,
+    failpoints: &'a Failpoints,
+    place: Place,
+    reached: Result<(), Error>,
+}
+
+impl SumSink for MidBackward<'_> {
+    fn ready(&mut self, _: Range<usize>, _: Memory<'_>) {
+        self.control.advance();
+        if self.reached.is_ok() {
+            self.reached = self.failpoints.reach(Point::MidBackward, self.place);
+        }
+    }
+}
+
+/// The members of a generation, as a gradient's pieces see them.
+struct Members<'a>(&'a mut dyn Collective, &'a Control);
+
+impl Reducer for Members<'_> {
+    fn reduce(&mut self, own: &[f32], sum: &mut [f32]) -> shanty_collective::Result<()> {
+        self.0.all_reduce_f32(own, sum)?;
+        self.1.advance();
+        Ok(())
+    }
 }
 
 impl Formation {
@@ -83,9 +115,22 @@ impl<'a> Generation<'a> {
         if around.failpoints.is_armed() {
             collective.set_hop_hook(Some(hop_hook(around, &formation, &hops, &*collective)));
         }
-        let (evaluated_step, checkpoint_step) =
-            (formation.start.evaluated_step, formation.start.checkpoint_step);
-        Ok(Self { around, job, formation, collective, pipeline, evaluated_step, checkpoint_step, hops })
+        job.world_size = formation.world_size();
+        job.evaluated_step = formation.start.evaluated_step;
+        let checkpoint_step = formation.start.checkpoint_step;
+        // What members hold at the start was compared when it moved, or when they left the generation before.
+        let (compared_step, usual_loss) = (formation.start.applied_step, formation.start.usual_loss);
+        Ok(Self {
+            around,
+            job,
+            formation,
+            collective,
+            pipeline,
+            checkpoint_step,
+            compared_step,
+            usual_loss,
+            hops,
+        })
     }
 
     /// Makes the steps that are left and what is due between them. Returns after the last, with the collective: it
@@ -114,12 +159,18 @@ impl<'a> Generation<'a> {
         let step = self.applied() + 1;
         let generation = self.formation.generation;
         let control = Arc::clone(&self.around.control);
+        control.begin_step(generation, step)?;
         control.wait_for_credit(generation, step)?;
         let began = Instant::now();
-        control.set_phase(MemberPhase::Computing);
+        // Rows that do not come are nobody's fault here.
+        control.set_phase(MemberPhase::Waiting);
         self.pipeline.ask_up_to(control.credited_step(generation), &self.job.plan);
         let (leased, data_seconds) = self.pipeline.take(step)??;
+        control.set_phase(MemberPhase::Computing);
         self.check_announcement(step, &leased.announcement)?;
+        if self.formation.start.skip_steps.contains(&step) {
+            return self.skip_as_planned(step, leased.announcement);
+        }
 
         let computing = Instant::now();
         self.compute(step, &leased.rows)?;
@@ -133,12 +184,38 @@ impl<'a> Generation<'a> {
         self.reach(Point::AfterReduction, step)?;
 
         let updating = Instant::now();
-        let applied = self.apply(step, total)?;
+        let (applied, skipped) = match self.try_apply(step, total)? {
+            Ok(applied) => (applied, None),
+            Err(fault) => (Applied::nothing(), Some(self.spoilt(step, &fault, &leased.rows)?)),
+        };
         let update_seconds = updating.elapsed().as_secs_f64();
-        let timings = StepTimings { data_seconds, compute_seconds, reduce_seconds, update_seconds };
+        let tokens = leased.rows.iter().map(|row| row.token_ids.len() as u64).sum();
+        let timings = StepTimings { data_seconds, compute_seconds, reduce_seconds, update_seconds, tokens };
         let seconds = began.elapsed().as_secs_f64();
         self.reach(Point::AfterUpdate, step)?;
-        self.report_step(step, total, applied, seconds, timings);
+        self.report_step(step, total, applied, skipped, seconds, timings);
+        Ok(())
+    }
+
+    /// Applies a committed step, unless it is bad.
+    fn try_apply(&mut self, step: u64, total: Check) -> Result<Result<Applied, Fault>, Stop> {
+        if let Some(fault) = self.fault_of(total) {
+            return Ok(Err(fault));
+        }
+        let Some(applied) = self.apply(step, total)? else {
+            return Ok(Err(Fault::NotFinite("the gradient")));
+        };
+        self.usual_loss.learn(total.loss() / total.tokens.max(1) as f64);
+        Ok(Ok(applied))
+    }
+
+    /// A step that was bad in an earlier generation: all ranks were told to pass over it.
+    fn skip_as_planned(&mut self, step: u64, announced: Announcement) -> Result<(), Stop> {
+        self.skip(step)?;
+        info!(step, "passed over");
+        let skipped = Skipped { reason: "it was bad before".to_owned(), samples: Vec::new() };
+        let total = Check::new(announced.tokens, announced.rows, announced.row_hash, 0.0, 0);
+        self.report_step(step, total, Applied::nothing(), Some(skipped), 0.0, StepTimings::default());
         Ok(())
     }
 
@@ -159,30 +236,27 @@ impl<'a> Generation<'a> {
     /// Adds whole micro-batches to the local sum. When the generation is left in between, the sum stays as it is.
     fn compute(&mut self, step: u64, rows: &[Row]) -> Result<(), Stop> {
         let place = self.formation.place(step);
-        let failpoints = &self.around.failpoints;
+        let (control, failpoints) = (&*self.around.control, &self.around.failpoints);
         let seed = self.job.plan.spec.train.seed;
         let micro_batch_rows = usize::try_from(self.job.micro_batch_rows.max(1)).unwrap_or(usize::MAX);
-        self.job.sum.begin(step, self.job.reduced.len());
+        let Job { engine, sum, state, .. } = &mut *self.job;
+        if state.is_none() {
+            return Err(missing_state().into());
+        }
+        sum.begin(step, &mut **engine)?;
         for micro_batch in rows.chunks(micro_batch_rows) {
             self.around.control.check(self.formation.generation)?;
-            let Some(state) = &self.job.state else { return Err(missing_state().into()) };
-            let engine = &mut self.job.engine;
-            let mut died = Ok(());
-            let mut during = || {
-                if died.is_ok() {
-                    died = failpoints.reach(Point::MidBackward, place);
-                }
-            };
+            let mut midway = MidBackward { control, failpoints, place, reached: Ok(()) };
             let ids = micro_batch.iter().map(|row| row.id);
-            self.job.sum.add(ids, |gradient| {
-                engine.forward_backward(&state.parameters, micro_batch, seed, step, gradient, &mut during)
-            })?;
-            died?;
+            sum.add(&mut **engine, ids, |engine| engine.accumulate(micro_batch, seed, step, &mut midway))?;
+            midway.reached?;
+            control.advance();
         }
+        sum.complete(&mut **engine)?;
         Ok(self.around.control.check(self.formation.generation)?)
     }
 
-    /// Sums over all ranks: the gradient into `job.reduced`, the integers last. With them the step is committed.
+    /// Sums over all ranks: the gradient where the engine computes, the integers last. With them the step is committed.
     fn reduce(&mut self, step: u64) -> Result<Check, Stop> {
         self.job.row_log.write(&Entry::Entering {
             attempt: self.job.plan.attempt,
@@ -201,13 +275,17 @@ impl<'a> Generation<'a> {
         if let Some(error) = self.hops.died.lock().unwrap_or_else(PoisonError::into_inner).take() {
             return Err(error.into());
         }
-        reduced.map_err(|error| start::broken(self.around, &self.formation, &error))
+        reduced.map_err(|error| match error {
+            ReductionError::Collective(error) => start::broken(self.around, &self.formation, &error),
+            ReductionError::Engine(error) => error.into(),
+        })
     }
 
-    fn reduce_all(&mut self) -> Result<Check, shanty_collective::Error> {
-        let sum = &self.job.sum;
-        for (local, reduced) in sum.gradient().chunks(CHUNK).zip(self.job.reduced.chunks_mut(CHUNK)) {
-            self.collective.all_reduce_f32(local, reduced)?;
+    fn reduce_all(&mut self) -> Result<Check, ReductionError> {
+        let Job { engine, sum, .. } = &mut *self.job;
+        // Alone, a member's own sum is the total.
+        if self.formation.world_size() > 1 {
+            engine.reduce(&mut Members(&mut *self.collective, &self.around.control))?;
         }
         let rows = sum.rows();
         let own = Check::new(
@@ -222,21 +300,16 @@ impl<'a> Generation<'a> {
         Ok(Check::from_words(words))
     }
 
-    /// Applies a committed step. Every rank does the same with the same bits.
-    fn apply(&mut self, step: u64, total: Check) -> Result<Applied, Stop> {
-        if total.not_finite > 0 {
-            let rows = self.job.sum.not_finite().1.to_vec();
-            return Err(Error::NotFinite { what: "the loss", step, rows }.into());
-        }
+    /// Applies a committed step. Every rank does the same with the same bits. None, and nothing is changed, if the gradient is
+    /// not finite.
+    fn apply(&mut self, step: u64, total: Check) -> Result<Option<Applied>, Stop> {
         let Some(state) = &mut self.job.state else { return Err(missing_state().into()) };
-        let engine = &*self.job.engine;
-        let Some(applied) = self.job.update.apply(state, &mut self.job.reduced, total.tokens, engine)? else {
-            // The rows are known only to the rank whose own sum is at fault.
-            let own = self.job.sum.gradient().iter().any(|value| !value.is_finite());
-            let rows = if own { self.job.sum.rows().to_vec() } else { Vec::new() };
-            return Err(Error::NotFinite { what: "the gradient", step, rows }.into());
+        let engine = &mut *self.job.engine;
+        let from = if self.formation.world_size() > 1 { Total::Reduced } else { Total::Own };
+        let Some(applied) = self.job.update.apply(state, engine, from, total.tokens)? else {
+            return Ok(None);
         };
-        self.job.sum.clear();
+        self.job.drop_sum()?;
         self.around.control.set_applied(step);
         self.job.row_log.write(&Entry::Applied {
             attempt: self.job.plan.attempt,
@@ -244,10 +317,18 @@ impl<'a> Generation<'a> {
             step,
             rank: self.formation.rank,
         })?;
-        Ok(applied)
+        Ok(Some(applied))
     }
 
-    fn report_step(&self, step: u64, total: Check, applied: Applied, seconds: f64, timings: StepTimings) {
+    fn report_step(
+        &self,
+        step: u64,
+        total: Check,
+        applied: Applied,
+        skipped: Option<Skipped>,
+        seconds: f64,
+        timings: StepTimings,
+    ) {
         let loss = total.loss() / total.tokens.max(1) as f64;
         if self.formation.rank == 0 {
             info!(step, loss, gradient_norm = applied.gradient_norm, seconds, "step applied");
@@ -266,6 +347,8 @@ impl<'a> Generation<'a> {
             learning_rate: applied.learning_rate,
             seconds,
             timings: Some(timings),
+            bad_samples: skipped.as_ref().map(|skipped| skipped.samples.clone()).unwrap_or_default(),
+            skipped: skipped.map(|skipped| skipped.reason).unwrap_or_default(),
         }));
     }
 }
@@ -274,8 +357,7 @@ impl<'a> Generation<'a> {
 fn take_first_rows(job: &mut Job, formation: &Formation) -> Result<(), Error> {
     let expected = formation.start.first_rows.as_ref().map_or(&[][..], |(kept, _)| kept);
     if expected.is_empty() {
-        job.sum.clear();
-        return Ok(());
+        return job.drop_sum();
     }
     let step = formation.start.applied_step + 1;
     let holds = job.sum.kept().is_some_and(|(of, rows)| of == step && same_rows(rows, expected));
@@ -296,10 +378,6 @@ fn same_rows(left: &[u64], right: &[u64]) -> bool {
         rows
     };
     sorted(left) == sorted(right)
-}
-
-fn missing_state() -> Error {
-    Error::Protocol { message: "Form", reason: "it gave this worker no state".to_owned() }
 }
 
 /// Passes failpoints at the hops of a step's reduction, counted over all its operations.
