@@ -147,7 +147,12 @@ fn is_over(status: &JobStatus) -> bool {
 }
 
 /// Strikes once; nothing if there is nobody to strike right now.
-fn strike(args: &Args, client: &Client, status: &JobStatus, chance: &mut Chance) -> CommandResult<Option<Struck>> {
+fn strike(
+    args: &Args,
+    client: &Client,
+    status: &JobStatus,
+    chance: &mut Chance,
+) -> CommandResult<Option<Struck>> {
     let lasting = |worker: String, pid, blow| Struck { worker, pid, blow: Some(blow), again: None };
     match args.fault {
         Kind::Coordinator => {
@@ -217,7 +222,10 @@ fn tell(ui: &Ui, faults: u64, status: &JobStatus, since_unix_ms: u64) -> Command
     let since = status.events.iter().filter(|event| event.unix_ms >= since_unix_ms);
     let lost = since.clone().filter(|event| event.kind == "member_lost").count();
     let longest = |of: &dyn Fn(&shanty_proto::v1::Event) -> Option<f64>| {
-        since.clone().filter_map(of).fold(None, |most: Option<f64>, time| Some(most.map_or(time, |most| most.max(time))))
+        since
+            .clone()
+            .filter_map(of)
+            .fold(None, |most: Option<f64>, time| Some(most.map_or(time, |most| most.max(time))))
     };
     let detection = longest(&|event| event.detection_ms);
     let stall = longest(&|event| event.stall_ms);
