@@ -16,7 +16,7 @@ use crate::{
     error::Result,
     model::{BaseSource, ModelConfig, Projection},
     optim::{AdamWOptions, FlatUpdate, Outcome, Source, groups},
-    plan::{MemoryPlan, PlanRequest, Recompute},
+    plan::{self, MemoryPlan, PlanRequest, Recompute},
     random,
 };
 
@@ -113,6 +113,7 @@ impl Stepper {
             accelerated: true,
             half_activations: true,
             reduced_apart: false,
+            host_limit: plan::host_limit(),
         };
         let lora = LoraConfig {
             r: options.r,

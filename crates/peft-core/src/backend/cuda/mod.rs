@@ -17,6 +17,7 @@ mod memory;
 mod merge;
 mod operations;
 mod optimizer;
+mod outgoing;
 mod products;
 mod profile;
 mod reduce;
@@ -98,6 +99,7 @@ pub struct CudaBatch {
     /// What attention's backward pass needs of every row and head: two numbers.
     statistics: DeviceMemory,
     tiles: TileLists,
+    outgoing: outgoing::Outgoing,
     span_count: usize,
     longest_queries: usize,
     longest_keys: usize,

@@ -72,15 +72,17 @@ pub struct Mark {
 
 // SAFETY: events may be used from any thread whose context is the card's.
 unsafe impl Send for Mark {}
+// SAFETY: as above.
+unsafe impl Sync for Mark {}
 
 impl Mark {
-    fn new(device: &Arc<Device>) -> Result<Self, DeviceError> {
+    pub(super) fn new(device: &Arc<Device>) -> Result<Self, DeviceError> {
         let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
         let event = result::event::create(flags).map_err(call("cuEventCreate"))?;
         Ok(Self { event, device: Arc::clone(device) })
     }
 
-    fn record(&self, stream: sys::CUstream) -> Result<(), DeviceError> {
+    pub(super) fn record(&self, stream: sys::CUstream) -> Result<(), DeviceError> {
         // SAFETY: stream and event live.
         unsafe { result::event::record(self.event, stream) }.map_err(call("cuEventRecord"))
     }
@@ -104,7 +106,7 @@ impl Mark {
         Ok(self.wait_here()?)
     }
 
-    fn wait_here(&self) -> Result<(), DeviceError> {
+    pub(super) fn wait_here(&self) -> Result<(), DeviceError> {
         self.device.bind()?;
         // SAFETY: the event lives.
         unsafe { result::event::synchronize(self.event) }.map_err(call("cuEventSynchronize"))
