@@ -11,7 +11,10 @@ mod base;
 pub mod compile;
 mod device;
 mod error;
+mod held;
+mod lane;
 mod libraries;
+mod loading;
 mod low_rank;
 mod memory;
 mod merge;
@@ -26,6 +29,7 @@ mod virtual_tokens;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use error::DeviceError;
+pub(crate) use held::CardBase;
 pub use libraries::{LIBRARIES_VARIABLE, NVRTC_VARIABLE};
 pub use memory::{Aside, DeviceBuffer, DeviceMemory};
 use memory::{Numbers, Pinned, Region, Source};
