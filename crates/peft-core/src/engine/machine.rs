@@ -1,6 +1,6 @@
 //! What an engine computes with: a backend and the memory of a step, on the processor or on a card.
 
-use super::{EngineDevice, GradientSink, StepError};
+use super::{EngineDevice, GradientSink, SharedBase, StepError};
 use crate::{
     adapter::{AnyMethod, Branches, Fit, MethodOn, ParameterLayout, PassDropout},
     backend::{
@@ -10,7 +10,10 @@ use crate::{
     },
     batch::PackedBatch,
     error::{Error, Result},
-    model::{BaseSource, ModelConfig, decoder::Decoder, trained::Trained},
+    model::{
+        BaseSource, LoadProgress, ModelConfig, ResidentBase, decoder::Decoder, resident::plan::BasePlan,
+        trained::Trained,
+    },
     nn::rope::RopeTable,
     optim::{FlatState, FlatUpdate, Outcome},
     plan::{Arena, Levels, Sizes},
@@ -246,6 +249,38 @@ impl Machine {
         match self {
             Self::Cpu(_) => Ok(()),
             Self::Cuda(worker) => worker.backend.hold(base, embedding_stays),
+        }
+    }
+
+    /// Loads a base to where passes read it, and what it is hashed to. `embedding_stays` keeps the embedding in host memory
+    /// beside a card.
+    pub(crate) fn load(
+        &mut self,
+        config: &ModelConfig,
+        tensors: &BasePlan<'_>,
+        embedding_stays: bool,
+        threads: usize,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<(SharedBase, blake3::Hash)> {
+        Ok(match self {
+            Self::Cpu(_) => {
+                let base = ResidentBase::read(config, tensors, progress)?;
+                let hash = base.content_hash();
+                (Box::new(base), hash)
+            }
+            Self::Cuda(worker) => {
+                let cuda = &mut worker.backend;
+                let (base, hash) = cuda.load_base(config, tensors, embedding_stays, threads, progress)?;
+                (Box::new(base), hash)
+            }
+        })
+    }
+
+    /// Waits for what was queued, and says what failed.
+    pub(crate) fn settle(&self) -> Result<()> {
+        match self {
+            Self::Cpu(worker) => worker.backend.settle(),
+            Self::Cuda(worker) => worker.backend.settle(),
         }
     }
 

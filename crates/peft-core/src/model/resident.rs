@@ -10,7 +10,7 @@ use crate::{
     model::{
         base::{BaseSource, DenseView, EmbeddingView, LayerWeights, LinearWeights, Matrix},
         config::{ModelConfig, Norm, Projection},
-        weights::{ModelFiles, Tensor, TensorFile, Witness},
+        weights::{ModelFiles, Tensor, Witness},
     },
     quant::{
         Nf4Options, nf4,
@@ -63,6 +63,11 @@ impl MemoryUse {
         let config = ModelConfig::load(folder)?;
         let files = ModelFiles::open(folder)?;
         Ok(BasePlan::new(&files, &config, nf4)?.memory(&config, half_matrices))
+    }
+
+    /// What the embedding takes where it is not the head as well: beside a card it can stay in host memory.
+    pub(crate) fn embedding_apart(&self) -> u64 {
+        if self.head_bytes > 0 { self.embedding_bytes as u64 } else { 0 }
     }
 
     /// All parts.
@@ -166,11 +171,21 @@ impl ResidentBase {
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self> {
         let config = ModelConfig::load(folder)?;
-        let mut files = ModelFiles::open(folder)?;
-        for file in over {
-            files.put_over(TensorFile::open(file, Origin::Adapter)?);
-        }
+        let files = ModelFiles::open_over(folder, over)?;
         let plan = BasePlan::new(&files, &config, nf4)?;
+        let unused = plan.unused(&files);
+        Ok(Self { unused, ..Self::read(&config, &plan, progress)? })
+    }
+
+    /// Reads what was planned; says nothing of tensors that nothing reads.
+    ///
+    /// # Errors
+    /// Unreadable, or damaged numbers.
+    pub(crate) fn read(
+        config: &ModelConfig,
+        plan: &BasePlan<'_>,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self> {
         let total_bytes = plan.tensors().iter().map(|tensor| tensor.bytes() as u64).sum();
         let mut reader = Reader { hashes: Hashes::default(), done_bytes: 0, total_bytes, progress };
         let embedding = reader.table(&plan.embedding)?;
@@ -178,8 +193,8 @@ impl ResidentBase {
         let layers = plan.layers.iter().map(|layer| reader.layer(layer, less_one)).collect::<Result<_>>()?;
         let final_norm = reader.norm(&plan.final_norm, less_one)?;
         let head = plan.head.as_ref().map(|head| reader.table(head)).transpose()?;
-        let content_hash = reader.hashes.content_hash(&config);
-        let unused = plan.unused(&files);
+        let content_hash = reader.hashes.content_hash(config);
+        let (config, unused) = (config.clone(), Vec::new());
         Ok(Self { config, layers, embedding, final_norm, head, content_hash, unused })
     }
 

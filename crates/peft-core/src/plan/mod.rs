@@ -177,6 +177,9 @@ impl MemoryPlan {
     /// Where the plan takes more than `limit`.
     pub(crate) fn check(&self, limit: Option<u64>) -> Result<()> {
         match limit {
+            Some(limit) if self.base_bytes > limit => {
+                Err(DeviceError::BaseTooLarge { needed: self.base_bytes, limit }.into())
+            }
             Some(limit) if self.peak_bytes() > limit => Err(DeviceError::PlanTooLarge {
                 needed: self.peak_bytes(),
                 limit,
@@ -211,6 +214,8 @@ fn default_memory_limit() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use shanty_diagnostic::Diagnose;
+
     use super::*;
     use crate::{adapter::ParameterLayout, model::ModelConfig};
 
@@ -258,6 +263,15 @@ mod tests {
         }
         let tiny = MemoryPlan::choose(sizes, &request(Recompute::Auto, Some(1)));
         assert_eq!(tiny.micro_batch_rows, 1);
+    }
+
+    #[test]
+    fn what_is_too_large_is_told_by_what_it_is() {
+        let plan = MemoryPlan::choose(sizes, &request(Recompute::Auto, Some(1)));
+        let code = |limit| plan.check(Some(limit)).unwrap_err().diagnostic().code.to_string();
+        assert!(plan.check(Some(plan.peak_bytes())).is_ok());
+        assert_eq!(code(plan.peak_bytes() - 1), "SH0810");
+        assert_eq!(code(plan.base_bytes - 1), "SH0830");
     }
 
     #[test]

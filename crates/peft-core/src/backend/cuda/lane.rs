@@ -17,8 +17,8 @@ use super::{
     memory::{DeviceMemory, Numbers, Pinned},
 };
 use crate::{
-    error::{Error, Origin, Result},
-    model::weights::{PIECE, Tensor, Witness},
+    error::Result,
+    model::weights::{Tensor, Witness},
     quant::{double, nf4, packed::PackedShape},
 };
 

@@ -4,10 +4,13 @@
 //! read. Then each thread takes one tensor after the other through two slots of pinned memory ([`Lane`]): the
 //! host never holds more of the base than those, and what must stay with it.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicUsize, Ordering},
-    mpsc,
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc,
+    },
 };
 
 use half::bf16;
@@ -22,6 +25,7 @@ use super::{
     memory::{DeviceMemory, Numbers, Registered},
 };
 use crate::{
+    engine::SharedBase,
     error::Result,
     model::{
         LoadProgress, ModelConfig, Norm,
@@ -29,9 +33,10 @@ use crate::{
             Hashes, Table,
             plan::{BasePlan, LayerPlan, WeightPlan},
         },
-        weights::{Tensor, Witness},
+        weights::{ModelFiles, Tensor},
     },
     quant::{
+        Nf4Options,
         bitsandbytes::StoredWeight,
         double::{DYNAMIC_MAP, NESTED_BLOCK},
         nf4,
@@ -79,6 +84,28 @@ enum Place {
 }
 
 impl Cuda {
+    /// Loads a folder's base onto the card, and its hash, as [`ResidentBase`] has it: the matrices lie on the card alone.
+    /// `embedding_stays` keeps the embedding with the host, unless it is the head as well. `threads` is 0 for all.
+    ///
+    /// # Errors
+    /// The folder is not a model of a known family or does not hold together, or memory is short.
+    ///
+    /// [`ResidentBase`]: crate::model::ResidentBase
+    pub fn load_folder(
+        &mut self,
+        folder: &Path,
+        nf4: Option<Nf4Options>,
+        embedding_stays: bool,
+        threads: usize,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<(SharedBase, blake3::Hash)> {
+        let config = ModelConfig::load(folder)?;
+        let files = ModelFiles::open(folder)?;
+        let plan = BasePlan::new(&files, &config, nf4)?;
+        let (base, hash) = self.load_base(&config, &plan, embedding_stays, threads, progress)?;
+        Ok((Box::new(base), hash))
+    }
+
     /// Loads a base onto the card, and what it is hashed to. `embedding_stays` keeps the embedding with the host, unless
     /// it is the head as well.
     ///

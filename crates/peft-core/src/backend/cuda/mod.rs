@@ -29,7 +29,6 @@ mod virtual_tokens;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use error::DeviceError;
-pub(crate) use held::CardBase;
 pub use libraries::{LIBRARIES_VARIABLE, NVRTC_VARIABLE};
 pub use memory::{Aside, DeviceBuffer, DeviceMemory};
 use memory::{Numbers, Pinned, Region, Source};
