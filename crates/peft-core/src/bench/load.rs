@@ -136,8 +136,11 @@ pub fn write_random(folder: &Path, shape: Shape) -> Result<()> {
     fs::write(folder.join("model.safetensors.index.json"), index).map_err(wrong)?;
     files.par_iter().enumerate().try_for_each(|(index, tensors)| {
         let file = folder.join(name(index));
-        write(&file, tensors, index as u64)
-            .map_err(|source| Error::Write { origin: Origin::Base, file: file.clone(), source })
+        write(&file, tensors, index as u64).map_err(|source| Error::Write {
+            origin: Origin::Base,
+            file: file.clone(),
+            source,
+        })
     })
 }
 

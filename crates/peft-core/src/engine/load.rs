@@ -5,9 +5,7 @@ use crate::{
     adapter::{Fit, SharedMethod},
     backend::cuda::{self, Precision},
     error::Result,
-    model::{
-        LoadProgress, MemoryUse, ModelConfig, resident::plan::BasePlan, weights::ModelFiles,
-    },
+    model::{LoadProgress, MemoryUse, ModelConfig, resident::plan::BasePlan, weights::ModelFiles},
     plan::{MemoryPlan, PlanRequest, Sizes},
 };
 
@@ -63,7 +61,8 @@ impl Engine {
         let config = ModelConfig::load(&options.base)?;
         let fit = fit(&config, options.adapter.as_ref())?;
         let base = MemoryUse::plan_for(&options.base, options.quantization, options.halves())?;
-        let mut request = PlanRequest { embedding_bytes: base.embedding_apart(), ..options.request_for(&base, &config) };
+        let mut request =
+            PlanRequest { embedding_bytes: base.embedding_apart(), ..options.request_for(&base, &config) };
         if let EngineDevice::Cuda { index, .. } = options.device {
             // Where the card is not here, nothing is known of its memory.
             let room = cuda::free_bytes(index).map_or(u64::MAX, |free| free / 100 * 96);

@@ -185,6 +185,15 @@ impl<B: Backend> Worker<B> {
         Ok(())
     }
 
+    /// What the last pass left where layers' inputs lie.
+    pub(super) fn boundary(&self, place: usize, tokens: usize, hidden: usize) -> Result<Vec<f32>> {
+        let memory = self.memory.as_ref().ok_or(StepError::NoState)?;
+        let mut numbers = vec![0.0; tokens * hidden];
+        self.backend.download(View::<B>::new(&memory.arena.inputs[place], tokens, hidden), &mut numbers);
+        self.backend.settle()?;
+        Ok(numbers)
+    }
+
     fn update(&mut self, update: &FlatUpdate<'_>) -> Result<Outcome> {
         let state = self.state.as_mut().ok_or(StepError::NoState)?;
         self.backend.update_flat(update, state);

@@ -11,6 +11,7 @@
 
 mod base_start;
 mod error;
+mod inspect;
 mod load;
 mod machine;
 mod options;

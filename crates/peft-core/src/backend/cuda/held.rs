@@ -4,7 +4,11 @@ use std::{fmt, sync::Arc};
 
 use half::bf16;
 
-use super::{base::Nf4Argument, device::Device, memory::{DeviceMemory, Numbers}};
+use super::{
+    base::Nf4Argument,
+    device::Device,
+    memory::{DeviceMemory, Numbers},
+};
 use crate::{
     error::Result,
     model::{

@@ -1,10 +1,6 @@
 //! One thread's way from a file to the card: a stream, and two slots of pinned memory that take turns.
 
-use std::{
-    ffi::c_void,
-    ptr,
-    sync::Arc,
-};
+use std::{ffi::c_void, ptr, sync::Arc};
 
 use cudarc::driver::{result, sys};
 use half::bf16;

@@ -65,7 +65,10 @@ enum Task<'a> {
 enum Made {
     Nothing,
     /// What double quantisation needs besides its bytes.
-    Double { offset: f32, map: Box<[f32; 256]> },
+    Double {
+        offset: f32,
+        map: Box<[f32; 256]>,
+    },
     Table(Table),
 }
 
@@ -135,7 +138,9 @@ impl Cuda {
         base.vector(&mut shelf, &final_norm)?;
         let embedding = (!far).then(|| near(&device, &plan.embedding)).transpose()?;
         let head = plan.head.as_ref().map(|head| near(&device, head)).transpose()?;
-        for (tensor, memory) in plan.head.iter().zip(&head).chain([&plan.embedding].into_iter().zip(&embedding)) {
+        for (tensor, memory) in
+            plan.head.iter().zip(&head).chain([&plan.embedding].into_iter().zip(&embedding))
+        {
             tasks.push(Task::Plain(tensor, memory.address, memory.numbers));
         }
         if far {

@@ -4,8 +4,8 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::{
-    Cuda, CudaBatch, DeviceBuffer, DeviceError, DeviceMemory, Numbers, THREADS, base::matrix_key, kernel, launch,
-    matrix,
+    Cuda, CudaBatch, DeviceBuffer, DeviceError, DeviceMemory, Numbers, THREADS, base::matrix_key, kernel,
+    launch, matrix,
 };
 use crate::{
     backend::{Backend, Ready, View, ViewMut},
