@@ -274,9 +274,9 @@ fn load(args: &LoadArgs, ui: &Ui) -> CommandResult<Exit> {
     let bench = bench::load(folder, device, quantization, args.threads, runs, &mut |_, _| {})?;
     let result = serde_json::to_value(&bench).unwrap_or(Value::Null);
     ui.data(&result, |_| {
-        let card = bench.card_peak_memory_bytes.map_or_else(String::new, |peak| {
-            format!(", {} of the card", format::bytes(peak))
-        });
+        let card = bench
+            .card_peak_memory_bytes
+            .map_or_else(String::new, |peak| format!(", {} of the card", format::bytes(peak)));
         let each: Vec<String> = bench.run_seconds.iter().map(|seconds| format!("{seconds:.2}")).collect();
         format!(
             "ready in {:.2} s (runs: {}): {} read at {}/s, {} kept; the process held {} at most{card}",

@@ -113,6 +113,7 @@ impl EngineOptions {
             threads: self.threads,
             accelerated: self.device != EngineDevice::Cpu,
             half_activations: self.halves(),
+            reduced_apart: self.member && self.device != EngineDevice::Cpu,
         }
     }
 }
