@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{EngineDevice, FlatPart, GradientSink, Memory, StepError, SumSink};
+use super::{EngineDevice, FlatPart, GradientSink, Memory, SharedBase, StepError, SumSink};
 use crate::{
     adapter::{AnyMethod, Branches, Fit, MethodOn, ParameterLayout, PassDropout},
     backend::{
@@ -12,7 +12,10 @@ use crate::{
     },
     batch::PackedBatch,
     error::{Error, Result},
-    model::{BaseSource, ModelConfig, decoder::Decoder, trained::Trained},
+    model::{
+        BaseSource, LoadProgress, ModelConfig, ResidentBase, decoder::Decoder, resident::plan::BasePlan,
+        trained::Trained,
+    },
     nn::rope::RopeTable,
     optim::{FlatState, FlatUpdate, Outcome, Source},
     plan::{Arena, Levels, Sizes},
@@ -219,6 +222,15 @@ impl<B: Backend> Worker<B> {
         Ok(())
     }
 
+    /// What the last pass left where layers' inputs lie.
+    pub(super) fn boundary(&self, place: usize, tokens: usize, hidden: usize) -> Result<Vec<f32>> {
+        let memory = self.memory.as_ref().ok_or(StepError::NoState)?;
+        let mut numbers = vec![0.0; tokens * hidden];
+        self.backend.download(View::<B>::new(&memory.arena.inputs[place], tokens, hidden), &mut numbers);
+        self.backend.settle()?;
+        Ok(numbers)
+    }
+
     fn update(&mut self, update: &FlatUpdate<'_>) -> Result<Outcome> {
         let state = self.state.as_mut().ok_or(StepError::NoState)?;
         self.backend.update_flat(update, state);
@@ -301,6 +313,38 @@ impl Machine {
         match self {
             Self::Cpu(_) => Ok(()),
             Self::Cuda(worker) => worker.backend.hold(base, embedding_stays),
+        }
+    }
+
+    /// Loads a base to where passes read it, and what it is hashed to. `embedding_stays` keeps the embedding in host memory
+    /// beside a card.
+    pub(crate) fn load(
+        &mut self,
+        config: &ModelConfig,
+        tensors: &BasePlan<'_>,
+        embedding_stays: bool,
+        threads: usize,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<(SharedBase, blake3::Hash)> {
+        Ok(match self {
+            Self::Cpu(_) => {
+                let base = ResidentBase::read(config, tensors, progress)?;
+                let hash = base.content_hash();
+                (Box::new(base), hash)
+            }
+            Self::Cuda(worker) => {
+                let cuda = &mut worker.backend;
+                let (base, hash) = cuda.load_base(config, tensors, embedding_stays, threads, progress)?;
+                (Box::new(base), hash)
+            }
+        })
+    }
+
+    /// Waits for what was queued, and says what failed.
+    pub(crate) fn settle(&self) -> Result<()> {
+        match self {
+            Self::Cpu(worker) => worker.backend.settle(),
+            Self::Cuda(worker) => worker.backend.settle(),
         }
     }
 

@@ -205,6 +205,9 @@ impl MemoryPlan {
     /// Where the plan takes more than `limit`.
     pub(crate) fn check(&self, limit: Option<u64>) -> Result<()> {
         match limit {
+            Some(limit) if self.base_bytes > limit => {
+                Err(DeviceError::BaseTooLarge { needed: self.base_bytes, limit }.into())
+            }
             Some(limit) if self.peak_bytes() > limit => Err(DeviceError::PlanTooLarge {
                 needed: self.peak_bytes(),
                 limit,
@@ -244,6 +247,8 @@ fn default_memory_limit() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use shanty_diagnostic::Diagnose;
+
     use super::*;
     use crate::{adapter::ParameterLayout, model::ModelConfig};
 
@@ -320,6 +325,15 @@ mod tests {
             let none = PlanRequest { memory_limit: Some(1), ..request };
             assert_eq!(MemoryPlan::largest_context(sizes, &none, 1 << 20), 0);
         }
+    }
+
+    #[test]
+    fn what_is_too_large_is_told_by_what_it_is() {
+        let plan = MemoryPlan::choose(sizes, &request(Recompute::Auto, Some(1)));
+        let code = |limit| plan.check(Some(limit)).unwrap_err().diagnostic().code.to_string();
+        assert!(plan.check(Some(plan.peak_bytes())).is_ok());
+        assert_eq!(code(plan.peak_bytes() - 1), "SH0810");
+        assert_eq!(code(plan.base_bytes - 1), "SH0830");
     }
 
     #[test]

@@ -268,6 +268,27 @@ impl Device {
         });
     }
 
+    /// Starts a kernel on a stream of the caller's, whose context is current.
+    ///
+    /// # Safety
+    /// `arguments` must point to what the kernel takes, in its order.
+    pub(super) unsafe fn launch_on(
+        &self,
+        stream: sys::CUstream,
+        name: &'static str,
+        blocks: usize,
+        threads: usize,
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), DeviceError> {
+        let function = self.function(name);
+        if function.is_null() {
+            return self.settle();
+        }
+        let (grid, block) = ((blocks as u32, 1, 1), (threads as u32, 1, 1));
+        // SAFETY: the caller's.
+        unsafe { result::launch_kernel(function, grid, block, 0, stream, arguments) }.map_err(call(name))
+    }
+
     /// Times every operation from now on, or no longer: an event after each, so that the times add up to the whole.
     pub(super) fn set_profiling(&self, on: bool) {
         self.attempt(|| {

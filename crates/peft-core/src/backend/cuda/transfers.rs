@@ -4,8 +4,8 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::{
-    Cuda, CudaBatch, DeviceBuffer, DeviceError, DeviceMemory, Numbers, THREADS, base::key, kernel, launch,
-    matrix,
+    Cuda, CudaBatch, DeviceBuffer, DeviceError, DeviceMemory, Numbers, THREADS, base::matrix_key, kernel,
+    launch, matrix,
 };
 use crate::{
     backend::{Backend, Ready, View, ViewMut},
@@ -124,20 +124,18 @@ impl Cuda {
         scratch: &'a mut DeviceBuffer,
     ) -> View<'a, Self> {
         let (rows, columns) = (matrix.rows(), matrix.columns());
-        match matrix {
-            Matrix::Dense(view) => match self.base.dense.get(&key(view.data())) {
-                Some(memory) => return View::new(&memory.buffer, rows, columns),
-                None => self.missing("a matrix"),
-            },
-            Matrix::Nf4(view) => match self.base.packed.get(&key(view.codes())) {
-                Some(packed) => {
-                    let argument = packed.argument;
-                    let blocks = (argument.numbers as usize / 8).div_ceil(THREADS).clamp(1, 132 * 32);
-                    let name = kernel!("nf4", scratch.numbers);
-                    launch!(self.device, name, [blocks, 1, 1], [THREADS, 1], argument, scratch.address);
-                }
-                None => self.missing("a quantised matrix"),
-            },
+        let key = matrix_key(matrix);
+        if let Some(memory) = self.base.dense.get(&key) {
+            return View::new(&memory.buffer, rows, columns);
+        }
+        match self.base.packed.get(&key) {
+            Some(packed) => {
+                let argument = packed.argument;
+                let blocks = (argument.numbers as usize / 8).div_ceil(THREADS).clamp(1, 132 * 32);
+                let name = kernel!("nf4", scratch.numbers);
+                launch!(self.device, name, [blocks, 1, 1], [THREADS, 1], argument, scratch.address);
+            }
+            None => self.missing("a matrix"),
         }
         View::new(scratch, rows, columns)
     }
