@@ -70,7 +70,14 @@ impl Checks {
         Ok(Shanty::new(&self.program, folder))
     }
 
-    fn start(&self, shanty: &Shanty, command: &str, device: &str, workers: u32, steps: u64) -> Result<Running> {
+    fn start(
+        &self,
+        shanty: &Shanty,
+        command: &str,
+        device: &str,
+        workers: u32,
+        steps: u64,
+    ) -> Result<Running> {
         let job = self.job.to_str().context("the job's path is text")?;
         let store = shanty.folder().join("run");
         let settings = [
@@ -83,9 +90,7 @@ impl Checks {
             arguments.extend(["--set".to_owned(), setting]);
         }
         let workers = workers.to_string();
-        arguments.extend(
-            ["--workers", &workers, "--threads", "2", "--output", "json"].map(str::to_owned),
-        );
+        arguments.extend(["--workers", &workers, "--threads", "2", "--output", "json"].map(str::to_owned));
         shanty.start(&arguments)
     }
 
@@ -178,8 +183,8 @@ fn main() -> Result<()> {
     let program = arguments.next().context("gpu_crew SHANTY REPOSITORY [RESULT.json]")?;
     let repository = arguments.next().context("gpu_crew SHANTY REPOSITORY [RESULT.json]")?;
     let result = arguments.next();
-    let program = std::fs::canonicalize(&program)
-        .with_context(|| format!("failed to find `{}`", program.display()))?;
+    let program =
+        std::fs::canonicalize(&program).with_context(|| format!("failed to find `{}`", program.display()))?;
     let job = std::fs::canonicalize(repository.join("examples/shakespeare/job.toml"))?;
     let mut checks = Checks { program, job, scratch: tempfile::tempdir()?, lines: Vec::new() };
     run(&mut checks);
@@ -293,7 +298,11 @@ fn run(checks: &mut Checks) {
         running.kill_all()?;
         let devices = devices(&blind)?;
         let on_cpu = !devices.is_empty() && devices.iter().all(|device| device == "cpu");
-        let said = format!("exit {:?}, {}; auto on {devices:?}", refused.code(), code.as_deref().unwrap_or("no code"));
+        let said = format!(
+            "exit {:?}, {}; auto on {devices:?}",
+            refused.code(),
+            code.as_deref().unwrap_or("no code")
+        );
         Ok((code.is_some() && on_cpu, said))
     });
 }
@@ -318,6 +327,7 @@ fn resumed(checks: &Checks, shanty: &Shanty, ended: &Finished, alone: &Done) -> 
     let apart = apart(&done.losses, &alone.losses, STEPS)?;
     let bits = adapter::same_bits(&done.adapter()?, &alone.adapter()?)?;
     let bits = if bits { "the adapter has the same bits" } else { "the adapter has other bits" };
-    let said = format!("on from step {from}; losses at most {apart:.1e} apart, of {SAME_CUT_TOLERANCE:.0e}; {bits}");
+    let said =
+        format!("on from step {from}; losses at most {apart:.1e} apart, of {SAME_CUT_TOLERANCE:.0e}; {bits}");
     Ok((apart <= SAME_CUT_TOLERANCE, said))
 }

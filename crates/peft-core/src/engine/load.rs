@@ -5,13 +5,8 @@ use crate::{
     adapter::{Fit, SharedMethod},
     backend::cuda::{self, Precision},
     error::Result,
-<<<<<<< HEAD
-    model::{BaseSource, LoadProgress, MemoryUse, ModelConfig, ResidentBase},
-    plan::{self, MemoryPlan, PlanRequest, Sizes},
-=======
     model::{LoadProgress, MemoryUse, ModelConfig, resident::plan::BasePlan, weights::ModelFiles},
-    plan::{MemoryPlan, PlanRequest, Sizes},
->>>>>>> gpu-base
+    plan::{self, MemoryPlan, PlanRequest, Sizes},
 };
 
 /// What an engine would take and train, without loading it.

@@ -156,7 +156,11 @@ impl MemoryPlan {
         let aside = |aside| Levels { aside, ..Levels::boundaries(layers - aside) };
         // What is pinned is there or it is not: the host's memory is a limit as hard as the card's.
         let room = request.host_limit.map_or(layers as u64, |limit| limit / sizes.boundary_bytes().max(1));
-        let most = if request.accelerated { usize::try_from(room).map_or(layers, |room| room.min(layers)) } else { 0 };
+        let most = if request.accelerated {
+            usize::try_from(room).map_or(layers, |room| room.min(layers))
+        } else {
+            0
+        };
         plan((0..=most).map(aside).find(fits).unwrap_or_else(|| aside(most)))
     }
 
@@ -312,8 +316,7 @@ mod tests {
             let sizes = |length| Sizes::new(&config, &layout, length, length, &request);
             let longest = MemoryPlan::largest_context(sizes, &request, 1 << 20);
             let peak = |length| {
-                let request =
-                    PlanRequest { micro_batch_rows: Some(1), max_length: length, ..request };
+                let request = PlanRequest { micro_batch_rows: Some(1), max_length: length, ..request };
                 let plan = MemoryPlan::choose(|_| sizes(length), &request);
                 assert!(host_limit.is_none_or(|limit| plan.aside_bytes <= limit), "{plan:?}");
                 plan.peak_bytes()

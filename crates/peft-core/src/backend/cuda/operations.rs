@@ -40,7 +40,8 @@ impl Backend for Cuda {
         let reserve = |bytes: usize| self.take(bytes * room.tokens, Numbers::F32);
         let tiles = TileLists::allocate(self, room)?;
         // Six arrays and two lists.
-        let outgoing = Outgoing::new(&self.device, (4 + 4 + 8 + 16 + 4 + 4) * room.tokens + tiles.bytes(), 8)?;
+        let outgoing =
+            Outgoing::new(&self.device, (4 + 4 + 8 + 16 + 4 + 4) * room.tokens + tiles.bytes(), 8)?;
         Ok(CudaBatch {
             ids: reserve(4)?,
             positions: reserve(4)?,

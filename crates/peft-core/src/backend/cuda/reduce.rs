@@ -33,7 +33,7 @@ impl CardFlat {
         self.gradient
     }
 
-    /// Address of the first number of its sum over all members.
+    /// Address of the first number of its sum over all members; 0 where no room for it was reserved.
     pub fn reduced(&self) -> u64 {
         self.reduced
     }
@@ -151,11 +151,11 @@ impl Pieces {
 }
 
 impl Cuda {
-    /// A state's gradient and the place of its sum, which is reserved at first.
-    pub(crate) fn flat(&self, state: &mut FlatState<Self>) -> Result<CardFlat> {
-        let reduced = state.reserve_reduced(self)?.address;
+    /// A state's gradient and the place of its sum, where there is one.
+    pub(crate) fn flat(&self, state: &FlatState<Self>) -> CardFlat {
+        let reduced = state.reduced.as_ref().map_or(0, |reduced| reduced.address);
         let (gradient, length) = (state.gradient.address, state.length);
-        Ok(CardFlat { device: Arc::clone(&self.device), gradient, reduced, length })
+        CardFlat { device: Arc::clone(&self.device), gradient, reduced, length }
     }
 
     /// Has `work` sum the gradient over members piece by piece: while one is summed, the next arrives and the last returns.
