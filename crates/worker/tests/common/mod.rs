@@ -61,6 +61,7 @@ impl Crew {
             advertise: None,
             memory_limit_bytes: None,
             failpoints,
+            drain: CancellationToken::new(),
         };
         let (_, logs) = shanty_worker::logs::forward(&worker_id);
         let shutdown = self.shutdown.clone();
