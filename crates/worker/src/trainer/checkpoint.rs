@@ -137,7 +137,9 @@ impl Ticket {
             seconds: written.seconds,
             ..CheckpointWritten::default()
         }));
-        if let Err(error) = store.apply_retention(shanty_checkpoint::Keep { newest: self.keep.max(1), best: 0 }, &[]) {
+        if let Err(error) =
+            store.apply_retention(shanty_checkpoint::Keep { newest: self.keep.max(1), best: 0 }, &[])
+        {
             warn!(%error, "old checkpoints could not be removed");
         }
         Ok(())
