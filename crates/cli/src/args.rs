@@ -69,6 +69,8 @@ pub(crate) enum Command {
     Checkpoints(commands::checkpoints::Args),
     Coordinator(commands::coordinator::Args),
     Worker(commands::worker::Args),
+    Certs(commands::certs::Args),
+    Token(commands::token::Args),
     #[command(hide = true)]
     WorkerDevice(commands::worker_device::Args),
     #[command(hide = true)]

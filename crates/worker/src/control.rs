@@ -8,11 +8,12 @@ use std::{
         Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use shanty_collective::AbortHandle;
 use shanty_proto::v1::{Attachment, MemberPhase};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// First pause between two requests for a beat while the trainer is out of credit; doubled up to [`LONGEST_PAUSE`].

@@ -7,7 +7,7 @@ mod boundary;
 mod check;
 mod checkpoint;
 mod compare;
-mod formation;
+pub(crate) mod formation;
 mod job;
 mod keep;
 mod pipeline;

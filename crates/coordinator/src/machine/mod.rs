@@ -68,7 +68,7 @@ use self::{
 #[derive(Debug)]
 pub struct Machine {
     options: Options,
-    /// Secret; the tokens of generations are made from it.
+    /// Secret, and kept apart from the store; the tokens of generations are made from it.
     seed: [u8; 32],
     jobs: BTreeMap<JobId, Job>,
     sessions: BTreeMap<WorkerId, Session>,
@@ -82,7 +82,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A machine that knows no job. `seed` must be secret and new for each process.
+    /// A machine that knows no job. `seed` must be secret, and the same for as long as the state that is restored.
     pub fn new(options: Options, seed: [u8; 32]) -> Self {
         Self {
             options,

@@ -83,7 +83,11 @@ impl Machine {
         job.evaluations = evaluations;
         job.checkpoints = checkpoints;
         job.events = events;
-        if let Some(generation) = record.generation {
+        if let Some(mut generation) = record.generation {
+            // It is not stored.
+            if generation.token == [0; 32] {
+                generation.token = self.token(&id, generation.generation);
+            }
             job.crew = self.crew_of(now, &generation);
             job.generation = Some(Arc::new(generation));
         }
@@ -137,7 +141,7 @@ impl Machine {
             member.progressed = now.monotonic;
             member
         };
-        Crew { members: generation.members.iter().map(member).collect() }
+        Crew::new(generation.members.iter().map(member).collect())
     }
 }
 

@@ -71,6 +71,8 @@ struct Disk {
 impl Disk {
     fn write(&mut self, change: Change) {
         match change {
+            // The machine knows nothing of tokens.
+            Change::Token(_) | Change::TokenGone(_) => unreachable!("{change:?}"),
             Change::Job(record) => drop(self.jobs.insert(record.id.clone(), *record)),
             Change::Watermark(job, step) => {
                 if let Some(record) = self.jobs.get_mut(&job) {
