@@ -135,8 +135,11 @@ impl Ticket {
             path: written.path,
             size_bytes: written.bytes,
             seconds: written.seconds,
+            ..CheckpointWritten::default()
         }));
-        if let Err(error) = store.apply_retention(self.keep.max(1), &[]) {
+        if let Err(error) =
+            store.apply_retention(shanty_checkpoint::Keep { newest: self.keep.max(1), best: 0 }, &[])
+        {
             warn!(%error, "old checkpoints could not be removed");
         }
         Ok(())

@@ -36,6 +36,7 @@ pub(super) fn snapshot(around: &Surroundings, job: &Job, key: Key) -> Result<Opt
             data_hash: plan.data.hash.clone(),
             adapter_hash: job.adapter_hash.to_string(),
             shanty_version: env!("CARGO_PKG_VERSION").to_owned(),
+            loss: None,
         },
     }))
 }
