@@ -46,7 +46,10 @@ async fn what_a_worker_is_told_does_not_grow_with_its_crew() {
     for workers in [8, 32] {
         let logs = play(workers).await;
         assert_eq!(logs.len(), workers);
-        assert!(logs.iter().all(|log| log.turns.len() as u64 == STEPS), "each step of each worker was credited");
+        assert!(
+            logs.iter().all(|log| log.turns.len() as u64 == STEPS),
+            "each step of each worker was credited"
+        );
         let rows: u64 = logs.iter().map(|log| log.rows).sum();
         assert_eq!(rows, STEPS * (workers * ROWS_A_WORKER) as u64, "each row was served once");
         let told: u64 = logs.iter().map(|log| log.message_bytes).sum();

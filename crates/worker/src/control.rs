@@ -291,6 +291,7 @@ impl Control {
     pub(crate) fn wait_for_credit(&self, generation: u64, step: u64) -> Result<(), Interrupted> {
         let mut pause = FIRST_PAUSE;
         let mut before = None;
+        let mut ask_at = Instant::now();
         let mut inner = self.lock();
         loop {
             match &inner.membership {
@@ -309,9 +310,14 @@ impl Control {
             }
             before.get_or_insert(inner.phase);
             inner.phase = MemberPhase::Waiting;
-            self.beat_wanted.notify_one();
-            inner = self.changed.wait_timeout(inner, pause).unwrap_or_else(PoisonError::into_inner).0;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            // Each answer wakes this loop, with credit or without: a beat is asked for when its time has come, not by answers.
+            if now >= ask_at {
+                self.beat_wanted.notify_one();
+                ask_at = now + pause;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            }
+            let wait = ask_at.saturating_duration_since(now);
+            inner = self.changed.wait_timeout(inner, wait).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -389,6 +395,31 @@ mod tests {
         assert_eq!(control.credited_step(1), 4);
         control.enter(Attachment { job_id: "third".to_owned(), generation: 1, ..Attachment::default() });
         assert_eq!(control.credited_step(1), 0, "another job's credit of the same number is none here");
+    }
+
+    /// Found by `cargo xtask chaos`: four workers without credit took a whole core with beats and their answers.
+    #[test]
+    fn answers_without_credit_do_not_make_a_worker_beat_faster() {
+        let control = member(1);
+        let waiting = {
+            let control = Arc::clone(&control);
+            std::thread::spawn(move || control.wait_for_credit(1, 100))
+        };
+        let begin = std::time::Instant::now();
+        let mut wanted = 0;
+        while begin.elapsed() < Duration::from_millis(300) {
+            // Each beat is answered at once, with a credit that does not reach far enough.
+            let asked = std::pin::pin!(control.beat_wanted.notified()).enable();
+            if asked {
+                wanted += 1;
+                control.grant(1, 9, Instant::now(), LONG);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        control.interrupt(1, "over");
+        assert_eq!(waiting.join().unwrap(), Err(Interrupted));
+        // At 0, 10, 30, 70, 150 and 310 ms; a thread that comes late asks later.
+        assert!((1..=6).contains(&wanted), "{wanted}");
     }
 
     #[test]
