@@ -168,6 +168,18 @@ impl TcpCollective {
         }
     }
 
+    /// Closes the links: the neighbours notice.
+    pub(crate) fn close(&self) {
+        if let Some(ring) = &self.ring {
+            ring.close();
+        }
+    }
+
+    /// A neighbour that has closed its link, while no call of this collective is under way.
+    pub(crate) fn lost_neighbour(&self) -> Option<String> {
+        self.ring.as_ref()?.lost_neighbour()
+    }
+
     /// Carries out `pass`. Only called in a world of several.
     fn run(ring: &mut Option<Ring>, first_error: &mut Option<Error>, pass: &mut impl Pass) -> Result<()> {
         let Some(ring) = ring else { return Ok(()) };

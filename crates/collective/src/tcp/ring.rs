@@ -74,6 +74,23 @@ impl Ring {
         Ok(Self { links, next, previous, generation, sequence: 0, abort, hook: None, deadline: None })
     }
 
+    /// Closes the links.
+    pub(super) fn close(&self) {
+        self.links.close();
+    }
+
+    /// A neighbour whose link is closed or broken, by a look that takes nothing out.
+    pub(super) fn lost_neighbour(&self) -> Option<String> {
+        let Links { next, previous } = &*self.links;
+        let is_lost = |link: &TcpStream| match link.peek(&mut [0]) {
+            Ok(bytes) => bytes == 0,
+            Err(error) => !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
+        };
+        let lost =
+            [(next, &self.next), (previous, &self.previous)].into_iter().find(|(link, _)| is_lost(link));
+        lost.map(|(_, name)| name.clone())
+    }
+
     /// Carries out an operation. After an error the links are closed, so that the neighbours notice too.
     pub(super) fn run(&mut self, pass: &mut impl Pass) -> Result<()> {
         self.sequence += 1;

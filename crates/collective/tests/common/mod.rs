@@ -1,6 +1,8 @@
 //! Generations to test with: threads of this process, over either implementation.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub mod fake;
+
 use std::{
     thread,
     time::{Duration, Instant},
