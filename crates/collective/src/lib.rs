@@ -38,6 +38,7 @@ mod abort;
 mod check;
 mod device;
 mod error;
+mod feedback;
 pub mod local;
 pub mod nccl;
 pub mod sum;
@@ -47,6 +48,7 @@ pub use crate::{
     abort::AbortHandle,
     device::DeviceCollective,
     error::{Error, Result},
+    feedback::{Compression, Feedback},
 };
 
 /// One member's end of a generation's collective operations.
@@ -100,6 +102,18 @@ pub trait Collective: Send {
     /// Limits how long each later call may take; `None` (the start) is no limit. A call that runs out of
     /// time ends with [`Error::Deadline`], and the generation with it.
     fn set_call_deadline(&mut self, deadline: Option<std::time::Duration>);
+
+    /// Gives the member what it owes to sums that travel rounded, and returns what it had. While a round of it is under
+    /// way, [`Self::all_reduce_f32`] rounds as the members agreed when they joined; otherwise, and where they agreed on
+    /// nothing, sums are exact.
+    fn set_feedback(&mut self, _feedback: Option<Feedback>) -> Option<Feedback> {
+        None
+    }
+
+    /// What it owes, to begin and commit rounds; none unless the members agreed on a way to round.
+    fn feedback(&mut self) -> Option<&mut Feedback> {
+        None
+    }
 
     /// The same over memory of this member's device, where the implementation reaches it.
     fn on_device(&mut self) -> Option<&mut dyn DeviceCollective> {

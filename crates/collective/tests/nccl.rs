@@ -10,6 +10,7 @@ use std::{
 };
 
 use common::{
+    boxed,
     fake::{Fake, nccl_group},
     is_break, join_all, listeners, on_all_once, options, wait_for,
 };
@@ -235,7 +236,7 @@ fn members_join_anew_after_an_abort() {
     let fake = Fake::new(&[]);
     let (listeners, members) = listeners(2);
     for generation in 1..4 {
-        let group = nccl_group(&fake, &listeners, &members, generation);
+        let group = boxed(nccl_group(&fake, &listeners, &members, generation));
         let abort = group[1].abort_handle();
         let errors = on_all_once(group, |member| {
             let mut values = [1];
