@@ -198,7 +198,7 @@ impl Trainer {
             && job.plan.needs_same_engine(&plan)
         {
             if job.plan.attempt != plan.attempt {
-                job.forget_state();
+                job.forget_state()?;
                 self.around.control.set_applied(0);
             }
             job.plan = plan;
@@ -249,7 +249,8 @@ impl Trainer {
             Stop::Broken(reason) => self.tell_broken(job_id, attempt, generation, reason),
             Stop::Failed(error) => {
                 if let Some(job) = &mut self.job {
-                    job.sum.clear();
+                    // What failed is told already.
+                    let _ = job.drop_sum();
                 }
                 // The coordinator goes on without this worker; it may be assigned anew.
                 self.member = None;
@@ -297,8 +298,16 @@ impl Trainer {
         member._collective = None;
         let Some(job) = &self.job else { return };
         let (applied_step, state_hash) = match &job.state {
-            Some(state) => (state.applied(), state.hash()),
-            None => (0, String::new()),
+            Some(state) => (state.applied(), state.hash(&*job.engine)),
+            None => (0, Ok(String::new())),
+        };
+        let state_hash = match state_hash {
+            Ok(hash) => hash,
+            Err(error) => {
+                let (job_id, attempt) = (member.job_id.clone(), member.attempt);
+                self.member = None;
+                return self.fail(&job_id, attempt, &error);
+            }
         };
         let kept = job.sum.kept().map(|(step, rows)| KeptSum { step, row_ids: rows.to_vec() });
         let kept_rows = kept.as_ref().map_or(0, |kept| kept.row_ids.len());

@@ -7,7 +7,7 @@ use shanty_peft_core::{
     adapter::{LoraConfig, TargetModules},
     backend::cuda::Precision,
     batch::{Row, Segment},
-    optim::{AdamW, AdamWOptions, FlatUpdate, clip_factor, global_norm, groups},
+    optim::{AdamW, AdamWOptions, FlatUpdate, Source, clip_factor, global_norm, groups},
     plan::Recompute,
     quant::Nf4Options,
 };
@@ -144,10 +144,11 @@ pub(crate) fn memory(report: &mut Report, repository: &Path) {
         let mut tokens = 0;
         // Twice: what lies aside after one step must not disturb the next.
         for step in 1..=2 {
-            tokens = engine.accumulate(&rows, StepKey { seed: 5, step }).unwrap();
+            tokens = engine.accumulate(&rows, StepKey { seed: 5, step }, &mut NoSink).unwrap();
         }
         let groups = groups(&AdamWOptions::default(), 1, 1e-3, &[], bound.len());
-        let update = FlatUpdate { mean: 1.0 / tokens as f64, max_norm: 0.0, groups: &groups };
+        let update =
+            FlatUpdate { mean: 1.0 / tokens as f64, max_norm: 0.0, groups: &groups, source: Source::Own };
         let outcome = engine.update(&update).unwrap();
         let [_, first, _] = engine.trained_state().unwrap();
         (first, outcome)

@@ -7,7 +7,7 @@ use shanty_peft_core::{
         cuda::{Cuda, Precision},
     },
     batch::{PackedBatch, Row, Segment},
-    optim::{AdamWOptions, FlatState, FlatUpdate, groups},
+    optim::{AdamWOptions, FlatState, FlatUpdate, Source, groups},
     random::{self, DropoutKey},
 };
 
@@ -372,7 +372,10 @@ impl Operation for Update {
                 length,
             );
             backend.run(|| {
-                backend.update_flat(&FlatUpdate { mean: 1.0 / 64.0, max_norm, groups: &groups }, &mut state);
+                backend.update_flat(
+                    &FlatUpdate { mean: 1.0 / 64.0, max_norm, groups: &groups, source: Source::Own },
+                    &mut state,
+                );
             });
             let outcome = backend.outcome(&mut state).unwrap();
             norms.extend([outcome.norm.min(1e30) as f32, outcome.loss as f32]);

@@ -12,10 +12,10 @@ use crate::{
         cuda::{Cuda, Precision},
     },
     batch::{PackedBatch, Row},
-    engine::{Engine, EngineDevice, EngineParts, StepKey},
+    engine::{Engine, EngineDevice, EngineParts, NoSink, StepKey},
     error::Result,
     model::{BaseSource, ModelConfig, Projection},
-    optim::{AdamWOptions, FlatUpdate, Outcome, groups},
+    optim::{AdamWOptions, FlatUpdate, Outcome, Source, groups},
     plan::{MemoryPlan, PlanRequest, Recompute},
     random,
 };
@@ -112,6 +112,7 @@ impl Stepper {
             threads: 0,
             accelerated: true,
             half_activations: true,
+            reduced_apart: false,
         };
         let lora = LoraConfig {
             r: options.r,
@@ -135,10 +136,16 @@ impl Stepper {
     /// What fails on the card.
     pub fn step(&mut self) -> Result<Outcome> {
         self.number += 1;
-        let tokens = self.engine.accumulate(&self.rows, StepKey { seed: 1, step: self.number })?;
+        let tokens =
+            self.engine.accumulate(&self.rows, StepKey { seed: 1, step: self.number }, &mut NoSink)?;
         let length = self.engine.layout().len();
         let groups = groups(&AdamWOptions::default(), self.number, 1e-4, &[], length);
-        self.engine.update(&FlatUpdate { mean: 1.0 / tokens as f64, max_norm: 1.0, groups: &groups })
+        self.engine.update(&FlatUpdate {
+            mean: 1.0 / tokens as f64,
+            max_norm: 1.0,
+            groups: &groups,
+            source: Source::Own,
+        })
     }
 
     /// One step by operation.

@@ -108,6 +108,7 @@ impl EngineOptions {
             threads: self.threads,
             accelerated: self.device != EngineDevice::Cpu,
             half_activations: matches!(self.device, EngineDevice::Cuda { precision: Precision::Bf16, .. }),
+            reduced_apart: self.member && self.device != EngineDevice::Cpu,
         }
     }
 }

@@ -25,6 +25,7 @@ pub use error::StepError;
 pub use load::Estimate;
 pub(crate) use machine::{Machine, Parts};
 pub use options::{EngineDevice, EngineOptions};
+pub use resident::{FlatPart, Memory, SumSink};
 
 use crate::{
     adapter::{Fit, Matched, ParameterLayout, SharedMethod},

@@ -43,6 +43,8 @@ pub struct EngineOptions {
     /// Where a start that is computed from the base (PiSSA, OLoRA, LoftQ) lies, or is put where it is not there. All
     /// engines of a run must be given the same, also where they resume.
     pub start: Option<PathBuf>,
+    /// Whether other engines train with this one, so that a card keeps room for the sum of their gradients.
+    pub member: bool,
 }
 
 impl EngineOptions {
@@ -59,6 +61,7 @@ impl EngineOptions {
             max_length,
             memory_limit: None,
             start: None,
+            member: false,
         }
     }
 }

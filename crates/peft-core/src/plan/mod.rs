@@ -61,6 +61,8 @@ pub struct PlanRequest {
     pub accelerated: bool,
     /// Whether activations take 2 bytes, not 4.
     pub half_activations: bool,
+    /// Whether sums over several members lie beside their own gradient.
+    pub reduced_apart: bool,
 }
 
 /// Memory of a worker by part, bytes.
@@ -74,7 +76,7 @@ pub struct MemoryPlan {
     pub levels: Levels,
     /// The frozen base.
     pub base_bytes: u64,
-    /// Trained parameters and their gradient, f32.
+    /// Trained parameters, their gradient, and its sum over all members where that lies apart, f32.
     pub adapter_bytes: u64,
     /// AdamW's two moments, f32.
     pub optimizer_bytes: u64,
@@ -162,7 +164,7 @@ impl MemoryPlan {
             micro_batch_tokens: sizes.tokens,
             levels,
             base_bytes: request.base_bytes,
-            adapter_bytes: 2 * flat + rounded,
+            adapter_bytes: (2 + u64::from(request.reduced_apart)) * flat + rounded,
             optimizer_bytes: 2 * flat,
             activation_bytes: sizes.activation_bytes(&levels),
             scratch_bytes: sizes.scratch_bytes(),
@@ -237,6 +239,7 @@ mod tests {
             threads: 2,
             accelerated: false,
             half_activations: false,
+            reduced_apart: false,
         }
     }
 

@@ -193,6 +193,7 @@ impl Setup {
             threads: self.threads,
             accelerated: false,
             half_activations: false,
+            reduced_apart: false,
             embedding_bytes: 0,
         };
         let parts = EngineParts { adapter: self.adapter.clone(), request };

@@ -13,7 +13,10 @@ use shanty_peft_core::{
 
 use crate::Error;
 
-use super::{EngineLoader, Facts, LoadRequest, Row, StepEngine, StepHooks, StepInfo, Sum, method::method};
+use super::{
+    EngineLoader, Facts, HostEngine, LoadRequest, OnHost, Row, StepEngine, StepHooks, StepInfo, Sum,
+    card::OnCard, method::method,
+};
 
 /// Where below the run's folder a start lies that is computed from the base.
 const START: &str = "start";
@@ -33,6 +36,7 @@ impl EngineLoader for PeftEngines {
             device: device(request.device, spec.cluster.device)?,
             memory_limit: [request.memory_limit_bytes, spec.train.memory_limit()].into_iter().flatten().min(),
             start: local(request.store).map(|store| store.join(START)),
+            member: true,
             ..engine_options_for(spec, request.threads, Some(request.steps))?
         };
         let quantised = format!("{:?}", options.quantization);
@@ -62,7 +66,17 @@ impl EngineLoader for PeftEngines {
             matched_modules: engine.matched().modules(),
             computed_start: engine.computes_start(),
         };
-        Ok(Box::new(PeftEngine { engine, facts }))
+        let on_card = engine.card().is_some();
+        let loaded = PeftEngine { engine, facts };
+        if on_card && loaded.engine.trains_resident() {
+            return Ok(Box::new(OnCard(loaded)));
+        }
+        if on_card {
+            tracing::info!(
+                "this method changes what is trained on the host: it comes from the card each step"
+            );
+        }
+        Ok(Box::new(OnHost::new(loaded)))
     }
 }
 
@@ -128,18 +142,9 @@ pub fn quantization(spec: &JobSpec) -> Option<Nf4Options> {
 }
 
 /// A loaded engine with what its files need.
-struct PeftEngine {
-    engine: Engine,
+pub(super) struct PeftEngine {
+    pub(super) engine: Engine,
     facts: Facts,
-}
-
-/// Tells that a part of the gradient is ready.
-struct During<'a>(&'a mut (dyn FnMut() + Send));
-
-impl GradientSink for During<'_> {
-    fn ready(&mut self, _: Range<usize>, _: &[f32]) {
-        (self.0)();
-    }
 }
 
 impl PeftEngine {
@@ -171,7 +176,7 @@ impl StepHooks for PeftEngine {
     }
 }
 
-impl StepEngine for PeftEngine {
+impl HostEngine for PeftEngine {
     fn facts(&self) -> &Facts {
         &self.facts
     }
@@ -191,12 +196,12 @@ impl StepEngine for PeftEngine {
         seed: u64,
         step: u64,
         gradient: &mut [f32],
-        during: &mut (dyn FnMut() + Send),
+        sink: &mut dyn GradientSink,
     ) -> Result<Sum, Error> {
         let key = StepKey { seed, step };
         let sum = self
             .engine
-            .forward_backward(parameters, rows, key, gradient, &mut During(during))
+            .forward_backward(parameters, rows, key, gradient, sink)
             .map_err(|error| Error::part(&error))?;
         Ok(Sum { loss: sum.loss, tokens: sum.tokens })
     }
@@ -208,5 +213,9 @@ impl StepEngine for PeftEngine {
 
     fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {
         files::contents(self.engine.fit(), parameters, state).map_err(|error| Error::part(&error))
+    }
+
+    fn run(&self, work: &mut (dyn FnMut() + Send)) {
+        self.engine.run(work);
     }
 }

@@ -51,8 +51,7 @@ impl Generation<'_> {
             announcement = Some(part.announcement);
             for micro_batch in part.rows.chunks(micro_batch_rows) {
                 self.around.control.check(self.formation.generation)?;
-                let Some(state) = &self.job.state else { continue };
-                let sum = self.job.engine.evaluate(&state.parameters, micro_batch)?;
+                let sum = self.job.engine.evaluate(micro_batch)?;
                 loss += sum.loss;
                 tokens += sum.tokens;
             }
@@ -89,7 +88,8 @@ impl Generation<'_> {
     fn write_checkpoint(&mut self, applied: u64) -> Result<(), Stop> {
         self.job.checkpoints.wait_or_leave(self.around, self.formation.generation)?;
         let Some(state) = &self.job.state else { return Ok(()) };
-        let mut files = self.job.engine.adapter_files(&state.parameters, &state.method)?;
+        let optimizer = state.to_checkpoint(&*self.job.engine)?;
+        let mut files = self.job.engine.adapter_files(&optimizer.parameters, &state.method)?;
         if !state.method.is_empty() {
             let bytes = state.method.iter().flat_map(|value| value.to_le_bytes());
             files.push((METHOD_STATE.to_owned(), bytes.collect()));
@@ -99,7 +99,7 @@ impl Generation<'_> {
             job: plan.job_id.clone(),
             key: Key { attempt: plan.attempt, step: applied, generation: self.formation.generation },
             files: files.into_iter().map(|(name, content)| (name, content.into())).collect(),
-            optimizer: state.to_checkpoint(),
+            optimizer,
             state: shanty_checkpoint::State {
                 epoch: plan.epoch_after(applied),
                 world_size: self.formation.world_size(),
@@ -137,7 +137,8 @@ impl Generation<'_> {
         let applied = self.applied();
         self.around.control.wait_for_credit(generation, applied)?;
         let Some(state) = &self.job.state else { return Ok(()) };
-        let files = self.job.engine.adapter_files(&state.parameters, &state.method)?;
+        let parameters = state.parameters(&*self.job.engine)?;
+        let files = self.job.engine.adapter_files(&parameters, &state.method)?;
         let folder = self.job.plan.store.join(ADAPTER);
         adapter_folder::write(&folder, &files, || self.around.control.holds_credit(generation))?;
         info!(adapter = %folder.display(), "wrote the adapter");

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use shanty_checkpoint::Optimizer;
+
 use crate::{Error, engine::StepEngine, plan::JobPlan, row_log::RowLog};
 
 use super::{
@@ -23,8 +25,6 @@ pub(crate) struct Job {
     pub(crate) furthest_start: u64,
     /// The local sum of the step after the state's.
     pub(crate) sum: LocalSum,
-    /// Where sums over all ranks arrive. `[flat_length]`
-    pub(crate) reduced: Vec<f32>,
     /// Rows of a micro-batch, as the crew agreed; 0 before the first generation.
     pub(crate) micro_batch_rows: u64,
     pub(crate) checkpoints: Checkpoints,
@@ -34,7 +34,6 @@ pub(crate) struct Job {
 
 impl Job {
     pub(crate) fn new(plan: JobPlan, engine: Box<dyn StepEngine>, row_log: RowLog) -> Self {
-        let length = engine.facts().flat_length;
         let update = Update::new(&plan.spec, plan.steps()).with_rates(&*engine);
         let adapter = serde_json::to_vec(&plan.spec.adapter).unwrap_or_default();
         let adapter_hash = blake3::hash(&adapter).to_hex().as_str().into();
@@ -46,7 +45,6 @@ impl Job {
             state: None,
             furthest_start: 0,
             sum: LocalSum::default(),
-            reduced: vec![0.0; length],
             micro_batch_rows: 0,
             checkpoints: Checkpoints::default(),
             adapter_hash,
@@ -55,10 +53,10 @@ impl Job {
 
     /// Length of the flat parameter vector.
     pub(crate) fn flat_length(&self) -> usize {
-        self.reduced.len()
+        self.engine.facts().flat_length
     }
 
-    /// Lengths of [`State::parts`].
+    /// Lengths of the parts of a state, in the order in which they travel: see [`State::read`].
     pub(crate) fn part_lengths(&self) -> [usize; 4] {
         let flat = self.flat_length();
         [flat, flat, flat, self.engine.method_state().len()]
@@ -67,17 +65,37 @@ impl Job {
     /// The state before the first step, which follows from the job alone.
     pub(crate) fn start_afresh(&mut self) -> Result<(), Error> {
         let parameters = self.engine.initial_parameters(self.plan.spec.train.seed)?;
-        self.state = Some(self.update.fresh(parameters, self.engine.method_state()));
+        let method = self.engine.method_state();
+        self.sum.clear(&mut *self.engine)?;
+        self.state = Some(self.update.fresh(&mut *self.engine, &parameters, method)?);
         self.micro_batch_rows = 0;
-        self.sum.clear();
         Ok(())
     }
 
+    /// Takes the state that another member or a checkpoint gave. The local sum is of another one and is dropped.
+    pub(crate) fn take_state(
+        &mut self,
+        applied: u64,
+        given: &Optimizer,
+        method: Vec<f32>,
+    ) -> Result<(), Error> {
+        // Should the engine fail half way, it holds none.
+        self.state = None;
+        self.sum.clear(&mut *self.engine)?;
+        self.state = Some(self.update.restore(&mut *self.engine, applied, given, method)?);
+        Ok(())
+    }
+
+    /// Drops the local sum.
+    pub(crate) fn drop_sum(&mut self) -> Result<(), Error> {
+        self.sum.clear(&mut *self.engine)
+    }
+
     /// Drops state and sum: they belong to another attempt.
-    pub(crate) fn forget_state(&mut self) {
+    pub(crate) fn forget_state(&mut self) -> Result<(), Error> {
         self.state = None;
         self.furthest_start = 0;
-        self.sum.clear();
         self.micro_batch_rows = 0;
+        self.drop_sum()
     }
 }

@@ -1,6 +1,7 @@
 //! A generation's steps: compute, reduce, apply. docs/concepts/step-protocol.md tells why in this order.
 
 use std::{
+    ops::Range,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -14,8 +15,8 @@ use tracing::{debug, info};
 
 use crate::{
     Error,
-    engine::Row,
-    failpoint::{Place, Point},
+    engine::{FlatPart, Memory, Reducer, ReductionError, Row, SumSink, Total, missing_state},
+    failpoint::{Failpoints, Place, Point},
     row_log::Entry,
     rows::hash_of_rows,
 };
@@ -29,9 +30,6 @@ use super::{
     start,
     state::{Applied, State},
 };
-
-/// Entries of the gradient in one all-reduce. Between two, a member that is to leave does.
-const CHUNK: usize = 1 << 22;
 
 /// A generation that this worker takes part in.
 pub(super) struct Generation<'a> {
@@ -53,6 +51,30 @@ struct Hops {
     passed: AtomicUsize,
     reducing: AtomicBool,
     died: Mutex<Option<Error>>,
+}
+
+/// A failpoint while a part of the gradient is made and a part is not.
+struct MidBackward<'a> {
+    failpoints: &'a Failpoints,
+    place: Place,
+    reached: Result<(), Error>,
+}
+
+impl SumSink for MidBackward<'_> {
+    fn ready(&mut self, _: Range<usize>, _: Memory<'_>) {
+        if self.reached.is_ok() {
+            self.reached = self.failpoints.reach(Point::MidBackward, self.place);
+        }
+    }
+}
+
+/// The members of a generation, as a gradient's pieces see them.
+struct Members<'a>(&'a mut dyn Collective);
+
+impl Reducer for Members<'_> {
+    fn reduce(&mut self, own: &[f32], sum: &mut [f32]) -> shanty_collective::Result<()> {
+        self.0.all_reduce_f32(own, sum)
+    }
 }
 
 impl Formation {
@@ -162,27 +184,23 @@ impl<'a> Generation<'a> {
         let failpoints = &self.around.failpoints;
         let seed = self.job.plan.spec.train.seed;
         let micro_batch_rows = usize::try_from(self.job.micro_batch_rows.max(1)).unwrap_or(usize::MAX);
-        self.job.sum.begin(step, self.job.reduced.len());
+        let Job { engine, sum, state, .. } = &mut *self.job;
+        if state.is_none() {
+            return Err(missing_state().into());
+        }
+        sum.begin(step, &mut **engine)?;
         for micro_batch in rows.chunks(micro_batch_rows) {
             self.around.control.check(self.formation.generation)?;
-            let Some(state) = &self.job.state else { return Err(missing_state().into()) };
-            let engine = &mut self.job.engine;
-            let mut died = Ok(());
-            let mut during = || {
-                if died.is_ok() {
-                    died = failpoints.reach(Point::MidBackward, place);
-                }
-            };
+            let mut midway = MidBackward { failpoints, place, reached: Ok(()) };
             let ids = micro_batch.iter().map(|row| row.id);
-            self.job.sum.add(ids, |gradient| {
-                engine.forward_backward(&state.parameters, micro_batch, seed, step, gradient, &mut during)
-            })?;
-            died?;
+            sum.add(&mut **engine, ids, |engine| engine.accumulate(micro_batch, seed, step, &mut midway))?;
+            midway.reached?;
         }
+        sum.complete(&mut **engine)?;
         Ok(self.around.control.check(self.formation.generation)?)
     }
 
-    /// Sums over all ranks: the gradient into `job.reduced`, the integers last. With them the step is committed.
+    /// Sums over all ranks: the gradient where the engine computes, the integers last. With them the step is committed.
     fn reduce(&mut self, step: u64) -> Result<Check, Stop> {
         self.job.row_log.write(&Entry::Entering {
             attempt: self.job.plan.attempt,
@@ -201,13 +219,17 @@ impl<'a> Generation<'a> {
         if let Some(error) = self.hops.died.lock().unwrap_or_else(PoisonError::into_inner).take() {
             return Err(error.into());
         }
-        reduced.map_err(|error| start::broken(self.around, &self.formation, &error))
+        reduced.map_err(|error| match error {
+            ReductionError::Collective(error) => start::broken(self.around, &self.formation, &error),
+            ReductionError::Engine(error) => error.into(),
+        })
     }
 
-    fn reduce_all(&mut self) -> Result<Check, shanty_collective::Error> {
-        let sum = &self.job.sum;
-        for (local, reduced) in sum.gradient().chunks(CHUNK).zip(self.job.reduced.chunks_mut(CHUNK)) {
-            self.collective.all_reduce_f32(local, reduced)?;
+    fn reduce_all(&mut self) -> Result<Check, ReductionError> {
+        let Job { engine, sum, .. } = &mut *self.job;
+        // Alone, a member's own sum is the total.
+        if self.formation.world_size() > 1 {
+            engine.reduce(&mut Members(&mut *self.collective))?;
         }
         let rows = sum.rows();
         let own = Check::new(
@@ -229,14 +251,17 @@ impl<'a> Generation<'a> {
             return Err(Error::NotFinite { what: "the loss", step, rows }.into());
         }
         let Some(state) = &mut self.job.state else { return Err(missing_state().into()) };
-        let engine = &*self.job.engine;
-        let Some(applied) = self.job.update.apply(state, &mut self.job.reduced, total.tokens, engine)? else {
+        let engine = &mut *self.job.engine;
+        let from = if self.formation.world_size() > 1 { Total::Reduced } else { Total::Own };
+        let Some(applied) = self.job.update.apply(state, engine, from, total.tokens)? else {
             // The rows are known only to the rank whose own sum is at fault.
-            let own = self.job.sum.gradient().iter().any(|value| !value.is_finite());
+            let mut own = vec![0.0; engine.facts().flat_length];
+            engine.read(FlatPart::Gradient, 0, &mut own)?;
+            let own = own.iter().any(|value| !value.is_finite());
             let rows = if own { self.job.sum.rows().to_vec() } else { Vec::new() };
             return Err(Error::NotFinite { what: "the gradient", step, rows }.into());
         };
-        self.job.sum.clear();
+        self.job.drop_sum()?;
         self.around.control.set_applied(step);
         self.job.row_log.write(&Entry::Applied {
             attempt: self.job.plan.attempt,
@@ -274,8 +299,7 @@ impl<'a> Generation<'a> {
 fn take_first_rows(job: &mut Job, formation: &Formation) -> Result<(), Error> {
     let expected = formation.start.first_rows.as_ref().map_or(&[][..], |(kept, _)| kept);
     if expected.is_empty() {
-        job.sum.clear();
-        return Ok(());
+        return job.drop_sum();
     }
     let step = formation.start.applied_step + 1;
     let holds = job.sum.kept().is_some_and(|(of, rows)| of == step && same_rows(rows, expected));
@@ -296,10 +320,6 @@ fn same_rows(left: &[u64], right: &[u64]) -> bool {
         rows
     };
     sorted(left) == sorted(right)
-}
-
-fn missing_state() -> Error {
-    Error::Protocol { message: "Form", reason: "it gave this worker no state".to_owned() }
 }
 
 /// Passes failpoints at the hops of a step's reduction, counted over all its operations.

@@ -13,7 +13,9 @@ use std::{
 
 use shanty_worker::{
     Error,
-    engine::{EngineLoader, Facts, LoadRequest, Row, StepEngine, StepHooks, Sum},
+    engine::{
+        EngineLoader, Facts, GradientSink, HostEngine, LoadRequest, OnHost, Row, StepEngine, StepHooks, Sum,
+    },
 };
 
 pub const PARAMETERS: usize = 37;
@@ -48,7 +50,7 @@ impl EngineLoader for ModelEngines {
             matched_modules: vec!["layer.0".to_owned()],
             computed_start: false,
         };
-        Ok(Box::new(ModelEngine { facts, settings: self.clone() }))
+        Ok(Box::new(OnHost::new(ModelEngine { facts, settings: self.clone() })))
     }
 }
 
@@ -77,7 +79,7 @@ fn tokens(row: &Row) -> u64 {
 
 impl StepHooks for ModelEngine {}
 
-impl StepEngine for ModelEngine {
+impl HostEngine for ModelEngine {
     fn facts(&self) -> &Facts {
         &self.facts
     }
@@ -97,17 +99,17 @@ impl StepEngine for ModelEngine {
         seed: u64,
         step: u64,
         gradient: &mut [f32],
-        during: &mut (dyn FnMut() + Send),
+        sink: &mut dyn GradientSink,
     ) -> Result<Sum, Error> {
         assert!(rows.len() <= self.settings.micro_batch_rows);
         std::thread::sleep(self.settings.pause);
         let mut sum = Sum::default();
-        for row in rows {
+        for (number, row) in rows.iter().enumerate() {
             let weight = tokens(row);
             sum.tokens += weight;
-            for (i, (parameter, gradient)) in parameters.iter().zip(gradient.iter_mut()).enumerate() {
-                if i == PARAMETERS / 2 {
-                    during();
+            for (i, parameter) in parameters.iter().enumerate() {
+                if i == PARAMETERS / 2 && number + 1 == rows.len() {
+                    sink.ready(0..i, gradient);
                 }
                 let key = seed
                     ^ step.wrapping_mul(31)
@@ -115,13 +117,14 @@ impl StepEngine for ModelEngine {
                     ^ (i as u64) << 40;
                 let keep = if uniform(key) < 0.1 { 0.0 } else { 1.0 / 0.9 };
                 let pull = (parameter - target(row, i)) * keep;
-                *gradient += pull * weight as f32;
+                gradient[i] += pull * weight as f32;
                 sum.loss += 0.5 * f64::from(pull * pull) * weight as f64;
             }
             if self.settings.poisoned_row == Some(row.id) {
                 sum.loss = f64::NAN;
             }
         }
+        sink.ready(PARAMETERS / 2..PARAMETERS, gradient);
         Ok(sum)
     }
 

@@ -19,6 +19,7 @@ mod operations;
 mod optimizer;
 mod products;
 mod profile;
+mod reduce;
 mod survey;
 mod transfers;
 mod virtual_tokens;
@@ -29,6 +30,7 @@ pub use error::DeviceError;
 pub use libraries::{LIBRARIES_VARIABLE, NVRTC_VARIABLE};
 pub use memory::{Aside, DeviceBuffer, DeviceMemory};
 use memory::{Numbers, Pinned, Region, Source};
+pub use reduce::{CardFlat, Mark};
 use serde::{Deserialize, Serialize};
 pub use survey::{Survey, survey};
 
@@ -81,6 +83,8 @@ pub struct Cuda {
     source: Mutex<Source>,
     /// Flat buffers on their way between host and card: pinned, so that the copy runs at the bus's speed.
     staging: Mutex<Option<Pinned>>,
+    /// Pieces of a gradient on their way to other members and back; reserved at first.
+    pieces: Mutex<Option<reduce::Pieces>>,
 }
 
 /// A micro-batch on the card.
@@ -190,6 +194,7 @@ impl Cuda {
             rounded: Mutex::new([None, None]),
             source: Mutex::new(Source::Single),
             staging: Mutex::new(None),
+            pieces: Mutex::new(None),
             device,
         })
     }

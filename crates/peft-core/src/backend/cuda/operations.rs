@@ -103,6 +103,10 @@ impl Backend for Cuda {
         self.queue_losses(losses, state);
     }
 
+    fn losses(&self, state: &mut FlatState<Self>) -> Result<Vec<f64>> {
+        self.read_losses(state)
+    }
+
     fn update_flat(&self, update: &FlatUpdate<'_>, state: &mut FlatState<Self>) {
         self.queue_update(update, state);
     }
