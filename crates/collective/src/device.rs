@@ -10,7 +10,7 @@ use crate::error::Result;
 /// that was queued before is complete, at every member.
 ///
 /// Memory must not be written, or where it is an output read, before the call is complete.
-pub trait DeviceCollective {
+pub trait DeviceCollective: Send {
     /// New memory of the device; its content is unspecified.
     ///
     /// # Errors

@@ -171,8 +171,7 @@ fn join_each(libraries: [&Libraries; 2], devices: [u32; 2]) -> Vec<Result<(), Er
             .map(|(side, (libraries, device))| {
                 scope.spawn(move || {
                     let device = Device::open(device, libraries);
-                    let device = device.as_ref().map_err(Clone::clone);
-                    nccl::join(side, device, &within(LONG), AbortHandle::new()).map(|_| ())
+                    nccl::join(side, device.as_ref(), &within(LONG), AbortHandle::new()).map(|_| ())
                 })
             })
             .collect();

@@ -162,34 +162,56 @@ impl Device {
     }
 }
 
-/// Joins a generation whose members are linked already: tells them what device this is, takes rank 0's id, and starts
-/// NCCL. Members that cannot are named to all. `device` is what this member has, or why it has none.
+/// Joins a generation whose members are linked already: [`agree`], then [`start`].
 ///
 /// # Errors
 /// What this member lacks; [`Error::SharedDevice`]; [`Error::Refused`] for what another lacks; [`Error::Join`] after
 /// the deadline; [`Error::Aborted`]
 pub fn join(
     mut side: TcpCollective,
-    device: Result<&Device>,
+    device: Result<&Device, &Error>,
+    options: &JoinOptions,
+    abort: AbortHandle,
+) -> Result<NcclCollective> {
+    agree(&mut side, device, options.deadline)??;
+    start(side, device.map_err(Error::clone)?, options, abort)
+}
+
+/// Members that are linked already tell each other whether they could start NCCL. All come to the same decision: `Ok`
+/// inside when they can, else why not. `device` is what this member has, or why it has none.
+///
+/// # Errors
+/// What broke the links.
+pub fn agree(
+    side: &mut TcpCollective,
+    device: Result<&Device, &Error>,
+    deadline: Duration,
+) -> Result<Result<()>> {
+    side.set_call_deadline(Some(deadline));
+    let mine = device.map_err(Error::clone).and_then(|device| {
+        let version = u64::from(device.card.api.version.unsigned_abs());
+        Ok(Introduction { is_ready: 1, version, device: device.uuid()? })
+    });
+    let own = mine.as_ref().map_or_else(|_| Introduction::zeroed(), |own| *own);
+    let mut all = vec![Introduction::zeroed(); side.world_size() as usize];
+    side.all_gather(bytemuck::bytes_of(&own), bytemuck::cast_slice_mut(&mut all))?;
+    side.set_call_deadline(None);
+    Ok(mine.and_then(|_| check_introductions(&all)))
+}
+
+/// Takes rank 0's unique id over the links, and starts NCCL. The links stay open beside it.
+///
+/// # Errors
+/// [`Error::Nccl`], [`Error::Refused`] when rank 0 makes no id, [`Error::Join`] after the deadline, [`Error::Aborted`]
+pub fn start(
+    mut side: TcpCollective,
+    device: &Device,
     options: &JoinOptions,
     abort: AbortHandle,
 ) -> Result<NcclCollective> {
     let start = Instant::now();
     let (rank, world_size) = (side.rank(), side.world_size());
     side.set_call_deadline(Some(options.deadline));
-    let mine = device.and_then(|device| Ok((device, device.uuid()?)));
-    let own = match &mine {
-        Ok((device, uuid)) => {
-            let version = u64::from(device.card.api.version.unsigned_abs());
-            Introduction { is_ready: 1, version, device: *uuid }
-        }
-        Err(_) => Introduction::zeroed(),
-    };
-    let mut all = vec![Introduction::zeroed(); world_size as usize];
-    side.all_gather(bytemuck::bytes_of(&own), bytemuck::cast_slice_mut(&mut all))?;
-    let (device, _) = mine?;
-    check_introductions(&all)?;
-
     // The first byte says whether the root has one: nobody waits for an id that will not come.
     let mut letter = [0; 1 + ID_BYTES];
     let made = (rank == 0).then(|| device.unique_id());

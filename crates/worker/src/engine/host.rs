@@ -15,7 +15,7 @@ use super::{
 };
 
 /// Entries of the gradient in one all-reduce. Between two, a member that is to leave does.
-pub(super) const PIECE: usize = 1 << 22;
+pub(crate) const PIECE: usize = 1 << 20;
 
 /// Forward and backward over a frozen base with a trained adapter, whose parameters are one flat vector that the caller
 /// owns.
@@ -61,6 +61,11 @@ pub trait HostEngine: StepHooks {
     /// # Errors
     /// As the engine says.
     fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error>;
+
+    /// The number of the card that it computes on.
+    fn card(&self) -> Option<u32> {
+        None
+    }
 
     /// Runs `work`, which computes on whole flat vectors, on the engine's threads.
     fn run(&self, work: &mut (dyn FnMut() + Send)) {
@@ -131,6 +136,10 @@ impl<E: HostEngine> StepEngine for OnHost<E> {
 
     fn micro_batch_rows(&self) -> usize {
         self.engine.micro_batch_rows()
+    }
+
+    fn card(&self) -> Option<u32> {
+        self.engine.card()
     }
 
     fn begin(&mut self, [parameters, first, second]: [&[f32]; 3]) -> Result<(), Error> {

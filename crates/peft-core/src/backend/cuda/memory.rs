@@ -52,7 +52,14 @@ pub struct DeviceMemory {
     pub(super) buffer: DeviceBuffer,
     pub(super) bytes: usize,
     /// None while memory is only counted.
-    _region: Option<Arc<Region>>,
+    region: Option<Arc<Region>>,
+}
+
+impl DeviceMemory {
+    /// What it lies in.
+    pub(super) fn region(&self) -> Option<Arc<Region>> {
+        self.region.clone()
+    }
 }
 
 impl Deref for DeviceMemory {
@@ -128,7 +135,7 @@ impl Source {
             }
             Self::Placing(..) => return Err(DeviceError::OutOfMemory { bytes: size, free: 0 }),
         };
-        Ok(DeviceMemory { buffer: DeviceBuffer::new(address, numbers), bytes: size, _region: region })
+        Ok(DeviceMemory { buffer: DeviceBuffer::new(address, numbers), bytes: size, region })
     }
 }
 
