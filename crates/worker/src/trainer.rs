@@ -6,6 +6,7 @@
 mod boundary;
 mod check;
 mod checkpoint;
+mod debts;
 mod formation;
 mod job;
 mod link;

@@ -8,7 +8,7 @@ use tracing::info;
 
 use crate::{Error, adapter_folder, rows::hash_of_rows};
 
-use super::{Stop, check::Check, checkpoint::Ticket, start, state::METHOD_STATE, step::Generation};
+use super::{Stop, check::Check, checkpoint::Ticket, debts, start, state::METHOD_STATE, step::Generation};
 
 /// The finished adapter's folder below the store.
 const ADAPTER: &str = "adapter";
@@ -31,8 +31,10 @@ impl Generation<'_> {
             self.evaluated_step = Some(applied);
         }
         if checkpoint {
+            let debts = debts::gather(&mut *self.collective, &self.job.owed)
+                .map_err(|error| start::broken(self.around, &self.formation, &error))?;
             if self.formation.rank == 0 {
-                self.write_checkpoint(applied)?;
+                self.write_checkpoint(applied, debts)?;
             }
             self.checkpoint_step = Some(applied);
         }
@@ -85,7 +87,7 @@ impl Generation<'_> {
     }
 
     /// Copies the state and has it written off the step path. Waits for the write before, if it is not done.
-    fn write_checkpoint(&mut self, applied: u64) -> Result<(), Stop> {
+    fn write_checkpoint(&mut self, applied: u64, debts: Vec<(String, Vec<u8>)>) -> Result<(), Stop> {
         self.job.checkpoints.wait_or_leave(self.around, self.formation.generation)?;
         let Some(state) = &self.job.state else { return Ok(()) };
         let optimizer = state.to_checkpoint(&*self.job.engine)?;
@@ -94,6 +96,7 @@ impl Generation<'_> {
             let bytes = state.method.iter().flat_map(|value| value.to_le_bytes());
             files.push((METHOD_STATE.to_owned(), bytes.collect()));
         }
+        files.extend(debts);
         let plan = &self.job.plan;
         let snapshot = Snapshot {
             job: plan.job_id.clone(),
