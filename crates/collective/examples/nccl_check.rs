@@ -119,7 +119,10 @@ fn every_call(device: &Device) -> Outcome {
         }
         let queued = start.elapsed();
         on_device.wait()?;
-        println!("  {ADAPTER} f32 in {pieces} pieces: queued in {queued:.1?}, done in {:.1?}", start.elapsed());
+        println!(
+            "  {ADAPTER} f32 in {pieces} pieces: queued in {queued:.1?}, done in {:.1?}",
+            start.elapsed()
+        );
     }
     let (rounds, start) = (1000, Instant::now());
     for _ in 0..rounds {
@@ -135,7 +138,10 @@ fn a_peer_that_never_comes(device: &Device) -> Outcome {
     let id = device.unique_id()?;
     let joined = device.join_with(id, 0, 2, &within(limit), AbortHandle::new(), None);
     let waited = start.elapsed();
-    println!("  gave up after {waited:.2?}: {}", joined.as_ref().err().map_or_else(String::new, Error::to_string));
+    println!(
+        "  gave up after {waited:.2?}: {}",
+        joined.as_ref().err().map_or_else(String::new, Error::to_string)
+    );
     let is_right = matches!(joined, Err(Error::Join { .. }));
     expect("a peer that never comes", is_right && waited >= limit && waited < limit + Duration::from_secs(2))
 }
@@ -144,7 +150,8 @@ fn an_abort_while_starting(device: &Device) -> Outcome {
     let (abort, id) = (AbortHandle::new(), device.unique_id()?);
     let start = Instant::now();
     let joined = thread::scope(|scope| {
-        let join = scope.spawn(|| device.join_with(id, 0, 2, &within(LIMIT), abort.clone(), None).map(|_| ()));
+        let join =
+            scope.spawn(|| device.join_with(id, 0, 2, &within(LIMIT), abort.clone(), None).map(|_| ()));
         thread::sleep(Duration::from_millis(300));
         abort.abort("told to leave");
         join.join()
@@ -275,7 +282,8 @@ fn member(arguments: &[String]) -> Outcome {
     if !sum.chunks_exact(4).all(|number| number == expected) {
         return Err("the sum is wrong".into());
     }
-    let bus = 2.0 * (world_size - 1) as f64 / world_size as f64 * (4 * ADAPTER) as f64 / best.as_secs_f64() / 1e9;
+    let bus =
+        2.0 * (world_size - 1) as f64 / world_size as f64 * (4 * ADAPTER) as f64 / best.as_secs_f64() / 1e9;
     println!("rank {rank}: joined in {joined:.2?}, {ADAPTER} f32 and a check in {best:.2?}, {bus:.0} GB/s");
     Ok(())
 }

@@ -128,9 +128,10 @@ mod tests {
         assert_eq!(saved[1..], [vec![], vec![]], "rank 0 writes");
         let read = of(&snapshot(saved[0].clone()));
         assert_eq!(read, [[0.5, -1.0], [1.5, -1.0], [2.5, -1.0]]);
-        for (world_size, expected) in
-            [(3, vec![vec![0.5, -1.0], vec![1.5, -1.0], vec![2.5, -1.0]]), (2, vec![vec![3.0, -2.0], vec![1.5, -1.0]])]
-        {
+        for (world_size, expected) in [
+            (3, vec![vec![0.5, -1.0], vec![1.5, -1.0], vec![2.5, -1.0]]),
+            (2, vec![vec![3.0, -2.0], vec![1.5, -1.0]]),
+        ] {
             let dealt = on_all(world_size, Compression::Int8, |member| {
                 let read = if member.rank() == 0 { read.clone() } else { Vec::new() };
                 deal(member, &read, 2).unwrap()
@@ -144,7 +145,7 @@ mod tests {
         let saved = on_all(2, Compression::Off, |member| gather(member, &[1.0]).unwrap());
         assert_eq!(saved, [vec![], vec![]]);
         let dealt = on_all(2, Compression::Off, |member| deal(member, &[vec![1.0]], 1).unwrap());
-        assert_eq!(dealt, [vec![], vec![]]);
+        assert_eq!(dealt, [Vec::<f32>::new(), Vec::new()]);
     }
 
     #[test]
