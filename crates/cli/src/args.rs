@@ -65,9 +65,12 @@ pub(crate) enum Command {
     Status(commands::status::Args),
     Logs(commands::logs::Args),
     Cancel(commands::cancel::Args),
+    Drain(commands::drain::Args),
     Checkpoints(commands::checkpoints::Args),
     Coordinator(commands::coordinator::Args),
     Worker(commands::worker::Args),
+    Certs(commands::certs::Args),
+    Token(commands::token::Args),
     #[command(hide = true)]
     WorkerDevice(commands::worker_device::Args),
     #[command(hide = true)]

@@ -2,23 +2,25 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    ffi::OsString,
     sync::Arc,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use shanty_diagnostic::Diagnose;
-use shanty_proto::{Attempt, JobId, WorkerId, v1::CoordinatorMessage};
-use tokio::sync::{mpsc, oneshot};
+use shanty_proto::{Attempt, JobId, Step, WorkerId, v1::CoordinatorMessage};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    access::Access,
     error::{Error, Result},
-    find,
     hub::Hub,
-    leases::{self, Leases},
+    leases::Leases,
     machine::{Effect, Event, Machine, Moment, Reply},
-    prepare,
+    outside::{Outside, Progress},
     services::wire,
     store::Store,
 };
@@ -95,7 +97,10 @@ pub(crate) struct Works {
     pub store: Store,
     pub hub: Arc<Hub>,
     pub leases: Arc<Leases>,
-    pub prepare_command: Vec<OsString>,
+    pub outside: Arc<dyn Outside>,
+    pub access: Arc<Access>,
+    /// Whether collectives are encrypted.
+    pub encrypted: bool,
     pub started: Instant,
 }
 
@@ -229,7 +234,7 @@ impl Task {
                 if let Some(outgoing) = self.sessions.remove(&session) {
                     tracing::warn!(%worker, reason, "the worker's stream is ended");
                     // Best effort: the stream ends with the sender either way.
-                    let _ = outgoing.try_send(Err(shanty_proto::to_status(&Error::bad(reason))));
+                    let _ = outgoing.try_send(Err(shanty_proto::to_status(&Error::StreamEnded { reason })));
                 }
             }
             Effect::Prepare { job, attempt, known } => self.prepare(job, attempt, known),
@@ -238,7 +243,7 @@ impl Task {
                     stop.cancel();
                 }
             }
-            Effect::FindCheckpoint { job, attempt } => self.find_checkpoint(job, attempt),
+            Effect::FindCheckpoint { job, attempt, up_to } => self.find_checkpoint(job, attempt, up_to),
             Effect::Reply { request, outcome } => {
                 if let Some(answer) = self.requests.remove(&request) {
                     // Whoever asked may have gone; what was asked for is done all the same.
@@ -248,6 +253,9 @@ impl Task {
             Effect::StatusChanged(job) => {
                 self.works.leases.allow(&job, self.works.machine.leasable(&job));
                 if let Some(view) = self.works.machine.view(now(self.works.started), &job) {
+                    if view.state.is_final() {
+                        self.works.access.job_ended(&job);
+                    }
                     self.works.hub.set_status(view);
                 }
             }
@@ -269,8 +277,12 @@ impl Task {
         }
         let options = self.works.machine.options();
         let milliseconds = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
-        let message =
-            wire::message_out(message, milliseconds(options.beat_interval), milliseconds(options.credit));
+        let terms = wire::Terms {
+            beat_ms: milliseconds(options.beat_interval),
+            credit_ms: milliseconds(options.credit),
+            encrypted: self.works.encrypted,
+        };
+        let message = wire::message_out(message, terms);
         if let Err(error) = outgoing.try_send(Ok(message)) {
             let reason = match error {
                 mpsc::error::TrySendError::Full(_) => "it does not read what it is told",
@@ -287,10 +299,8 @@ impl Task {
             before.cancel();
         }
         let (engine, leases) = (self.engine.clone(), Arc::clone(&self.works.leases));
-        let command = self.works.prepare_command.clone();
+        let outside = Arc::clone(&self.works.outside);
         self.helpers.spawn(async move {
-            let folder = leases::prepared_folder(&spec);
-            let request = prepare::options(&spec, folder);
             let reused = match known {
                 Some(hash) => leases.open(&job, &spec, Some(hash)).await.ok(),
                 None => None,
@@ -298,12 +308,13 @@ impl Task {
             let outcome = match reused {
                 Some(facts) => Ok(facts),
                 None => {
-                    let progress = |text| {
-                        let event = Event::PrepareProgress { job: job.clone(), attempt, text };
+                    let (inputs, named) = (engine.inputs.clone(), job.clone());
+                    let progress: Progress = Box::new(move |text| {
+                        let event = Event::PrepareProgress { job: named.clone(), attempt, text };
                         // Words for people; the next ones come soon.
-                        let _ = engine.inputs.try_send(Input::Event(event));
-                    };
-                    match prepare::run(&command, &request, &stop, progress).await {
+                        let _ = inputs.try_send(Input::Event(event));
+                    });
+                    match outside.prepare(Arc::clone(&spec), stop.clone(), progress).await {
                         // What was written is opened and looked at before anybody relies on it.
                         Ok(facts) => leases
                             .open(&job, &spec, Some(facts.hash))
@@ -320,12 +331,13 @@ impl Task {
         });
     }
 
-    fn find_checkpoint(&mut self, job: JobId, attempt: Attempt) {
+    fn find_checkpoint(&mut self, job: JobId, attempt: Attempt, up_to: Option<Step>) {
         let Some(spec) = self.works.machine.spec(&job) else { return };
         let data_hash = self.works.machine.data_hash(&job);
         let engine = self.engine.clone();
+        let found = self.works.outside.newest_good(job.clone(), spec, data_hash, up_to);
         self.helpers.spawn(async move {
-            let found = find::newest_good(&job, &spec, data_hash).await;
+            let found = found.await;
             let (outcome, damaged) = match found {
                 Ok((checkpoint, damaged)) => (Ok(checkpoint), damaged),
                 Err(error) => (Err(error.diagnostic()), Vec::new()),

@@ -91,6 +91,15 @@ impl JobPlan {
     }
 }
 
+impl JobPlan {
+    /// Whether the adapters of all ranks are compared after `applied` updates: every so many steps, and before each
+    /// checkpoint.
+    pub(crate) fn comparison_is_due(&self, applied: u64, checkpoint_is_due: bool) -> bool {
+        let every = self.spec.cluster.compare_every_steps;
+        checkpoint_is_due || applied > 0 && every > 0 && applied.is_multiple_of(every)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

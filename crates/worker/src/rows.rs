@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use shanty_access::Channel;
 use shanty_data::order::row_hash;
 use shanty_proto::error::UNREACHABLE;
 use shanty_proto::v1::{
@@ -12,7 +13,7 @@ use shanty_proto::v1::{
 };
 use tokio::{runtime::Handle, time::sleep};
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Code, Status};
 use tracing::{debug, warn};
 
 use crate::{
@@ -57,6 +58,16 @@ impl Lease {
     /// `Err(Interrupted)` if the generation was left, `Ok(Err(…))` if the rows cannot be had or are wrong.
     pub(crate) fn wait(self) -> Result<Result<Leased, Error>, Interrupted> {
         self.receiver.recv().map_err(|_| Interrupted)
+    }
+
+    /// The rows, if they are there; a model of a trainer must not block.
+    #[cfg(all(test, feature = "simulation"))]
+    pub(crate) fn look(&self) -> Result<Option<Result<Leased, Error>>, Interrupted> {
+        match self.receiver.try_recv() {
+            Ok(leased) => Ok(Some(leased)),
+            Err(std::sync::mpsc::TryRecvError::Empty) => Ok(None),
+            Err(std::sync::mpsc::TryRecvError::Disconnected) => Err(Interrupted),
+        }
     }
 }
 

@@ -10,6 +10,7 @@ mod interop;
 mod methods;
 mod resume;
 mod run;
+mod secure;
 mod support;
 mod tools;
 mod using;

@@ -25,6 +25,14 @@ pub struct Options {
     pub worker_tries: u32,
     /// After so many losses of all members, without a step that had not been reached before, the job fails.
     pub total_losses: u32,
+    /// The pause before the second try of what failed; each later one is twice as long.
+    pub retry_pause: Duration,
+    /// How long a job that lost workers may hope for others, before a job that can run with what is left gets them.
+    pub patience: Duration,
+    /// Jobs at work at a time; 0: any number.
+    pub most_jobs: u32,
+    /// The same of one owner.
+    pub most_jobs_an_owner: u32,
     /// After so many generations in a row that broke before their first step, the job fails.
     pub fruitless_generations: u32,
 }
@@ -43,6 +51,10 @@ impl Default for Options {
             worker_tries: 3,
             total_losses: 3,
             fruitless_generations: 20,
+            retry_pause: Duration::from_secs(5),
+            patience: Duration::from_secs(60),
+            most_jobs: 0,
+            most_jobs_an_owner: 0,
         }
     }
 }

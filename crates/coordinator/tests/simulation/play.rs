@@ -367,11 +367,19 @@ impl World {
             size_bytes: 1,
             seconds: 0.0,
             unix_ms: self.now,
+            loss: None,
         };
         let path = record.path.clone();
         let good = !self.chance.once_in(6);
         self.checkpoints.push((record, self.workers[at].state.clone(), good));
-        let said = Said::Checkpoint { within, step: Step(step), path, size_bytes: 1, seconds: 0.0 };
+        let said = Said::Checkpoint {
+            within,
+            step: Step(step),
+            path,
+            size_bytes: 1,
+            seconds: 0.0,
+            removed: Vec::new(),
+        };
         self.workers[at].say(late, said);
     }
 

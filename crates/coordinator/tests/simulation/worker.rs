@@ -163,6 +163,7 @@ impl Worker {
     /// Takes a message of the coordinator in. `late` is when an answer would arrive.
     pub fn hear(&mut self, now: u64, late: u64, load: u64, message: Message, credit_ms: u64) {
         match message {
+            Message::Keep { .. } => unreachable!("the only job makes room for nobody"),
             Message::Welcome { attached } => {
                 if !attached {
                     self.drop_membership();

@@ -38,6 +38,8 @@ pub fn options() -> Options {
         worker_tries: 3,
         total_losses: 1000,
         fruitless_generations: 1000,
+        retry_pause: milliseconds(50),
+        ..Options::default()
     }
 }
 
@@ -64,6 +66,8 @@ struct Disk {
 impl Disk {
     fn write(&mut self, change: Change) {
         match change {
+            // The machine knows nothing of tokens.
+            Change::Token(_) | Change::TokenGone(_) => unreachable!("{change:?}"),
             Change::Job(record) => drop(self.jobs.insert(record.id.clone(), *record)),
             Change::Watermark(job, step) => {
                 if let Some(record) = self.jobs.get_mut(&job) {
@@ -77,7 +81,10 @@ impl Disk {
                 }
             }
             Change::Truncate(_, step) => self.steps.retain(|known, _| *known <= step.0),
-            Change::Evaluation(..) | Change::Checkpoint(..) | Change::Event(..) => {}
+            Change::Evaluation(..)
+            | Change::Checkpoint(..)
+            | Change::CheckpointsRemoved(..)
+            | Change::Event(..) => {}
         }
     }
 

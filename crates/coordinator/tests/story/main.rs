@@ -5,5 +5,6 @@
 mod breaks;
 mod forming;
 mod jobs;
+mod queueing;
 mod restarts;
 mod stage;

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{EngineDevice, FlatPart, GradientSink, Memory, StepError, SumSink};
+use super::{EngineDevice, FlatPart, GradientSink, Memory, SharedBase, StepError, SumSink};
 use crate::{
     adapter::{AnyMethod, Branches, Fit, MethodOn, ParameterLayout, PassDropout},
     backend::{
@@ -12,7 +12,10 @@ use crate::{
     },
     batch::PackedBatch,
     error::{Error, Result},
-    model::{BaseSource, ModelConfig, decoder::Decoder, trained::Trained},
+    model::{
+        BaseSource, LoadProgress, ModelConfig, ResidentBase, decoder::Decoder, resident::plan::BasePlan,
+        trained::Trained,
+    },
     nn::rope::RopeTable,
     optim::{FlatState, FlatUpdate, Outcome, Source},
     plan::{Arena, Levels, Sizes},
@@ -219,6 +222,15 @@ impl<B: Backend> Worker<B> {
         Ok(())
     }
 
+    /// What the last pass left where layers' inputs lie.
+    pub(super) fn boundary(&self, place: usize, tokens: usize, hidden: usize) -> Result<Vec<f32>> {
+        let memory = self.memory.as_ref().ok_or(StepError::NoState)?;
+        let mut numbers = vec![0.0; tokens * hidden];
+        self.backend.download(View::<B>::new(&memory.arena.inputs[place], tokens, hidden), &mut numbers);
+        self.backend.settle()?;
+        Ok(numbers)
+    }
+
     fn update(&mut self, update: &FlatUpdate<'_>) -> Result<Outcome> {
         let state = self.state.as_mut().ok_or(StepError::NoState)?;
         self.backend.update_flat(update, state);
@@ -248,10 +260,13 @@ impl<B: Backend> Worker<B> {
 }
 
 impl Worker<Cuda> {
-    /// The gradient and the place of its sum over members, as addresses.
-    fn flat(&mut self) -> Result<CardFlat> {
+    /// The gradient and the place of its sum over members, as addresses. The place is reserved if `reserve` is set.
+    fn flat(&mut self, reserve: bool) -> Result<CardFlat> {
         let state = self.state.as_mut().ok_or(StepError::NoState)?;
-        self.backend.flat(state)
+        if reserve {
+            state.reserve_reduced(&self.backend)?;
+        }
+        Ok(self.backend.flat(state))
     }
 }
 
@@ -304,6 +319,38 @@ impl Machine {
         }
     }
 
+    /// Loads a base to where passes read it, and what it is hashed to. `embedding_stays` keeps the embedding in host memory
+    /// beside a card.
+    pub(crate) fn load(
+        &mut self,
+        config: &ModelConfig,
+        tensors: &BasePlan<'_>,
+        embedding_stays: bool,
+        threads: usize,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<(SharedBase, blake3::Hash)> {
+        Ok(match self {
+            Self::Cpu(_) => {
+                let base = ResidentBase::read(config, tensors, progress)?;
+                let hash = base.content_hash();
+                (Box::new(base), hash)
+            }
+            Self::Cuda(worker) => {
+                let cuda = &mut worker.backend;
+                let (base, hash) = cuda.load_base(config, tensors, embedding_stays, threads, progress)?;
+                (Box::new(base), hash)
+            }
+        })
+    }
+
+    /// Waits for what was queued, and says what failed.
+    pub(crate) fn settle(&self) -> Result<()> {
+        match self {
+            Self::Cpu(worker) => worker.backend.settle(),
+            Self::Cuda(worker) => worker.backend.settle(),
+        }
+    }
+
     /// Takes on a method.
     pub(crate) fn adapt(&mut self, fit: &Fit, layers: usize) {
         match self {
@@ -337,7 +384,7 @@ impl Machine {
                 sink.ready(range, Memory::Host(gradient));
             }),
             Self::Cuda(worker) => {
-                let flat = worker.flat()?;
+                let flat = worker.flat(false)?;
                 worker.accumulate(parts, pass, &mut |range, _| sink.ready(range, Memory::Card(&flat)))
             }
         }
@@ -380,7 +427,7 @@ impl Machine {
                 Ok(Ok(()))
             }
             Self::Cuda(worker) => {
-                let flat = worker.flat()?;
+                let flat = worker.flat(true)?;
                 worker.backend.reduce_through_host(&flat, length, work)
             }
         }
@@ -390,7 +437,7 @@ impl Machine {
     pub(crate) fn flat(&mut self) -> Result<Option<CardFlat>> {
         match self {
             Self::Cpu(_) => Ok(None),
-            Self::Cuda(worker) => worker.flat().map(Some),
+            Self::Cuda(worker) => worker.flat(true).map(Some),
         }
     }
 

@@ -4,12 +4,15 @@ use shanty_collective::{
     Compression,
     tcp::{JoinOptions, Token},
 };
-use shanty_config::job::{self, ClusterSpec};
+use shanty_config::{
+    UsualLoss,
+    job::{self, ClusterSpec},
+};
 use shanty_proto::v1::{Form, RankRows, StartPoint, start_point::Source};
 
 use crate::{Error, plan::JobPlan};
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 /// How long the members may take to find each other. A member that is lost meanwhile ends the wait earlier.
 pub(super) const JOIN_WITHIN: Duration = Duration::from_secs(60);
@@ -26,7 +29,7 @@ pub(crate) struct Formation {
 }
 
 /// Where a generation starts.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Start {
     /// Updates applied in the state that it starts from.
     pub(crate) applied_step: u64,
@@ -35,6 +38,10 @@ pub(crate) struct Start {
     pub(crate) first_rows: Option<(Vec<u64>, Vec<u64>)>,
     pub(crate) evaluated_step: Option<u64>,
     pub(crate) checkpoint_step: Option<u64>,
+    /// What a loss spike is measured by.
+    pub(crate) usual_loss: UsualLoss,
+    /// Steps that are passed over.
+    pub(crate) skip_steps: BTreeSet<u64>,
 }
 
 /// Where adapter and optimizer come from.
@@ -143,6 +150,8 @@ impl Start {
             first_rows,
             evaluated_step: start.evaluated_step,
             checkpoint_step: start.checkpoint_step,
+            usual_loss: UsualLoss { mean: start.usual_loss, steps: start.usual_loss_steps },
+            skip_steps: start.skip_steps.into_iter().collect(),
         })
     }
 }

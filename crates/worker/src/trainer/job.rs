@@ -29,6 +29,10 @@ pub(crate) struct Job {
     pub(crate) owed: Vec<f32>,
     /// Rows of a micro-batch, as the crew agreed; 0 before the first generation.
     pub(crate) micro_batch_rows: u64,
+    /// Members of the last generation.
+    pub(crate) world_size: u32,
+    /// The last evaluated step of the lineage.
+    pub(crate) evaluated_step: Option<u64>,
     pub(crate) checkpoints: Checkpoints,
     /// Hash of what defines the adapter.
     pub(crate) adapter_hash: Arc<str>,
@@ -49,6 +53,8 @@ impl Job {
             sum: LocalSum::default(),
             owed: Vec::new(),
             micro_batch_rows: 0,
+            world_size: 1,
+            evaluated_step: None,
             checkpoints: Checkpoints::default(),
             adapter_hash,
         }

@@ -25,11 +25,15 @@ pub(super) struct Begun {
     failed: Option<Error>,
 }
 
+/// Told of every piece that is summed.
+pub(super) type Advance<'a> = &'a (dyn Fn() + Sync);
+
 /// Carries out `work`, which makes the last part of a sum of `length` numbers and tells what is final; meanwhile sums
 /// that over the members.
 pub(super) fn beside<R>(
     collective: &mut dyn Collective,
     length: usize,
+    advance: Advance<'_>,
     mut work: impl FnMut(&mut dyn SumSink) -> R,
 ) -> (R, Begun) {
     if let Some(device) = collective.on_device() {
@@ -41,7 +45,7 @@ pub(super) fn beside<R>(
         let (sender, pieces) = mpsc::channel();
         let reducer = thread::Builder::new()
             .name("reduction".to_owned())
-            .spawn_scoped(scope, move || sum_each(collective, &pieces));
+            .spawn_scoped(scope, move || sum_each(collective, &pieces, advance));
         let Ok(reducer) = reducer else {
             // Without a thread everything is summed afterwards.
             return (work(&mut NoSink), Begun { since: Some(Instant::now()), ..Begun::default() });
@@ -59,12 +63,19 @@ pub(super) fn beside<R>(
 }
 
 /// Sums what comes until nothing comes any more, or it breaks.
-fn sum_each(collective: &mut dyn Collective, pieces: &mpsc::Receiver<Vec<f32>>) -> Begun {
+fn sum_each(
+    collective: &mut dyn Collective,
+    pieces: &mpsc::Receiver<Vec<f32>>,
+    advance: Advance<'_>,
+) -> Begun {
     let mut begun = Begun::default();
     for own in pieces {
         let mut sum = vec![0.0; own.len()];
         match collective.all_reduce_f32(&own, &mut sum) {
-            Ok(()) => begun.sums.push_back(sum),
+            Ok(()) => {
+                begun.sums.push_back(sum);
+                advance();
+            }
             Err(error) => {
                 begun.failed = Some(error);
                 break;
@@ -111,6 +122,10 @@ struct OnCard<'a> {
 impl SumSink for OnCard<'_> {
     fn ready(&mut self, range: Range<usize>, memory: Memory<'_>) {
         let Memory::Card(flat) = memory else { return };
+        // The place of the sum is reserved when a member first needs it: then everything is summed afterwards.
+        if flat.spans().is_none() {
+            return;
+        }
         if self.begun.failed.is_none()
             && let Err(error) = queue(self.device, flat, &mut self.begun.queued, range.end, self.length)
         {
@@ -143,12 +158,13 @@ fn queue(
 pub(super) struct Members<'a> {
     collective: &'a mut dyn Collective,
     begun: Begun,
+    advance: Advance<'a>,
 }
 
 impl<'a> Members<'a> {
     /// With what is begun already.
-    pub(super) fn new(collective: &'a mut dyn Collective, begun: Begun) -> Self {
-        Self { collective, begun }
+    pub(super) fn new(collective: &'a mut dyn Collective, begun: Begun, advance: Advance<'a>) -> Self {
+        Self { collective, begun, advance }
     }
 }
 
@@ -160,7 +176,11 @@ impl Reducer for Members<'_> {
                 Ok(())
             }
             (None, Some(error)) => Err(error.clone()),
-            (None, None) => self.collective.all_reduce_f32(own, sum),
+            (None, None) => {
+                self.collective.all_reduce_f32(own, sum)?;
+                (self.advance)();
+                Ok(())
+            }
         }
     }
 
@@ -191,14 +211,14 @@ mod tests {
     /// The sum at one member, of which `told` numbers were told while they were made.
     fn reduced(collective: &mut dyn Collective, told: &[Range<usize>]) -> (Vec<f32>, usize) {
         let own = gradient(collective.rank());
-        let ((), begun) = beside(collective, LENGTH, |sink| {
+        let ((), begun) = beside(collective, LENGTH, &|| {}, |sink| {
             for range in told {
                 sink.ready(range.clone(), Memory::Host(&own));
             }
         });
         let early = begun.sums.len();
         let mut sum = vec![0.0; LENGTH];
-        let mut members = Members::new(collective, begun);
+        let mut members = Members::new(collective, begun, &|| {});
         for (own, sum) in own.chunks(PIECE).zip(sum.chunks_mut(PIECE)) {
             members.reduce(own, sum).unwrap();
         }
@@ -265,12 +285,12 @@ mod tests {
                 member.set_hop_hook(Some(hook));
             }
             let own = gradient(member.rank());
-            let (made, begun) = beside(member, LENGTH, |sink| {
+            let (made, begun) = beside(member, LENGTH, &|| {}, |sink| {
                 sink.ready(0..LENGTH, Memory::Host(&own));
                 "whole"
             });
             assert_eq!((made, &own), ("whole", &gradient(member.rank())));
-            let (mut sum, mut members) = (vec![0.0; PIECE], Members::new(member, begun));
+            let (mut sum, mut members) = (vec![0.0; PIECE], Members::new(member, begun, &|| {}));
             members.reduce(&own[..PIECE], &mut sum).unwrap();
             members.reduce(&own[PIECE..2 * PIECE], &mut sum).unwrap_err()
         });

@@ -222,6 +222,7 @@ fn transfer(
             collective
                 .broadcast(donor, bytemuck::cast_slice_mut(chunk))
                 .map_err(|error| broken(around, formation, &error))?;
+            around.control.advance();
             around.failpoints.reach(Point::DuringStateTransfer, formation.place(step))?;
             match (&mut arriving, &job.state) {
                 (Some(parts), _) => parts[part][range].copy_from_slice(chunk),

@@ -10,12 +10,14 @@ use std::{
 };
 
 use shanty_collective::{Collective, Feedback, HopPoint};
+use shanty_config::UsualLoss;
 use shanty_proto::v1::{Announcement, MemberPhase, StepReport, StepTimings, worker_message::Message};
 use tracing::{debug, info};
 
 use crate::{
     Error,
-    engine::{FlatPart, Memory, NoSink, ReductionError, Row, SumSink, Total, missing_state},
+    control::Control,
+    engine::{Memory, NoSink, ReductionError, Row, SumSink, Total, missing_state},
     failpoint::{Failpoints, Place, Point},
     row_log::Entry,
     rows::hash_of_rows,
@@ -29,6 +31,7 @@ use super::{
     link,
     pipeline::Pipeline,
     reduction::{self, Begun, Members},
+    spoilt::{Fault, Skipped},
     start,
     state::{Applied, State},
 };
@@ -40,8 +43,11 @@ pub(super) struct Generation<'a> {
     pub(super) formation: Formation,
     pub(super) collective: Box<dyn Collective>,
     pub(super) pipeline: Pipeline,
-    pub(super) evaluated_step: Option<u64>,
     pub(super) checkpoint_step: Option<u64>,
+    /// The step after which the ranks compared their adapters last.
+    pub(super) compared_step: u64,
+    /// What a loss spike is measured by: the same on all ranks.
+    pub(super) usual_loss: UsualLoss,
     hops: Arc<Hops>,
 }
 
@@ -57,6 +63,7 @@ struct Hops {
 
 /// A failpoint while a part of the gradient is made and a part is not; hands on what it hears.
 struct MidBackward<'a> {
+    control: &'a Control,
     failpoints: &'a Failpoints,
     place: Place,
     reached: Result<(), Error>,
@@ -65,6 +72,7 @@ struct MidBackward<'a> {
 
 impl SumSink for MidBackward<'_> {
     fn ready(&mut self, range: Range<usize>, memory: Memory<'_>) {
+        self.control.advance();
         if self.reached.is_ok() {
             self.reached = self.failpoints.reach(Point::MidBackward, self.place);
         }
@@ -102,9 +110,22 @@ impl<'a> Generation<'a> {
         if around.failpoints.is_armed() {
             collective.set_hop_hook(Some(hop_hook(around, &formation, &hops, &*collective)));
         }
-        let (evaluated_step, checkpoint_step) =
-            (formation.start.evaluated_step, formation.start.checkpoint_step);
-        Ok(Self { around, job, formation, collective, pipeline, evaluated_step, checkpoint_step, hops })
+        job.world_size = formation.world_size();
+        job.evaluated_step = formation.start.evaluated_step;
+        let checkpoint_step = formation.start.checkpoint_step;
+        // What members hold at the start was compared when it moved, or when they left the generation before.
+        let (compared_step, usual_loss) = (formation.start.applied_step, formation.start.usual_loss);
+        Ok(Self {
+            around,
+            job,
+            formation,
+            collective,
+            pipeline,
+            checkpoint_step,
+            compared_step,
+            usual_loss,
+            hops,
+        })
     }
 
     /// Makes the steps that are left and what is due between them. Returns after the last, with the collective: it
@@ -133,12 +154,18 @@ impl<'a> Generation<'a> {
         let step = self.applied() + 1;
         let generation = self.formation.generation;
         let control = Arc::clone(&self.around.control);
+        control.begin_step(generation, step)?;
         control.wait_for_credit(generation, step)?;
         let began = Instant::now();
-        control.set_phase(MemberPhase::Computing);
+        // Rows that do not come are nobody's fault here.
+        control.set_phase(MemberPhase::Waiting);
         self.pipeline.ask_up_to(control.credited_step(generation), &self.job.plan);
         let (leased, data_seconds) = self.pipeline.take(step)??;
+        control.set_phase(MemberPhase::Computing);
         self.check_announcement(step, &leased.announcement)?;
+        if self.formation.start.skip_steps.contains(&step) {
+            return self.skip_as_planned(step, leased.announcement);
+        }
 
         let computing = Instant::now();
         let begun = self.compute(step, &leased.rows)?;
@@ -149,16 +176,42 @@ impl<'a> Generation<'a> {
         let total = self.reduce(step, begun)?;
         let reduce_seconds = reducing.elapsed().as_secs_f64();
         total.compare(step, &leased.announcement)?;
-        self.settle_debts();
         self.reach(Point::AfterReduction, step)?;
 
         let updating = Instant::now();
-        let applied = self.apply(step, total)?;
+        let (applied, skipped) = match self.try_apply(step, total)? {
+            Ok(applied) => (applied, None),
+            Err(fault) => (Applied::nothing(), Some(self.spoilt(step, &fault, &leased.rows)?)),
+        };
         let update_seconds = updating.elapsed().as_secs_f64();
-        let timings = StepTimings { data_seconds, compute_seconds, reduce_seconds, update_seconds };
+        let tokens = leased.rows.iter().map(|row| row.token_ids.len() as u64).sum();
+        let timings = StepTimings { data_seconds, compute_seconds, reduce_seconds, update_seconds, tokens };
         let seconds = began.elapsed().as_secs_f64();
         self.reach(Point::AfterUpdate, step)?;
-        self.report_step(step, total, applied, seconds, timings);
+        self.report_step(step, total, applied, skipped, seconds, timings);
+        Ok(())
+    }
+
+    /// Applies a committed step, unless it is bad.
+    fn try_apply(&mut self, step: u64, total: Check) -> Result<Result<Applied, Fault>, Stop> {
+        if let Some(fault) = self.fault_of(total) {
+            return Ok(Err(fault));
+        }
+        let Some(applied) = self.apply(step, total)? else {
+            return Ok(Err(Fault::NotFinite("the gradient")));
+        };
+        self.settle_debts();
+        self.usual_loss.learn(total.loss() / total.tokens.max(1) as f64);
+        Ok(Ok(applied))
+    }
+
+    /// A step that was bad in an earlier generation: all ranks were told to pass over it.
+    fn skip_as_planned(&mut self, step: u64, announced: Announcement) -> Result<(), Stop> {
+        self.skip(step)?;
+        info!(step, "passed over");
+        let skipped = Skipped { reason: "it was bad before".to_owned(), samples: Vec::new() };
+        let total = Check::new(announced.tokens, announced.rows, announced.row_hash, 0.0, 0);
+        self.report_step(step, total, Applied::nothing(), Some(skipped), 0.0, StepTimings::default());
         Ok(())
     }
 
@@ -198,21 +251,27 @@ impl<'a> Generation<'a> {
             if reduces {
                 self.enter_reduction(step, micro_batch)?;
             }
-            let failpoints = &self.around.failpoints;
+            let (control, failpoints) = (&*self.around.control, &self.around.failpoints);
             let Job { engine, sum, .. } = &mut *self.job;
             let length = engine.facts().flat_length;
             let mut reached = Ok(());
             let mut add = |then: &mut dyn SumSink| {
-                let mut midway = MidBackward { failpoints, place, reached: Ok(()), then };
+                let mut midway = MidBackward { control, failpoints, place, reached: Ok(()), then };
                 let ids = micro_batch.iter().map(|row| row.id);
                 let added = sum.add(&mut **engine, ids, |engine| {
                     engine.accumulate(micro_batch, seed, step, &mut midway)
                 });
                 reached = midway.reached;
+                control.advance();
+                if reduces {
+                    // What is left is to wait for the others.
+                    control.set_phase(MemberPhase::Reducing);
+                }
                 added
             };
             if reduces {
-                let (added, reduced) = reduction::beside(&mut *self.collective, length, add);
+                let advance = || control.advance();
+                let (added, reduced) = reduction::beside(&mut *self.collective, length, &advance, add);
                 begun = reduced;
                 self.take_death()?;
                 added?;
@@ -276,7 +335,8 @@ impl<'a> Generation<'a> {
         let Job { engine, sum, .. } = &mut *self.job;
         // Alone, a member's own sum is the total.
         if self.formation.world_size() > 1 {
-            engine.reduce(&mut Members::new(&mut *self.collective, begun))?;
+            let advance = || self.around.control.advance();
+            engine.reduce(&mut Members::new(&mut *self.collective, begun, &advance))?;
         }
         let rows = sum.rows();
         let own = Check::new(
@@ -291,7 +351,7 @@ impl<'a> Generation<'a> {
         Ok(Check::from_words(words))
     }
 
-    /// The step is committed: what was rounded away from its sums is owed from now on.
+    /// The step is applied: what was rounded away from its sums is owed from now on.
     fn settle_debts(&mut self) {
         if let Some(feedback) = self.collective.feedback() {
             feedback.commit();
@@ -300,22 +360,14 @@ impl<'a> Generation<'a> {
         }
     }
 
-    /// Applies a committed step. Every rank does the same with the same bits.
-    fn apply(&mut self, step: u64, total: Check) -> Result<Applied, Stop> {
-        if total.not_finite > 0 {
-            let rows = self.job.sum.not_finite().1.to_vec();
-            return Err(Error::NotFinite { what: "the loss", step, rows }.into());
-        }
+    /// Applies a committed step. Every rank does the same with the same bits. None, and nothing is changed, if the gradient is
+    /// not finite.
+    fn apply(&mut self, step: u64, total: Check) -> Result<Option<Applied>, Stop> {
         let Some(state) = &mut self.job.state else { return Err(missing_state().into()) };
         let engine = &mut *self.job.engine;
         let from = if self.formation.world_size() > 1 { Total::Reduced } else { Total::Own };
         let Some(applied) = self.job.update.apply(state, engine, from, total.tokens)? else {
-            // The rows are known only to the rank whose own sum is at fault.
-            let mut own = vec![0.0; engine.facts().flat_length];
-            engine.read(FlatPart::Gradient, 0, &mut own)?;
-            let own = own.iter().any(|value| !value.is_finite());
-            let rows = if own { self.job.sum.rows().to_vec() } else { Vec::new() };
-            return Err(Error::NotFinite { what: "the gradient", step, rows }.into());
+            return Ok(None);
         };
         self.job.drop_sum()?;
         self.around.control.set_applied(step);
@@ -325,10 +377,18 @@ impl<'a> Generation<'a> {
             step,
             rank: self.formation.rank,
         })?;
-        Ok(applied)
+        Ok(Some(applied))
     }
 
-    fn report_step(&self, step: u64, total: Check, applied: Applied, seconds: f64, timings: StepTimings) {
+    fn report_step(
+        &self,
+        step: u64,
+        total: Check,
+        applied: Applied,
+        skipped: Option<Skipped>,
+        seconds: f64,
+        timings: StepTimings,
+    ) {
         let loss = total.loss() / total.tokens.max(1) as f64;
         if self.formation.rank == 0 {
             info!(step, loss, gradient_norm = applied.gradient_norm, seconds, "step applied");
@@ -347,6 +407,8 @@ impl<'a> Generation<'a> {
             learning_rate: applied.learning_rate,
             seconds,
             timings: Some(timings),
+            bad_samples: skipped.as_ref().map(|skipped| skipped.samples.clone()).unwrap_or_default(),
+            skipped: skipped.map(|skipped| skipped.reason).unwrap_or_default(),
         }));
     }
 }

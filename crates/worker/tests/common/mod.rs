@@ -53,6 +53,7 @@ impl Crew {
     ) {
         let worker_id = format!("w{number}");
         let options = WorkerOptions {
+            credentials: shanty_access::Credentials::default(),
             coordinator: address.to_owned(),
             worker_id: worker_id.clone(),
             device: "cpu".to_owned(),

@@ -60,6 +60,12 @@ impl DeviceMemory {
     pub(super) fn region(&self) -> Option<Arc<Region>> {
         self.region.clone()
     }
+
+    /// The same memory, which is given back when the last of its owners is dropped.
+    pub(super) fn share(&self) -> Self {
+        let buffer = DeviceBuffer { ..self.buffer };
+        Self { buffer, bytes: self.bytes, region: self.region.clone() }
+    }
 }
 
 impl Deref for DeviceMemory {
