@@ -11,7 +11,8 @@ use shanty_peft_core::{
 use crate::Error;
 
 use super::{
-    Facts, Reducer, ReductionError, Row, StepEngine, StepHooks, StepInfo, StepUpdate, Sum, Total, Updated,
+    AdapterWriter, Facts, Reducer, ReductionError, Row, StepEngine, StepHooks, StepInfo, StepUpdate, Sum,
+    Total, Updated,
 };
 
 /// Entries of the gradient in one all-reduce. Between two, a member that is to leave does.
@@ -64,6 +65,11 @@ pub trait HostEngine: StepHooks {
 
     /// The number of the card that it computes on.
     fn card(&self) -> Option<u32> {
+        None
+    }
+
+    /// The same for a thread of its own; none where only the engine's thread can.
+    fn adapter_writer(&self) -> Option<AdapterWriter> {
         None
     }
 
@@ -230,5 +236,9 @@ impl<E: HostEngine> StepEngine for OnHost<E> {
 
     fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {
         self.engine.adapter_files(parameters, state)
+    }
+
+    fn adapter_writer(&self) -> Option<AdapterWriter> {
+        self.engine.adapter_writer()
     }
 }
