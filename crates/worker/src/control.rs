@@ -40,6 +40,8 @@ pub(crate) struct Control {
 struct Inner {
     membership: Option<Membership>,
     credit: Option<Credit>,
+    /// The job and attempt that the credit is of: each numbers its generations by itself.
+    credit_of: Option<(String, u32)>,
     phase: MemberPhase,
     /// Updates in the state that the trainer holds; it may outlive a membership.
     applied: u64,
@@ -107,6 +109,11 @@ impl Control {
     pub(crate) fn enter(&self, attachment: Attachment) {
         self.drop_membership("a newer generation began");
         let mut inner = self.lock();
+        let credit_of = Some((attachment.job_id.clone(), attachment.attempt));
+        if inner.credit_of != credit_of {
+            inner.credit = None;
+            inner.credit_of = credit_of;
+        }
         inner.membership = Some(Membership {
             attachment,
             abort: AbortHandle::new(),
@@ -368,6 +375,20 @@ mod tests {
         control.grant(2, 4, now, LONG);
         control.grant(1, 20, now, LONG);
         assert_eq!(control.credited_step(2), 4);
+    }
+
+    /// Found by `cargo xtask chaos`: after a job of many generations its workers waited for ever in the next job's first.
+    #[test]
+    fn the_first_generation_of_the_next_job_gets_credit_after_a_job_of_many_generations() {
+        let control = member(9);
+        control.grant(9, 500, Instant::now(), LONG);
+        control.drop_membership("the job ended");
+        control.enter(Attachment { job_id: "next".to_owned(), generation: 1, ..Attachment::default() });
+        assert!(!control.holds_credit(1));
+        control.grant(1, 4, Instant::now(), LONG);
+        assert_eq!(control.credited_step(1), 4);
+        control.enter(Attachment { job_id: "third".to_owned(), generation: 1, ..Attachment::default() });
+        assert_eq!(control.credited_step(1), 0, "another job's credit of the same number is none here");
     }
 
     #[test]

@@ -3,11 +3,14 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
 
 mod bad_input;
+mod chaos;
 mod coordinator;
 mod data;
 mod help;
 mod interop;
 mod methods;
+mod object_store;
+mod queue;
 mod resume;
 mod run;
 mod secure;

@@ -23,6 +23,8 @@ pub(crate) struct Member {
     pub worker: WorkerId,
     /// Why it is lost.
     pub lost: Option<String>,
+    /// Its trainer gave no answer: it does not come back as the member that it was.
+    pub hung: bool,
     /// Whether its stream is up and said that it belongs here (or was told so).
     pub attached: bool,
     /// Until when it may have to come back, after a restart of the coordinator.
@@ -63,6 +65,7 @@ impl Member {
         Self {
             worker,
             lost: None,
+            hung: false,
             attached: false,
             back_by: None,
             had: None,

@@ -270,6 +270,7 @@ impl Machine {
         }
         job.health.record.handed_over = false;
         job.health.back_to = None;
+        job.health.pace.least = self.options.hang_least;
         job.health.keeper = None;
         job.health.keep_failed = false;
         job.crew = Crew::new(members.iter().map(|worker| self.new_member(now, worker, holders)).collect());

@@ -165,7 +165,9 @@ impl Machine {
         let (attempt, newest) = (job.attempt, job.generation_number());
         let info = self.sessions.get(worker).map(|session| session.info.clone()).unwrap_or_default();
         let rank = job.crew.rank_of(worker);
-        let Some(member) = job.crew.of_mut(worker) else { return Reattached::No };
+        let Some(member) = job.crew.of_mut(worker).filter(|member| !member.hung) else {
+            return Reattached::No;
+        };
         let Some(attachment) = attachment.filter(|attachment| attachment.generation == newest) else {
             let older = attachment.is_none_or(|attachment| attachment.generation < newest);
             let missed = matches!(job.phase, Phase::Running | Phase::Leaving(_)) && !member.attached;
@@ -238,8 +240,9 @@ impl Machine {
                 let left = super::crew::LeftWith { applied, holds_state, hash, kept };
                 self.left(now, worker, &within, left);
             }
-            Said::Checkpoint { within, step, path, size_bytes, seconds, removed } => {
-                let written = super::reports::Written { step, path, size_bytes, seconds, removed };
+            Said::Checkpoint { within, step, path, size_bytes, seconds, removed, held_seconds } => {
+                let written =
+                    super::reports::Written { step, path, size_bytes, seconds, removed, held_seconds };
                 self.checkpoint(now, worker, &within, written);
             }
             Said::CheckpointFailed { within, step, error } => {

@@ -271,6 +271,7 @@ impl Sailor {
             learning_rate: 1e-3,
             seconds: 0.1,
             timings: None,
+            ..StepReport::default()
         };
         self.say(In::Step(report)).await;
     }

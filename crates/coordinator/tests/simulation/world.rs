@@ -38,6 +38,7 @@ pub fn options() -> Options {
         worker_tries: 3,
         total_losses: 1000,
         fruitless_generations: 1000,
+        hang_least: milliseconds(600),
         retry_pause: milliseconds(50),
         ..Options::default()
     }
@@ -52,6 +53,10 @@ pub struct Faults {
     pub break_collective: u64,
     pub restart_coordinator: u64,
     pub kill_all: u64,
+    /// A worker is asked to end.
+    pub drain: u64,
+    /// A trainer makes no progress any more, while its process beats.
+    pub hang: u64,
     /// Ticks until faults stop.
     pub until: u64,
 }
