@@ -20,10 +20,12 @@ pub enum Error {
         job: JobId,
     },
     /// Another coordinator has the state folder.
-    #[error("another coordinator uses the state folder {}", folder.display())]
+    #[error("another coordinator uses the state folder {}{}", folder.display(), named(holder))]
     StateInUse {
         /// The folder.
         folder: PathBuf,
+        /// Which process, if it is known.
+        holder: String,
     },
     /// The address is not loopback.
     #[error(
@@ -185,6 +187,10 @@ pub enum Error {
     Checkpoint(#[from] shanty_checkpoint::Error),
 }
 
+fn named(holder: &str) -> String {
+    if holder.is_empty() { String::new() } else { format!(" ({holder})") }
+}
+
 impl Error {
     pub(crate) fn bad(what: impl std::fmt::Display) -> Self {
         Self::BadMessage { what: what.to_string() }
@@ -196,7 +202,7 @@ impl Diagnose for Error {
         let say = |code: &str, kind: Kind| Diagnostic::new(code, self).kind(kind);
         match self {
             Self::NoSuchJob { .. } => say("SH0770", Kind::User).hint("`shanty jobs` lists them"),
-            Self::StateInUse { folder } => say("SH0771", Kind::User)
+            Self::StateInUse { folder, .. } => say("SH0771", Kind::User)
                 .in_file(folder)
                 .hint("stop the other one, or give this one a folder of its own"),
             Self::NotLoopback { .. } => say("SH0772", Kind::User).hint(

@@ -9,6 +9,7 @@ pub mod fixtures;
 pub mod job;
 pub mod process;
 pub mod rows;
+pub mod s3;
 pub mod wait;
 
 pub use cluster::LocalCluster;

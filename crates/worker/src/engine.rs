@@ -6,7 +6,7 @@ mod method;
 mod peft;
 mod virtual_tokens;
 
-use std::{ops::Range, path::Path};
+use std::{ops::Range, path::Path, sync::Arc};
 
 use shanty_config::job::JobSpec;
 use shanty_peft_core::{backend::cuda::CardFlat, optim::AdamWOptions};
@@ -229,7 +229,18 @@ pub trait StepEngine: StepHooks {
     /// # Errors
     /// As the engine says.
     fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error>;
+
+    /// The same for a thread of its own, so that no step waits for it; none where only the engine's thread can.
+    fn adapter_writer(&self) -> Option<AdapterWriter> {
+        None
+    }
 }
+
+/// The files of an adapter's folder, by name.
+pub type AdapterFiles = Vec<(String, Vec<u8>)>;
+
+/// [`StepEngine::adapter_files`] for another thread.
+pub type AdapterWriter = Arc<dyn Fn(&[f32], &[f32]) -> Result<AdapterFiles, Error> + Send + Sync>;
 
 /// A state was asked of an engine that holds none.
 pub(crate) fn missing_state() -> Error {

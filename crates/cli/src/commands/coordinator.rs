@@ -152,5 +152,7 @@ fn options(file: &CoordinatorFile) -> CommandResult<Options> {
     options.protocol.credit = file.credit();
     options.protocol.gather = file.gather();
     options.protocol.steps_ahead = file.steps_ahead;
+    options.protocol.most_jobs = file.max_jobs;
+    options.protocol.most_jobs_an_owner = file.max_jobs_per_owner;
     Ok(options)
 }

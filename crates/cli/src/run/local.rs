@@ -154,8 +154,15 @@ impl LocalRun<'_> {
         }
         let job_id = self.job_in_store(client.list().await?)?.job_id;
         let before = client.job_status(&job_id).await?;
-        let request = ResumeJobRequest { job_id: job_id.clone() };
+        let spec_json = shanty_config::to_json(&self.job.value);
+        let request = ResumeJobRequest { job_id: job_id.clone(), spec_json };
         let answer = client.jobs().resume_job(request).await.map_err(wire)?.into_inner();
+        for key in &answer.ignored {
+            self.ui.warn(format!(
+                "`{}` is {} in the job file now; the job goes on with {}, as it was submitted",
+                key.key, key.now, key.submitted
+            ));
+        }
         self.say(&match answer.step {
             0 => format!("attempt {}: no checkpoint yet, it starts anew", answer.attempt),
             step => format!("attempt {}: goes on after step {step}", answer.attempt),
@@ -207,6 +214,14 @@ impl LocalRun<'_> {
     }
 
     fn conclude(&self, status: &JobStatus, seconds: f64) -> CommandResult<Exit> {
+        let mut status = status.clone();
+        let uploaded = self.job.value.checkpoint.is_remote() && !status.adapter.is_empty();
+        let url = uploaded.then(|| {
+            // The workers were on this machine, and left it here too.
+            let local = self.store.root().join("adapter").display().to_string();
+            std::mem::replace(&mut status.adapter, local)
+        });
+        let status = &status;
         let result = end_of_job(status);
         if result.is_err() && status.step == 0 && status.checkpoints.is_empty() {
             self.forget_if_new();
@@ -216,7 +231,11 @@ impl LocalRun<'_> {
             self.show_sample(spec, Path::new(&status.adapter))?;
         }
         if self.ui.is_json() {
-            self.ui.json(&progress::finished(status, seconds))?;
+            let mut finished = progress::finished(status, seconds);
+            if let (Some(url), Some(object)) = (url, finished.as_object_mut()) {
+                object.insert("adapter_url".to_owned(), url.into());
+            }
+            self.ui.json(&finished)?;
         } else if status.state() == JobState::Succeeded {
             tell_result(self.ui, spec, status, seconds)?;
         }

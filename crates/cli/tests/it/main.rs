@@ -8,6 +8,8 @@ mod data;
 mod help;
 mod interop;
 mod methods;
+mod object_store;
+mod queue;
 mod resume;
 mod run;
 mod secure;

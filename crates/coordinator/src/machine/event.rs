@@ -333,6 +333,8 @@ pub enum Said {
         seconds: f64,
         /// Checkpoints that were deleted for it, by their paths.
         removed: Vec<String>,
+        /// How long a step was held up for it.
+        held_seconds: f64,
     },
     /// A checkpoint could not be written.
     CheckpointFailed {

@@ -215,7 +215,7 @@ impl Machine {
 
     pub(super) fn checkpoint(&mut self, now: Moment, worker: &WorkerId, within: &Within, written: Written) {
         let _ = self.with_job(&within.job, |machine, job| {
-            let Written { step, path, size_bytes, seconds, removed } = written;
+            let Written { step, path, size_bytes, seconds, removed, held_seconds } = written;
             if Self::rank_within(job, worker, within).is_none() || step > job.steps() {
                 return;
             }
@@ -241,7 +241,9 @@ impl Machine {
             }
             machine.effects.push(Effect::Record(Change::Checkpoint(job.id.clone(), record.clone())));
             machine.effects.push(Effect::Publish(job.id.clone(), Point::Checkpoint(record)));
-            machine.note(now, job, "checkpoint", format!("step {step} in {seconds:.2} s"));
+            let held = held_seconds * 1e3;
+            let text = format!("step {step} in {seconds:.2} s, {held:.1} ms of them on the step's path");
+            machine.note(now, job, "checkpoint", text);
             machine.save(job);
         });
     }
@@ -266,8 +268,11 @@ impl Machine {
             let text = format!("step {step}: {}: {}; {last}", error.code, error.message);
             job.event(now, "checkpoint_failed", text).worker = Some(worker.clone());
             machine.publish_event(job);
-            machine.cannot_give_way(now, job);
-            job.health.keep_failed = true;
+            machine.cannot_give_way(now, job, worker);
+            // Others may fail meanwhile that nobody waits for.
+            if job.health.keeper.as_ref() == Some(worker) {
+                job.health.keep_failed = true;
+            }
         });
     }
 
@@ -330,6 +335,7 @@ pub(super) struct Written {
     pub seconds: f64,
     /// Paths of checkpoints that were deleted for it.
     pub removed: Vec<String>,
+    pub held_seconds: f64,
 }
 
 /// A step's reduction did not amount to what was leased: somebody trained rows that nobody leased.

@@ -240,8 +240,9 @@ impl Machine {
                 let left = super::crew::LeftWith { applied, holds_state, hash, kept };
                 self.left(now, worker, &within, left);
             }
-            Said::Checkpoint { within, step, path, size_bytes, seconds, removed } => {
-                let written = super::reports::Written { step, path, size_bytes, seconds, removed };
+            Said::Checkpoint { within, step, path, size_bytes, seconds, removed, held_seconds } => {
+                let written =
+                    super::reports::Written { step, path, size_bytes, seconds, removed, held_seconds };
                 self.checkpoint(now, worker, &within, written);
             }
             Said::CheckpointFailed { within, step, error } => {

@@ -258,8 +258,10 @@ impl Machine {
     }
 
     /// The state of a job that gives way cannot be written: it goes on, and is left alone for a while.
-    pub(super) fn cannot_give_way(&mut self, now: Moment, job: &mut Job) {
-        if job.standing.giving_way.take().is_some() {
+    pub(super) fn cannot_give_way(&mut self, now: Moment, job: &mut Job, writer: &WorkerId) {
+        let giving = job.standing.giving_way.as_ref();
+        if giving.is_some_and(|giving| giving.writer.as_ref() == Some(writer)) {
+            job.standing.giving_way = None;
             job.standing.settled_until = now.monotonic + self.options.patience;
             let text = "no checkpoint can be written, so it does not give way".to_owned();
             self.note(now, job, "stays", text);

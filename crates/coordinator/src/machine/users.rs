@@ -43,7 +43,9 @@ impl Machine {
             return self.reply(request, outcome);
         }
         let same_store = |job: &&Job| {
-            spec.checkpoint.store.is_some() && job.spec.checkpoint.store == spec.checkpoint.store
+            let (one, other) = (&job.spec.checkpoint, &spec.checkpoint);
+            let same_folder = one.folder(&job.spec.name) == other.folder(&spec.name);
+            other.store.is_some() && (one.store == other.store || same_folder)
         };
         if let Some(job) = self.jobs.values().find(same_store) {
             let refusal = Refusal::StoreTaken(job.id.clone());

@@ -118,6 +118,7 @@ pub(crate) fn said(message: In) -> Result<Said> {
             size_bytes: written.size_bytes,
             seconds: finite("a checkpoint's time", written.seconds)?,
             removed: written.removed,
+            held_seconds: finite("a checkpoint's time", written.held_seconds)?,
         },
         In::CheckpointFailed(failed) => {
             let detail = failed.error.ok_or_else(|| Error::bad("a failed checkpoint without an error"))?;

@@ -1,7 +1,7 @@
 //! What outlives the coordinator: SQLite on a thread of its own, behind a [`Store`] handle.
 //!
 //! Every commit is synchronous (`synchronous = FULL`, write-ahead log); what has queued up meanwhile goes into
-//! one commit. The lock is exclusive for as long as the store is open: a second coordinator is refused.
+//! one commit. A lock is held for as long as the store is open: a second coordinator is refused.
 //! A failed write stops the coordinator: what is not durable must not be announced.
 
 mod inline;
@@ -10,6 +10,8 @@ mod schema;
 mod write;
 
 use std::{
+    fs::{File, TryLockError},
+    io::{Read, Write},
     path::{Path, PathBuf},
     thread::JoinHandle,
 };
@@ -31,6 +33,8 @@ pub use inline::Database;
 
 /// The store's file in the state folder.
 pub const FILE: &str = "coordinator.sqlite";
+/// The file whose lock says that a coordinator has the folder; in it is which.
+pub const LOCK: &str = "coordinator.lock";
 
 /// Requests that may wait for the disk.
 const QUEUE: usize = 1024;
@@ -79,13 +83,18 @@ impl Store {
     pub fn open(folder: &Path) -> Result<(Self, Vec<StoredJob>, Closing)> {
         std::fs::create_dir_all(folder)
             .map_err(|source| Error::StateFolder { folder: folder.to_owned(), source })?;
+        let lock = take_lock(folder)?;
         let connection = connect(folder)?;
         let jobs = read::jobs(&connection)?;
         let (requests, queue) = mpsc::channel(QUEUE);
         let (fail, failure) = watch::channel(None);
         let thread = std::thread::Builder::new()
             .name("store".to_owned())
-            .spawn(move || serve(connection, queue, &fail))
+            .spawn(move || {
+                serve(connection, queue, &fail);
+                // Free for the next one only after the connection is closed.
+                drop(lock);
+            })
             .map_err(|source| Error::StateFolder { folder: folder.to_owned(), source })?;
         Ok((Self { requests, failure }, jobs, Closing { thread: Some(thread) }))
     }
@@ -193,11 +202,32 @@ impl Closing {
     }
 }
 
+/// Takes the folder for this process, until the file is closed: by this process, or by the system at its end.
+fn take_lock(folder: &Path) -> Result<File> {
+    let failed = |source| Error::StateFolder { folder: folder.to_owned(), source };
+    let path = folder.join(LOCK);
+    let mut file =
+        File::options().create(true).truncate(false).read(true).write(true).open(path).map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            // Only for people; who cannot be read is not named.
+            let _ = file.read_to_string(&mut holder);
+            return Err(Error::StateInUse { folder: folder.to_owned(), holder: holder.trim().to_owned() });
+        }
+        Err(TryLockError::Error(source)) => return Err(failed(source)),
+    }
+    let written = file.set_len(0).and_then(|()| writeln!(file, "process {}", std::process::id()));
+    written.map_err(failed)?;
+    Ok(file)
+}
+
 fn connect(folder: &Path) -> Result<Connection> {
     let path: PathBuf = folder.join(FILE);
     let failed = |source: rusqlite::Error| match source.sqlite_error_code() {
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
-            Error::StateInUse { folder: folder.to_owned() }
+            Error::StateInUse { folder: folder.to_owned(), holder: String::new() }
         }
         _ => Error::Store { action: "open the file", source },
     };

@@ -103,7 +103,7 @@ async fn a_job_from_submission_to_adapter_with_a_lost_worker_in_between() {
         path,
         size_bytes: 9,
         seconds: 0.1,
-        removed: Vec::new(),
+        ..CheckpointWritten::default()
     }))
     .await;
     let (job_id, attempt, generation, step) = within(6);

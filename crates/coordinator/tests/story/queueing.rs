@@ -134,7 +134,18 @@ fn a_job_of_lower_priority_makes_room_by_a_checkpoint_and_loses_no_step() {
     let within = stage.within(1);
     let path = "checkpoints/00000003-a1-g1".to_owned();
     let removed = Vec::new();
-    stage.say("b", Said::Checkpoint { within, step: Step(3), path, size_bytes: 1, seconds: 0.1, removed });
+    stage.say(
+        "b",
+        Said::Checkpoint {
+            within,
+            step: Step(3),
+            path,
+            size_bytes: 1,
+            seconds: 0.1,
+            removed,
+            held_seconds: 0.0,
+        },
+    );
     assert_eq!(released(&stage, "b").as_deref(), Some("gave way to job urgent"));
     assert_eq!(assigned(&stage, "b"), Some(id("urgent")));
     let view = stage.view();

@@ -11,7 +11,8 @@ use shanty_peft_core::{
 use crate::Error;
 
 use super::{
-    Facts, Reducer, ReductionError, Row, StepEngine, StepHooks, StepInfo, StepUpdate, Sum, Total, Updated,
+    AdapterWriter, Facts, Reducer, ReductionError, Row, StepEngine, StepHooks, StepInfo, StepUpdate, Sum,
+    Total, Updated,
 };
 
 /// Entries of the gradient in one all-reduce. Between two, a member that is to leave does.
@@ -61,6 +62,11 @@ pub trait HostEngine: StepHooks {
     /// # Errors
     /// As the engine says.
     fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error>;
+
+    /// The same for a thread of its own; none where only the engine's thread can.
+    fn adapter_writer(&self) -> Option<AdapterWriter> {
+        None
+    }
 
     /// Runs `work`, which computes on whole flat vectors, on the engine's threads.
     fn run(&self, work: &mut (dyn FnMut() + Send)) {
@@ -221,5 +227,9 @@ impl<E: HostEngine> StepEngine for OnHost<E> {
 
     fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {
         self.engine.adapter_files(parameters, state)
+    }
+
+    fn adapter_writer(&self) -> Option<AdapterWriter> {
+        self.engine.adapter_writer()
     }
 }

@@ -1,6 +1,6 @@
 //! The real engine, of peft-core.
 
-use std::{ops::Range, path::Path};
+use std::{ops::Range, path::Path, sync::Arc};
 
 use shanty_config::job::{self, Device, JobSpec};
 use shanty_peft_core::{
@@ -14,8 +14,8 @@ use shanty_peft_core::{
 use crate::Error;
 
 use super::{
-    EngineLoader, Facts, HostEngine, LoadRequest, OnHost, Row, StepEngine, StepHooks, StepInfo, Sum,
-    card::OnCard, method::method,
+    AdapterWriter, EngineLoader, Facts, HostEngine, LoadRequest, OnHost, Row, StepEngine, StepHooks,
+    StepInfo, Sum, card::OnCard, method::method,
 };
 
 /// Where below the run's folder a start lies that is computed from the base.
@@ -218,6 +218,14 @@ impl HostEngine for PeftEngine {
 
     fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {
         files::contents(self.engine.fit(), parameters, state).map_err(|error| Error::part(&error))
+    }
+
+    fn adapter_writer(&self) -> Option<AdapterWriter> {
+        // A description of the adapter, without its numbers.
+        let fit = self.engine.fit().clone();
+        Some(Arc::new(move |parameters, state| {
+            files::contents(&fit, parameters, state).map_err(|error| Error::part(&error))
+        }))
     }
 
     fn run(&self, work: &mut (dyn FnMut() + Send)) {

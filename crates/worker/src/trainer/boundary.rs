@@ -1,6 +1,6 @@
 //! What is due between two steps: evaluation, checkpoint, and the end.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use shanty_checkpoint::Key;
 use shanty_proto::v1::{EvaluationReport, Finished, MemberPhase, worker_message::Message};
@@ -81,6 +81,7 @@ impl Generation<'_> {
             return Err(Error::NotFinite { what: "the evaluation loss", step: applied, rows }.into());
         }
         let loss = total.loss() / total.tokens.max(1) as f64;
+        self.job.evaluated_loss = Some((applied, loss));
         info!(step = applied, loss, tokens = total.tokens, "evaluated");
         // Every rank tells: one of them may be lost right here, and the state moves on.
         self.around.report(Message::Evaluation(EvaluationReport {
@@ -94,22 +95,24 @@ impl Generation<'_> {
         Ok(())
     }
 
-    /// Copies the state and has it written off the step path. Waits for the write before, if it is not done.
+    /// Copies the state and has it written off the step path, whether the write before is done or not.
     fn write_checkpoint(&mut self, applied: u64) -> Result<(), Stop> {
-        self.job.checkpoints.wait_or_leave(self.around, self.formation.generation)?;
+        let began = Instant::now();
         let generation = self.formation.generation;
         let key = Key { attempt: self.job.plan.attempt, step: applied, generation };
-        let Some(snapshot) = keep::snapshot(self.around, self.job, key)? else { return Ok(()) };
-        let plan = &self.job.plan;
+        let Some(draft) = keep::draft(self.around, self.job, key)? else { return Ok(()) };
         let ticket = Ticket {
+            job: self.job.plan.job_id.clone(),
+            attempt: self.job.plan.attempt,
             control: Arc::clone(&self.around.control),
             reports: self.around.reports.clone(),
             failpoints: self.around.failpoints.clone(),
             place: self.formation.place(applied),
-            store: plan.store.clone(),
-            keep: plan.spec.checkpoint.keep,
+            store: self.job.plan.location.clone(),
+            keep: keep::rule(&self.job.plan),
+            held: began.elapsed(),
         };
-        self.job.checkpoints.begin(ticket, snapshot)?;
+        self.job.checkpoints.begin(ticket, draft)?;
         Ok(())
     }
 
@@ -126,15 +129,22 @@ impl Generation<'_> {
         let Some(state) = &self.job.state else { return Ok(()) };
         let parameters = state.parameters(&*self.job.engine)?;
         let files = self.job.engine.adapter_files(&parameters, &state.method)?;
-        let folder = self.job.plan.store.join(ADAPTER);
-        adapter_folder::write(&folder, &files, || self.around.control.holds_credit(generation))?;
-        info!(adapter = %folder.display(), "wrote the adapter");
+        let plan = &self.job.plan;
+        let folder = plan.store.join(ADAPTER);
+        let control = &self.around.control;
+        adapter_folder::write(&folder, &files, || control.holds_credit(generation))?;
+        let adapter = if plan.spec.checkpoint.is_remote() {
+            adapter_folder::upload(&plan.location, ADAPTER, files, &|| control.holds_credit(generation))?
+        } else {
+            folder.display().to_string()
+        };
+        info!(%adapter, "wrote the adapter");
         self.around.report(Message::Finished(Finished {
             job_id: self.job.plan.job_id.clone(),
             attempt: self.job.plan.attempt,
             generation,
             step: applied,
-            adapter: folder.display().to_string(),
+            adapter,
         }));
         Ok(())
     }

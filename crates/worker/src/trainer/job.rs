@@ -32,6 +32,8 @@ pub(crate) struct Job {
     /// The last evaluated step of the lineage.
     pub(crate) evaluated_step: Option<u64>,
     pub(crate) checkpoints: Checkpoints,
+    /// The last evaluation that this worker took part in: after which step, and the mean loss.
+    pub(crate) evaluated_loss: Option<(u64, f64)>,
     /// Hash of what defines the adapter.
     pub(crate) adapter_hash: Arc<str>,
 }
@@ -53,6 +55,7 @@ impl Job {
             world_size: 1,
             evaluated_step: None,
             checkpoints: Checkpoints::default(),
+            evaluated_loss: None,
             adapter_hash,
         }
     }

@@ -104,8 +104,8 @@ fn load(job: &mut Job, path: &str) -> Result<u64, Error> {
         reason: format!("`{path}` is not the name of a checkpoint"),
     })?;
     let part = |error: shanty_checkpoint::Error| Error::part(&error);
-    let store = Blocking::open(&job.plan.store.display().to_string()).map_err(part)?;
-    let manifest = store.manifest(key).map_err(part)?;
+    let store = Blocking::open(&job.plan.location).map_err(part)?;
+    let manifest = store.manifest(key).map_err(damaged)?;
     manifest
         .check(&Expectations {
             base_hash: Some(job.engine.facts().base_hash.clone()),
@@ -116,7 +116,7 @@ fn load(job: &mut Job, path: &str) -> Result<u64, Error> {
             tokenizer_hash: None,
         })
         .map_err(part)?;
-    let snapshot = store.load(&manifest).map_err(part)?;
+    let snapshot = store.load(&manifest).map_err(damaged)?;
     info!(%path, step = snapshot.key.step, "read the checkpoint");
     let rows = u64::from(snapshot.state.micro_batch_rows);
     if snapshot.optimizer.parameters.len() != job.flat_length() {
@@ -133,6 +133,17 @@ fn load(job: &mut Job, path: &str) -> Result<u64, Error> {
     }
     job.take_state(snapshot.key.step, &snapshot.optimizer, method)?;
     Ok(rows)
+}
+
+/// It was whole when it was chosen: another try chooses the one before.
+fn damaged(error: shanty_checkpoint::Error) -> Error {
+    let diagnostic = shanty_diagnostic::Diagnose::diagnostic(&error);
+    match error {
+        shanty_checkpoint::Error::Damaged { .. } => {
+            Error::Part(Box::new(diagnostic.kind(shanty_diagnostic::Kind::Transient)))
+        }
+        _ => Error::Part(Box::new(diagnostic)),
+    }
 }
 
 /// All members say what they are; they must be the same, and take the same micro-batches.
