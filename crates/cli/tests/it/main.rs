@@ -5,6 +5,7 @@
 mod bad_input;
 mod coordinator;
 mod data;
+mod drain;
 mod help;
 mod interop;
 mod methods;
