@@ -101,6 +101,9 @@ struct StepArgs {
     /// Tokens a row
     #[arg(long, value_name = "N", default_value_t = 256)]
     length: usize,
+    /// With --shape: tokens of each sample that a row is packed of; one sample fills it when absent
+    #[arg(long, value_name = "N", requires = "shape", value_parser = clap::value_parser!(u32).range(2..))]
+    sample: Option<u32>,
     /// How the base is kept in memory
     #[arg(long, value_enum, default_value_t = BaseQuantization::None)]
     quantization: BaseQuantization,
@@ -191,8 +194,10 @@ fn card_step(name: &str, args: &StepArgs, ui: &Ui) -> CommandResult<Exit> {
         r: args.rank as usize,
         rows: args.batch as usize,
         length: args.length,
+        sample: args.sample.map(|tokens| tokens as usize),
         memory_limit: args.memory.map(|gibibytes| (gibibytes * f64::from(1 << 30)) as u64),
         recompute: args.recompute.into(),
+        warm: args.steps.min(2) as usize,
         steps: args.steps as usize,
     };
     let bench = bench::steps(&options)?;
@@ -221,10 +226,12 @@ fn card_people(args: &StepArgs, bench: &CardStep) -> String {
         ),
         format!("{}  {}", bench.card, bench.plan.levels.describe()),
         format!(
-            "the model at {:.0} TFLOP/s, {:.0} % of the floor; a large product runs at {:.0} TFLOP/s  loss {:.4}",
+            "the model at {:.0} TFLOP/s, {:.0} % of the floor; a large product runs at {:.0} TFLOP/s  the card is busy \
+             {:.1} % of a step  loss {:.4}",
             bench.model_flops_per_second / 1e12,
             100.0 * bench.floor_fraction,
             bench.product_flops_per_second / 1e12,
+            100.0 * bench.busy_fraction,
             bench.loss,
         ),
     ];

@@ -4,6 +4,7 @@ use std::{ffi::OsString, path::PathBuf};
 
 use serde_json::json;
 use shanty_config::job::Device;
+use shanty_peft_core::backend::cuda;
 use shanty_worker::supervisor::{
     DeviceCommand, Supervisor, SupervisorOptions, ended_well, shutdown_on_signals,
 };
@@ -61,7 +62,6 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     let mut arguments: Vec<OsString> = ["worker-device", "--log-to-stderr"].map(OsString::from).to_vec();
     let mut add = |flag: &str, value: OsString| arguments.extend([OsString::from(flag), value]);
     add("--coordinator", worker.coordinator.clone().into());
-    add("--device", device_name(worker.device).into());
     add("--threads", threads.to_string().into());
     add("--bind", worker.bind.clone().into());
     if let Some(advertise) = args.advertise {
@@ -74,8 +74,12 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
         .map_err(|source| Error::Start { what: "the runtime", source })?;
     runtime.block_on(async {
         let shutdown = shutdown_on_signals()?;
-        let command = DeviceCommand { program, arguments, environment: Vec::new() };
-        let supervisor = Supervisor::spawn(SupervisorOptions::new(vec![command]))?;
+        let commands = devices(worker.device).into_iter().map(|device| {
+            let mut arguments = arguments.clone();
+            arguments.extend(["--device".into(), device.into()]);
+            DeviceCommand { program: program.clone(), arguments, environment: Vec::new() }
+        });
+        let supervisor = Supervisor::spawn(SupervisorOptions::new(commands.collect()))?;
         if ui.is_json() {
             ui.json(
                 &json!({ "event": "started", "coordinator": worker.coordinator, "pids": supervisor.pids() }),
@@ -97,11 +101,13 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     })
 }
 
-/// The device's name on a command line. A GPU is taken where the engine can use one.
-pub(crate) fn device_name(device: Device) -> &'static str {
+/// The devices of this machine that a worker works on, as a command line names them: its cards where the engine can use
+/// them, else the CPU. A job for cards without a card gets one that the engine says is not there.
+pub(crate) fn devices(device: Device) -> Vec<String> {
+    let cards = || (0..cuda::cards().max(1)).map(|index| format!("cuda:{index}")).collect();
     match device {
-        Device::Auto if shanty_peft_core::backend::cuda::is_available() => "cuda",
-        Device::Auto | Device::Cpu => "cpu",
-        Device::Cuda => "cuda",
+        Device::Auto if cuda::is_available() => cards(),
+        Device::Auto | Device::Cpu => vec!["cpu".to_owned()],
+        Device::Cuda => cards(),
     }
 }

@@ -30,6 +30,9 @@ pub(crate) struct Args {
     device: String,
     #[arg(long)]
     threads: usize,
+    /// What a step may take of the device
+    #[arg(long, value_name = "BYTES")]
+    memory: Option<u64>,
     #[arg(long, default_value = "127.0.0.1", value_name = "HOST")]
     bind: String,
     #[arg(long, value_name = "HOST")]
@@ -45,6 +48,7 @@ pub(crate) fn execute(args: Args, _: &Ui) -> CommandResult<Exit> {
     let mut options = WorkerOptions::new(args.coordinator)?;
     options.device = args.device;
     options.threads = args.threads;
+    options.memory_limit_bytes = args.memory;
     options.bind = args.bind;
     options.advertise = args.advertise;
 

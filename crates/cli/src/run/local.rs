@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     client::{Client, wire},
-    commands::worker::device_name,
+    commands::worker::devices,
     error::Error,
     failure::{CommandResult, Exit, Failure},
     job_file::{JobFile, short},
@@ -170,7 +170,7 @@ impl LocalRun<'_> {
             coordinator: coordinator.to_owned(),
             workers,
             threads: self.options.threads_each(workers),
-            device: device_name(self.job.value.cluster.device),
+            devices: devices(self.job.value.cluster.device),
             store: self.store.root().to_owned(),
         }
     }

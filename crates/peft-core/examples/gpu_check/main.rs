@@ -90,7 +90,14 @@ fn main() {
     if what == "all" || what == "check" || what == "virtual" {
         virtual_tokens::check(&mut report, &repository);
     }
-    let times = if what == "all" || what == "time" { speed::measure() } else { Vec::new() };
+    let mut times = match what.as_str() {
+        "all" | "time" => speed::measure(),
+        "steps" => speed::measure_steps(),
+        _ => Vec::new(),
+    };
+    if what == "all" || what == "longest" {
+        times.extend(speed::longest());
+    }
     let failed: Vec<&Line> = report.lines.iter().filter(|line| !line.holds()).collect();
     println!("\n{card}: {} comparisons, {} failed", report.lines.len(), failed.len());
     for line in &failed {

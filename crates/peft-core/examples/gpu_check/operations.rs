@@ -377,8 +377,12 @@ impl Operation for Update {
                     &mut state,
                 );
             });
+            // Every other time the losses are asked for first, each micro-batch's by itself.
+            backend.add_losses(View::<B>::new(&losses, 500, 1), &mut state);
+            let each = if step % 2 == 0 { backend.losses(&mut state).unwrap() } else { Vec::new() };
             let outcome = backend.outcome(&mut state).unwrap();
             norms.extend([outcome.norm.min(1e30) as f32, outcome.loss as f32]);
+            norms.extend(each.iter().map(|loss| *loss as f32));
         }
         let all = [&state.parameters, &state.first, &state.second];
         let mut all: Vec<_> = all.map(|buffer| get(backend, buffer, 1, length)).into();

@@ -10,7 +10,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use card::{CardBenchOptions, CardOperation, CardStep, Line, Stepper, model_flops, operations, steps};
+pub use card::{
+    CardBenchOptions, CardOperation, CardStep, Line, Stepper, largest_context, model_flops, operations, steps,
+};
 pub use load::{LoadBench, load, write_random};
 use random_base::noise;
 pub use random_base::{RandomBase, Shape};

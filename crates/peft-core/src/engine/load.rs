@@ -6,7 +6,7 @@ use crate::{
     backend::cuda::{self, Precision},
     error::Result,
     model::{LoadProgress, MemoryUse, ModelConfig, resident::plan::BasePlan, weights::ModelFiles},
-    plan::{MemoryPlan, PlanRequest, Sizes},
+    plan::{self, MemoryPlan, PlanRequest, Sizes},
 };
 
 /// What an engine would take and train, without loading it.
@@ -20,7 +20,12 @@ pub struct Estimate {
     pub plan: MemoryPlan,
     /// The base's memory by part.
     pub base: MemoryUse,
+    /// Tokens of the longest row that a step of one row has room for; none where the memory of the card is not known.
+    pub largest_context: Option<usize>,
 }
+
+/// The longest row that is looked for: positions are numbers of 32 bits, and so are a micro-batch's rows.
+const LONGEST: usize = 1 << 24;
 
 impl Engine {
     /// Loads a base; `progress` is called every few megabytes.
@@ -73,7 +78,12 @@ impl Engine {
         }
         let sizes = |tokens| Sizes::of(&config, &fit, tokens, request.max_length, &request);
         let plan = MemoryPlan::choose(sizes, &request);
-        Ok(Estimate { config, fit, plan, base })
+        let known = request.memory_limit != Some(u64::MAX);
+        let largest_context = known.then(|| {
+            let sizes = |length| Sizes::of(&config, &fit, length, length, &request);
+            MemoryPlan::largest_context(sizes, &request, LONGEST)
+        });
+        Ok(Estimate { config, fit, plan, base, largest_context })
     }
 }
 
@@ -114,6 +124,7 @@ impl EngineOptions {
             accelerated: self.device != EngineDevice::Cpu,
             half_activations: self.halves(),
             reduced_apart: self.member && self.device != EngineDevice::Cpu,
+            host_limit: plan::host_limit(),
         }
     }
 }

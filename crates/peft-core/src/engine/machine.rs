@@ -260,10 +260,13 @@ impl<B: Backend> Worker<B> {
 }
 
 impl Worker<Cuda> {
-    /// The gradient and the place of its sum over members, as addresses.
-    fn flat(&mut self) -> Result<CardFlat> {
+    /// The gradient and the place of its sum over members, as addresses. The place is reserved if `reserve` is set.
+    fn flat(&mut self, reserve: bool) -> Result<CardFlat> {
         let state = self.state.as_mut().ok_or(StepError::NoState)?;
-        self.backend.flat(state)
+        if reserve {
+            state.reserve_reduced(&self.backend)?;
+        }
+        Ok(self.backend.flat(state))
     }
 }
 
@@ -386,7 +389,7 @@ impl Machine {
                 sink.ready(range, Memory::Host(gradient));
             }),
             Self::Cuda(worker) => {
-                let flat = worker.flat()?;
+                let flat = worker.flat(false)?;
                 worker.accumulate(parts, pass, &mut |range, _| sink.ready(range, Memory::Card(&flat)))
             }
         }
@@ -429,7 +432,7 @@ impl Machine {
                 Ok(Ok(()))
             }
             Self::Cuda(worker) => {
-                let flat = worker.flat()?;
+                let flat = worker.flat(true)?;
                 worker.backend.reduce_through_host(&flat, length, work)
             }
         }
@@ -439,7 +442,7 @@ impl Machine {
     pub(crate) fn flat(&mut self) -> Result<Option<CardFlat>> {
         match self {
             Self::Cpu(_) => Ok(None),
-            Self::Cuda(worker) => worker.flat().map(Some),
+            Self::Cuda(worker) => worker.flat(true).map(Some),
         }
     }
 

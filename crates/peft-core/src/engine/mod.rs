@@ -30,7 +30,10 @@ pub use resident::{FlatPart, Memory, SumSink};
 
 use crate::{
     adapter::{Fit, Matched, ParameterLayout, SharedMethod},
-    backend::{cpu::Spent, cuda::Precision},
+    backend::{
+        cpu::Spent,
+        cuda::{Clock, Precision},
+    },
     batch::PackedBatch,
     error::Result,
     model::{BaseSource, ModelConfig},
@@ -207,6 +210,21 @@ impl Engine {
         if let Some(card) = self.machine.card() {
             card.set_profiling(on);
         }
+    }
+
+    /// Has the card do nothing for some time, so that the host gets ahead of it; nothing on the processor.
+    pub fn hold_card(&self, seconds: f64) {
+        if let Some(card) = self.machine.card() {
+            card.hold_for(seconds);
+        }
+    }
+
+    /// A place in what is queued on the card, whose time is taken when it is reached; none on the processor.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn card_clock(&self) -> Result<Option<Clock>> {
+        self.machine.card().map(crate::backend::cuda::Cuda::clock).transpose()
     }
 
     /// What took how long on the card since [`Engine::set_profiling`]: operation, seconds, calls, the longest first.

@@ -46,6 +46,11 @@ impl EngineLoader for PeftEngines {
         .map_err(|error| Error::part(&error))?;
         let plan = engine.plan();
         tracing::info!(
+            engine_device = match engine.card() {
+                Some(_) => request.device,
+                None => "cpu",
+            },
+            card = engine.card().map(|(name, _)| name),
             memory_bytes = plan.peak_bytes(),
             host_bytes = plan.aside_bytes,
             micro_batch_rows = plan.micro_batch_rows,

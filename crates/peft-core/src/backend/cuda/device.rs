@@ -71,6 +71,13 @@ impl Device {
         libraries::cublas()
     }
 
+    /// How many cards there are.
+    pub(super) fn count() -> Result<usize, DeviceError> {
+        libraries::driver()?;
+        result::init().map_err(|_| DeviceError::NoDriver)?;
+        Ok(result::device::get_count().map_err(|_| DeviceError::NoDriver)?.max(0) as usize)
+    }
+
     /// Bytes of a card, and how many are free.
     pub(super) fn memory_bytes(index: usize) -> Result<(u64, u64), DeviceError> {
         let card = Card::find(index)?;
@@ -391,9 +398,7 @@ struct Card {
 impl Card {
     fn find(index: usize) -> Result<Self, DeviceError> {
         use sys::CUdevice_attribute_enum as Attribute;
-        libraries::driver()?;
-        result::init().map_err(|_| DeviceError::NoDriver)?;
-        let count = result::device::get_count().map_err(|_| DeviceError::NoDriver)?.max(0) as usize;
+        let count = Device::count()?;
         if index >= count {
             return Err(DeviceError::NoSuchDevice { index, count });
         }

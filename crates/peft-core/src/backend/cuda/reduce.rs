@@ -33,7 +33,7 @@ impl CardFlat {
         self.gradient
     }
 
-    /// Address of the first number of its sum over all members.
+    /// Address of the first number of its sum over all members; 0 where no room for it was reserved.
     pub fn reduced(&self) -> u64 {
         self.reduced
     }
@@ -72,15 +72,17 @@ pub struct Mark {
 
 // SAFETY: events may be used from any thread whose context is the card's.
 unsafe impl Send for Mark {}
+// SAFETY: as above.
+unsafe impl Sync for Mark {}
 
 impl Mark {
-    fn new(device: &Arc<Device>) -> Result<Self, DeviceError> {
+    pub(super) fn new(device: &Arc<Device>) -> Result<Self, DeviceError> {
         let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
         let event = result::event::create(flags).map_err(call("cuEventCreate"))?;
         Ok(Self { event, device: Arc::clone(device) })
     }
 
-    fn record(&self, stream: sys::CUstream) -> Result<(), DeviceError> {
+    pub(super) fn record(&self, stream: sys::CUstream) -> Result<(), DeviceError> {
         // SAFETY: stream and event live.
         unsafe { result::event::record(self.event, stream) }.map_err(call("cuEventRecord"))
     }
@@ -104,7 +106,7 @@ impl Mark {
         Ok(self.wait_here()?)
     }
 
-    fn wait_here(&self) -> Result<(), DeviceError> {
+    pub(super) fn wait_here(&self) -> Result<(), DeviceError> {
         self.device.bind()?;
         // SAFETY: the event lives.
         unsafe { result::event::synchronize(self.event) }.map_err(call("cuEventSynchronize"))
@@ -149,11 +151,11 @@ impl Pieces {
 }
 
 impl Cuda {
-    /// A state's gradient and the place of its sum, which is reserved at first.
-    pub(crate) fn flat(&self, state: &mut FlatState<Self>) -> Result<CardFlat> {
-        let reduced = state.reserve_reduced(self)?.address;
+    /// A state's gradient and the place of its sum, where there is one.
+    pub(crate) fn flat(&self, state: &FlatState<Self>) -> CardFlat {
+        let reduced = state.reduced.as_ref().map_or(0, |reduced| reduced.address);
         let (gradient, length) = (state.gradient.address, state.length);
-        Ok(CardFlat { device: Arc::clone(&self.device), gradient, reduced, length })
+        CardFlat { device: Arc::clone(&self.device), gradient, reduced, length }
     }
 
     /// Has `work` sum the gradient over members piece by piece: while one is summed, the next arrives and the last returns.

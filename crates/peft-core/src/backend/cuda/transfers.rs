@@ -21,12 +21,14 @@ const CHUNK: usize = 1 << 16;
 impl Cuda {
     /// [`Backend::load_batch`].
     pub(super) fn load(&self, from: &PackedBatch, into: &mut CudaBatch) {
-        let device = &self.device;
-        device.upload(&from.token_ids, into.ids.address);
-        device.upload(&from.positions, into.positions.address);
-        device.upload(&from.sample_ids, into.samples.address);
-        device.upload(&from.predicting, into.predicting.address);
-        device.upload(&from.targets, into.targets.address);
+        let device = &*self.device;
+        let CudaBatch { outgoing, ids, positions, samples, predicting, targets, .. } = into;
+        outgoing.begin(device);
+        outgoing.send(device, &from.token_ids, ids.address);
+        outgoing.send(device, &from.positions, positions.address);
+        outgoing.send(device, &from.sample_ids, samples.address);
+        outgoing.send(device, &from.predicting, predicting.address);
+        outgoing.send(device, &from.targets, targets.address);
         let spans: Vec<[u32; 4]> = from
             .spans
             .iter()
@@ -34,9 +36,10 @@ impl Cuda {
                 [span.query_start, span.queries, span.key_start, span.keys].map(|number| number as u32)
             })
             .collect();
-        device.upload(&spans, into.spans.address);
+        outgoing.send(device, &spans, into.spans.address);
+        into.tiles.load(self, outgoing, &from.spans);
+        outgoing.end(device);
         into.span_count = spans.len();
-        into.tiles.load(self, &from.spans);
         into.longest_queries = from.spans.iter().map(|span| span.queries).max().unwrap_or(0);
         into.longest_keys = from.spans.iter().map(|span| span.keys).max().unwrap_or(0);
     }
