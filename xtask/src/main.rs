@@ -5,6 +5,7 @@
 //! - `cargo xtask gpu-check`: packs the check of the GPU engine for a machine with a card.
 //! - `cargo xtask chaos`: a thousand random faults on real processes.
 //! - `cargo xtask load`: the coordinator under simulated workers.
+//! - `cargo xtask simulate`: random schedules against the machine, and over a simulated network.
 //! - `cargo xtask docs`: writes the pages that are made from the source; `--check` fails where one is stale.
 
 mod chaos;
@@ -12,6 +13,7 @@ mod docs;
 mod fuzz;
 mod gpu_check;
 mod load;
+mod simulate;
 mod tidy;
 mod tree;
 
@@ -35,6 +37,8 @@ usage: cargo xtask COMMAND
                   the coordinator under 8, 64, 256 and 1,024 simulated workers: latency, CPU, memory
   chaos [--faults N] [--pause-ms N] [--kinds KIND,…] [--seed N] [--steps N] [--workers N] [--shanty PROGRAM] [--keep]
                   1,000 random faults on real processes: detection, stall, steps lost, duplicates, omissions
+  simulate [--pure N] [--network N] [--first SEED] [--seed SEED]
+                  100,000 random schedules against the pure machine, 1,000 of the crew over a simulated network
   gpu-check       packs the check of the GPU engine into .gpu/, for a machine with a card";
 
 fn main() -> ExitCode {
@@ -59,6 +63,7 @@ fn run(arguments: &[&str]) -> Result<bool> {
         ["fuzz", asked @ ..] => fuzz::run(&root, asked),
         ["chaos", asked @ ..] => chaos::run(&root, asked),
         ["load", asked @ ..] => load::run(&root, asked),
+        ["simulate", asked @ ..] => simulate::run(&root, asked),
         ["gpu-check"] => {
             say(&gpu_check::pack(&root)?);
             Ok(true)

@@ -14,7 +14,7 @@ pub mod role;
 pub mod secret;
 pub mod token;
 
-pub use client::{Channel, Credentials};
+pub use client::{Bearer, Channel, Credentials};
 pub use error::{Error, Result};
 pub use role::{Least, Role};
 pub use secret::Secret;

@@ -85,6 +85,7 @@ pub(crate) enum Command {
     Logits(commands::logits::Args),
     Bench(commands::bench::Args),
     Doctor(commands::doctor::Args),
+    Chaos(commands::chaos::Args),
     Explain(commands::explain::Args),
     Completions(commands::completions::Args),
 }

@@ -1,7 +1,7 @@
 //! The task that runs the machine: one event at a time, what must be durable first, then everything else.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeSet, HashMap, VecDeque},
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -31,7 +31,23 @@ const QUEUE: usize = 4096;
 const TICK: Duration = Duration::from_millis(20);
 
 /// Where a worker's messages go. Bounded: a worker that does not read is as good as gone.
-pub(crate) type Outgoing = mpsc::Sender<std::result::Result<CoordinatorMessage, tonic::Status>>;
+///
+/// What is told is written out as a wire message only when the worker's stream is ready for it: an announcement names
+/// all members, and as many of them as there are members are not to lie in memory at once.
+pub(crate) type Outgoing = mpsc::Sender<std::result::Result<Told, tonic::Status>>;
+
+/// What a worker is told.
+#[derive(Debug)]
+pub(crate) struct Told {
+    message: crate::machine::Message,
+    terms: wire::Terms,
+}
+
+impl From<Told> for CoordinatorMessage {
+    fn from(told: Told) -> Self {
+        wire::message_out(told.message, told.terms)
+    }
+}
 
 type Look = Box<dyn FnOnce(&Machine, Moment) + Send>;
 
@@ -122,6 +138,7 @@ pub(crate) fn build(works: Works) -> (Engine, Task) {
         next_request: 1,
         preparing: HashMap::new(),
         pending: VecDeque::new(),
+        changed: BTreeSet::new(),
         helpers: TaskTracker::new(),
     };
     (engine, task)
@@ -138,6 +155,8 @@ pub(crate) struct Task {
     preparing: HashMap<JobId, CancellationToken>,
     /// Events that follow from carrying out effects.
     pending: VecDeque<Event>,
+    /// Jobs whose watchers are not yet told of their newest status.
+    changed: BTreeSet<JobId>,
     helpers: TaskTracker,
 }
 
@@ -175,6 +194,11 @@ impl Task {
     }
 
     async fn take(&mut self, input: Input) -> Result<()> {
+        // A status holds the whole crew, and while a crew gathers each member's every word changes it: watchers get the
+        // newest at the next tick, not each one.
+        if matches!(input, Input::Event(Event::Tick)) {
+            self.tell_statuses();
+        }
         match input {
             Input::Event(event) => self.pending.push_back(event),
             Input::Session { number, outgoing, hello } => {
@@ -199,6 +223,17 @@ impl Task {
         Ok(())
     }
 
+    fn tell_statuses(&mut self) {
+        for job in std::mem::take(&mut self.changed) {
+            if let Some(view) = self.works.machine.view(now(self.works.started), &job) {
+                if view.state.is_final() {
+                    self.works.access.job_ended(&job);
+                }
+                self.works.hub.set_status(view);
+            }
+        }
+    }
+
     async fn carry_out(&mut self, effects: Vec<Effect>) -> Result<()> {
         let mut durable = Vec::new();
         let mut records = Vec::new();
@@ -219,7 +254,13 @@ impl Task {
         // Whoever is answered may look at once: what the answer tells of must be there to be seen.
         let (answers, others): (Vec<_>, Vec<_>) =
             others.into_iter().partition(|effect| matches!(effect, Effect::Reply { .. }));
-        for effect in others.into_iter().chain(answers) {
+        for effect in others {
+            self.carry_out_one(effect);
+        }
+        if !answers.is_empty() {
+            self.tell_statuses();
+        }
+        for effect in answers {
             self.carry_out_one(effect);
         }
         Ok(())
@@ -252,12 +293,7 @@ impl Task {
             }
             Effect::StatusChanged(job) => {
                 self.works.leases.allow(&job, self.works.machine.leasable(&job));
-                if let Some(view) = self.works.machine.view(now(self.works.started), &job) {
-                    if view.state.is_final() {
-                        self.works.access.job_ended(&job);
-                    }
-                    self.works.hub.set_status(view);
-                }
+                self.changed.insert(job);
             }
             Effect::Publish(job, point) => {
                 if let crate::machine::Point::Event(event) = &point {
@@ -282,8 +318,7 @@ impl Task {
             credit_ms: milliseconds(options.credit),
             encrypted: self.works.encrypted,
         };
-        let message = wire::message_out(message, terms);
-        if let Err(error) = outgoing.try_send(Ok(message)) {
+        if let Err(error) = outgoing.try_send(Ok(Told { message, terms })) {
             let reason = match error {
                 mpsc::error::TrySendError::Full(_) => "it does not read what it is told",
                 mpsc::error::TrySendError::Closed(_) => "its stream broke",

@@ -5,7 +5,6 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, atomic::AtomicU64},
-    time::Duration,
 };
 
 use shanty_access::{Role, Secret};

@@ -155,7 +155,8 @@ fn may_pass(status: &Status) -> bool {
     let error = shanty_proto::from_status(status);
     error.code == UNREACHABLE
         || error.kind.is_retryable()
-        || matches!(status.code(), Code::NotFound | Code::FailedPrecondition)
+        // A token that is just being exchanged: if there is no other, the session ends the worker.
+        || matches!(status.code(), Code::NotFound | Code::FailedPrecondition | Code::Unauthenticated)
 }
 
 fn check(step: u64, ids: &[u64], rows: Vec<shanty_proto::v1::Row>) -> Result<Vec<Row>, Error> {

@@ -39,6 +39,9 @@ const WELCOME_WITHIN: Duration = Duration::from_secs(5);
 /// A report of a step this close to the end of the credit is followed by a beat at once.
 const LOW_CREDIT_STEPS: u64 = 3;
 
+/// Code of a stream's end when the rights are over that it was let in by.
+const RIGHTS_ENDED: &str = "SH0742";
+
 /// What a session is made of.
 pub(crate) struct Session {
     pub(crate) client: WorkerServiceClient<Channel>,
@@ -228,14 +231,15 @@ impl Session {
     /// A status that ended the stream: fatal if a repeat cannot help.
     fn lost(&self, status: &Status) -> Result<End, Error> {
         let error = shanty_proto::from_status(status);
-        let refused = matches!(
-            status.code(),
-            Code::InvalidArgument
-                | Code::FailedPrecondition
-                | Code::Unauthenticated
-                | Code::PermissionDenied
-                | Code::Unimplemented
-        );
+        // The token may have been exchanged for another; whoever has none is told so at the next attempt.
+        if error.code == RIGHTS_ENDED {
+            return Ok(End::Lost(error.message));
+        }
+        if matches!(status.code(), Code::Unauthenticated | Code::PermissionDenied) {
+            return Err(Error::part(&error));
+        }
+        let refused =
+            matches!(status.code(), Code::InvalidArgument | Code::FailedPrecondition | Code::Unimplemented);
         if refused && !error.kind.is_retryable() {
             return Err(Error::Refused { address: self.address.clone(), reason: error.message });
         }

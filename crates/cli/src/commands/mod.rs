@@ -10,6 +10,7 @@ pub(crate) mod adapters;
 pub(crate) mod bench;
 pub(crate) mod cancel;
 pub(crate) mod certs;
+pub(crate) mod chaos;
 pub(crate) mod chat;
 pub(crate) mod checkpoints;
 pub(crate) mod completions;
@@ -64,6 +65,7 @@ pub(crate) fn dispatch(command: Command, ui: &Ui) -> CommandResult<Exit> {
         Command::Logits(args) => logits::execute(args, ui),
         Command::Bench(args) => bench::execute(args, ui),
         Command::Doctor(args) => doctor::execute(args, ui),
+        Command::Chaos(args) => chaos::execute(args, ui),
         Command::Explain(args) => explain::execute(args, ui),
         Command::Completions(args) => completions::execute(args, ui),
     }

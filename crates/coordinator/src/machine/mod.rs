@@ -72,6 +72,8 @@ pub struct Machine {
     seed: [u8; 32],
     jobs: BTreeMap<JobId, Job>,
     sessions: BTreeMap<WorkerId, Session>,
+    /// Ended jobs whose members may still hold a credit: few, however many have ended.
+    fading: BTreeSet<JobId>,
     next_sequence: u64,
     last_applied: Option<Duration>,
     effects: Vec<Effect>,
@@ -89,6 +91,7 @@ impl Machine {
             seed,
             jobs: BTreeMap::new(),
             sessions: BTreeMap::new(),
+            fading: BTreeSet::new(),
             next_sequence: 1,
             last_applied: None,
             effects: Vec::new(),
@@ -139,6 +142,7 @@ impl Machine {
 
     /// What follows from the time and from what happened.
     fn advance(&mut self, now: Moment) {
+        self.forget_faded(now);
         self.lose_silent(now);
         self.release_drained(now);
         self.take_turns(now);
@@ -226,6 +230,7 @@ impl Machine {
             self.effects.push(Effect::StopPrepare { job: job.id.clone() });
         }
         job.phase = Phase::Ended(state);
+        self.fading.insert(job.id.clone());
         job.standing = turns::Standing::default();
         job.reason = reason.clone();
         job.ended_unix_ms = now.unix_ms;

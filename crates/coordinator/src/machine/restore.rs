@@ -121,7 +121,9 @@ impl Machine {
             }
             state => Phase::Ended(state),
         };
-        if !job.is_ended() {
+        if job.is_ended() {
+            self.fading.insert(id.clone());
+        } else {
             let text = format!("taken up in state {} at step {}", record.state.as_str(), job.watermark);
             self.note(now, &mut job, "coordinator_restarted", text);
             if let Some(error) = impossible {

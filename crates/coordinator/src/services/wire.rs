@@ -290,7 +290,10 @@ pub(crate) fn job_of(message: &In) -> Option<&str> {
         In::Evaluation(message) => Some(&message.job_id),
         In::Finished(message) => Some(&message.job_id),
         In::Logs(message) => Some(&message.job_id),
-        In::Goodbye(_) => None,
+        In::Diverged(message) => Some(&message.job_id),
+        In::BadStep(message) => Some(&message.job_id),
+        In::CheckpointFailed(message) => Some(&message.job_id),
+        In::Draining(_) | In::Goodbye(_) => None,
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use futures::Stream;
+use futures::{Stream, StreamExt};
 use shanty_data::Split;
 use shanty_proto::{
     Attempt, Generation, WorkerId,
@@ -24,7 +24,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{refuse, wire};
 use crate::{
     access::Caller,
-    engine::Engine,
+    engine::{self, Engine},
     error::{Error, Result},
     hub::Hub,
     leases::{LeaseRequest, Leases},
@@ -122,7 +122,8 @@ impl WorkerService for Workers {
                 let _ = outgoing.try_send(Err(refuse(error)));
             }
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+        let told = ReceiverStream::new(receiver).map(|told| told.map(CoordinatorMessage::from));
+        Ok(Response::new(Box::pin(told)))
     }
 
     async fn lease_rows(
@@ -141,7 +142,7 @@ impl Workers {
         &self,
         caller: &Caller,
         incoming: &mut Streaming<WorkerMessage>,
-        outgoing: mpsc::Sender<Result<CoordinatorMessage, Status>>,
+        outgoing: engine::Outgoing,
     ) -> Result<()> {
         let first = tokio::time::timeout(HELLO_WITHIN, incoming.message()).await;
         let hello = match first {

@@ -38,7 +38,10 @@ fn play_all(name: &str, runs: u64, faults: Faults) -> (u64, u64) {
     let one = number("SHANTY_SIMULATION_SEED");
     let seeds = match one {
         Some(seed) => seed..seed + 1,
-        None => 0..number("SHANTY_SIMULATION_RUNS").unwrap_or(runs),
+        None => {
+            let first = number("SHANTY_SIMULATION_FIRST").unwrap_or(0);
+            first..first + number("SHANTY_SIMULATION_RUNS").unwrap_or(runs)
+        }
     };
     for seed in seeds {
         let outcome = std::panic::catch_unwind(|| play(seed, &faults));

@@ -85,39 +85,3 @@ pub struct Report {
     /// What decided it.
     pub seed: u64,
 }
-
-/// Reproducible chance: SplitMix64.
-#[derive(Debug, Clone)]
-pub(crate) struct Chance(u64);
-
-impl Chance {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    pub(crate) fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound.max(1) as u64) as usize
-    }
-
-    /// Uniform from 0 to 1.
-    pub(crate) fn unit(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1u64 << 53) as f64
-    }
-
-    pub(crate) fn between(&mut self, low: f64, high: f64) -> Duration {
-        Duration::from_secs_f64(low + (high - low) * self.unit())
-    }
-
-    /// Exponential with a mean, at most six times that.
-    pub(crate) fn pause(&mut self, mean: Duration) -> Duration {
-        mean.mul_f64((-(1.0 - self.unit()).ln()).clamp(0.05, 6.0))
-    }
-}

@@ -9,9 +9,9 @@ use std::{
 
 use anyhow::{Context, bail};
 use serde_json::Value;
-use shanty_chaos::{Blow, Fault};
+use shanty_chaos::{Blow, Chance, Fault};
 
-use super::{Chance, Options, Report, crew::Crew, history::History, sea::Sea};
+use super::{Options, Report, crew::Crew, history::History, sea::Sea};
 use crate::{Shanty, rows};
 
 /// How often processes are looked after.
@@ -84,7 +84,14 @@ pub fn run(
     let mut counts = rows::Counts::default();
     while jobs.is_empty() || (storm.strikes.len() as u64) < options.faults {
         let job = format!("chaos-{}", jobs.len() + 1);
-        storm.play(&job, say)?;
+        if let Err(error) = storm.play(&job, say) {
+            let status = storm.status(&job);
+            let words = storm.crew.last_words.join("\n");
+            // The small disk goes with the namespaces: what lies on it is kept for whoever looks into it.
+            drop(std::mem::take(&mut storm.blows));
+            crate::fixtures::copy_folder(&disk, &folder.join("kept"))?;
+            return Err(error.context(format!("status: {status:?}\n{words}")));
+        }
         jobs.push(job.clone());
         let of_job = rows::count(&disk.join(&job), options.job.steps, |step| belongs(train_rows, step))?;
         say(&format!("{job}: {of_job:?}, {} faults so far", storm.strikes.len()));
@@ -235,6 +242,10 @@ impl Storm<'_> {
             (Fault::Partition, Some((pid, _))) => self.last(6.0, |_| shanty_chaos::partition(pid)),
         };
         let worker = pick.and_then(|(pid, _)| worker_of(status?, pid)).filter(|_| fault.strikes_a_worker());
+        let line = format!("{unix_ms} {} {worker:?} {outcome:?}\n", fault.as_str());
+        // A log for people; the report does not depend on it.
+        let file = fs::File::options().create(true).append(true).open(self.folder.join("strikes.log"));
+        let _ = file.and_then(|mut file| std::io::Write::write_all(&mut file, line.as_bytes()));
         match outcome {
             Ok(()) => self.strikes.push(Strike { unix_ms, fault, job: job.to_owned(), worker }),
             Err(error) => drop(self.not_made.insert(fault.as_str(), error.to_string())),

@@ -63,13 +63,13 @@ pub trait HostEngine: StepHooks {
     /// As the engine says.
     fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error>;
 
-    /// The same for a thread of its own; none where only the engine's thread can.
-    fn adapter_writer(&self) -> Option<AdapterWriter> {
+    /// The number of the card that it computes on.
+    fn card(&self) -> Option<u32> {
         None
     }
 
-    /// The number of the card that it computes on.
-    fn card(&self) -> Option<u32> {
+    /// The same for a thread of its own; none where only the engine's thread can.
+    fn adapter_writer(&self) -> Option<AdapterWriter> {
         None
     }
 

@@ -119,7 +119,7 @@ impl Outside for MadeUp {
         let (sea, time) = (Arc::clone(&self.0), lock(&self.0).chance.milliseconds(5, 100));
         Box::pin(async move {
             tokio::time::sleep(time).await;
-            Ok((lock(&sea).newest_checkpoint(), Vec::new()))
+            Ok((lock(&sea).newest_checkpoint(up_to), Vec::new()))
         })
     }
 }

@@ -95,7 +95,11 @@ impl Model {
         self.control.set_phase(MemberPhase::Idle);
         loop {
             match self.commands.try_recv() {
-                Ok(command) => self.follow(command).await,
+                Ok(command) => {
+                    self.control.set_at_work(true);
+                    self.follow(command).await;
+                    self.control.set_at_work(false);
+                }
                 Err(TryRecvError::Empty) => sleep(LOOK).await,
                 Err(TryRecvError::Disconnected) => return,
             }
@@ -324,6 +328,7 @@ impl Model {
         let step = self.applied() + 1;
         let generation = berth.generation;
         self.credit(generation, step).await?;
+        self.control.begin_step(generation, step)?;
         self.control.set_phase(MemberPhase::Computing);
         let start = &formation.start;
         let to_compute = match (&start.first_rows, start.applied_step + 1 == step) {
@@ -396,6 +401,7 @@ impl Model {
                 }
             };
             sleep(time).await;
+            self.control.advance();
             self.job_mut().sum.1.push(row.id);
         }
         Ok(self.control.check(generation)?)
@@ -449,7 +455,10 @@ impl Model {
         let Some(berth) = self.member.as_ref().filter(|berth| berth.generation == leave.generation) else {
             return;
         };
-        lock(&self.sea).gone(berth.generation, berth.rank);
+        if leave.after_step.is_none() {
+            // Others may still be in the last collective of a step that all leave after.
+            lock(&self.sea).gone(berth.generation, berth.rank);
+        }
         let Some(job) = &self.job else { return };
         let applied = job.state.as_ref().map_or(0, State::applied);
         let hash = job.state.as_ref().map(|state| format!("{:?}", state.steps));

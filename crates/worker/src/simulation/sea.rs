@@ -211,8 +211,9 @@ impl Sea {
         record
     }
 
-    pub(super) fn newest_checkpoint(&self) -> Option<CheckpointRecord> {
+    pub(super) fn newest_checkpoint(&self, up_to: Option<Step>) -> Option<CheckpointRecord> {
         let records = self.checkpoints.iter().map(|(record, _)| record);
+        let records = records.filter(|record| up_to.is_none_or(|up_to| record.step <= up_to));
         records.max_by_key(|record| (record.step, record.attempt, record.generation)).cloned()
     }
 

@@ -9,6 +9,7 @@ use std::{
 
 use futures::{Stream, stream};
 use hyper_util::rt::TokioIo;
+use shanty_access::{Bearer, Credentials};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tonic::transport::{Channel, Endpoint, Uri, server::Connected};
 use turmoil::net::{TcpListener, TcpStream};
@@ -17,17 +18,21 @@ use turmoil::net::{TcpListener, TcpStream};
 pub(super) const HARBOUR: &str = "harbour";
 pub(super) const PORT: u16 = 7070;
 
-/// A connection to the coordinator that is made when it is needed, with a worker's settings.
-pub(super) fn channel() -> Channel {
+/// A connection to the coordinator that is made when it is needed, with a worker's settings, and the token that goes with
+/// it: none.
+pub(super) fn channel() -> (Channel, Bearer) {
     let connector = tower::service_fn(|_: Uri| async {
         Ok::<_, io::Error>(TokioIo::new(TcpStream::connect((HARBOUR, PORT)).await?))
     });
-    Endpoint::from_static("http://harbour:7070")
+    let address = url::Url::parse("http://harbour:7070").expect("a URL");
+    let endpoint = Endpoint::from_static("http://harbour:7070")
         .connect_timeout(Duration::from_secs(2))
         .http2_keep_alive_interval(Duration::from_secs(2))
         .keep_alive_timeout(Duration::from_secs(5))
-        .keep_alive_while_idle(true)
-        .connect_with_connector_lazy(connector)
+        .keep_alive_while_idle(true);
+    let (endpoint, bearer) =
+        Credentials::default().prepare(&address, endpoint).expect("without credentials nothing is read");
+    (endpoint.connect_with_connector_lazy(connector), bearer)
 }
 
 /// Connections as they come.
