@@ -39,6 +39,10 @@ pub(crate) struct Preflight {
     pub(crate) recompute: bool,
     /// What becomes of each layer's activations, in words.
     pub(crate) layers: String,
+    /// Tokens of the longest row that memory has room for; none where the memory of the card is not known.
+    pub(crate) largest_context: Option<usize>,
+    /// Tokens of a row that the base was made for.
+    pub(crate) positions: usize,
     /// What is allowed, and perhaps not meant.
     pub(crate) warnings: Vec<String>,
 }
@@ -113,6 +117,8 @@ impl Preflight {
             micro_batch_rows: plan.micro_batch_rows,
             recompute: plan.levels.everything < plan.levels.layers(),
             layers: plan.levels.describe(),
+            largest_context: estimate.largest_context,
+            positions: estimate.config.max_positions,
             warnings: warnings(&estimate),
         })
     }

@@ -432,6 +432,13 @@ described! {
         pub workers: WorkerCount,
         /// Where workers compute.
         pub device: Device,
+        /// How workers sum their gradients.
+        pub collective: Collective,
+        /// Whether what workers say to each other is encrypted. NCCL does not encrypt.
+        pub encryption: Encryption,
+        /// How gradients travel over TCP. Rounded ones are for slow links: what is rounded away is added to the next
+        /// step, but steps are not equal to those of whole gradients.
+        pub compression: Compression,
         /// Workers beyond `workers.max` that load the base and wait to take the place of one that is lost; all that have
         /// nothing else to do when absent.
         pub spares: Option<u32>,
@@ -451,6 +458,45 @@ described! {
         pub retries: Option<u32>,
     }
 
+    /// How gradients are summed.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum Collective {
+        /// NCCL where every worker has a GPU of its own and the same NCCL, else TCP.
+        #[default]
+        Auto,
+        /// NCCL, or an error.
+        Nccl,
+        /// TCP, also between GPUs.
+        Tcp,
+    }
+
+    /// Whether TCP links between workers are encrypted.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum Encryption {
+        /// Unless all workers are on one machine and meet at its loopback address.
+        #[default]
+        Auto,
+        /// Always.
+        On,
+        /// Never, but where the coordinator speaks TLS: there links that leave a machine are encrypted all the same.
+        Off,
+    }
+
+    /// How gradients travel.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum Compression {
+        /// Whole: 4 bytes a number.
+        #[default]
+        Off,
+        /// As bf16: 2 bytes.
+        Bf16,
+        /// As integers with a scale for each 256: 1 byte.
+        Int8,
+    }
+
     /// Bounds on the number of workers.
     #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
     #[serde(deny_unknown_fields, default)]
@@ -467,6 +513,9 @@ impl Default for ClusterSpec {
         Self {
             workers: WorkerCount::default(),
             device: Device::default(),
+            collective: Collective::default(),
+            encryption: Encryption::default(),
+            compression: Compression::default(),
             spares: None,
             replace_stragglers: false,
             compare_every_steps: 100,

@@ -28,11 +28,59 @@ pub enum Error {
         holder: String,
     },
     /// The address is not loopback.
-    #[error("refuses to listen on {address}: everybody who reaches that address could run jobs here")]
+    #[error(
+        "refuses to listen on {address} without TLS: everybody on that network could read along and run jobs here"
+    )]
     NotLoopback {
         /// The address.
         address: SocketAddr,
     },
+    /// Neither a token nor a certificate says who asks.
+    #[error("who asks is not known: {what}")]
+    Unauthenticated {
+        /// What was shown, or not.
+        what: &'static str,
+    },
+    /// Whoever asks may not do that.
+    #[error("{caller} has the role `{role}`; `{call}` takes {least}")]
+    NotAllowed {
+        /// Who asks.
+        caller: String,
+        /// The role.
+        role: shanty_access::Role,
+        /// What was asked for.
+        call: String,
+        /// The least role that may.
+        least: &'static str,
+    },
+    /// The rights on which a call was let in are over.
+    #[error("the token or certificate that this was allowed by is expired or revoked")]
+    RightsEnded,
+    /// A worker reaches beyond what its identity is for.
+    #[error("{what}")]
+    NotYours {
+        /// What for.
+        what: String,
+    },
+    /// Too much of something at once.
+    #[error("{caller} has {count} {what}: more are not let in")]
+    TooMany {
+        /// Who.
+        caller: String,
+        /// How many are there.
+        count: usize,
+        /// Of what.
+        what: &'static str,
+    },
+    /// There is no such token.
+    #[error("no token has the number or the name `{token}`")]
+    NoSuchToken {
+        /// What was asked for.
+        token: String,
+    },
+    /// Certificates or tokens cannot be used.
+    #[error(transparent)]
+    Access(#[from] shanty_access::Error),
     /// The address cannot be had.
     #[error("failed to listen on {address}: {source}")]
     Listen {
@@ -157,8 +205,26 @@ impl Diagnose for Error {
             Self::StateInUse { folder, .. } => say("SH0771", Kind::User)
                 .in_file(folder)
                 .hint("stop the other one, or give this one a folder of its own"),
-            Self::NotLoopback { .. } => say("SH0772", Kind::User)
-                .hint("listen on 127.0.0.1, or say --insecure if the network is yours alone"),
+            Self::NotLoopback { .. } => say("SH0772", Kind::User).hint(
+                "give it a certificate (`shanty certs init`, then --cert and --key), or say --insecure if the network \
+                 is yours alone",
+            ),
+            Self::Unauthenticated { .. } => say("SH0740", Kind::User).hint(
+                "show a token (--token-file, SHANTY_TOKEN_FILE, SHANTY_TOKEN) or a certificate (--cert, --key); an \
+                 admin makes one with `shanty token create`",
+            ),
+            Self::NotAllowed { .. } => {
+                say("SH0741", Kind::User).hint("ask an admin for a token of a role that may")
+            }
+            Self::RightsEnded => {
+                say("SH0742", Kind::User).hint("ask an admin for another: `shanty token create`")
+            }
+            Self::NotYours { .. } => say("SH0743", Kind::User),
+            Self::TooMany { .. } => {
+                say("SH0744", Kind::Transient).hint("close some, or give each machine a token of its own")
+            }
+            Self::NoSuchToken { .. } => say("SH0747", Kind::User).hint("`shanty token list` shows them"),
+            Self::Access(error) => error.diagnostic(),
             Self::Listen { .. } => say("SH0772", Kind::User).hint("port 0 takes any that is free"),
             Self::Serve(_) => say("SH0776", Kind::Transient),
             Self::StateFolder { folder, .. } => say("SH0773", Kind::User).in_file(folder),

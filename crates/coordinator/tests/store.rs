@@ -39,7 +39,8 @@ fn record() -> JobRecord {
         generation: Some(GenerationRecord {
             generation: Generation(3),
             members: members.to_vec(),
-            token: [9; 32],
+            // Not stored.
+            token: [0; 32],
             start: StartPoint {
                 applied: Step(5),
                 source: Source::Members { donor: Rank(0), receivers: vec![Rank(1)] },

@@ -3,6 +3,7 @@
 //! Nothing here sleeps for a fixed time: [`wait::until`] waits for conditions, and says what it waited for.
 
 pub mod adapter;
+pub mod chaos;
 pub mod cluster;
 pub mod fixtures;
 pub mod job;

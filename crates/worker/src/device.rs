@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use shanty_access::Credentials;
 use shanty_collective::tcp::Listener;
 use shanty_proto::v1::{Hello, LogLine, worker_service_client::WorkerServiceClient};
 use tokio::sync::{
@@ -44,6 +45,8 @@ const LARGEST_MESSAGE_BYTES: usize = 64 << 20;
 pub struct WorkerOptions {
     /// URL of the coordinator.
     pub coordinator: String,
+    /// What is shown to it.
+    pub credentials: Credentials,
     /// Names this process, see [`new_worker_id`].
     pub worker_id: String,
     /// The device as it is shown: `cpu`, `cuda:0`, …
@@ -70,6 +73,7 @@ impl WorkerOptions {
     pub fn new(coordinator: impl Into<String>) -> Result<Self, Error> {
         Ok(Self {
             coordinator: coordinator.into(),
+            credentials: Credentials::default(),
             worker_id: new_worker_id(),
             device: "cpu".to_owned(),
             threads: std::thread::available_parallelism().map_or(1, usize::from),
@@ -98,15 +102,19 @@ pub async fn run_worker(
     logs: Receiver<LogLine>,
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
-    let connection = Endpoint::from_shared(options.coordinator.clone())
-        .map_err(|_| Error::Address { address: options.coordinator.clone() })?
+    let not_one = || Error::Address { address: options.coordinator.clone() };
+    let address = url::Url::parse(&options.coordinator).map_err(|_| not_one())?;
+    let endpoint = Endpoint::from_shared(options.coordinator.clone())
+        .map_err(|_| not_one())?
         .connect_timeout(CONNECT_WITHIN)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(KEEP_ALIVE_EVERY)
         .keep_alive_timeout(KEEP_ALIVE_WITHIN)
-        .keep_alive_while_idle(true)
-        .connect_lazy();
-    let client = WorkerServiceClient::new(connection).max_decoding_message_size(LARGEST_MESSAGE_BYTES);
+        .keep_alive_while_idle(true);
+    let (endpoint, bearer) =
+        options.credentials.prepare(&address, endpoint).map_err(|error| Error::part(&error))?;
+    let client = WorkerServiceClient::with_interceptor(endpoint.connect_lazy(), bearer)
+        .max_decoding_message_size(LARGEST_MESSAGE_BYTES);
     let bind = Address { host: &options.bind, port: 0 }.to_string();
     let listener = Listener::bind(&bind).map_err(|error| Error::part(&error))?;
     let hello = hello(&options, &listener);

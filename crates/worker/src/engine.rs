@@ -14,11 +14,12 @@ use shanty_peft_core::{backend::cuda::CardFlat, optim::AdamWOptions};
 use crate::Error;
 
 pub use shanty_peft_core::{
-    GradientSink,
+    GradientSink, NoSink,
     batch::{Row, Segment},
     engine::{FlatPart, Memory, SumSink},
 };
 
+pub(crate) use host::PIECE;
 pub use host::{HostEngine, OnHost};
 pub use peft::{PeftEngines, engine_options, quantization};
 
@@ -157,6 +158,11 @@ pub trait StepEngine: StepHooks {
 
     /// The most rows of one micro-batch.
     fn micro_batch_rows(&self) -> usize;
+
+    /// The number of the card that it computes on.
+    fn card(&self) -> Option<u32> {
+        None
+    }
 
     /// Takes parameters and AdamW's moments in place of those it has. The sum of gradients is 0.
     ///

@@ -8,9 +8,10 @@ mod outbox;
 
 use std::{
     sync::{Arc, mpsc::Sender},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
+use shanty_access::Channel;
 use shanty_proto::v1::{
     Attachment, Beat, CoordinatorMessage, Draining, Goodbye, Hello, LogLine, LogLines, Welcome,
     WorkerMessage, coordinator_message::Message as FromCoordinator, worker_message::Message,
@@ -18,11 +19,11 @@ use shanty_proto::v1::{
 };
 use tokio::{
     sync::mpsc::{self, Receiver, UnboundedReceiver, UnboundedSender},
-    time::{Interval, MissedTickBehavior, interval, sleep, timeout},
+    time::{Instant, Interval, MissedTickBehavior, interval, sleep, timeout},
 };
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Status, Streaming, transport::Channel};
+use tonic::{Code, Status, Streaming};
 use tracing::{debug, info, warn};
 
 use crate::{Error, control::Control, trainer::Command};
@@ -37,6 +38,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 const WELCOME_WITHIN: Duration = Duration::from_secs(5);
 /// A report of a step this close to the end of the credit is followed by a beat at once.
 const LOW_CREDIT_STEPS: u64 = 3;
+
+/// Code of a stream's end when the rights are over that it was let in by.
+const RIGHTS_ENDED: &str = "SH0742";
 
 /// What a session is made of.
 pub(crate) struct Session {
@@ -184,7 +188,20 @@ impl Session {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let control = Arc::clone(&self.control);
         loop {
+            // In this order: a beat that is due waits for nothing, and a simulation can be played again.
             tokio::select! {
+                biased;
+                () = shutdown.cancelled() => {
+                    wire.send(Message::Goodbye(Goodbye { reason: "the worker was asked to end".to_owned() }));
+                    return Ok(say_no_more(wire, inbound).await);
+                }
+                _ = tick.tick() => {
+                    if let Some(silent) = control.hung_for() {
+                        return Err(Error::Hung { seconds: silent.as_secs_f64() });
+                    }
+                    self.beat(memory, &mut wire);
+                }
+                () = control.beat_wanted.notified() => self.beat(memory, &mut wire),
                 message = inbound.message() => match message {
                     Ok(Some(CoordinatorMessage { message: Some(message) })) => {
                         self.receive(memory, &mut wire, message);
@@ -194,22 +211,11 @@ impl Session {
                     Err(status) => return self.lost(&status),
                 },
                 Some(report) = self.reports.recv() => self.report(memory, &mut wire, report),
-                _ = tick.tick() => {
-                    if let Some(silent) = control.hung_for() {
-                        return Err(Error::Hung { seconds: silent.as_secs_f64() });
-                    }
-                    self.beat(memory, &mut wire);
-                }
-                () = control.beat_wanted.notified() => self.beat(memory, &mut wire),
                 Some(line) = self.logs.recv() => self.forward_logs(memory, &mut wire, line),
                 () = self.drain.cancelled(), if !memory.draining => {
                     memory.draining = true;
                     info!("asked to end: hands back what it holds");
                     wire.send(Message::Draining(Draining { reason: "the worker was asked to end".to_owned() }));
-                }
-                () = shutdown.cancelled() => {
-                    wire.send(Message::Goodbye(Goodbye { reason: "the worker was asked to end".to_owned() }));
-                    return Ok(say_no_more(wire, inbound).await);
                 }
             }
             if memory.drained {
@@ -225,14 +231,15 @@ impl Session {
     /// A status that ended the stream: fatal if a repeat cannot help.
     fn lost(&self, status: &Status) -> Result<End, Error> {
         let error = shanty_proto::from_status(status);
-        let refused = matches!(
-            status.code(),
-            Code::InvalidArgument
-                | Code::FailedPrecondition
-                | Code::Unauthenticated
-                | Code::PermissionDenied
-                | Code::Unimplemented
-        );
+        // The token may have been exchanged for another; whoever has none is told so at the next attempt.
+        if error.code == RIGHTS_ENDED {
+            return Ok(End::Lost(error.message));
+        }
+        if matches!(status.code(), Code::Unauthenticated | Code::PermissionDenied) {
+            return Err(Error::part(&error));
+        }
+        let refused =
+            matches!(status.code(), Code::InvalidArgument | Code::FailedPrecondition | Code::Unimplemented);
         if refused && !error.kind.is_retryable() {
             return Err(Error::Refused { address: self.address.clone(), reason: error.message });
         }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use shanty_access::Credentials;
 use shanty_proto::v1::LogLine;
 use shanty_telemetry::Forward;
 use shanty_worker::{
@@ -13,6 +14,7 @@ use shanty_worker::{
 use tokio::sync::mpsc;
 
 use crate::{
+    client::token_of_environment,
     error::Error,
     failure::{CommandResult, Exit},
     ui::Ui,
@@ -26,10 +28,21 @@ const QUEUE: usize = 1024;
 pub(crate) struct Args {
     #[arg(long, value_name = "URL")]
     coordinator: String,
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+    #[arg(long, value_name = "FILE")]
+    cert: Option<PathBuf>,
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
     #[arg(long, default_value = "cpu")]
     device: String,
     #[arg(long)]
     threads: usize,
+    /// What a step may take of the device
+    #[arg(long, value_name = "BYTES")]
+    memory: Option<u64>,
     #[arg(long, default_value = "127.0.0.1", value_name = "HOST")]
     bind: String,
     #[arg(long, value_name = "HOST")]
@@ -43,8 +56,16 @@ pub(crate) struct Args {
 
 pub(crate) fn execute(args: Args, _: &Ui) -> CommandResult<Exit> {
     let mut options = WorkerOptions::new(args.coordinator)?;
+    options.credentials = Credentials {
+        ca: args.ca,
+        certificate: args.cert,
+        key: args.key,
+        token_file: args.token_file,
+        token: token_of_environment(),
+    };
     options.device = args.device;
     options.threads = args.threads;
+    options.memory_limit_bytes = args.memory;
     options.bind = args.bind;
     options.advertise = args.advertise;
 

@@ -1,9 +1,16 @@
 //! A run from its first message to its last.
 
-use std::{path::Path, pin::pin, time::Instant};
+use std::{
+    path::Path,
+    pin::pin,
+    time::{Duration, Instant},
+};
 
+use shanty_access::Secret;
 use shanty_config::{JobSpec, Loaded};
-use shanty_proto::v1::{JobState, JobStatus, JobSummary, ResumeJobRequest, SubmitJobRequest};
+use shanty_proto::v1::{
+    self, CreateTokenRequest, JobState, JobStatus, JobSummary, ResumeJobRequest, SubmitJobRequest,
+};
 use shanty_worker::supervisor::shutdown_on_signals;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -17,7 +24,7 @@ use super::{
 };
 use crate::{
     client::{Client, wire},
-    commands::worker::device_name,
+    commands::worker::devices,
     error::Error,
     failure::{CommandResult, Exit, Failure},
     job_file::{JobFile, short},
@@ -26,6 +33,9 @@ use crate::{
     ui::Ui,
     watch::Watcher,
 };
+
+/// A run of more days than this loses its workers.
+const LONGEST_RUN: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Whether a run starts or goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,7 +87,7 @@ impl LocalRun<'_> {
             }
         };
         let mut crew = None;
-        let result = self.work(host.address(), &mut crew, &interrupted).await;
+        let result = self.work(&host, &mut crew, &interrupted).await;
         if let Some(crew) = &mut crew {
             self.stop(crew).await;
         }
@@ -96,12 +106,12 @@ impl LocalRun<'_> {
     /// Hands the job to the coordinator, starts workers once its data is ready, and watches until one of the ends.
     async fn work(
         &self,
-        address: &str,
+        host: &Host,
         crew: &mut Option<Crew>,
         interrupted: &CancellationToken,
     ) -> CommandResult<End> {
-        self.store.write_address(address)?;
-        let client = Client::connect(address).await?;
+        self.store.write_address(host.address())?;
+        let client = host.connect().await?;
         let (job_id, from) = self.begin(&client).await?;
         let mut watcher = Watcher::new(&client, &job_id);
         if let Some((step, status)) = &from {
@@ -123,7 +133,8 @@ impl LocalRun<'_> {
                     Ok(()) = state.changed(), if crew.is_none() => {
                         let now = *state.borrow_and_update();
                         if matches!(now, JobState::Forming | JobState::Running | JobState::Recovering) {
-                            *crew = Some(Crew::start(&self.crew_options(address))?);
+                            let token = worker_token(&client, &job_id).await?;
+                            *crew = Some(Crew::start(&self.crew_options(host.address(), token))?);
                         }
                     }
                 }
@@ -171,13 +182,14 @@ impl LocalRun<'_> {
         Ok(job)
     }
 
-    fn crew_options(&self, coordinator: &str) -> CrewOptions {
+    fn crew_options(&self, coordinator: &str, token: Secret) -> CrewOptions {
         let workers = self.job.value.cluster.workers.max;
         CrewOptions {
             coordinator: coordinator.to_owned(),
+            token,
             workers,
             threads: self.options.threads_each(workers),
-            device: device_name(self.job.value.cluster.device),
+            devices: devices(self.job.value.cluster.device),
             store: self.store.root().to_owned(),
         }
     }
@@ -255,6 +267,18 @@ impl LocalRun<'_> {
     fn say(&self, text: &str) {
         self.ui.always_note(text);
     }
+}
+
+/// A token for the workers of one job: it ends with the job.
+async fn worker_token(client: &Client, job_id: &str) -> CommandResult<Secret> {
+    let request = CreateTokenRequest {
+        role: v1::Role::Worker.into(),
+        name: "workers of shanty run".to_owned(),
+        job_id: job_id.to_owned(),
+        lifetime_seconds: LONGEST_RUN.as_secs(),
+    };
+    let answer = client.access().create_token(request).await.map_err(wire)?.into_inner();
+    Ok(Secret::new(&answer.secret))
 }
 
 async fn next_end(crew: &mut Option<Crew>) -> (u32, String) {

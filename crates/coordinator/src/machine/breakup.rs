@@ -277,7 +277,11 @@ impl Machine {
         for (worker, reason) in overdue {
             let silent =
                 self.sessions.get(&worker).map(|session| now.monotonic.saturating_sub(session.last_heard));
+            let answers = self.sessions.contains_key(&worker);
             self.drop_member(now, job, &worker, "lost", &reason, silent);
+            if let Some(member) = job.crew.of_mut(&worker).filter(|_| answers) {
+                member.hung = true;
+            }
         }
     }
 

@@ -1,6 +1,6 @@
 //! The members of the newest generation, and when none of them can apply a step any more.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use shanty_proto::{Rank, Step, WorkerId};
 
@@ -13,6 +13,8 @@ use super::{
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Crew {
     pub members: Vec<Member>,
+    /// Where a worker stands in `members`: beats and reports of a large crew must not each search it.
+    places: HashMap<WorkerId, usize>,
 }
 
 /// A member as it is now.
@@ -21,6 +23,8 @@ pub(crate) struct Member {
     pub worker: WorkerId,
     /// Why it is lost.
     pub lost: Option<String>,
+    /// Its trainer gave no answer: it does not come back as the member that it was.
+    pub hung: bool,
     /// Whether its stream is up and said that it belongs here (or was told so).
     pub attached: bool,
     /// Until when it may have to come back, after a restart of the coordinator.
@@ -61,6 +65,7 @@ impl Member {
         Self {
             worker,
             lost: None,
+            hung: false,
             attached: false,
             back_by: None,
             had: None,
@@ -98,17 +103,22 @@ pub struct LeftWith {
 }
 
 impl Crew {
+    pub fn new(members: Vec<Member>) -> Self {
+        let places = members.iter().enumerate().map(|(at, member)| (member.worker.clone(), at)).collect();
+        Self { members, places }
+    }
+
     pub fn rank_of(&self, worker: &WorkerId) -> Option<Rank> {
-        let at = self.members.iter().position(|member| member.worker == *worker)?;
+        let at = *self.places.get(worker)?;
         Some(Rank(u32::try_from(at).expect("there are fewer members than 2^32")))
     }
 
     pub fn of(&self, worker: &WorkerId) -> Option<&Member> {
-        self.members.iter().find(|member| member.worker == *worker)
+        self.members.get(*self.places.get(worker)?)
     }
 
     pub fn of_mut(&mut self, worker: &WorkerId) -> Option<&mut Member> {
-        self.members.iter_mut().find(|member| member.worker == *worker)
+        self.members.get_mut(*self.places.get(worker)?)
     }
 
     /// Members that are neither lost nor have left.
@@ -149,7 +159,7 @@ mod tests {
             member.credit = *credit;
             member
         };
-        Crew { members: credits.iter().map(member).collect() }
+        Crew::new(credits.iter().map(member).collect())
     }
 
     #[test]

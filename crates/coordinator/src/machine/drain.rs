@@ -110,13 +110,18 @@ impl Machine {
             // They are let go with the next look at all sessions.
             return Some(holders);
         }
-        let (min, _) = job.bounds();
+        let newest = newest.unwrap_or_default();
+        let (min, max) = job.bounds();
         let others = holders.len() - going.len() + joiners;
-        if others > 0 && holders.len() + joiners >= min {
-            // They give what they hold to the others, and go after the step that these make with them.
+        let giver = going.iter().find(|worker| holders[*worker].applied == newest).cloned();
+        if others > 0 && others + 1 >= min && max > 1 {
+            // One of them gives what it holds to the others, and goes after the step that these make with it.
+            holders.retain(|worker, _| !going.contains(worker) || Some(worker) == giver.as_ref());
+            if let Phase::Forming(Forming { origin: Origin::Holders(known), .. }) = &mut job.phase {
+                known.clone_from(&holders);
+            }
             return Some(holders);
         }
-        let newest = newest.unwrap_or_default();
         let written = newest.0 == 0 || job.checkpoint >= Some(newest);
         if !written && !job.health.keep_failed {
             self.ask_to_keep(now, job, &holders, newest);

@@ -103,6 +103,10 @@ pub enum Change {
     Event(JobId, EventRecord),
     /// Steps and evaluations after this one are no longer in the lineage.
     Truncate(JobId, Step),
+    /// A token was made.
+    Token(crate::access::TokenRecord),
+    /// A token is no more.
+    TokenGone(shanty_access::TokenId),
 }
 
 /// What a worker is told.

@@ -136,6 +136,8 @@ pub struct WorkerInfo {
     pub device: String,
     /// Where it accepts its neighbours' connections.
     pub address: String,
+    /// The one job that it may work for; any, if none is named.
+    pub only: Option<JobId>,
     /// It was asked to end before this stream began.
     pub draining: bool,
 }

@@ -26,7 +26,9 @@ impl Machine {
         for (worker, session) in &mut self.sessions {
             let is_idle =
                 session.assigned.is_none() && !session.draining && session.unfit_until <= now.monotonic;
-            if is_idle && session.failures_in(job) < tries && job.wants_workers() && asked.len() < most {
+            let may = session.info.only.as_ref().is_none_or(|only| *only == job.id);
+            if is_idle && may && session.failures_in(job) < tries && job.wants_workers() && asked.len() < most
+            {
                 session.assigned = Some((job.id.clone(), job.attempt));
                 session.ready_since = None;
                 asked.push(worker.clone());
@@ -268,10 +270,10 @@ impl Machine {
         }
         job.health.record.handed_over = false;
         job.health.back_to = None;
+        job.health.pace.least = self.options.hang_least;
         job.health.keeper = None;
         job.health.keep_failed = false;
-        job.crew =
-            Crew { members: members.iter().map(|worker| self.new_member(now, worker, holders)).collect() };
+        job.crew = Crew::new(members.iter().map(|worker| self.new_member(now, worker, holders)).collect());
         job.generation = Some(Arc::new(generation));
         job.phase = Phase::Running;
         job.formed = true;
@@ -357,7 +359,7 @@ impl Machine {
     }
 
     /// A generation's secret: from the machine's, and never the same twice since numbers are not reused.
-    fn token(&self, job: &JobId, generation: Generation) -> [u8; 32] {
+    pub(super) fn token(&self, job: &JobId, generation: Generation) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new_keyed(&self.seed);
         hasher.update(job.as_str().as_bytes());
         hasher.update(&generation.0.to_le_bytes());

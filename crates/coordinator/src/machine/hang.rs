@@ -49,6 +49,9 @@ impl Machine {
                     in_words(phase),
                     own.as_secs_f64()
                 );
+                if let Some(member) = job.crew.of_mut(&worker) {
+                    member.hung = true;
+                }
                 self.drop_member(now, job, &worker, "hung", &reason, Some(silent));
             }
             return;

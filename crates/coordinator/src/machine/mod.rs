@@ -68,10 +68,12 @@ use self::{
 #[derive(Debug)]
 pub struct Machine {
     options: Options,
-    /// Secret; the tokens of generations are made from it.
+    /// Secret, and kept apart from the store; the tokens of generations are made from it.
     seed: [u8; 32],
     jobs: BTreeMap<JobId, Job>,
     sessions: BTreeMap<WorkerId, Session>,
+    /// Ended jobs whose members may still hold a credit: few, however many have ended.
+    fading: BTreeSet<JobId>,
     next_sequence: u64,
     last_applied: Option<Duration>,
     effects: Vec<Effect>,
@@ -82,13 +84,14 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A machine that knows no job. `seed` must be secret and new for each process.
+    /// A machine that knows no job. `seed` must be secret, and the same for as long as the state that is restored.
     pub fn new(options: Options, seed: [u8; 32]) -> Self {
         Self {
             options,
             seed,
             jobs: BTreeMap::new(),
             sessions: BTreeMap::new(),
+            fading: BTreeSet::new(),
             next_sequence: 1,
             last_applied: None,
             effects: Vec::new(),
@@ -139,6 +142,7 @@ impl Machine {
 
     /// What follows from the time and from what happened.
     fn advance(&mut self, now: Moment) {
+        self.forget_faded(now);
         self.lose_silent(now);
         self.release_drained(now);
         self.take_turns(now);
@@ -226,6 +230,7 @@ impl Machine {
             self.effects.push(Effect::StopPrepare { job: job.id.clone() });
         }
         job.phase = Phase::Ended(state);
+        self.fading.insert(job.id.clone());
         job.standing = turns::Standing::default();
         job.reason = reason.clone();
         job.ended_unix_ms = now.unix_ms;

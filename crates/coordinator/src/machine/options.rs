@@ -15,6 +15,8 @@ pub struct Options {
     pub gather: Duration,
     /// How long a member may take from `Leave` to `Left`: it finishes its micro-batch first.
     pub leave_within: Duration,
+    /// A member may be without progress for this long however short the job's steps are; see `pace`.
+    pub hang_least: Duration,
     /// How long ready workers are collected before a running generation is broken to let them join.
     pub join_gather: Duration,
     /// How far beyond the highest committed step a credit goes.
@@ -45,6 +47,7 @@ impl Default for Options {
             credit: Duration::from_secs(20),
             gather: Duration::from_secs(3),
             leave_within: Duration::from_secs(60),
+            hang_least: Duration::from_secs(10),
             join_gather: Duration::from_secs(1),
             steps_ahead: 12,
             retry_worker_after: Duration::from_secs(10),

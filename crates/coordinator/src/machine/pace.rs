@@ -8,23 +8,30 @@ const STEPS: usize = 33;
 const LEAST_STEPS: usize = 3;
 /// A member may be without progress for so many usual steps …
 const USUAL_STEPS: f64 = 3.0;
-/// … and for this long whatever the steps take.
-const LEAST: Duration = Duration::from_secs(10);
-/// A member that has not made a step yet compiles, warms up and connects. It may take so many times the slowest first
-/// step, and at least this long.
-const LEAST_COLD: Duration = Duration::from_secs(60);
-/// The same before any first step was made.
-const UNKNOWN_COLD: Duration = Duration::from_secs(600);
+/// A member that has not made a step yet compiles, warms up and connects: it may take so many times the least time of
+/// others, and before any first step was made so many times.
+const COLD: u32 = 6;
+/// See [`COLD`].
+const UNKNOWN_COLD: u32 = 60;
 
 /// What is known of a job's step times.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(crate) struct Pace {
+    /// A member may be without progress for this long whatever the steps take.
+    pub least: Duration,
     /// Seconds of the last steps.
     recent: VecDeque<f64>,
     /// Seconds of the slowest first step of a generation.
     slowest_first: f64,
     /// The deadline that people were told last.
     pub told: Option<Duration>,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        let least = super::Options::default().hang_least;
+        Self { least, recent: VecDeque::new(), slowest_first: 0.0, told: None }
+    }
 }
 
 impl Pace {
@@ -55,14 +62,14 @@ impl Pace {
 
     /// How long a member may be without progress: max(10 s, 3 × usual step). Nothing before it is learnt.
     pub fn deadline(&self) -> Option<Duration> {
-        self.usual().map(|usual| LEAST.max(Duration::from_secs_f64(USUAL_STEPS * usual)))
+        self.usual().map(|usual| self.least.max(Duration::from_secs_f64(USUAL_STEPS * usual)))
     }
 
     /// The same for a member that has not made a step in its crew yet.
     pub fn cold_deadline(&self) -> Duration {
-        let least = self.deadline().unwrap_or_default().max(LEAST_COLD);
+        let least = self.deadline().unwrap_or_default().max(self.least * COLD);
         if self.slowest_first == 0.0 {
-            return UNKNOWN_COLD.max(least);
+            return least.max(self.least * UNKNOWN_COLD);
         }
         least.max(Duration::from_secs_f64(USUAL_STEPS * self.slowest_first))
     }

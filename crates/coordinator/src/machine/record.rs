@@ -79,7 +79,8 @@ pub struct GenerationRecord {
     pub generation: Generation,
     /// By rank.
     pub members: Vec<MemberRecord>,
-    /// Authenticates the collective's connections.
+    /// Authenticates the collective's connections. Not stored: it follows from the machine's secret.
+    #[serde(skip)]
     pub token: [u8; 32],
     /// What it starts from.
     pub start: StartPoint,

@@ -83,7 +83,11 @@ impl Machine {
         job.evaluations = evaluations;
         job.checkpoints = checkpoints;
         job.events = events;
-        if let Some(generation) = record.generation {
+        if let Some(mut generation) = record.generation {
+            // It is not stored.
+            if generation.token == [0; 32] {
+                generation.token = self.token(&id, generation.generation);
+            }
             job.crew = self.crew_of(now, &generation);
             job.generation = Some(Arc::new(generation));
         }
@@ -117,7 +121,9 @@ impl Machine {
             }
             state => Phase::Ended(state),
         };
-        if !job.is_ended() {
+        if job.is_ended() {
+            self.fading.insert(id.clone());
+        } else {
             let text = format!("taken up in state {} at step {}", record.state.as_str(), job.watermark);
             self.note(now, &mut job, "coordinator_restarted", text);
             if let Some(error) = impossible {
@@ -137,7 +143,7 @@ impl Machine {
             member.progressed = now.monotonic;
             member
         };
-        Crew { members: generation.members.iter().map(member).collect() }
+        Crew::new(generation.members.iter().map(member).collect())
     }
 }
 

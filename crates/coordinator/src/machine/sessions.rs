@@ -165,7 +165,9 @@ impl Machine {
         let (attempt, newest) = (job.attempt, job.generation_number());
         let info = self.sessions.get(worker).map(|session| session.info.clone()).unwrap_or_default();
         let rank = job.crew.rank_of(worker);
-        let Some(member) = job.crew.of_mut(worker) else { return Reattached::No };
+        let Some(member) = job.crew.of_mut(worker).filter(|member| !member.hung) else {
+            return Reattached::No;
+        };
         let Some(attachment) = attachment.filter(|attachment| attachment.generation == newest) else {
             let older = attachment.is_none_or(|attachment| attachment.generation < newest);
             let missed = matches!(job.phase, Phase::Running | Phase::Leaving(_)) && !member.attached;
@@ -330,9 +332,17 @@ impl Machine {
         credit
     }
 
+    /// Of jobs that have ended, keeps those in mind in whose generation a step might still be applied.
+    pub(super) fn forget_faded(&mut self, now: Moment) {
+        let jobs = &self.jobs;
+        let fades = |job: &Job| job.is_ended() && job.crew.fence(now.monotonic).is_some();
+        self.fading.retain(|id| jobs.get(id).is_some_and(fades));
+    }
+
     /// A worker that was a member of a job that has ended, and beats without that generation, is out of it.
     fn note_absence(&mut self, worker: &WorkerId, attachment: Option<&Attachment>) {
-        for job in self.jobs.values_mut().filter(|job| job.is_ended()) {
+        for id in &self.fading {
+            let Some(job) = self.jobs.get_mut(id).filter(|job| job.is_ended()) else { continue };
             let (attempt, newest) = (job.attempt, job.generation_number());
             let still = |attachment: &Attachment| {
                 attachment.job == job.id && attachment.attempt == attempt && attachment.generation == newest

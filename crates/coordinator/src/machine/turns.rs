@@ -362,7 +362,11 @@ impl Machine {
             let _ = self.with_job(id, |machine, job| {
                 let assigned = machine.assigned_to(&job.id, job.attempt);
                 let beyond = assigned.len().saturating_sub(job.standing.share as usize);
-                let is_free = |(worker, _): &(WorkerId, u64)| !machine.is_needed(job, worker);
+                // One that may work for this job alone is of no use to the other.
+                let bound =
+                    |worker: &WorkerId| machine.sessions.get(worker).is_some_and(|of| of.info.only.is_some());
+                let is_free =
+                    |(worker, _): &(WorkerId, u64)| !machine.is_needed(job, worker) && !bound(worker);
                 let spare: Vec<WorkerId> =
                     assigned.into_iter().filter(is_free).map(|(worker, _)| worker).collect();
                 for worker in spare.iter().rev().take(beyond.min(count - recalled)) {

@@ -41,6 +41,7 @@ pub(crate) fn hello(hello: v1::Hello) -> Result<(WorkerId, WorkerInfo, Option<At
         version: hello.version,
         device: hello.device,
         address: hello.collective_address,
+        only: None,
         draining: hello.draining,
     };
     Ok((worker, info, hello.attachment.map(attachment).transpose()?))
@@ -189,10 +190,20 @@ fn timings(from: v1::StepTimings) -> Timings {
     }
 }
 
-/// What the machine tells a worker. `credit_ms` and `beat_ms` complete the welcome.
-pub(crate) fn message_out(message: Message, beat_ms: u32, credit_ms: u32) -> v1::CoordinatorMessage {
+/// What the machine does not know and a worker is told all the same.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Terms {
+    pub beat_ms: u32,
+    pub credit_ms: u32,
+    /// Whether collectives are encrypted.
+    pub encrypted: bool,
+}
+
+/// What the machine tells a worker.
+pub(crate) fn message_out(message: Message, terms: Terms) -> v1::CoordinatorMessage {
     let out = match message {
         Message::Welcome { attached } => {
+            let Terms { beat_ms, credit_ms, .. } = terms;
             Out::Welcome(v1::Welcome { beat_interval_ms: beat_ms, credit_ms, attached })
         }
         Message::BeatAck { sequence, credit } => {
@@ -222,7 +233,9 @@ pub(crate) fn message_out(message: Message, beat_ms: u32, credit_ms: u32) -> v1:
                     .collect(),
             }),
         }),
-        Message::Form { job, attempt, rank, generation } => Out::Form(form(job, attempt, rank, &generation)),
+        Message::Form { job, attempt, rank, generation } => {
+            Out::Form(v1::Form { encrypted: terms.encrypted, ..form(job, attempt, rank, &generation) })
+        }
         Message::Leave { job, attempt, generation, reason, after } => Out::Leave(v1::Leave {
             job_id: job.into(),
             attempt: attempt.0,
@@ -259,6 +272,28 @@ fn form(job: JobId, attempt: Attempt, rank: Rank, generation: &GenerationRecord)
         members: (0u32..).zip(&generation.members).map(member).collect(),
         token: generation.token.to_vec(),
         start: Some(start(&generation.start)),
+        encrypted: false,
+    }
+}
+
+/// The job that a worker's message is about.
+pub(crate) fn job_of(message: &In) -> Option<&str> {
+    match message {
+        In::Hello(hello) => hello.attachment.as_ref().map(|it| it.job_id.as_str()),
+        In::Beat(beat) => beat.attachment.as_ref().map(|it| it.job_id.as_str()),
+        In::BaseReady(message) => Some(&message.job_id),
+        In::Failure(message) => Some(&message.job_id),
+        In::Step(message) => Some(&message.job_id),
+        In::Broken(message) => Some(&message.job_id),
+        In::Left(message) => Some(&message.job_id),
+        In::Checkpoint(message) => Some(&message.job_id),
+        In::Evaluation(message) => Some(&message.job_id),
+        In::Finished(message) => Some(&message.job_id),
+        In::Logs(message) => Some(&message.job_id),
+        In::Diverged(message) => Some(&message.job_id),
+        In::BadStep(message) => Some(&message.job_id),
+        In::CheckpointFailed(message) => Some(&message.job_id),
+        In::Draining(_) | In::Goodbye(_) => None,
     }
 }
 

@@ -4,6 +4,7 @@
 //! one commit. A lock is held for as long as the store is open: a second coordinator is refused.
 //! A failed write stops the coordinator: what is not durable must not be announced.
 
+mod inline;
 mod read;
 mod schema;
 mod write;
@@ -20,12 +21,15 @@ use shanty_proto::JobId;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
+    access::TokenRecord,
     error::{Error, Result},
     machine::{
         Change, StoredJob,
         record::{EventRecord, StepRecord},
     },
 };
+
+pub use inline::Database;
 
 /// The store's file in the state folder.
 pub const FILE: &str = "coordinator.sqlite";
@@ -137,6 +141,14 @@ impl Store {
         self.query(move |connection| read::events(connection, job.as_str(), limit)).await
     }
 
+    /// All tokens that were made and not taken back.
+    ///
+    /// # Errors
+    /// As [`Store::steps`].
+    pub async fn tokens(&self) -> Result<Vec<TokenRecord>> {
+        self.query(read::tokens).await
+    }
+
     /// A job's newest log lines, oldest first; of one worker, if it is named.
     ///
     /// # Errors
@@ -237,24 +249,33 @@ fn serve(
 ) {
     let mut batch = Vec::with_capacity(BATCH);
     while queue.blocking_recv_many(&mut batch, BATCH) > 0 {
-        match commit(&mut connection, &batch) {
-            Ok(()) => {}
-            Err(source) => {
-                let error = Error::Store { action: "write", source };
-                tracing::error!(%error, "the store failed");
-                // Requests that wait are dropped with the queue, which tells them.
-                fail.send_replace(Some(error.to_string()));
-                return;
-            }
-        }
-        for request in batch.drain(..) {
-            match request {
-                Request::Changes { done: Some(done), .. } => drop(done.send(())),
-                Request::Query(query) => query(&connection),
-                Request::Changes { .. } | Request::Logs { .. } => {}
-            }
+        if !carry_out(&mut connection, &mut batch, fail) {
+            return;
         }
     }
+}
+
+/// Carries out what has queued up, in one commit; says whether the store is sound.
+fn carry_out(
+    connection: &mut Connection,
+    batch: &mut Vec<Request>,
+    fail: &watch::Sender<Option<String>>,
+) -> bool {
+    if let Err(source) = commit(connection, batch) {
+        let error = Error::Store { action: "write", source };
+        tracing::error!(%error, "the store failed");
+        // Requests that wait are dropped with the queue, which tells them.
+        fail.send_replace(Some(error.to_string()));
+        return false;
+    }
+    for request in batch.drain(..) {
+        match request {
+            Request::Changes { done: Some(done), .. } => drop(done.send(())),
+            Request::Query(query) => query(connection),
+            Request::Changes { .. } | Request::Logs { .. } => {}
+        }
+    }
+    true
 }
 
 fn commit(connection: &mut Connection, batch: &[Request]) -> rusqlite::Result<()> {

@@ -6,6 +6,7 @@ use shanty_proto::Step;
 
 use super::LogLine;
 use crate::{
+    access::TokenRecord,
     error::{Error, Result},
     machine::{
         StoredJob,
@@ -69,6 +70,10 @@ pub(super) fn jobs(connection: &Connection) -> Result<Vec<StoredJob>> {
         });
     }
     Ok(jobs)
+}
+
+pub(super) fn tokens(connection: &Connection) -> Result<Vec<TokenRecord>> {
+    records(connection, "a token", "SELECT record FROM tokens ORDER BY id", [])
 }
 
 fn last_steps(connection: &Connection, job: &str) -> Result<Vec<StepRecord>> {

@@ -82,6 +82,13 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> rusqlite::Resul
                 .execute(params![job.as_str(), json(record)])?;
             keep_newest(connection, "events", job.as_str(), 1, MOST_EVENTS)
         }
+        Change::Token(record) => connection
+            .prepare_cached("INSERT OR REPLACE INTO tokens VALUES (?1, ?2)")?
+            .execute(params![record.id.as_str(), json(record)])
+            .map(drop),
+        Change::TokenGone(id) => {
+            connection.prepare_cached("DELETE FROM tokens WHERE id = ?1")?.execute([id.as_str()]).map(drop)
+        }
         Change::Truncate(job, step) => {
             for table in ["steps", "evaluations", "checkpoints"] {
                 connection

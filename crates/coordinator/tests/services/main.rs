@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by a panic")]
 
+mod access;
 mod crew;
 
 use crew::*;
@@ -316,7 +317,7 @@ async fn health_is_served_and_beyond_loopback_must_be_asked_for() {
     server.stop().await;
 
     let elsewhere = tempfile::tempdir().unwrap();
-    let open = Options { listen: "0.0.0.0:0".parse().unwrap(), ..options(elsewhere.path()) };
+    let open = Options { listen: "0.0.0.0:0".parse().unwrap(), insecure: false, ..options(elsewhere.path()) };
     let refused = Coordinator::bind(open.clone()).await.err().unwrap();
     assert_eq!(refused.diagnostic().code, "SH0772");
     let shutdown = CancellationToken::new();

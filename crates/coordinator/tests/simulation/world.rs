@@ -38,6 +38,7 @@ pub fn options() -> Options {
         worker_tries: 3,
         total_losses: 1000,
         fruitless_generations: 1000,
+        hang_least: milliseconds(600),
         retry_pause: milliseconds(50),
         ..Options::default()
     }
@@ -52,6 +53,10 @@ pub struct Faults {
     pub break_collective: u64,
     pub restart_coordinator: u64,
     pub kill_all: u64,
+    /// A worker is asked to end.
+    pub drain: u64,
+    /// A trainer makes no progress any more, while its process beats.
+    pub hang: u64,
     /// Ticks until faults stop.
     pub until: u64,
 }
@@ -66,6 +71,8 @@ struct Disk {
 impl Disk {
     fn write(&mut self, change: Change) {
         match change {
+            // The machine knows nothing of tokens.
+            Change::Token(_) | Change::TokenGone(_) => unreachable!("{change:?}"),
             Change::Job(record) => drop(self.jobs.insert(record.id.clone(), *record)),
             Change::Watermark(job, step) => {
                 if let Some(record) = self.jobs.get_mut(&job) {

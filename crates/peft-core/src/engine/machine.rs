@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{EngineDevice, FlatPart, GradientSink, Memory, StepError, SumSink};
+use super::{EngineDevice, FlatPart, GradientSink, Memory, SharedBase, StepError, SumSink};
 use crate::{
     adapter::{AnyMethod, Branches, Fit, MethodOn, ParameterLayout, PassDropout},
     backend::{
@@ -12,10 +12,13 @@ use crate::{
     },
     batch::PackedBatch,
     error::{Error, Result},
-    model::{BaseSource, ModelConfig, decoder::Decoder, trained::Trained},
+    model::{
+        BaseSource, LoadProgress, ModelConfig, ResidentBase, decoder::Decoder, resident::plan::BasePlan,
+        trained::Trained,
+    },
     nn::rope::RopeTable,
     optim::{FlatState, FlatUpdate, Outcome, Source},
-    plan::{Arena, Levels, Sizes},
+    plan::{Arena, Levels, MemoryPlan, Sizes, products},
 };
 
 /// A backend, the method's branches, and the flat parameters where the backend can read them.
@@ -219,6 +222,15 @@ impl<B: Backend> Worker<B> {
         Ok(())
     }
 
+    /// What the last pass left where layers' inputs lie.
+    pub(super) fn boundary(&self, place: usize, tokens: usize, hidden: usize) -> Result<Vec<f32>> {
+        let memory = self.memory.as_ref().ok_or(StepError::NoState)?;
+        let mut numbers = vec![0.0; tokens * hidden];
+        self.backend.download(View::<B>::new(&memory.arena.inputs[place], tokens, hidden), &mut numbers);
+        self.backend.settle()?;
+        Ok(numbers)
+    }
+
     fn update(&mut self, update: &FlatUpdate<'_>) -> Result<Outcome> {
         let state = self.state.as_mut().ok_or(StepError::NoState)?;
         self.backend.update_flat(update, state);
@@ -248,10 +260,13 @@ impl<B: Backend> Worker<B> {
 }
 
 impl Worker<Cuda> {
-    /// The gradient and the place of its sum over members, as addresses.
-    fn flat(&mut self) -> Result<CardFlat> {
+    /// The gradient and the place of its sum over members, as addresses. The place is reserved if `reserve` is set.
+    fn flat(&mut self, reserve: bool) -> Result<CardFlat> {
         let state = self.state.as_mut().ok_or(StepError::NoState)?;
-        self.backend.flat(state)
+        if reserve {
+            state.reserve_reduced(&self.backend)?;
+        }
+        Ok(self.backend.flat(state))
     }
 }
 
@@ -266,10 +281,13 @@ impl<B: Backend> StepMemory<B> {
     ) -> Result<&'a mut Self> {
         Ok(match place {
             Some(memory) => memory,
-            None => place.insert(Self {
-                arena: Arena::new(backend, sizes, levels)?,
-                rope: RopeTable::new(backend, config, sizes.max_length)?,
-            }),
+            None => {
+                backend.prepare_products(&products(config, sizes))?;
+                place.insert(Self {
+                    arena: Arena::new(backend, sizes, levels)?,
+                    rope: RopeTable::new(backend, config, sizes.max_length)?,
+                })
+            }
         })
     }
 }
@@ -301,6 +319,40 @@ impl Machine {
         match self {
             Self::Cpu(_) => Ok(()),
             Self::Cuda(worker) => worker.backend.hold(base, embedding_stays),
+        }
+    }
+
+    /// Loads a base to where passes read it, and what it is hashed to. Until a step's memory is reserved, loading may work in
+    /// what `plan` has for it.
+    pub(crate) fn load(
+        &mut self,
+        config: &ModelConfig,
+        tensors: &BasePlan<'_>,
+        plan: &MemoryPlan,
+        threads: usize,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<(SharedBase, blake3::Hash)> {
+        Ok(match self {
+            Self::Cpu(_) => {
+                let base = ResidentBase::read(config, tensors, progress)?;
+                let hash = base.content_hash();
+                (Box::new(base), hash)
+            }
+            Self::Cuda(worker) => {
+                let cuda = &mut worker.backend;
+                let room = plan.peak_bytes() - plan.base_bytes;
+                let stays = plan.embedding_aside;
+                let (base, hash) = cuda.load_base(config, tensors, stays, threads, room, progress)?;
+                (Box::new(base), hash)
+            }
+        })
+    }
+
+    /// Waits for what was queued, and says what failed.
+    pub(crate) fn settle(&self) -> Result<()> {
+        match self {
+            Self::Cpu(worker) => worker.backend.settle(),
+            Self::Cuda(worker) => worker.backend.settle(),
         }
     }
 
@@ -337,7 +389,7 @@ impl Machine {
                 sink.ready(range, Memory::Host(gradient));
             }),
             Self::Cuda(worker) => {
-                let flat = worker.flat()?;
+                let flat = worker.flat(false)?;
                 worker.accumulate(parts, pass, &mut |range, _| sink.ready(range, Memory::Card(&flat)))
             }
         }
@@ -380,7 +432,7 @@ impl Machine {
                 Ok(Ok(()))
             }
             Self::Cuda(worker) => {
-                let flat = worker.flat()?;
+                let flat = worker.flat(true)?;
                 worker.backend.reduce_through_host(&flat, length, work)
             }
         }
@@ -390,7 +442,7 @@ impl Machine {
     pub(crate) fn flat(&mut self) -> Result<Option<CardFlat>> {
         match self {
             Self::Cpu(_) => Ok(None),
-            Self::Cuda(worker) => worker.flat().map(Some),
+            Self::Cuda(worker) => worker.flat(true).map(Some),
         }
     }
 

@@ -1,9 +1,6 @@
 //! A whole base in memory.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use half::bf16;
 use safetensors::tensor::Dtype;
@@ -13,7 +10,7 @@ use crate::{
     model::{
         base::{BaseSource, DenseView, EmbeddingView, LayerWeights, LinearWeights, Matrix},
         config::{ModelConfig, Norm, Projection},
-        weights::{ModelFiles, Tensor, TensorFile},
+        weights::{ModelFiles, Tensor, Witness},
     },
     quant::{
         Nf4Options, nf4,
@@ -21,8 +18,10 @@ use crate::{
     },
 };
 
-mod plan;
+mod hashes;
+pub(crate) mod plan;
 
+pub(crate) use hashes::Hashes;
 use plan::{BasePlan, LayerPlan, WeightPlan};
 
 /// How far loading has come.
@@ -53,9 +52,22 @@ impl MemoryUse {
     /// # Errors
     /// As [`ResidentBase::load`], but for damaged numbers.
     pub fn plan(folder: &Path, nf4: Option<Nf4Options>) -> Result<Self> {
+        Self::plan_for(folder, nf4, false)
+    }
+
+    /// As [`MemoryUse::plan`]; on a card that multiplies in bf16, matrices that are not quantised are kept as bf16.
+    ///
+    /// # Errors
+    /// As [`MemoryUse::plan`].
+    pub fn plan_for(folder: &Path, nf4: Option<Nf4Options>, half_matrices: bool) -> Result<Self> {
         let config = ModelConfig::load(folder)?;
         let files = ModelFiles::open(folder)?;
-        Ok(BasePlan::new(&files, &config, nf4)?.memory(&config))
+        Ok(BasePlan::new(&files, &config, nf4)?.memory(&config, half_matrices))
+    }
+
+    /// What the embedding takes where it is not the head as well: beside a card it can stay in host memory.
+    pub(crate) fn embedding_apart(&self) -> u64 {
+        if self.head_bytes > 0 { self.embedding_bytes as u64 } else { 0 }
     }
 
     /// All parts.
@@ -66,13 +78,26 @@ impl MemoryUse {
 
 /// An embedding or head, kept as stored.
 #[derive(Debug)]
-enum Table {
+pub(crate) enum Table {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
 }
 
 impl Table {
-    fn view(&self, columns: usize) -> EmbeddingView<'_> {
+    /// Reads a table as it is stored, or as f32.
+    pub(crate) fn read(tensor: &Tensor<'_>, witness: &mut Witness<'_>) -> Result<Self> {
+        if tensor.dtype() != Dtype::BF16 {
+            let mut numbers = vec![0.0; tensor.elements()];
+            tensor.read_f32(&mut numbers, witness)?;
+            return Ok(Self::F32(numbers));
+        }
+        let mut numbers = vec![bf16::ZERO; tensor.elements()];
+        tensor.read_bf16(&mut numbers, witness)?;
+        Ok(Self::Bf16(numbers))
+    }
+
+    /// As the layer loop takes it.
+    pub(crate) fn view(&self, columns: usize) -> EmbeddingView<'_> {
         match self {
             Self::F32(data) => EmbeddingView::from_f32(data, columns),
             Self::Bf16(data) => EmbeddingView::from_bf16(data, columns),
@@ -146,20 +171,30 @@ impl ResidentBase {
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self> {
         let config = ModelConfig::load(folder)?;
-        let mut files = ModelFiles::open(folder)?;
-        for file in over {
-            files.put_over(TensorFile::open(file, Origin::Adapter)?);
-        }
+        let files = ModelFiles::open_over(folder, over)?;
         let plan = BasePlan::new(&files, &config, nf4)?;
+        let unused = plan.unused(&files);
+        Ok(Self { unused, ..Self::read(&config, &plan, progress)? })
+    }
+
+    /// Reads what was planned; says nothing of tensors that nothing reads.
+    ///
+    /// # Errors
+    /// Unreadable, or damaged numbers.
+    pub(crate) fn read(
+        config: &ModelConfig,
+        plan: &BasePlan<'_>,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self> {
         let total_bytes = plan.tensors().iter().map(|tensor| tensor.bytes() as u64).sum();
-        let mut reader = Reader { hashers: BTreeMap::new(), done_bytes: 0, total_bytes, progress };
+        let mut reader = Reader { hashes: Hashes::default(), done_bytes: 0, total_bytes, progress };
         let embedding = reader.table(&plan.embedding)?;
         let less_one = config.norms_less_one;
         let layers = plan.layers.iter().map(|layer| reader.layer(layer, less_one)).collect::<Result<_>>()?;
         let final_norm = reader.norm(&plan.final_norm, less_one)?;
         let head = plan.head.as_ref().map(|head| reader.table(head)).transpose()?;
-        let content_hash = reader.content_hash(&config);
-        let unused = plan.unused(&files);
+        let content_hash = reader.hashes.content_hash(config);
+        let (config, unused) = (config.clone(), Vec::new());
         Ok(Self { config, layers, embedding, final_norm, head, content_hash, unused })
     }
 
@@ -197,17 +232,7 @@ impl ResidentBase {
             };
             LinearWeights { weight, bias: bias.as_deref() }
         };
-        let norm = |norm: Norm| resident.norms[norm.index()].as_slice();
-        let some = |of: Norm| Some(norm(of)).filter(|weight| !weight.is_empty());
-        LayerWeights {
-            input_norm: norm(Norm::AttentionInput),
-            query_norm: some(Norm::Query),
-            key_norm: some(Norm::Key),
-            attention_output_norm: some(Norm::AttentionOutput),
-            mlp_norm: norm(Norm::MlpInput),
-            mlp_output_norm: some(Norm::MlpOutput),
-            linears: LayerWeights::by_projection(&self.config, linear),
-        }
+        LayerWeights::of(&self.config, &resident.norms, linear)
     }
 
     /// What it takes in memory.
@@ -267,16 +292,16 @@ pub fn content_hash(folder: &Path, progress: &mut dyn FnMut(LoadProgress)) -> Re
     let plan = BasePlan::new(&files, &config, None)?;
     let tensors = plan.tensors();
     let total_bytes = tensors.iter().map(|tensor| tensor.bytes() as u64).sum();
-    let mut reader = Reader { hashers: BTreeMap::new(), done_bytes: 0, total_bytes, progress };
+    let mut reader = Reader { hashes: Hashes::default(), done_bytes: 0, total_bytes, progress };
     for tensor in &tensors {
         tensor.pieces(&mut |bytes| reader.see(tensor, bytes))?;
     }
-    Ok(reader.content_hash(&config))
+    Ok(reader.hashes.content_hash(&config))
 }
 
 /// Reads tensors once, hashing and counting what passes.
 struct Reader<'a> {
-    hashers: BTreeMap<String, blake3::Hasher>,
+    hashes: Hashes,
     done_bytes: u64,
     total_bytes: u64,
     progress: &'a mut dyn FnMut(LoadProgress),
@@ -284,29 +309,9 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn see(&mut self, tensor: &Tensor<'_>, bytes: &[u8]) {
-        match self.hashers.get_mut(tensor.name()) {
-            Some(hasher) => hasher,
-            None => {
-                let mut hasher = blake3::Hasher::new();
-                hasher.update(
-                    format!("{} {} {:?}\n", tensor.name(), tensor.stored_as(), tensor.shape()).as_bytes(),
-                );
-                self.hashers.entry(tensor.name().to_owned()).or_insert(hasher)
-            }
-        }
-        .update(bytes);
+        self.hashes.see(tensor, bytes);
         self.done_bytes += bytes.len() as u64;
         (self.progress)(LoadProgress { done_bytes: self.done_bytes, total_bytes: self.total_bytes });
-    }
-
-    /// A hash of the tensors' hashes in the order of their names, so that reading may go in any order.
-    fn content_hash(&self, config: &ModelConfig) -> blake3::Hash {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(config.essentials().as_bytes());
-        for tensor in self.hashers.values() {
-            hasher.update(tensor.finalize().as_bytes());
-        }
-        hasher.finalize()
     }
 
     fn numbers(&mut self, tensor: &Tensor<'_>) -> Result<Vec<f32>> {
@@ -316,12 +321,7 @@ impl Reader<'_> {
     }
 
     fn table(&mut self, tensor: &Tensor<'_>) -> Result<Table> {
-        if tensor.dtype() != Dtype::BF16 {
-            return Ok(Table::F32(self.numbers(tensor)?));
-        }
-        let mut numbers = vec![bf16::ZERO; tensor.elements()];
-        tensor.read_bf16(&mut numbers, &mut |bytes| self.see(tensor, bytes))?;
-        Ok(Table::Bf16(numbers))
+        Table::read(tensor, &mut |bytes| self.see(tensor, bytes))
     }
 
     /// The scale of a norm.

@@ -276,12 +276,16 @@ pub struct DoubleScales {
     pub offset: f32,
 }
 
-/// Quantises block scales, none of which is infinite or not a number.
-///
-/// The mean is summed in f64 and rounded once; bitsandbytes sums in f32, so its offset may differ in the last places.
-pub fn quantise(scales: &[f32]) -> DoubleScales {
+/// The mean of block scales, summed in f64 and rounded once; bitsandbytes sums in f32, so its offset may differ in the
+/// last places.
+pub fn mean(scales: &[f32]) -> f32 {
     let sum: f64 = scales.iter().map(|scale| f64::from(*scale)).sum();
-    let offset = (sum / scales.len().max(1) as f64) as f32;
+    (sum / scales.len().max(1) as f64) as f32
+}
+
+/// Quantises block scales, none of which is infinite or not a number.
+pub fn quantise(scales: &[f32]) -> DoubleScales {
+    let offset = mean(scales);
     let mut codes = Vec::with_capacity(scales.len());
     let mut nested = Vec::with_capacity(scales.len().div_ceil(NESTED_BLOCK));
     for block in scales.chunks(NESTED_BLOCK) {

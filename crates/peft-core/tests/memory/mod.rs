@@ -194,6 +194,7 @@ impl Setup {
             accelerated: false,
             half_activations: false,
             reduced_apart: false,
+            host_limit: None,
             embedding_bytes: 0,
         };
         let parts = EngineParts { adapter: self.adapter.clone(), request };

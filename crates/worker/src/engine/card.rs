@@ -45,6 +45,10 @@ impl StepEngine for OnCard {
         self.0.micro_batch_rows()
     }
 
+    fn card(&self) -> Option<u32> {
+        self.0.card()
+    }
+
     fn begin(&mut self, [parameters, first, second]: [&[f32]; 3]) -> Result<(), Error> {
         self.0.engine.begin(parameters, first, second).map_err(part)
     }

@@ -16,7 +16,7 @@ use super::{
 };
 
 /// Entries of the gradient in one all-reduce. Between two, a member that is to leave does.
-pub(super) const PIECE: usize = 1 << 22;
+pub(crate) const PIECE: usize = 1 << 20;
 
 /// Forward and backward over a frozen base with a trained adapter, whose parameters are one flat vector that the caller
 /// owns.
@@ -62,6 +62,11 @@ pub trait HostEngine: StepHooks {
     /// # Errors
     /// As the engine says.
     fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error>;
+
+    /// The number of the card that it computes on.
+    fn card(&self) -> Option<u32> {
+        None
+    }
 
     /// The same for a thread of its own; none where only the engine's thread can.
     fn adapter_writer(&self) -> Option<AdapterWriter> {
@@ -137,6 +142,10 @@ impl<E: HostEngine> StepEngine for OnHost<E> {
 
     fn micro_batch_rows(&self) -> usize {
         self.engine.micro_batch_rows()
+    }
+
+    fn card(&self) -> Option<u32> {
+        self.engine.card()
     }
 
     fn begin(&mut self, [parameters, first, second]: [&[f32]; 3]) -> Result<(), Error> {

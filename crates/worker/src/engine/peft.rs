@@ -32,8 +32,9 @@ impl EngineLoader for PeftEngines {
         progress: &mut dyn FnMut(f64),
     ) -> Result<Box<dyn StepEngine>, Error> {
         let spec = request.spec;
+        let on = device(request.device, spec.cluster.device)?;
         let options = EngineOptions {
-            device: device(request.device, spec.cluster.device)?,
+            device: on,
             memory_limit: [request.memory_limit_bytes, spec.train.memory_limit()].into_iter().flatten().min(),
             start: local(request.store).map(|store| store.join(START)),
             member: true,
@@ -46,6 +47,11 @@ impl EngineLoader for PeftEngines {
         .map_err(|error| Error::part(&error))?;
         let plan = engine.plan();
         tracing::info!(
+            engine_device = match engine.card() {
+                Some(_) => request.device,
+                None => "cpu",
+            },
+            card = engine.card().map(|(name, _)| name),
             memory_bytes = plan.peak_bytes(),
             host_bytes = plan.aside_bytes,
             micro_batch_rows = plan.micro_batch_rows,
@@ -67,7 +73,11 @@ impl EngineLoader for PeftEngines {
             computed_start: engine.computes_start(),
         };
         let on_card = engine.card().is_some();
-        let loaded = PeftEngine { engine, facts };
+        let card = match on {
+            EngineDevice::Cuda { index, .. } => u32::try_from(index).ok(),
+            EngineDevice::Cpu => None,
+        };
+        let loaded = PeftEngine { engine, facts, card };
         if on_card && loaded.engine.trains_resident() {
             return Ok(Box::new(OnCard(loaded)));
         }
@@ -145,6 +155,7 @@ pub fn quantization(spec: &JobSpec) -> Option<Nf4Options> {
 pub(super) struct PeftEngine {
     pub(super) engine: Engine,
     facts: Facts,
+    card: Option<u32>,
 }
 
 impl PeftEngine {
@@ -187,6 +198,10 @@ impl HostEngine for PeftEngine {
 
     fn micro_batch_rows(&self) -> usize {
         self.engine.micro_batch_rows()
+    }
+
+    fn card(&self) -> Option<u32> {
+        self.card
     }
 
     fn forward_backward(

@@ -4,9 +4,10 @@
 //! therefore handled once that beat is acknowledged. Until then it is kept, and sent again after a lost connection:
 //! reports are keyed, so a repeat does no harm.
 
-use std::{collections::VecDeque, time::Instant};
+use std::collections::VecDeque;
 
 use shanty_proto::v1::worker_message::Message;
+use tokio::time::Instant;
 
 /// More beats than this without an answer, and no further are sent: the connection is stuck.
 const MOST_OPEN_BEATS: usize = 64;

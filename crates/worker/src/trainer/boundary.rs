@@ -8,7 +8,7 @@ use tracing::info;
 
 use crate::{Error, adapter_folder, rows::hash_of_rows};
 
-use super::{Stop, check::Check, checkpoint::Ticket, keep, start, step::Generation};
+use super::{Stop, check::Check, checkpoint::Ticket, debts, keep, start, step::Generation};
 
 /// The finished adapter's folder below the store.
 const ADAPTER: &str = "adapter";
@@ -38,9 +38,11 @@ impl Generation<'_> {
             self.compared_step = applied;
         }
         if checkpoint {
+            let debts = debts::gather(&mut *self.collective, &self.job.owed)
+                .map_err(|error| start::broken(self.around, &self.formation, &error))?;
             if self.formation.rank == 0 {
                 self.around.control.set_phase(MemberPhase::Writing);
-                self.write_checkpoint(applied)?;
+                self.write_checkpoint(applied, debts)?;
             }
             self.checkpoint_step = Some(applied);
         }
@@ -96,11 +98,11 @@ impl Generation<'_> {
     }
 
     /// Copies the state and has it written off the step path, whether the write before is done or not.
-    fn write_checkpoint(&mut self, applied: u64) -> Result<(), Stop> {
+    fn write_checkpoint(&mut self, applied: u64, debts: Vec<(String, Vec<u8>)>) -> Result<(), Stop> {
         let began = Instant::now();
         let generation = self.formation.generation;
         let key = Key { attempt: self.job.plan.attempt, step: applied, generation };
-        let Some(draft) = keep::draft(self.around, self.job, key)? else { return Ok(()) };
+        let Some(draft) = keep::draft(self.around, self.job, key, debts)? else { return Ok(()) };
         let ticket = Ticket {
             job: self.job.plan.job_id.clone(),
             attempt: self.job.plan.attempt,

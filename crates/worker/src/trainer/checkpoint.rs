@@ -313,11 +313,14 @@ impl Ticket {
 
 #[cfg(test)]
 mod tests {
-    use std::{path::Path, time::Instant};
+    use std::path::Path;
 
     use shanty_checkpoint::{Key, Optimizer, State};
     use shanty_proto::v1::Attachment;
-    use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+    use tokio::{
+        sync::mpsc::{UnboundedReceiver, unbounded_channel},
+        time::Instant,
+    };
 
     use super::*;
 

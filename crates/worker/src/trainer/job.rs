@@ -25,6 +25,8 @@ pub(crate) struct Job {
     pub(crate) furthest_start: u64,
     /// The local sum of the step after the state's.
     pub(crate) sum: LocalSum,
+    /// What this worker owes to sums that travel rounded, as of the state; empty where it owes nothing.
+    pub(crate) owed: Vec<f32>,
     /// Rows of a micro-batch, as the crew agreed; 0 before the first generation.
     pub(crate) micro_batch_rows: u64,
     /// Members of the last generation.
@@ -51,6 +53,7 @@ impl Job {
             state: None,
             furthest_start: 0,
             sum: LocalSum::default(),
+            owed: Vec::new(),
             micro_batch_rows: 0,
             world_size: 1,
             evaluated_step: None,
@@ -73,6 +76,7 @@ impl Job {
 
     /// The state before the first step, which follows from the job alone.
     pub(crate) fn start_afresh(&mut self) -> Result<(), Error> {
+        self.owed.clear();
         let parameters = self.engine.initial_parameters(self.plan.spec.train.seed)?;
         let method = self.engine.method_state();
         self.sum.clear(&mut *self.engine)?;
@@ -88,6 +92,7 @@ impl Job {
         given: &Optimizer,
         method: Vec<f32>,
     ) -> Result<(), Error> {
+        self.owed.clear();
         // Should the engine fail half way, it holds none.
         self.state = None;
         self.sum.clear(&mut *self.engine)?;
@@ -105,6 +110,7 @@ impl Job {
         self.state = None;
         self.furthest_start = 0;
         self.micro_batch_rows = 0;
+        self.owed.clear();
         self.drop_sum()
     }
 }

@@ -20,6 +20,8 @@ pub(super) struct Draft {
     method: Vec<f32>,
     state: shanty_checkpoint::State,
     files: Files,
+    /// Files of what members owe to rounded sums.
+    debts: Vec<(String, Vec<u8>)>,
 }
 
 enum Files {
@@ -38,6 +40,7 @@ impl Draft {
             let bytes = self.method.iter().flat_map(|value| value.to_le_bytes());
             files.push((METHOD_STATE.to_owned(), bytes.collect()));
         }
+        files.extend(self.debts);
         Ok(Snapshot {
             job: self.job,
             key: self.key,
@@ -57,6 +60,7 @@ impl Draft {
             method: Vec::new(),
             state: snapshot.state,
             files: Files::Made(snapshot.files.into_iter().map(made).collect()),
+            debts: Vec::new(),
         }
     }
 }
@@ -67,8 +71,13 @@ pub(super) fn rule(plan: &JobPlan) -> Retention {
     Retention { newest: checkpoint.keep.max(1), best: checkpoint.keep_best }
 }
 
-/// Copies the state for a checkpoint; nothing if there is none.
-pub(super) fn draft(around: &Surroundings, job: &Job, key: Key) -> Result<Option<Draft>, Error> {
+/// Copies the state for a checkpoint; nothing if there is none. `debts` are files of what members owe to rounded sums.
+pub(super) fn draft(
+    around: &Surroundings,
+    job: &Job,
+    key: Key,
+    debts: Vec<(String, Vec<u8>)>,
+) -> Result<Option<Draft>, Error> {
     let Some(state) = &job.state else { return Ok(None) };
     let optimizer = state.to_checkpoint(&*job.engine)?;
     let files = match job.engine.adapter_writer() {
@@ -83,6 +92,7 @@ pub(super) fn draft(around: &Surroundings, job: &Job, key: Key) -> Result<Option
         optimizer,
         method: state.method.clone(),
         files,
+        debts,
         state: shanty_checkpoint::State {
             epoch: plan.epoch_after(key.step),
             world_size: job.world_size,
@@ -97,6 +107,7 @@ pub(super) fn draft(around: &Surroundings, job: &Job, key: Key) -> Result<Option
             data_hash: plan.data.hash.clone(),
             adapter_hash: job.adapter_hash.to_string(),
             shanty_version: env!("CARGO_PKG_VERSION").to_owned(),
+            loss: None,
         },
     }))
 }
@@ -135,7 +146,7 @@ fn write(around: &Surroundings, job: &Job, keep: &Keep) -> Result<shanty_checkpo
     if job.plan.job_id != keep.job_id || applied != Some(keep.step) {
         return Err(wrong(format!("it is of step {}, this worker holds {applied:?}", keep.step)));
     }
-    let draft = draft(around, job, key)?.ok_or_else(|| wrong("there is no state".to_owned()))?;
+    let draft = draft(around, job, key, Vec::new())?.ok_or_else(|| wrong("there is no state".to_owned()))?;
     let snapshot = draft.finish()?;
     let part = |error: shanty_checkpoint::Error| Error::part(&error);
     let store = Blocking::open(&job.plan.location).map_err(part)?;

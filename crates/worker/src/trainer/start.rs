@@ -8,7 +8,7 @@ use tracing::info;
 use crate::{Error, control::Interrupted, engine::missing_state, failpoint::Point};
 
 use super::{
-    Stop, Surroundings,
+    Stop, Surroundings, debts,
     formation::{Formation, Origin, Start},
     job::Job,
     state::{METHOD_STATE, State, digest_of},
@@ -57,11 +57,12 @@ pub(super) fn reach_start(
     formation: &Formation,
     collective: &mut dyn Collective,
 ) -> Result<(), Stop> {
+    let mut debts = Vec::new();
     let source = match &formation.start.from {
         Origin::Seed => 0,
         Origin::Checkpoint(path) => {
             if formation.rank == 0 {
-                job.micro_batch_rows = load(job, path)?;
+                (job.micro_batch_rows, debts) = load(job, path)?;
             }
             job.drop_sum()?;
             0
@@ -78,6 +79,8 @@ pub(super) fn reach_start(
         Origin::Checkpoint(_) => {
             let receives = |rank| rank != 0;
             transfer(around, job, formation, collective, 0, receives)?;
+            job.owed = debts::deal(collective, &debts, job.flat_length())
+                .map_err(|error| broken(around, formation, &error))?;
         }
         Origin::Members { receivers, .. } if receivers.is_empty() => {}
         Origin::Members { donor, receivers } => {
@@ -97,8 +100,8 @@ pub(super) fn reach_start(
     Ok(())
 }
 
-/// Takes the state of a checkpoint; returns its micro-batch plan.
-fn load(job: &mut Job, path: &str) -> Result<u64, Error> {
+/// Takes the state of a checkpoint; returns its micro-batch plan, and what its members owed.
+fn load(job: &mut Job, path: &str) -> Result<(u64, Vec<Vec<f32>>), Error> {
     let key: Key = path.parse().map_err(|()| Error::Protocol {
         message: "Form",
         reason: format!("`{path}` is not the name of a checkpoint"),
@@ -132,7 +135,7 @@ fn load(job: &mut Job, path: &str) -> Result<u64, Error> {
         return Err(Error::Protocol { message: "Form", reason });
     }
     job.take_state(snapshot.key.step, &snapshot.optimizer, method)?;
-    Ok(rows)
+    Ok((rows, debts::of(&snapshot)))
 }
 
 /// It was whole when it was chosen: another try chooses the one before.

@@ -17,6 +17,7 @@ const ROWS: &str = include_str!("kernels/rows.cu");
 const VECTORS: &str = include_str!("kernels/vectors.cu");
 const VIRTUAL_TOKENS: &str = include_str!("kernels/virtual_tokens.cu");
 const NF4: &str = include_str!("kernels/nf4.cu");
+const QUANTISE: &str = include_str!("kernels/quantise.cu");
 const LOW_RANK: &str = include_str!("kernels/low_rank.cu");
 const OPTIMIZER: &str = include_str!("kernels/optimizer.cu");
 const ATTENTION: &str = include_str!("kernels/attention.cu");
@@ -174,7 +175,7 @@ impl HopperTiles {
 impl Unit {
     /// Everything but attention.
     pub fn general() -> Self {
-        let parts = [COMMON, ELEMENTWISE, ROWS, VECTORS, VIRTUAL_TOKENS, NF4, LOW_RANK, OPTIMIZER];
+        let parts = [COMMON, ELEMENTWISE, ROWS, VECTORS, VIRTUAL_TOKENS, NF4, QUANTISE, LOW_RANK, OPTIMIZER];
         Self { source: parts.concat(), options: Vec::new() }
     }
 
@@ -274,16 +275,21 @@ impl Unit {
 
     /// Named by all that the code depends on but the compiler's version: a newer compiler changes speed, not sense.
     fn cache_file(&self, architecture: &str) -> Option<PathBuf> {
-        let cache = env::var_os("XDG_CACHE_HOME")
-            .map(PathBuf::from)
-            .filter(|path| path.is_absolute())
-            .or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))?;
+        let cache = cache_folder()?;
         let mut hasher = blake3::Hasher::new();
         for part in [architecture, env!("CARGO_PKG_VERSION"), &self.source, &self.options.join(" ")] {
             hasher.update(part.as_bytes()).update(b"\n");
         }
         Some(cache.join("shanty/kernels").join(format!("{}.cubin", hasher.finalize().to_hex())))
     }
+}
+
+/// Where programs keep what they can make again.
+pub(super) fn cache_folder() -> Option<PathBuf> {
+    env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute())
+        .or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))
 }
 
 // SAFETY: callers hand in a program that was compiled and is not destroyed yet.

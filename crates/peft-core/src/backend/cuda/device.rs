@@ -16,8 +16,8 @@ use cudarc::{
 };
 
 use super::{
-    DeviceError, Precision, attention::AttentionKernels, compile::Unit, libraries, memory::Numbers,
-    profile::Profile,
+    DeviceError, Precision, attention::AttentionKernels, choices::Choices, compile::Unit, libraries,
+    memory::Numbers, profile::Profile,
 };
 use crate::plan::WORKSPACE;
 
@@ -31,6 +31,8 @@ pub(super) struct Device {
     /// Copies to and from the host run here, beside the work.
     pub(super) side: sys::CUstream,
     blas: cublas::sys::cublasHandle_t,
+    /// By which algorithm large products run.
+    pub(super) choices: Choices,
     /// Where products keep sums between two kernels; work on the stream takes turns.
     pub(super) workspace: u64,
     module: sys::CUmodule,
@@ -67,6 +69,13 @@ impl Device {
         Card::find(0)?;
         libraries::nvrtc()?;
         libraries::cublas()
+    }
+
+    /// How many cards there are.
+    pub(super) fn count() -> Result<usize, DeviceError> {
+        libraries::driver()?;
+        result::init().map_err(|_| DeviceError::NoDriver)?;
+        Ok(result::device::get_count().map_err(|_| DeviceError::NoDriver)?.max(0) as usize)
     }
 
     /// Bytes of a card, and how many are free.
@@ -112,6 +121,7 @@ impl Device {
                 stream,
                 side,
                 blas,
+                choices: Choices::new(),
                 workspace,
                 module,
                 functions: Mutex::new(HashMap::new()),
@@ -268,6 +278,27 @@ impl Device {
         });
     }
 
+    /// Starts a kernel on a stream of the caller's, whose context is current.
+    ///
+    /// # Safety
+    /// `arguments` must point to what the kernel takes, in its order.
+    pub(super) unsafe fn launch_on(
+        &self,
+        stream: sys::CUstream,
+        name: &'static str,
+        blocks: usize,
+        threads: usize,
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), DeviceError> {
+        let function = self.function(name);
+        if function.is_null() {
+            return self.settle();
+        }
+        let (grid, block) = ((blocks as u32, 1, 1), (threads as u32, 1, 1));
+        // SAFETY: the caller's.
+        unsafe { result::launch_kernel(function, grid, block, 0, stream, arguments) }.map_err(call(name))
+    }
+
     /// Times every operation from now on, or no longer: an event after each, so that the times add up to the whole.
     pub(super) fn set_profiling(&self, on: bool) {
         self.attempt(|| {
@@ -320,6 +351,11 @@ impl Device {
         let size = |size: usize| i32::try_from(size).unwrap_or(i32::MAX);
         // SAFETY: the operands are matrices of the card's memory of these sizes, which views were checked for.
         self.attempt(|| {
+            // SAFETY: as below; the workspace is of that size.
+            if let Some(done) = unsafe { self.choices.multiply(product, self.workspace, self.stream) } {
+                done?;
+                return self.mark(|| format!("product {rows} x {columns} x {inner}"));
+            }
             unsafe {
                 cublas::result::gemm_ex(
                     self.blas,
@@ -362,9 +398,7 @@ struct Card {
 impl Card {
     fn find(index: usize) -> Result<Self, DeviceError> {
         use sys::CUdevice_attribute_enum as Attribute;
-        libraries::driver()?;
-        result::init().map_err(|_| DeviceError::NoDriver)?;
-        let count = result::device::get_count().map_err(|_| DeviceError::NoDriver)?.max(0) as usize;
+        let count = Device::count()?;
         if index >= count {
             return Err(DeviceError::NoSuchDevice { index, count });
         }

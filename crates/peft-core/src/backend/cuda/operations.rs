@@ -6,11 +6,14 @@ use super::{
     Aside, Cuda, CudaBatch, DeviceBuffer, DeviceMemory, Numbers, THREADS, any, attention,
     attention::{Backward, Forward, TileLists},
     base::{Table, key, table_key},
-    grid, kernel, launch, matrix, target,
+    grid, kernel, launch, matrix,
+    outgoing::Outgoing,
+    target,
 };
 use crate::{
     backend::{
-        AttentionShape, Backend, BatchRoom, LowRank, Ready, SpanStart, Use, View, ViewMut, cuda::Precision,
+        AttentionShape, Backend, BatchRoom, LowRank, PlannedProduct, Ready, SpanStart, Use, View, ViewMut,
+        cuda::Precision,
     },
     batch::PackedBatch,
     engine::GradientSink,
@@ -36,6 +39,10 @@ impl Backend for Cuda {
 
     fn allocate_batch(&self, room: BatchRoom) -> Result<CudaBatch> {
         let reserve = |bytes: usize| self.take(bytes * room.tokens, Numbers::F32);
+        let tiles = TileLists::allocate(self, room)?;
+        // Six arrays and two lists.
+        let outgoing =
+            Outgoing::new(&self.device, (4 + 4 + 8 + 16 + 4 + 4) * room.tokens + tiles.bytes(), 8)?;
         Ok(CudaBatch {
             ids: reserve(4)?,
             positions: reserve(4)?,
@@ -44,7 +51,8 @@ impl Backend for Cuda {
             predicting: reserve(4)?,
             targets: reserve(4)?,
             statistics: reserve(8 * room.heads)?,
-            tiles: TileLists::allocate(self, room)?,
+            tiles,
+            outgoing,
             span_count: 0,
             longest_queries: 0,
             longest_keys: 0,
@@ -75,6 +83,13 @@ impl Backend for Cuda {
             memory.buffer.rounded = memory.buffer.address + wide as u64;
         }
         Ok(memory)
+    }
+
+    fn prepare_products(&self, products: &[PlannedProduct]) -> Result<()> {
+        if self.device.precision != Precision::Bf16 {
+            return Ok(());
+        }
+        Ok(self.choose_products(products)?)
     }
 
     fn in_one_piece<R>(&self, build: impl FnMut() -> Result<R>) -> Result<R> {

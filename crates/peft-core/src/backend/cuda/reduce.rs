@@ -4,11 +4,12 @@
 use std::{ffi::c_void, sync::Arc};
 
 use cudarc::driver::{result, sys};
+use shanty_cuda::Span;
 
 use super::{
     Cuda, DeviceError,
     device::{Device, call},
-    memory::Pinned,
+    memory::{DeviceMemory, Pinned, Region},
 };
 use crate::{error::Result, optim::FlatState};
 
@@ -20,9 +21,24 @@ pub struct CardFlat {
     gradient: u64,
     reduced: u64,
     length: usize,
+    /// What the two lie in.
+    regions: [Option<Arc<Region>>; 2],
 }
 
 impl CardFlat {
+    /// Both as memory that somebody else may work in: the gradient, and the place of its sum. None where no
+    /// room for the sum was reserved.
+    pub fn spans(&self) -> Option<[Span; 2]> {
+        let [gradient, reduced] = &self.regions;
+        let bytes = self.length * size_of::<f32>();
+        let span = |address, region: &Option<Arc<Region>>| {
+            let region = Arc::clone(region.as_ref()?);
+            // SAFETY: the region holds the numbers, and lives as long as the span; it keeps the device, and so the stream.
+            Some(unsafe { Span::new(address, bytes, self.device.stream as u64, region) })
+        };
+        Some([span(self.gradient, gradient)?, span(self.reduced, reduced)?])
+    }
+
     /// Numbers of f32 in each.
     pub fn length(&self) -> usize {
         self.length
@@ -33,7 +49,7 @@ impl CardFlat {
         self.gradient
     }
 
-    /// Address of the first number of its sum over all members.
+    /// Address of the first number of its sum over all members; 0 where no room for it was reserved.
     pub fn reduced(&self) -> u64 {
         self.reduced
     }
@@ -72,15 +88,17 @@ pub struct Mark {
 
 // SAFETY: events may be used from any thread whose context is the card's.
 unsafe impl Send for Mark {}
+// SAFETY: as above.
+unsafe impl Sync for Mark {}
 
 impl Mark {
-    fn new(device: &Arc<Device>) -> Result<Self, DeviceError> {
+    pub(super) fn new(device: &Arc<Device>) -> Result<Self, DeviceError> {
         let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
         let event = result::event::create(flags).map_err(call("cuEventCreate"))?;
         Ok(Self { event, device: Arc::clone(device) })
     }
 
-    fn record(&self, stream: sys::CUstream) -> Result<(), DeviceError> {
+    pub(super) fn record(&self, stream: sys::CUstream) -> Result<(), DeviceError> {
         // SAFETY: stream and event live.
         unsafe { result::event::record(self.event, stream) }.map_err(call("cuEventRecord"))
     }
@@ -104,7 +122,7 @@ impl Mark {
         Ok(self.wait_here()?)
     }
 
-    fn wait_here(&self) -> Result<(), DeviceError> {
+    pub(super) fn wait_here(&self) -> Result<(), DeviceError> {
         self.device.bind()?;
         // SAFETY: the event lives.
         unsafe { result::event::synchronize(self.event) }.map_err(call("cuEventSynchronize"))
@@ -149,11 +167,12 @@ impl Pieces {
 }
 
 impl Cuda {
-    /// A state's gradient and the place of its sum, which is reserved at first.
-    pub(crate) fn flat(&self, state: &mut FlatState<Self>) -> Result<CardFlat> {
-        let reduced = state.reserve_reduced(self)?.address;
+    /// A state's gradient and the place of its sum, where there is one.
+    pub(crate) fn flat(&self, state: &FlatState<Self>) -> CardFlat {
+        let reduced = state.reduced.as_ref().map_or(0, |reduced| reduced.address);
         let (gradient, length) = (state.gradient.address, state.length);
-        Ok(CardFlat { device: Arc::clone(&self.device), gradient, reduced, length })
+        let regions = [state.gradient.region(), state.reduced.as_ref().and_then(DeviceMemory::region)];
+        CardFlat { device: Arc::clone(&self.device), gradient, reduced, length, regions }
     }
 
     /// Has `work` sum the gradient over members piece by piece: while one is summed, the next arrives and the last returns.
