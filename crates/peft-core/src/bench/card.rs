@@ -39,7 +39,7 @@ pub struct CardBenchOptions {
     pub memory_limit: Option<u64>,
     /// Keep activations or compute them again.
     pub recompute: Recompute,
-    /// Steps that go before those that are timed.
+    /// Steps that go before those that are timed. With none, that one step is all: nothing is measured by operation.
     pub warm: usize,
     /// Steps that are timed.
     pub steps: usize,
@@ -276,8 +276,10 @@ pub fn steps(options: &CardBenchOptions) -> Result<CardStep> {
     times.sort_by(f64::total_cmp);
     let seconds = times.get(times.len() / 2).copied().unwrap_or(f64::NAN);
     // Longer than the host takes to queue a step, since it takes no longer than the step.
-    let ahead = stepper.ahead((1.5 * seconds).min(2.0))?;
-    let profile = stepper.profile()?;
+    let (ahead, profile) = match options.warm {
+        0 => (f64::NAN, Vec::new()),
+        _ => (stepper.ahead((1.5 * seconds).min(2.0))?, stepper.profile()?),
+    };
     let attention = profile.iter().filter(|line| line.operation.contains("attention"));
     let attention_seconds = attention.map(|line| line.seconds).sum();
     let engine = &stepper.engine;
