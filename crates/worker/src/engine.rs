@@ -6,7 +6,7 @@ mod method;
 mod peft;
 mod virtual_tokens;
 
-use std::{ops::Range, path::Path};
+use std::{ops::Range, path::Path, sync::Arc};
 
 use shanty_config::job::JobSpec;
 use shanty_peft_core::{backend::cuda::CardFlat, optim::AdamWOptions};
@@ -14,11 +14,12 @@ use shanty_peft_core::{backend::cuda::CardFlat, optim::AdamWOptions};
 use crate::Error;
 
 pub use shanty_peft_core::{
-    GradientSink,
+    GradientSink, NoSink,
     batch::{Row, Segment},
     engine::{FlatPart, Memory, SumSink},
 };
 
+pub(crate) use host::PIECE;
 pub use host::{HostEngine, OnHost};
 pub use peft::{PeftEngines, engine_options, quantization};
 
@@ -158,6 +159,11 @@ pub trait StepEngine: StepHooks {
     /// The most rows of one micro-batch.
     fn micro_batch_rows(&self) -> usize;
 
+    /// The number of the card that it computes on.
+    fn card(&self) -> Option<u32> {
+        None
+    }
+
     /// Takes parameters and AdamW's moments in place of those it has. The sum of gradients is 0.
     ///
     /// # Shapes
@@ -229,7 +235,18 @@ pub trait StepEngine: StepHooks {
     /// # Errors
     /// As the engine says.
     fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error>;
+
+    /// The same for a thread of its own, so that no step waits for it; none where only the engine's thread can.
+    fn adapter_writer(&self) -> Option<AdapterWriter> {
+        None
+    }
 }
+
+/// The files of an adapter's folder, by name.
+pub type AdapterFiles = Vec<(String, Vec<u8>)>;
+
+/// [`StepEngine::adapter_files`] for another thread.
+pub type AdapterWriter = Arc<dyn Fn(&[f32], &[f32]) -> Result<AdapterFiles, Error> + Send + Sync>;
 
 /// A state was asked of an engine that holds none.
 pub(crate) fn missing_state() -> Error {

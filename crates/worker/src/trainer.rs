@@ -6,9 +6,15 @@
 mod boundary;
 mod check;
 mod checkpoint;
-mod formation;
+mod compare;
+mod debts;
+pub(crate) mod formation;
 mod job;
+mod keep;
+mod link;
 mod pipeline;
+mod reduction;
+mod spoilt;
 mod start;
 mod state;
 mod step;
@@ -22,7 +28,7 @@ use std::{
 
 use shanty_collective::{Collective, tcp};
 use shanty_proto::v1::{
-    Assign, BaseReady, Broken, Form, KeptSum, Leave, Left, MemberPhase, Release, WorkerFailure,
+    Assign, BaseReady, Broken, Form, Keep, KeptSum, Leave, Left, MemberPhase, Release, WorkerFailure,
     worker_message::Message,
 };
 use tokio::sync::mpsc::UnboundedSender;
@@ -55,6 +61,8 @@ pub(crate) enum Command {
     Form(Form),
     /// Take no further part in it.
     Leave(Leave),
+    /// Write a checkpoint of the state that a generation was left with.
+    Keep(Keep),
     /// The job is over.
     Release(Release),
     /// The coordinator went on without this worker.
@@ -145,10 +153,16 @@ impl Trainer {
     pub(crate) fn run(mut self) -> Result<(), Error> {
         self.around.control.set_phase(MemberPhase::Idle);
         while let Ok(command) = self.commands.recv() {
+            self.around.control.set_at_work(true);
             match command {
                 Command::Assign(assign) => self.assign(assign),
                 Command::Form(form) => self.form(form)?,
                 Command::Leave(leave) => self.leave(&leave),
+                Command::Keep(wanted) => {
+                    if let Some(job) = &mut self.job {
+                        keep::keep(&self.around, job, &wanted);
+                    }
+                }
                 Command::Release(release) => self.release(&release),
                 Command::Dropped => {
                     self.member = None;
@@ -157,6 +171,7 @@ impl Trainer {
                 }
                 Command::Close => break,
             }
+            self.around.control.set_at_work(false);
         }
         if let Some(job) = &mut self.job {
             job.checkpoints.wait();
@@ -295,7 +310,10 @@ impl Trainer {
         if member.generation != leave.generation {
             return;
         }
-        member._collective = None;
+        if leave.after_step.is_none() {
+            // Others may still be in the last collective of the step that all left after.
+            member._collective = None;
+        }
         let Some(job) = &self.job else { return };
         let (applied_step, state_hash) = match &job.state {
             Some(state) => (state.applied(), state.hash(&*job.engine)),

@@ -5,11 +5,10 @@ use std::{ffi::OsString, path::PathBuf};
 use serde_json::json;
 use shanty_config::job::Device;
 use shanty_peft_core::backend::cuda;
-use shanty_worker::supervisor::{
-    DeviceCommand, Supervisor, SupervisorOptions, ended_well, shutdown_on_signals,
-};
+use shanty_worker::supervisor::{DeviceCommand, Supervisor, SupervisorOptions, ended_well, signals};
 
 use crate::{
+    client::Identity,
     error::Error,
     failure::{CommandResult, Exit},
     job_file::all,
@@ -19,14 +18,18 @@ use crate::{
 /// Join a coordinator's crew with this machine
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
-  shanty worker --coordinator http://head:7461
-  shanty worker --coordinator http://head:7461 --bind 10.0.0.12 --threads 8
+  shanty worker
+  shanty worker --coordinator https://head:7461 --ca ca.pem --cert node-7.pem --key node-7.key --bind 10.0.0.12
+  shanty worker --coordinator https://head:7461 --ca ca.pem --token-file worker.token --threads 8
 
-It works until it is interrupted. A job that it was part of goes on without it.")]
+It works until it is interrupted, or drained: it finishes its step, hands back what it holds, and ends; a job that it was
+part of goes on without it. Interrupted again, it ends at once.")]
 pub(crate) struct Args {
-    /// The coordinator, as http://host:port
+    /// The coordinator, as https://host:port
     #[arg(long, env = "SHANTY_COORDINATOR", value_name = "URL")]
     coordinator: Option<String>,
+    #[command(flatten)]
+    identity: Identity,
     /// The worker's file
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -50,6 +53,10 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
         ("device", args.device),
         ("threads", args.threads.map(|threads| threads.to_string())),
         ("bind", args.bind),
+        ("ca", path(args.identity.ca)),
+        ("cert", path(args.identity.cert)),
+        ("key", path(args.identity.key)),
+        ("token_file", path(args.identity.token_file)),
     ];
     let overrides: Vec<(String, String)> =
         flags.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect();
@@ -67,19 +74,33 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     if let Some(advertise) = args.advertise {
         add("--advertise", advertise.into());
     }
+    // Files alone: a token that the environment holds is inherited, and stands in no argument.
+    let files = [
+        ("--ca", &worker.ca),
+        ("--cert", &worker.cert),
+        ("--key", &worker.key),
+        ("--token-file", &worker.token_file),
+    ];
+    for (flag, file) in files {
+        if let Some(file) = file {
+            add(flag, file.into());
+        }
+    }
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|source| Error::Start { what: "the runtime", source })?;
     runtime.block_on(async {
-        let shutdown = shutdown_on_signals()?;
+        let asked = signals()?;
+        let shutdown = asked.first;
         let commands = devices(worker.device).into_iter().map(|device| {
             let mut arguments = arguments.clone();
             arguments.extend(["--device".into(), device.into()]);
             DeviceCommand { program: program.clone(), arguments, environment: Vec::new() }
         });
-        let supervisor = Supervisor::spawn(SupervisorOptions::new(commands.collect()))?;
+        let options = SupervisorOptions { kill: asked.again, ..SupervisorOptions::new(commands.collect()) };
+        let supervisor = Supervisor::spawn(options)?;
         if ui.is_json() {
             ui.json(
                 &json!({ "event": "started", "coordinator": worker.coordinator, "pids": supervisor.pids() }),
@@ -99,6 +120,10 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
             Exit::Failed
         })
     })
+}
+
+fn path(path: Option<PathBuf>) -> Option<String> {
+    path.map(|path| path.display().to_string())
 }
 
 /// The devices of this machine that a worker works on, as a command line names them: its cards where the engine can use

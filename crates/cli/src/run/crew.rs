@@ -15,15 +15,20 @@ use tokio::{
     time::timeout,
 };
 
+use shanty_access::Secret;
+use shanty_config::env_vars::SHANTY_TOKEN;
+
 use crate::{error::Error, failure::CommandResult};
 
-/// How long workers may take to end by themselves: a micro-batch, and a checkpoint that is being written.
-const GRACE: Duration = Duration::from_secs(20);
+/// How long workers may take to end by themselves: a step, and a checkpoint after it.
+const GRACE: Duration = Duration::from_secs(120);
 
 /// What workers are started with.
 #[derive(Debug, Clone)]
 pub(crate) struct CrewOptions {
     pub(crate) coordinator: String,
+    /// Lets them work for this run's job, and do nothing else.
+    pub(crate) token: Secret,
     pub(crate) workers: u32,
     pub(crate) threads: usize,
     /// Workers take turns with them.
@@ -131,6 +136,8 @@ fn start(number: u32, program: &Path, logs: &Path, options: &CrewOptions) -> Com
         .args(options.memory(&device).iter().flat_map(|bytes| ["--memory".to_owned(), bytes.to_string()]))
         .arg("--log-file")
         .arg(logs.join(format!("worker-{number}.jsonl")))
+        // Not an argument: those can be read by everybody on the machine.
+        .env(SHANTY_TOKEN, options.token.expose())
         // Ctrl-C is for this process; it asks the workers itself.
         .process_group(0)
         .stdin(Stdio::piped())

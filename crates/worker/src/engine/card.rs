@@ -11,8 +11,8 @@ use shanty_peft_core::{
 use crate::Error;
 
 use super::{
-    Facts, Reducer, ReductionError, Row, StepEngine, StepHooks, StepUpdate, Sum, Total, Updated,
-    host::HostEngine, host::PIECE, peft::PeftEngine,
+    AdapterWriter, Facts, Reducer, ReductionError, Row, StepEngine, StepHooks, StepUpdate, Sum, Total,
+    Updated, host::HostEngine, host::PIECE, peft::PeftEngine,
 };
 
 /// The real engine with everything that is trained on the card that computes.
@@ -43,6 +43,10 @@ impl StepEngine for OnCard {
 
     fn micro_batch_rows(&self) -> usize {
         self.0.micro_batch_rows()
+    }
+
+    fn card(&self) -> Option<u32> {
+        self.0.card()
     }
 
     fn begin(&mut self, [parameters, first, second]: [&[f32]; 3]) -> Result<(), Error> {
@@ -100,5 +104,9 @@ impl StepEngine for OnCard {
 
     fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {
         self.0.adapter_files(parameters, state)
+    }
+
+    fn adapter_writer(&self) -> Option<AdapterWriter> {
+        self.0.adapter_writer()
     }
 }

@@ -11,11 +11,12 @@ use shanty_peft_core::{
 use crate::Error;
 
 use super::{
-    Facts, Reducer, ReductionError, Row, StepEngine, StepHooks, StepInfo, StepUpdate, Sum, Total, Updated,
+    AdapterWriter, Facts, Reducer, ReductionError, Row, StepEngine, StepHooks, StepInfo, StepUpdate, Sum,
+    Total, Updated,
 };
 
 /// Entries of the gradient in one all-reduce. Between two, a member that is to leave does.
-pub(super) const PIECE: usize = 1 << 22;
+pub(crate) const PIECE: usize = 1 << 20;
 
 /// Forward and backward over a frozen base with a trained adapter, whose parameters are one flat vector that the caller
 /// owns.
@@ -61,6 +62,16 @@ pub trait HostEngine: StepHooks {
     /// # Errors
     /// As the engine says.
     fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error>;
+
+    /// The number of the card that it computes on.
+    fn card(&self) -> Option<u32> {
+        None
+    }
+
+    /// The same for a thread of its own; none where only the engine's thread can.
+    fn adapter_writer(&self) -> Option<AdapterWriter> {
+        None
+    }
 
     /// Runs `work`, which computes on whole flat vectors, on the engine's threads.
     fn run(&self, work: &mut (dyn FnMut() + Send)) {
@@ -131,6 +142,10 @@ impl<E: HostEngine> StepEngine for OnHost<E> {
 
     fn micro_batch_rows(&self) -> usize {
         self.engine.micro_batch_rows()
+    }
+
+    fn card(&self) -> Option<u32> {
+        self.engine.card()
     }
 
     fn begin(&mut self, [parameters, first, second]: [&[f32]; 3]) -> Result<(), Error> {
@@ -221,5 +236,9 @@ impl<E: HostEngine> StepEngine for OnHost<E> {
 
     fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {
         self.engine.adapter_files(parameters, state)
+    }
+
+    fn adapter_writer(&self) -> Option<AdapterWriter> {
+        self.engine.adapter_writer()
     }
 }

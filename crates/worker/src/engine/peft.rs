@@ -1,6 +1,6 @@
 //! The real engine, of peft-core.
 
-use std::{ops::Range, path::Path};
+use std::{ops::Range, path::Path, sync::Arc};
 
 use shanty_config::job::{self, Device, JobSpec};
 use shanty_peft_core::{
@@ -14,8 +14,8 @@ use shanty_peft_core::{
 use crate::Error;
 
 use super::{
-    EngineLoader, Facts, HostEngine, LoadRequest, OnHost, Row, StepEngine, StepHooks, StepInfo, Sum,
-    card::OnCard, method::method,
+    AdapterWriter, EngineLoader, Facts, HostEngine, LoadRequest, OnHost, Row, StepEngine, StepHooks,
+    StepInfo, Sum, card::OnCard, method::method,
 };
 
 /// Where below the run's folder a start lies that is computed from the base.
@@ -32,8 +32,9 @@ impl EngineLoader for PeftEngines {
         progress: &mut dyn FnMut(f64),
     ) -> Result<Box<dyn StepEngine>, Error> {
         let spec = request.spec;
+        let on = device(request.device, spec.cluster.device)?;
         let options = EngineOptions {
-            device: device(request.device, spec.cluster.device)?,
+            device: on,
             memory_limit: [request.memory_limit_bytes, spec.train.memory_limit()].into_iter().flatten().min(),
             start: local(request.store).map(|store| store.join(START)),
             member: true,
@@ -72,7 +73,11 @@ impl EngineLoader for PeftEngines {
             computed_start: engine.computes_start(),
         };
         let on_card = engine.card().is_some();
-        let loaded = PeftEngine { engine, facts };
+        let card = match on {
+            EngineDevice::Cuda { index, .. } => u32::try_from(index).ok(),
+            EngineDevice::Cpu => None,
+        };
+        let loaded = PeftEngine { engine, facts, card };
         if on_card && loaded.engine.trains_resident() {
             return Ok(Box::new(OnCard(loaded)));
         }
@@ -150,6 +155,7 @@ pub fn quantization(spec: &JobSpec) -> Option<Nf4Options> {
 pub(super) struct PeftEngine {
     pub(super) engine: Engine,
     facts: Facts,
+    card: Option<u32>,
 }
 
 impl PeftEngine {
@@ -194,6 +200,10 @@ impl HostEngine for PeftEngine {
         self.engine.micro_batch_rows()
     }
 
+    fn card(&self) -> Option<u32> {
+        self.card
+    }
+
     fn forward_backward(
         &mut self,
         parameters: &[f32],
@@ -218,6 +228,14 @@ impl HostEngine for PeftEngine {
 
     fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {
         files::contents(self.engine.fit(), parameters, state).map_err(|error| Error::part(&error))
+    }
+
+    fn adapter_writer(&self) -> Option<AdapterWriter> {
+        // A description of the adapter, without its numbers.
+        let fit = self.engine.fit().clone();
+        Some(Arc::new(move |parameters, state| {
+            files::contents(&fit, parameters, state).map_err(|error| Error::part(&error))
+        }))
     }
 
     fn run(&self, work: &mut (dyn FnMut() + Send)) {

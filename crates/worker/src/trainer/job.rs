@@ -25,9 +25,17 @@ pub(crate) struct Job {
     pub(crate) furthest_start: u64,
     /// The local sum of the step after the state's.
     pub(crate) sum: LocalSum,
+    /// What this worker owes to sums that travel rounded, as of the state; empty where it owes nothing.
+    pub(crate) owed: Vec<f32>,
     /// Rows of a micro-batch, as the crew agreed; 0 before the first generation.
     pub(crate) micro_batch_rows: u64,
+    /// Members of the last generation.
+    pub(crate) world_size: u32,
+    /// The last evaluated step of the lineage.
+    pub(crate) evaluated_step: Option<u64>,
     pub(crate) checkpoints: Checkpoints,
+    /// The last evaluation that this worker took part in: after which step, and the mean loss.
+    pub(crate) evaluated_loss: Option<(u64, f64)>,
     /// Hash of what defines the adapter.
     pub(crate) adapter_hash: Arc<str>,
 }
@@ -45,8 +53,12 @@ impl Job {
             state: None,
             furthest_start: 0,
             sum: LocalSum::default(),
+            owed: Vec::new(),
             micro_batch_rows: 0,
+            world_size: 1,
+            evaluated_step: None,
             checkpoints: Checkpoints::default(),
+            evaluated_loss: None,
             adapter_hash,
         }
     }
@@ -64,6 +76,7 @@ impl Job {
 
     /// The state before the first step, which follows from the job alone.
     pub(crate) fn start_afresh(&mut self) -> Result<(), Error> {
+        self.owed.clear();
         let parameters = self.engine.initial_parameters(self.plan.spec.train.seed)?;
         let method = self.engine.method_state();
         self.sum.clear(&mut *self.engine)?;
@@ -79,6 +92,7 @@ impl Job {
         given: &Optimizer,
         method: Vec<f32>,
     ) -> Result<(), Error> {
+        self.owed.clear();
         // Should the engine fail half way, it holds none.
         self.state = None;
         self.sum.clear(&mut *self.engine)?;
@@ -96,6 +110,7 @@ impl Job {
         self.state = None;
         self.furthest_start = 0;
         self.micro_batch_rows = 0;
+        self.owed.clear();
         self.drop_sum()
     }
 }

@@ -8,7 +8,7 @@ use tracing::info;
 use crate::{Error, control::Interrupted, engine::missing_state, failpoint::Point};
 
 use super::{
-    Stop, Surroundings,
+    Stop, Surroundings, debts,
     formation::{Formation, Origin, Start},
     job::Job,
     state::{METHOD_STATE, State, digest_of},
@@ -57,11 +57,12 @@ pub(super) fn reach_start(
     formation: &Formation,
     collective: &mut dyn Collective,
 ) -> Result<(), Stop> {
+    let mut debts = Vec::new();
     let source = match &formation.start.from {
         Origin::Seed => 0,
         Origin::Checkpoint(path) => {
             if formation.rank == 0 {
-                job.micro_batch_rows = load(job, path)?;
+                (job.micro_batch_rows, debts) = load(job, path)?;
             }
             job.drop_sum()?;
             0
@@ -78,6 +79,8 @@ pub(super) fn reach_start(
         Origin::Checkpoint(_) => {
             let receives = |rank| rank != 0;
             transfer(around, job, formation, collective, 0, receives)?;
+            job.owed = debts::deal(collective, &debts, job.flat_length())
+                .map_err(|error| broken(around, formation, &error))?;
         }
         Origin::Members { receivers, .. } if receivers.is_empty() => {}
         Origin::Members { donor, receivers } => {
@@ -97,15 +100,15 @@ pub(super) fn reach_start(
     Ok(())
 }
 
-/// Takes the state of a checkpoint; returns its micro-batch plan.
-fn load(job: &mut Job, path: &str) -> Result<u64, Error> {
+/// Takes the state of a checkpoint; returns its micro-batch plan, and what its members owed.
+fn load(job: &mut Job, path: &str) -> Result<(u64, Vec<Vec<f32>>), Error> {
     let key: Key = path.parse().map_err(|()| Error::Protocol {
         message: "Form",
         reason: format!("`{path}` is not the name of a checkpoint"),
     })?;
     let part = |error: shanty_checkpoint::Error| Error::part(&error);
-    let store = Blocking::open(&job.plan.store.display().to_string()).map_err(part)?;
-    let manifest = store.manifest(key).map_err(part)?;
+    let store = Blocking::open(&job.plan.location).map_err(part)?;
+    let manifest = store.manifest(key).map_err(damaged)?;
     manifest
         .check(&Expectations {
             base_hash: Some(job.engine.facts().base_hash.clone()),
@@ -116,7 +119,7 @@ fn load(job: &mut Job, path: &str) -> Result<u64, Error> {
             tokenizer_hash: None,
         })
         .map_err(part)?;
-    let snapshot = store.load(&manifest).map_err(part)?;
+    let snapshot = store.load(&manifest).map_err(damaged)?;
     info!(%path, step = snapshot.key.step, "read the checkpoint");
     let rows = u64::from(snapshot.state.micro_batch_rows);
     if snapshot.optimizer.parameters.len() != job.flat_length() {
@@ -132,7 +135,18 @@ fn load(job: &mut Job, path: &str) -> Result<u64, Error> {
         return Err(Error::Protocol { message: "Form", reason });
     }
     job.take_state(snapshot.key.step, &snapshot.optimizer, method)?;
-    Ok(rows)
+    Ok((rows, debts::of(&snapshot)))
+}
+
+/// It was whole when it was chosen: another try chooses the one before.
+fn damaged(error: shanty_checkpoint::Error) -> Error {
+    let diagnostic = shanty_diagnostic::Diagnose::diagnostic(&error);
+    match error {
+        shanty_checkpoint::Error::Damaged { .. } => {
+            Error::Part(Box::new(diagnostic.kind(shanty_diagnostic::Kind::Transient)))
+        }
+        _ => Error::Part(Box::new(diagnostic)),
+    }
 }
 
 /// All members say what they are; they must be the same, and take the same micro-batches.
@@ -219,6 +233,7 @@ fn transfer(
             collective
                 .broadcast(donor, bytemuck::cast_slice_mut(chunk))
                 .map_err(|error| broken(around, formation, &error))?;
+            around.control.advance();
             around.failpoints.reach(Point::DuringStateTransfer, formation.place(step))?;
             match (&mut arriving, &job.state) {
                 (Some(parts), _) => parts[part][range].copy_from_slice(chunk),

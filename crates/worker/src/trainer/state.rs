@@ -67,16 +67,22 @@ impl State {
     pub(crate) fn digest(&self, engine: &dyn StepEngine) -> Result<blake3::Hash, Error> {
         let mut hasher = blake3::Hasher::new();
         hasher.update(&self.applied.to_le_bytes());
-        let length = engine.facts().flat_length;
-        let mut piece = vec![0.0f32; PIECE.min(length)];
         for part in IN_ENGINE {
-            for start in (0..length).step_by(PIECE) {
-                let piece = &mut piece[..PIECE.min(length - start)];
-                engine.read(part, start, piece)?;
-                hasher.update(bytemuck::cast_slice(piece));
-            }
+            hash_part(&mut hasher, engine, part)?;
         }
         hasher.update(bytemuck::cast_slice(&self.method));
+        Ok(hasher.finalize())
+    }
+
+    /// A step was passed over: it counts as applied, and nothing of it is.
+    pub(crate) fn pass_over(&mut self) {
+        self.applied += 1;
+    }
+
+    /// BLAKE3 over the bits of the adapter's parameters alone.
+    pub(crate) fn adapter_digest(&self, engine: &dyn StepEngine) -> Result<blake3::Hash, Error> {
+        let mut hasher = blake3::Hasher::new();
+        hash_part(&mut hasher, engine, FlatPart::Parameters)?;
         Ok(hasher.finalize())
     }
 
@@ -94,6 +100,17 @@ pub(crate) fn digest_of(applied: u64, parts: [&[f32]; 4]) -> blake3::Hash {
         hasher.update(bytemuck::cast_slice(part));
     }
     hasher.finalize()
+}
+
+fn hash_part(hasher: &mut blake3::Hasher, engine: &dyn StepEngine, part: FlatPart) -> Result<(), Error> {
+    let length = engine.facts().flat_length;
+    let mut piece = vec![0.0f32; PIECE.min(length)];
+    for start in (0..length).step_by(PIECE) {
+        let piece = &mut piece[..PIECE.min(length - start)];
+        engine.read(part, start, piece)?;
+        hasher.update(bytemuck::cast_slice(piece));
+    }
+    Ok(())
 }
 
 fn whole(engine: &dyn StepEngine, part: FlatPart) -> Result<Vec<f32>, Error> {
@@ -119,6 +136,13 @@ pub(crate) struct Applied {
     /// Norm of the mean gradient before it was clipped.
     pub(crate) gradient_norm: f64,
     pub(crate) learning_rate: f64,
+}
+
+impl Applied {
+    /// Of a step that was passed over.
+    pub(crate) fn nothing() -> Self {
+        Self { gradient_norm: 0.0, learning_rate: 0.0 }
+    }
 }
 
 impl Update {

@@ -5,16 +5,17 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use shanty_worker::{
     Error,
     engine::{
-        EngineLoader, Facts, GradientSink, HostEngine, LoadRequest, OnHost, Row, StepEngine, StepHooks, Sum,
+        EngineLoader, Facts, GradientSink, HostEngine, LoadRequest, OnHost, Row, StepEngine, StepHooks,
+        StepInfo, Sum,
     },
 };
 
@@ -28,13 +29,30 @@ pub struct ModelEngines {
     pub pause: Duration,
     /// A row whose loss is not a number.
     pub poisoned_row: Option<u64>,
+    /// A step whose losses are no numbers.
+    pub poisoned_step: Option<u64>,
+    /// A step whose losses are a thousand times what they should be.
+    pub spiked_step: Option<u64>,
+    /// The update of this step gets one bit wrong, as a card's memory may.
+    pub wrong_at: Option<u64>,
     /// Counts loads.
     pub loads: Arc<AtomicU64>,
+    /// When each micro-batch began.
+    pub began: Arc<Mutex<Vec<Instant>>>,
 }
 
 impl Default for ModelEngines {
     fn default() -> Self {
-        Self { micro_batch_rows: 2, pause: Duration::ZERO, poisoned_row: None, loads: Arc::default() }
+        Self {
+            micro_batch_rows: 2,
+            pause: Duration::ZERO,
+            poisoned_row: None,
+            poisoned_step: None,
+            spiked_step: None,
+            wrong_at: None,
+            loads: Arc::default(),
+            began: Arc::default(),
+        }
     }
 }
 
@@ -77,7 +95,13 @@ fn tokens(row: &Row) -> u64 {
     row.trained.iter().map(|range| u64::from(range.end - range.start)).sum()
 }
 
-impl StepHooks for ModelEngine {}
+impl StepHooks for ModelEngine {
+    fn after_step(&self, step: StepInfo, parameters: &mut [f32], _: &[f32], _: &mut [f32]) {
+        if self.settings.wrong_at == Some(step.step) {
+            parameters[3] = f32::from_bits(parameters[3].to_bits() ^ 1);
+        }
+    }
+}
 
 impl HostEngine for ModelEngine {
     fn facts(&self) -> &Facts {
@@ -102,6 +126,7 @@ impl HostEngine for ModelEngine {
         sink: &mut dyn GradientSink,
     ) -> Result<Sum, Error> {
         assert!(rows.len() <= self.settings.micro_batch_rows);
+        self.settings.began.lock().unwrap().push(Instant::now());
         std::thread::sleep(self.settings.pause);
         let mut sum = Sum::default();
         for (number, row) in rows.iter().enumerate() {
@@ -125,6 +150,12 @@ impl HostEngine for ModelEngine {
             }
         }
         sink.ready(PARAMETERS / 2..PARAMETERS, gradient);
+        if self.settings.poisoned_step == Some(step) {
+            sum.loss = f64::NAN;
+        }
+        if self.settings.spiked_step == Some(step) {
+            sum.loss *= 1000.0;
+        }
         Ok(sum)
     }
 

@@ -17,7 +17,7 @@ use super::{
 const ALIGNMENT: usize = 256;
 
 /// What a buffer holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Numbers {
     F32,
     Bf16,
@@ -56,6 +56,11 @@ pub struct DeviceMemory {
 }
 
 impl DeviceMemory {
+    /// What it lies in.
+    pub(super) fn region(&self) -> Option<Arc<Region>> {
+        self.region.clone()
+    }
+
     /// The same memory, which is given back when the last of its owners is dropped.
     pub(super) fn share(&self) -> Self {
         let buffer = DeviceBuffer { ..self.buffer };

@@ -4,11 +4,12 @@
 use std::{ffi::c_void, sync::Arc};
 
 use cudarc::driver::{result, sys};
+use shanty_cuda::Span;
 
 use super::{
     Cuda, DeviceError,
     device::{Device, call},
-    memory::Pinned,
+    memory::{DeviceMemory, Pinned, Region},
 };
 use crate::{error::Result, optim::FlatState};
 
@@ -20,9 +21,24 @@ pub struct CardFlat {
     gradient: u64,
     reduced: u64,
     length: usize,
+    /// What the two lie in.
+    regions: [Option<Arc<Region>>; 2],
 }
 
 impl CardFlat {
+    /// Both as memory that somebody else may work in: the gradient, and the place of its sum. None where no
+    /// room for the sum was reserved.
+    pub fn spans(&self) -> Option<[Span; 2]> {
+        let [gradient, reduced] = &self.regions;
+        let bytes = self.length * size_of::<f32>();
+        let span = |address, region: &Option<Arc<Region>>| {
+            let region = Arc::clone(region.as_ref()?);
+            // SAFETY: the region holds the numbers, and lives as long as the span; it keeps the device, and so the stream.
+            Some(unsafe { Span::new(address, bytes, self.device.stream as u64, region) })
+        };
+        Some([span(self.gradient, gradient)?, span(self.reduced, reduced)?])
+    }
+
     /// Numbers of f32 in each.
     pub fn length(&self) -> usize {
         self.length
@@ -155,7 +171,8 @@ impl Cuda {
     pub(crate) fn flat(&self, state: &FlatState<Self>) -> CardFlat {
         let reduced = state.reduced.as_ref().map_or(0, |reduced| reduced.address);
         let (gradient, length) = (state.gradient.address, state.length);
-        CardFlat { device: Arc::clone(&self.device), gradient, reduced, length }
+        let regions = [state.gradient.region(), state.reduced.as_ref().and_then(DeviceMemory::region)];
+        CardFlat { device: Arc::clone(&self.device), gradient, reduced, length, regions }
     }
 
     /// Has `work` sum the gradient over members piece by piece: while one is summed, the next arrives and the last returns.
