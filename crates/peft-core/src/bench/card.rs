@@ -285,7 +285,10 @@ pub fn steps(options: &CardBenchOptions) -> Result<CardStep> {
     let engine = &stepper.engine;
     let (card, peak) = engine.card().map_or((String::new(), 0), |(name, peak)| (name.to_owned(), peak));
     let (total, free) = crate::backend::cuda::memory_bytes(options.index).unwrap_or((0, 0));
-    let flops = model_flops(engine.config(), options.rows, options.length);
+    let sample = options.sample.unwrap_or(options.length).min(options.length);
+    // Attention ends at a sample's end: so many samples as fill the rows.
+    let samples = (options.rows * options.length) as f64 / sample as f64;
+    let flops = samples * model_flops(engine.config(), 1, sample);
     let trained: u64 = stepper.rows.iter().map(Row::trained_tokens).sum();
     Ok(CardStep {
         card,
