@@ -72,7 +72,7 @@ fn local(file: &JobFile, options: &LocalOptions, ui: &Ui) -> CommandResult<Exit>
 }
 
 async fn remote(coordinator: &str, job: &str, detach: bool, ui: &Ui) -> CommandResult<Exit> {
-    let target = Target { coordinator: Some(coordinator.to_owned()), store: None };
+    let target = Target { coordinator: Some(coordinator.to_owned()), ..Target::default() };
     let (connection, job_id) = target.connect_for(job).await?;
     let client = connection.client;
     let before = client.job_status(&job_id).await?;
