@@ -1,6 +1,5 @@
 //! Workers with the real coordinator, over the wire and with its state on disk.
 
-#![expect(clippy::print_stdout, reason = "a figure for the record")]
 #![expect(clippy::unwrap_used, reason = "what fails here fails its test")]
 
 mod common;
