@@ -38,7 +38,7 @@ pub fn options() -> Options {
         worker_tries: 3,
         total_losses: 1000,
         fruitless_generations: 1000,
-        hang_least: milliseconds(600),
+        hang_least: milliseconds(300),
         retry_pause: milliseconds(50),
         ..Options::default()
     }
