@@ -231,18 +231,18 @@ impl Control {
         inner.interrupted_at = None;
     }
 
-    /// The trainer is about to make a step.
+    /// The trainer is about to make a step; says whether it is to be made, as the generation may be left before it.
     ///
     /// # Errors
-    /// [`Interrupted`] if the generation is left, or is left before this step.
-    pub(crate) fn begin_step(&self, generation: u64, step: u64) -> Result<(), Interrupted> {
+    /// [`Interrupted`] if the generation is left already.
+    pub(crate) fn begin_step(&self, generation: u64, step: u64) -> Result<bool, Interrupted> {
         match &mut self.lock().membership {
             Some(membership) if membership.is_active(generation) => {
                 if membership.stop_after.is_some_and(|last| step > last) {
-                    return Err(Interrupted);
+                    return Ok(false);
                 }
                 membership.step = step;
-                Ok(())
+                Ok(true)
             }
             _ => Err(Interrupted),
         }
@@ -443,17 +443,18 @@ mod tests {
     fn leaving_after_a_step_lets_that_step_be_made_and_no_later_one() {
         let control = member(1);
         let (abort, _) = control.handles(1).unwrap();
-        assert!(control.begin_step(1, 4).is_ok());
+        assert_eq!(control.begin_step(1, 4), Ok(true));
         control.leave_after(1, 5, "somebody joins");
-        assert!(control.begin_step(1, 5).is_ok());
+        assert_eq!(control.begin_step(1, 5), Ok(true));
         assert!(!abort.is_aborted(), "the step goes on");
-        assert_eq!(control.begin_step(1, 6), Err(Interrupted));
+        assert_eq!(control.begin_step(1, 6), Ok(false));
         // Heard too late: the step after it is under way, and the others do not make it.
         let late = member(2);
         let (abort, _) = late.handles(2).unwrap();
-        assert!(late.begin_step(2, 6).is_ok());
+        assert_eq!(late.begin_step(2, 6), Ok(true));
         late.leave_after(2, 5, "somebody joins");
         assert!(abort.is_aborted());
+        assert_eq!(late.begin_step(2, 7), Err(Interrupted));
     }
 
     #[test]

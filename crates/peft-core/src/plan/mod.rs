@@ -6,6 +6,7 @@
 
 mod arena;
 mod levels;
+mod products;
 mod sizes;
 
 use serde::{Deserialize, Serialize};
@@ -17,6 +18,7 @@ pub use arena::{
     two,
 };
 pub use levels::{Level, Levels};
+pub use products::products;
 pub use sizes::Sizes;
 pub(crate) use sizes::WORKSPACE;
 
