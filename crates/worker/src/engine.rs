@@ -10,6 +10,8 @@ use shanty_config::job::JobSpec;
 
 use crate::Error;
 
+use shanty_peft_core::model::{ShardPart, ShardedBase};
+
 pub use shanty_peft_core::batch::{Row, Segment};
 
 pub use peft::{PeftEngines, engine_options, quantization};
@@ -111,6 +113,27 @@ pub trait StepEngine: StepHooks {
     /// As the engine says.
     fn evaluate(&mut self, parameters: &[f32], rows: &[Row]) -> Result<Sum, Error>;
 
+    /// The base, where this worker holds but a part of it.
+    fn shared_base(&mut self) -> Option<&mut ShardedBase> {
+        None
+    }
+
+    /// Takes note of the hash of a base that its members agreed on.
+    fn agree_on_base(&mut self, _hash: blake3::Hash) {}
+
+    /// Whether [`Self::initial_parameters`] reads layers of the base: where that is shared, its members must make them together.
+    fn start_reads_base(&self) -> bool {
+        false
+    }
+
+    /// Gathers the layers of a micro-batch of which only others, who share the base, have rows.
+    ///
+    /// # Errors
+    /// As the engine says.
+    fn keep_company(&mut self, _training: bool) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// The files of a finished adapter's folder, as PEFT lays them out: name and content. `state` is what
     /// [`StepHooks::after_step`] made of [`StepHooks::method_state`].
     ///
@@ -134,6 +157,8 @@ pub struct LoadRequest<'a> {
     pub steps: u64,
     /// The folder of the run.
     pub store: &'a Path,
+    /// The part of the base that this worker is to hold, where several share one.
+    pub part: Option<ShardPart>,
 }
 
 /// Loads engines.

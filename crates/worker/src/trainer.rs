@@ -9,6 +9,7 @@ mod checkpoint;
 mod formation;
 mod job;
 mod pipeline;
+mod shard;
 mod start;
 mod state;
 mod step;
@@ -20,7 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use shanty_collective::{Collective, tcp};
+use shanty_collective::tcp;
 use shanty_proto::v1::{
     Assign, BaseReady, Broken, Form, KeptSum, Leave, Left, MemberPhase, Release, WorkerFailure,
     worker_message::Message,
@@ -40,7 +41,7 @@ use crate::{
 
 use formation::Formation;
 use job::Job;
-use step::Generation;
+use step::{Generation, Links};
 
 /// How long a failed collective waits for the coordinator to say why, before the worker says that it broke: the
 /// coordinator notices a lost member as well, and its reason is better than "connection reset".
@@ -116,8 +117,8 @@ struct Member {
     job_id: String,
     attempt: u32,
     generation: u64,
-    /// Kept open after the last step until the generation is over.
-    _collective: Option<Box<dyn Collective>>,
+    /// Kept after the last step until the generation is over.
+    links: Option<Links>,
 }
 
 /// The trainer.
@@ -196,6 +197,7 @@ impl Trainer {
         let plan = JobPlan::new(assign)?;
         if let Some(job) = &mut self.job
             && job.plan.needs_same_engine(&plan)
+            && job.plan.part == plan.part
         {
             if job.plan.attempt != plan.attempt {
                 job.forget_state();
@@ -204,6 +206,10 @@ impl Trainer {
             job.plan = plan;
             return Ok(());
         }
+        // Another part of the same base: adapter and optimizer stay.
+        let same_attempt =
+            |job: &&mut Job| job.plan.needs_same_engine(&plan) && job.plan.attempt == plan.attempt;
+        let carried = self.job.as_mut().filter(same_attempt).and_then(Job::take_state);
         self.drop_job();
         self.around.control.set_phase(MemberPhase::Loading);
         info!(job = %plan.job_id, base = %plan.spec.base.model.display(), "loading the base");
@@ -217,6 +223,7 @@ impl Trainer {
             memory_limit_bytes: self.around.memory_limit_bytes,
             steps: plan.steps(),
             store: &plan.store,
+            part: plan.part,
         };
         let mut told = 0;
         let engine = self.loader.load(request, &mut |share| {
@@ -226,7 +233,12 @@ impl Trainer {
                 info!(percent = quarters * 25, "loading the base");
             }
         })?;
-        self.job = Some(Job::new(plan, engine, row_log));
+        let mut job = Job::new(plan, engine, row_log);
+        if let Some(carried) = carried {
+            self.around.control.set_applied(carried.applied());
+            job.carry(carried);
+        }
+        self.job = Some(job);
         Ok(())
     }
 
@@ -235,15 +247,15 @@ impl Trainer {
         self.member = None;
         let taken_part = self.take_part(form);
         let stop = match taken_part {
-            Ok(collective) => {
+            Ok(links) => {
                 self.around.control.set_phase(MemberPhase::Waiting);
-                self.member = Some(Member { job_id, attempt, generation, _collective: Some(collective) });
+                self.member = Some(Member { job_id, attempt, generation, links: Some(links) });
                 return Ok(());
             }
             Err(stop) => stop,
         };
         self.around.control.set_phase(MemberPhase::Waiting);
-        self.member = Some(Member { job_id: job_id.clone(), attempt, generation, _collective: None });
+        self.member = Some(Member { job_id: job_id.clone(), attempt, generation, links: None });
         match stop {
             Stop::Interrupted => {}
             Stop::Broken(reason) => self.tell_broken(job_id, attempt, generation, reason),
@@ -264,7 +276,7 @@ impl Trainer {
         Ok(())
     }
 
-    fn take_part(&mut self, form: Form) -> Result<Box<dyn Collective>, Stop> {
+    fn take_part(&mut self, form: Form) -> Result<Links, Stop> {
         let Some(job) = &mut self.job else {
             let reason = "no base is loaded".to_owned();
             return Err(Error::Protocol { message: "Form", reason }.into());
@@ -294,7 +306,7 @@ impl Trainer {
         if member.generation != leave.generation {
             return;
         }
-        member._collective = None;
+        member.links = None;
         let Some(job) = &self.job else { return };
         let (applied_step, state_hash) = match &job.state {
             Some(state) => (state.applied(), state.hash()),

@@ -47,6 +47,11 @@ struct Stage {
 
 impl Stage {
     async fn set(workers: u32, steps: u64) -> Self {
+        Self::set_sharing(workers, steps, "replicate".into()).await
+    }
+
+    /// With `shard` as the job file has it.
+    async fn set_sharing(workers: u32, steps: u64, shard: serde_json::Value) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let (train, eval) = (folder.path().join("train.jsonl"), folder.path().join("eval.jsonl"));
         let line = |number: usize| {
@@ -74,7 +79,7 @@ impl Stage {
         let (address, stop, serving) = serve(folder.path(), SocketAddr::from(([127, 0, 0, 1], 0))).await;
 
         let spec = serde_json::json!({
-            "name": "stage", "base": {"model": examples().join("tiny-llama-14m")},
+            "name": "stage", "base": {"model": examples().join("tiny-llama-14m"), "shard": shard},
             "adapter": {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
             "data": {"train": train, "eval": options.eval, "max_length": 32, "packing": false},
             "train": {
@@ -142,6 +147,18 @@ impl Stage {
         (&mut self.serving).await.unwrap();
         tokio::time::sleep(pause).await;
         (self.address, self.stop, self.serving) = serve(self.folder.path(), self.address).await;
+    }
+
+    /// The bits of each step's loss.
+    async fn losses(&self) -> Vec<u64> {
+        let mut client = StatusServiceClient::connect(format!("http://{}", self.address)).await.unwrap();
+        let request = ListStepsRequest { job_id: self.job.clone(), from_step: 0, limit: 0 };
+        let steps = client.list_steps(request).await.unwrap().into_inner().steps;
+        steps.iter().map(|record| record.loss.to_bits()).collect()
+    }
+
+    fn adapter(&self) -> Vec<u8> {
+        std::fs::read(self.store().join("adapter/adapter_model.safetensors")).unwrap()
     }
 
     async fn recorded_steps(&self) -> Vec<u64> {
@@ -249,4 +266,80 @@ async fn the_real_engine_trains_a_real_base_on_two_workers() {
         .map(|file| file.unwrap().file_name().to_string_lossy().into_owned())
         .collect();
     assert_eq!(files.into_iter().collect::<Vec<_>>(), ["adapter_config.json", "adapter_model.safetensors"]);
+}
+
+/// The same four ranks, the same rows: whether each has the base or two or four share it, losses and adapter are the same bits.
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_that_share_a_base_train_the_bits_of_those_that_do_not() {
+    let mut results = Vec::new();
+    for shard in [serde_json::json!("replicate"), 2.into(), 4.into()] {
+        let stage = Stage::set_sharing(4, 6, shard).await;
+        let crew = stage.hire(4, &PeftEngines, &Failpoints::none());
+        let status = stage.until_it_ends().await;
+        crew.dismiss().await;
+        assert_eq!(status.state(), JobState::Succeeded, "{status:#?}");
+        stage.prove_exactly_once();
+        let evaluations: Vec<u64> = status.evaluations.iter().map(|one| one.loss.to_bits()).collect();
+        results.push((stage.losses().await, evaluations, stage.adapter()));
+    }
+    assert_eq!(results[0].0.len(), 6);
+    for shared in &results[1..] {
+        assert!(*shared == results[0], "{:?} instead of {:?}", shared.0, results[0].0);
+    }
+}
+
+/// Loads real engines, and counts them.
+#[derive(Clone, Default)]
+struct Counted(std::sync::Arc<std::sync::Mutex<Vec<usize>>>);
+
+impl EngineLoader for Counted {
+    fn load(
+        &self,
+        request: shanty_worker::engine::LoadRequest<'_>,
+        progress: &mut dyn FnMut(f64),
+    ) -> Result<Box<dyn shanty_worker::engine::StepEngine>, shanty_worker::Error> {
+        self.0.lock().unwrap().extend(request.part.map(|part| part.part));
+        PeftEngines.load(request, progress)
+    }
+}
+
+/// A member of one of two groups is killed in the middle of a micro-batch. The other group goes on; who comes in its place loads its
+/// part, and nobody else loads anything.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_that_loses_a_member_gets_the_missing_part_and_nothing_else() {
+    let stage = Stage::set_sharing(4, 60, 2.into()).await;
+    let engines = Counted::default();
+    let mut crew = stage.hire(4, &engines, &deadly("mid_backward@step=3,rank=3,generation=1"));
+    let lost = |status: &JobStatus| status.events.iter().any(|event| event.kind == "member_lost");
+    let status =
+        stage.until("a member is lost and two go on", |status| lost(status) && status.step >= 3).await;
+    assert_eq!(status.state(), JobState::Running, "{status:#?}");
+    crew.hire_at(&format!("http://{}", stage.address), 9, Box::new(engines.clone()), Failpoints::none());
+    stage.until("four again", |status| status.generation >= 3 && status.members.len() == 4).await;
+    let status = stage.until_it_ends().await;
+    crew.dismiss().await;
+    assert_eq!(status.state(), JobState::Succeeded, "{status:#?}");
+    let mut loaded = engines.0.lock().unwrap().clone();
+    assert_eq!(loaded.pop(), Some(1), "the part of rank 3");
+    loaded.sort_unstable();
+    assert_eq!(loaded, [0, 0, 1, 1]);
+    assert_eq!(status.ledger.unwrap().duplicates, 0);
+    assert_eq!(stage.recorded_steps().await, (1..=60).collect::<Vec<_>>());
+    stage.prove_exactly_once();
+}
+
+/// Both members that hold part 1 die: one of those that are left takes it on, and keeps adapter and optimizer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_survivor_takes_on_the_missing_part_and_keeps_its_state() {
+    let stage = Stage::set_sharing(4, 8, 2.into()).await;
+    let engines = Counted::default();
+    let deadly = deadly("mid_backward@step=3,rank=3,generation=1;mid_backward@step=3,rank=1,generation=1");
+    let crew = stage.hire(4, &engines, &deadly);
+    let status = stage.until_it_ends().await;
+    crew.dismiss().await;
+    assert_eq!(status.state(), JobState::Succeeded, "{status:#?}");
+    assert_eq!(engines.0.lock().unwrap().len(), 5, "one worker loaded one more part");
+    assert_eq!(stage.recorded_steps().await, (1..=8).collect::<Vec<_>>());
+    assert_eq!(status.ledger.unwrap().recomputed, 0, "no step was lost");
+    stage.prove_exactly_once();
 }

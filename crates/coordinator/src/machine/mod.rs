@@ -19,6 +19,7 @@ pub mod record;
 mod reports;
 mod restore;
 mod sessions;
+mod shard;
 mod users;
 mod view;
 
@@ -131,6 +132,7 @@ impl Machine {
                 machine.let_join(now, job);
                 machine.try_form(now, job);
                 machine.assign(now, job);
+                machine.level_parts(job);
             });
         }
     }

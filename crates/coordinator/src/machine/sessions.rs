@@ -22,6 +22,8 @@ pub(crate) struct Session {
     pub phase: MemberPhase,
     /// The job whose base it was asked to load.
     pub assigned: Option<(JobId, Attempt)>,
+    /// The part of that base that it loads, where several workers share one; else 0.
+    pub part: u32,
     /// Since when that base is loaded.
     pub ready_since: Option<Duration>,
     /// Passing failures, and of which attempt.
@@ -90,6 +92,7 @@ impl Machine {
             last_heard: now.monotonic,
             phase: MemberPhase::Idle,
             assigned: None,
+            part: 0,
             ready_since: None,
             failures: None,
             unfit_until: Duration::ZERO,
@@ -133,6 +136,7 @@ impl Machine {
             if !matches!(outcome, Reattached::No | Reattached::WithoutState { .. }) {
                 let session = machine.sessions.get_mut(worker).expect("it was just inserted");
                 session.assigned = Some((job.id.clone(), job.attempt));
+                session.part = job.crew.rank_of(worker).map_or(0, |rank| rank.0 % job.parts() as u32);
                 session.ready_since = Some(now.monotonic);
                 machine.changed.insert(job.id.clone());
             }

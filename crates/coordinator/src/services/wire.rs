@@ -172,10 +172,11 @@ pub(crate) fn message_out(message: Message, beat_ms: u32, credit_ms: u32) -> v1:
                 .map(|(generation, up_to)| v1::Credit { generation: generation.0, up_to_step: up_to.0 });
             Out::BeatAck(v1::BeatAck { sequence, credit })
         }
-        Message::Assign { job, attempt, spec_json, facts, steps } => Out::Assign(v1::Assign {
+        Message::Assign { job, attempt, spec_json, facts, steps, part } => Out::Assign(v1::Assign {
             job_id: job.into(),
             attempt: attempt.0,
             spec_json: spec_json.to_string(),
+            shard_part: part,
             data: Some(v1::DataSummary {
                 hash: facts.hash,
                 train_rows: facts.train_rows,

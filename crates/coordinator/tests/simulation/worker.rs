@@ -59,6 +59,8 @@ pub struct Worker {
     pub inbox: VecDeque<(u64, Message)>,
     pub outbox: VecDeque<(u64, Said)>,
     pub assigned: Option<(JobId, Attempt, u64)>,
+    /// The part of a shared base that it was asked to load.
+    pub part: Option<u32>,
     pub load_until: u64,
     pub ready_said: bool,
     pub state: State,
@@ -85,6 +87,7 @@ impl Worker {
             inbox: VecDeque::new(),
             outbox: VecDeque::new(),
             assigned: None,
+            part: None,
             load_until: 0,
             ready_said: false,
             state: State::default(),
@@ -180,8 +183,9 @@ impl Worker {
                     self.credit = Some((generation.0, up_to.0, sent + credit_ms));
                 }
             }
-            Message::Assign { job, attempt, steps, .. } => {
+            Message::Assign { job, attempt, steps, part, .. } => {
                 self.drop_membership();
+                self.part = part;
                 self.assigned = Some((job, attempt, steps.0));
                 self.load_until = now + load;
                 self.ready_said = false;

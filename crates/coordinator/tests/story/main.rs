@@ -6,4 +6,5 @@ mod breaks;
 mod forming;
 mod jobs;
 mod restarts;
+mod shared;
 mod stage;

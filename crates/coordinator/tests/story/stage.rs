@@ -75,6 +75,24 @@ impl Stage {
         stage
     }
 
+    /// A job whose workers share a base in so many parts.
+    pub fn shared(parts: u32, min: u32, max: u32, steps: u64) -> Self {
+        let mut stage = Self::empty();
+        let mut spec = spec("pirate", min, max, steps);
+        spec["base"]["shard"] = parts.into();
+        stage.submit("request", &spec).unwrap();
+        stage.prepared("pirate");
+        stage
+    }
+
+    /// The part of a base that the last event asked a worker to load.
+    pub fn asked_for_part(&self, name: &str) -> Option<u32> {
+        self.told(name).into_iter().find_map(|message| match message {
+            Message::Assign { part, .. } => part,
+            _ => None,
+        })
+    }
+
     /// A job in its first generation, with these workers by rank.
     pub fn running(min: u32, max: u32, steps: u64, workers: &[&str]) -> Self {
         let mut stage = Self::with_job(min, max, steps);

@@ -1,11 +1,11 @@
 //! From a base's folder to an engine, or to what an engine would take.
 
-use super::{Engine, EngineDevice, EngineOptions, Machine, prepared::Prepared};
+use super::{Engine, EngineDevice, EngineOptions, Machine, SharedBase, prepared::Prepared};
 use crate::{
     adapter::{Fit, SharedMethod},
     backend::cuda::{self, Precision},
-    error::Result,
-    model::{BaseSource, LoadProgress, MemoryUse, ModelConfig, ResidentBase},
+    error::{Error, Result},
+    model::{LoadProgress, MemoryUse, ModelConfig, ResidentBase, ShardPart, ShardedBase},
     plan::{MemoryPlan, PlanRequest, Sizes},
 };
 
@@ -20,6 +20,32 @@ pub struct Estimate {
     pub plan: MemoryPlan,
     /// The base's memory by part.
     pub base: MemoryUse,
+    /// What the plan may take.
+    pub limit_bytes: u64,
+}
+
+/// A base, what it takes, and its hash where it is known.
+struct Loaded {
+    base: SharedBase,
+    memory: MemoryUse,
+    hash: Option<blake3::Hash>,
+}
+
+impl Loaded {
+    fn of(
+        options: &EngineOptions,
+        over: &[std::path::PathBuf],
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self> {
+        let (folder, nf4) = (&options.base, options.quantization);
+        let Some(part) = options.shard else {
+            let base = ResidentBase::load_over(folder, over, nf4, progress)?;
+            let (memory, hash) = (base.memory(), Some(base.content_hash()));
+            return Ok(Self { base: Box::new(base), memory, hash });
+        };
+        let base = ShardedBase::load(folder, over, nf4, part, progress)?;
+        Ok(Self { memory: base.planned_memory(), base: Box::new(base), hash: None })
+    }
 }
 
 impl Engine {
@@ -31,25 +57,27 @@ impl Engine {
     pub fn load(options: EngineOptions, progress: &mut dyn FnMut(LoadProgress)) -> Result<Self> {
         // What can be wrong with the adapter is said before the base is read.
         let config = ModelConfig::load(&options.base)?;
+        options.check_shard()?;
         let mut fit = fit(&config, options.adapter.as_ref())?;
         // So is what is wrong with the device.
         let machine = Machine::open(options.device, options.threads)?;
         let prepared = Prepared::open(&options, &fit, &config)?;
         let over = prepared.as_ref().map_or(&[][..], Prepared::files);
-        let base = ResidentBase::load_over(&options.base, over, options.quantization, progress)?;
+        let loaded = Loaded::of(&options, over, progress)?;
         if let Some(prepared) = &prepared {
             fit.set_start(prepared.parameters(fit.layout())?);
         }
+        let Loaded { base, memory, hash } = loaded;
         let request = PlanRequest {
-            base_bytes: base.memory().total_bytes() as u64,
+            base_bytes: memory.total_bytes() as u64,
             dequantised: options.quantization.is_some() || base.config().stored_nf4,
             head_widened: base.head().as_f32().is_none() && options.widens_head(),
             ..options.request()
         };
-        let hash = base.content_hash();
-        let mut engine = Self::on(machine, Box::new(base), fit, request)?;
-        engine.base_hash = Some(hash);
-        engine.fit.on_base(hash);
+        let mut engine = Self::on(machine, base, fit, request)?;
+        if let Some(hash) = hash {
+            engine.set_base_hash(hash);
+        }
         Ok(engine)
     }
 
@@ -60,7 +88,12 @@ impl Engine {
     pub fn estimate(options: &EngineOptions) -> Result<Estimate> {
         let config = ModelConfig::load(&options.base)?;
         let fit = fit(&config, options.adapter.as_ref())?;
-        let base = MemoryUse::plan(&options.base, options.quantization)?;
+        let base = match options.shard {
+            None => MemoryUse::plan(&options.base, options.quantization)?,
+            Some(ShardPart { parts, .. }) => {
+                MemoryUse::plan_sharded(&options.base, options.quantization, parts)?
+            }
+        };
         let head_bytes = if base.head_bytes > 0 { base.head_bytes } else { base.embedding_bytes };
         let mut request = PlanRequest {
             base_bytes: base.total_bytes() as u64,
@@ -80,11 +113,20 @@ impl Engine {
         }
         let sizes = |tokens| Sizes::of(&config, &fit, tokens, request.max_length, &request);
         let plan = MemoryPlan::choose(sizes, &request);
-        Ok(Estimate { config, fit, plan, base })
+        let limit_bytes = request.limit();
+        Ok(Estimate { config, fit, plan, base, limit_bytes })
     }
 }
 
 impl EngineOptions {
+    /// Refuses what a shared base cannot be used for.
+    pub(super) fn check_shard(&self) -> Result<()> {
+        match self.device {
+            EngineDevice::Cuda { .. } if self.shard.is_some() => Err(Error::ShardOnCard),
+            _ => Ok(()),
+        }
+    }
+
     fn dropout(&self) -> f32 {
         self.adapter.as_ref().map_or(0.0, |method| method.dropout())
     }

@@ -10,7 +10,11 @@ use crate::{
     },
     batch::PackedBatch,
     error::{Error, Result},
-    model::{BaseSource, ModelConfig, decoder::Decoder, trained::Trained},
+    model::{
+        BaseSource, ModelConfig,
+        decoder::{Decoder, accompany},
+        trained::Trained,
+    },
     nn::rope::RopeTable,
     optim::{FlatState, FlatUpdate, Outcome},
     plan::{Arena, Levels, Sizes},
@@ -115,6 +119,7 @@ impl<B: Backend> Worker<B> {
         };
         let loss = backend.run(|| {
             if predicting == 0 {
+                accompany(&mut *decoder.base, config.layers, learning.then_some(layout))?;
                 if let Some((gradient, sink)) = training {
                     sink.ready(0..gradient.len(), gradient);
                 }
@@ -166,7 +171,7 @@ impl<B: Backend> Worker<B> {
         backend.load_batch(packed, &mut arena.batch);
         let (tokens, keys, predicting) = (packed.tokens(), packed.keys(), packed.predicting.len());
         if predicting == 0 {
-            return Ok(());
+            return accompany(base, config.layers, Some(layout));
         }
         let parameters = Some(&*state.parameters);
         let trained = Trained { parameters, layout, branches, dropout, begins: true };

@@ -7,8 +7,11 @@ use rayon::prelude::*;
 
 use crate::{
     error::Result,
-    model::config::{ModelConfig, Projection},
-    quant::Nf4View,
+    model::{
+        config::{ModelConfig, Norm, Projection},
+        sharded::ShardedBase,
+    },
+    quant::{Nf4Pieces, Nf4View},
 };
 
 /// Elements copied or dequantised as one task. Fixed, so that work splits alike whatever the thread count.
@@ -45,6 +48,8 @@ pub enum Matrix<'a> {
     Dense(DenseView<'a>),
     /// In 4-bit NormalFloat.
     Nf4(Nf4View<'a>),
+    /// In 4-bit NormalFloat, gathered from several members.
+    Pieces(Nf4Pieces<'a>),
 }
 
 impl<'a> Matrix<'a> {
@@ -53,6 +58,7 @@ impl<'a> Matrix<'a> {
         match self {
             Self::Dense(view) => view.rows,
             Self::Nf4(view) => view.rows(),
+            Self::Pieces(pieces) => pieces.shape().rows,
         }
     }
 
@@ -61,6 +67,7 @@ impl<'a> Matrix<'a> {
         match self {
             Self::Dense(view) => view.columns,
             Self::Nf4(view) => view.columns(),
+            Self::Pieces(pieces) => pieces.shape().columns,
         }
     }
 
@@ -68,7 +75,7 @@ impl<'a> Matrix<'a> {
     pub fn as_f32(&self) -> Option<&'a [f32]> {
         match self {
             Self::Dense(view) => Some(view.data),
-            Self::Nf4(_) => None,
+            Self::Nf4(_) | Self::Pieces(_) => None,
         }
     }
 
@@ -94,6 +101,7 @@ impl<'a> Matrix<'a> {
                     .for_each(|(out, source)| out.copy_from_slice(source));
             }
             Self::Nf4(view) => view.write_f32(rows.start * view.columns(), out),
+            Self::Pieces(pieces) => pieces.write_f32(rows.start * self.columns(), out),
         }
     }
 }
@@ -127,6 +135,24 @@ pub struct LayerWeights<'a> {
 }
 
 impl<'a> LayerWeights<'a> {
+    /// A layer of norms by [`Norm::index`], empty where there is none.
+    pub(crate) fn with_norms(
+        norms: &'a [Vec<f32>; Norm::ALL.len()],
+        linears: [Option<LinearWeights<'a>>; 7],
+    ) -> Self {
+        let norm = |norm: Norm| norms[norm.index()].as_slice();
+        let some = |of: Norm| Some(norm(of)).filter(|weight| !weight.is_empty());
+        Self {
+            input_norm: norm(Norm::AttentionInput),
+            query_norm: some(Norm::Query),
+            key_norm: some(Norm::Key),
+            attention_output_norm: some(Norm::AttentionOutput),
+            mlp_norm: norm(Norm::MlpInput),
+            mlp_output_norm: some(Norm::MlpOutput),
+            linears,
+        }
+    }
+
     /// The scales of all norms that there are.
     pub fn norms(&self) -> impl Iterator<Item = &'a [f32]> {
         let some = [self.query_norm, self.key_norm, self.attention_output_norm, self.mlp_output_norm];
@@ -281,4 +307,9 @@ pub trait BaseSource {
 
     /// The output head, `[vocabulary, hidden]`; the embedding itself where they are tied.
     fn head(&self) -> EmbeddingView<'_>;
+
+    /// The base itself where several members share it.
+    fn sharded(&mut self) -> Option<&mut ShardedBase> {
+        None
+    }
 }

@@ -6,6 +6,7 @@
 
 mod arena;
 mod levels;
+mod share;
 mod sizes;
 
 use serde::{Deserialize, Serialize};
@@ -17,6 +18,7 @@ pub use arena::{
     two,
 };
 pub use levels::{Level, Levels};
+pub use share::{ShareChoice, ShareOption};
 pub use sizes::Sizes;
 pub(crate) use sizes::WORKSPACE;
 
@@ -63,6 +65,13 @@ pub struct PlanRequest {
     pub half_activations: bool,
 }
 
+impl PlanRequest {
+    /// What the plan may take.
+    pub fn limit(&self) -> u64 {
+        self.memory_limit.unwrap_or_else(default_memory_limit)
+    }
+}
+
 /// Memory of a worker by part, bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryPlan {
@@ -97,7 +106,7 @@ impl MemoryPlan {
     /// Picks the micro-batch, and what becomes of each layer's activations: of the choices that fit, the one that
     /// computes least again. Where none fits, the smallest is returned.
     pub fn choose(sizes: impl Fn(usize) -> Sizes, request: &PlanRequest) -> Self {
-        let limit = request.memory_limit.unwrap_or_else(default_memory_limit);
+        let limit = request.limit();
         let enough = if request.accelerated { ENOUGH_TOKENS_ACCELERATED } else { ENOUGH_TOKENS };
         let wanted = request.micro_batch_rows.unwrap_or_else(|| (enough / request.max_length.max(1)).max(1));
         let mut rows = wanted;

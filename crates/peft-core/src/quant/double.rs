@@ -280,8 +280,21 @@ pub struct DoubleScales {
 ///
 /// The mean is summed in f64 and rounded once; bitsandbytes sums in f32, so its offset may differ in the last places.
 pub fn quantise(scales: &[f32]) -> DoubleScales {
-    let sum: f64 = scales.iter().map(|scale| f64::from(*scale)).sum();
-    let offset = (sum / scales.len().max(1) as f64) as f32;
+    quantise_about(scales, mean(sum(0.0, scales), scales.len()))
+}
+
+/// Goes on summing scales, in their order: the sum of a matrix's first scales, then of its next, is that of all, bit for bit.
+pub fn sum(so_far: f64, scales: &[f32]) -> f64 {
+    scales.iter().fold(so_far, |sum, scale| sum + f64::from(*scale))
+}
+
+/// The mean of so many scales.
+pub fn mean(sum: f64, count: usize) -> f32 {
+    (sum / count.max(1) as f64) as f32
+}
+
+/// Quantises some of a matrix's scales, from a multiple of [`NESTED_BLOCK`] on, about the mean of all of them.
+pub fn quantise_about(scales: &[f32], offset: f32) -> DoubleScales {
     let mut codes = Vec::with_capacity(scales.len());
     let mut nested = Vec::with_capacity(scales.len().div_ceil(NESTED_BLOCK));
     for block in scales.chunks(NESTED_BLOCK) {

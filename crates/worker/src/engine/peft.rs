@@ -7,6 +7,7 @@ use shanty_peft_core::{
     Engine, EngineDevice, EngineOptions, GradientSink, StepKey,
     adapter::{StepHook, files},
     backend::cuda::Precision,
+    model::ShardedBase,
     plan::Recompute,
     quant::Nf4Options,
 };
@@ -33,10 +34,11 @@ impl EngineLoader for PeftEngines {
             device: device(request.device, spec.cluster.device)?,
             memory_limit: [request.memory_limit_bytes, spec.train.memory_limit()].into_iter().flatten().min(),
             start: local(request.store).map(|store| store.join(START)),
+            shard: request.part,
             ..engine_options_for(spec, request.threads, Some(request.steps))?
         };
         let quantised = format!("{:?}", options.quantization);
-        let engine = Engine::load(options, &mut |loaded| {
+        let mut engine = Engine::load(options, &mut |loaded| {
             progress(loaded.done_bytes as f64 / loaded.total_bytes.max(1) as f64);
         })
         .map_err(|error| Error::part(&error))?;
@@ -48,22 +50,30 @@ impl EngineLoader for PeftEngines {
             layers = plan.levels.describe(),
             "planned the memory of a step"
         );
-        let mut hasher = blake3::Hasher::new();
-        if let Some(stored) = engine.base_hash() {
-            hasher.update(stored.as_bytes());
-        }
-        hasher.update(quantised.as_bytes());
+        // Of a part, what all parts have in common, until its group has agreed.
+        let identity = engine.shared_base().map(|base| base.identity());
+        let stored = engine.base_hash().or(identity);
         let trainable = engine.layout().parameters() as u64;
         let facts = Facts {
-            base_hash: hasher.finalize().to_hex().to_string(),
+            base_hash: base_hash(stored, &quantised),
             flat_length: engine.layout().len(),
             trainable_parameters: trainable,
             total_parameters: engine.config().parameters() as u64 + trainable,
             matched_modules: engine.matched().modules(),
             computed_start: engine.computes_start(),
         };
-        Ok(Box::new(PeftEngine { engine, facts }))
+        Ok(Box::new(PeftEngine { engine, facts, quantised }))
     }
+}
+
+/// Hash of a base as it is stored and quantised.
+fn base_hash(stored: Option<blake3::Hash>, quantised: &str) -> String {
+    let mut hasher = blake3::Hasher::new();
+    if let Some(stored) = stored {
+        hasher.update(stored.as_bytes());
+    }
+    hasher.update(quantised.as_bytes());
+    hasher.finalize().to_hex().to_string()
 }
 
 /// A run's folder, where it is one on this machine.
@@ -131,6 +141,8 @@ pub fn quantization(spec: &JobSpec) -> Option<Nf4Options> {
 struct PeftEngine {
     engine: Engine,
     facts: Facts,
+    /// How the base is quantised, in words.
+    quantised: String,
 }
 
 /// Tells that a part of the gradient is ready.
@@ -204,6 +216,23 @@ impl StepEngine for PeftEngine {
     fn evaluate(&mut self, parameters: &[f32], rows: &[Row]) -> Result<Sum, Error> {
         let sum = self.engine.evaluate(parameters, rows).map_err(|error| Error::part(&error))?;
         Ok(Sum { loss: sum.loss, tokens: sum.tokens })
+    }
+
+    fn shared_base(&mut self) -> Option<&mut ShardedBase> {
+        self.engine.shared_base()
+    }
+
+    fn agree_on_base(&mut self, hash: blake3::Hash) {
+        self.engine.set_base_hash(hash);
+        self.facts.base_hash = base_hash(Some(hash), &self.quantised);
+    }
+
+    fn start_reads_base(&self) -> bool {
+        self.engine.start_reads_layers()
+    }
+
+    fn keep_company(&mut self, training: bool) -> Result<(), Error> {
+        self.engine.keep_company(training).map_err(|error| Error::part(&error))
     }
 
     fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {

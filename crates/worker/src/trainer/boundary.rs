@@ -8,7 +8,14 @@ use tracing::info;
 
 use crate::{Error, adapter_folder, rows::hash_of_rows};
 
-use super::{Stop, check::Check, checkpoint::Ticket, start, state::METHOD_STATE, step::Generation};
+use super::{
+    Stop,
+    check::Check,
+    checkpoint::Ticket,
+    start,
+    state::METHOD_STATE,
+    step::{Generation, missing_state},
+};
 
 /// The finished adapter's folder below the store.
 const ADAPTER: &str = "adapter";
@@ -50,13 +57,16 @@ impl Generation<'_> {
             let part = part??;
             announcement = Some(part.announcement);
             for micro_batch in part.rows.chunks(micro_batch_rows) {
-                self.around.control.check(self.formation.generation)?;
-                let Some(state) = &self.job.state else { continue };
-                let sum = self.job.engine.evaluate(&state.parameters, micro_batch)?;
+                self.round(true)?;
+                let Some(state) = &self.job.state else { return Err(missing_state().into()) };
+                let sum = self.job.engine.evaluate(&state.parameters, micro_batch);
+                let sum = sum.map_err(|error| self.stop_for(error))?;
                 loss += sum.loss;
                 tokens += sum.tokens;
             }
         }
+        drop(parts);
+        self.keep_company(false)?;
         let not_finite = u64::from(!f64::is_finite(loss));
         let own = Check::new(tokens, ids.len() as u64, hash_of_rows(ids.iter().copied()), loss, not_finite);
         let mut words = own.to_words();

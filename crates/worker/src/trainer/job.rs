@@ -32,6 +32,19 @@ pub(crate) struct Job {
     pub(crate) adapter_hash: Arc<str>,
 }
 
+/// What outlives an engine.
+pub(crate) struct Carried {
+    state: State,
+    furthest_start: u64,
+    micro_batch_rows: u64,
+}
+
+impl Carried {
+    pub(crate) fn applied(&self) -> u64 {
+        self.state.applied()
+    }
+}
+
 impl Job {
     pub(crate) fn new(plan: JobPlan, engine: Box<dyn StepEngine>, row_log: RowLog) -> Self {
         let length = engine.facts().flat_length;
@@ -71,6 +84,19 @@ impl Job {
         self.micro_batch_rows = 0;
         self.sum.clear();
         Ok(())
+    }
+
+    /// The state, for the same job with another part of the base; none before the first generation gave one.
+    pub(crate) fn take_state(&mut self) -> Option<Carried> {
+        let (furthest_start, micro_batch_rows) = (self.furthest_start, self.micro_batch_rows);
+        self.state.take().map(|state| Carried { state, furthest_start, micro_batch_rows })
+    }
+
+    /// Takes over what [`Job::take_state`] gave.
+    pub(crate) fn carry(&mut self, carried: Carried) {
+        let Carried { state, furthest_start, micro_batch_rows } = carried;
+        self.state = Some(state);
+        (self.furthest_start, self.micro_batch_rows) = (furthest_start, micro_batch_rows);
     }
 
     /// Drops state and sum: they belong to another attempt.

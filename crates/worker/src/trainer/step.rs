@@ -26,6 +26,7 @@ use super::{
     formation::Formation,
     job::Job,
     pipeline::Pipeline,
+    shard::{self, Group},
     start,
     state::{Applied, State},
 };
@@ -33,12 +34,20 @@ use super::{
 /// Entries of the gradient in one all-reduce. Between two, a member that is to leave does.
 const CHUNK: usize = 1 << 22;
 
+/// What ties this worker to the others of a generation.
+pub(super) struct Links {
+    _collective: Box<dyn Collective>,
+    _group: Option<Group>,
+}
+
 /// A generation that this worker takes part in.
 pub(super) struct Generation<'a> {
     pub(super) around: &'a Surroundings,
     pub(super) job: &'a mut Job,
     pub(super) formation: Formation,
     pub(super) collective: Box<dyn Collective>,
+    /// Those who share a base with this worker.
+    pub(super) group: Option<Group>,
     pub(super) pipeline: Pipeline,
     pub(super) evaluated_step: Option<u64>,
     pub(super) checkpoint_step: Option<u64>,
@@ -76,6 +85,7 @@ impl<'a> Generation<'a> {
                 Ok(collective) => Box::new(collective),
                 Err(error) => return Err(start::broken(around, &formation, &error)),
             };
+        let group = shard::join(around, job, &formation)?;
         start::reach_start(around, job, &formation, &mut *collective)?;
         take_first_rows(job, &formation)?;
         let pipeline = Pipeline::new(around.rows.clone(), requests, &job.plan, &formation);
@@ -85,17 +95,27 @@ impl<'a> Generation<'a> {
         }
         let (evaluated_step, checkpoint_step) =
             (formation.start.evaluated_step, formation.start.checkpoint_step);
-        Ok(Self { around, job, formation, collective, pipeline, evaluated_step, checkpoint_step, hops })
+        Ok(Self {
+            around,
+            job,
+            formation,
+            collective,
+            group,
+            pipeline,
+            evaluated_step,
+            checkpoint_step,
+            hops,
+        })
     }
 
-    /// Makes the steps that are left and what is due between them. Returns after the last, with the collective: it
-    /// stays open until all members are done.
-    pub(super) fn run(mut self) -> Result<Box<dyn Collective>, Stop> {
+    /// Makes the steps that are left and what is due between them. Returns after the last, with the collectives: they
+    /// stay open until all members are done.
+    pub(super) fn run(mut self) -> Result<Links, Stop> {
         loop {
             self.boundary()?;
             if self.applied() >= self.job.plan.steps() {
                 self.finish()?;
-                return Ok(self.collective);
+                return Ok(Links { _collective: self.collective, _group: self.group });
             }
             self.step()?;
         }
@@ -164,7 +184,7 @@ impl<'a> Generation<'a> {
         let micro_batch_rows = usize::try_from(self.job.micro_batch_rows.max(1)).unwrap_or(usize::MAX);
         self.job.sum.begin(step, self.job.reduced.len());
         for micro_batch in rows.chunks(micro_batch_rows) {
-            self.around.control.check(self.formation.generation)?;
+            self.round(true)?;
             let Some(state) = &self.job.state else { return Err(missing_state().into()) };
             let engine = &mut self.job.engine;
             let mut died = Ok(());
@@ -174,12 +194,13 @@ impl<'a> Generation<'a> {
                 }
             };
             let ids = micro_batch.iter().map(|row| row.id);
-            self.job.sum.add(ids, |gradient| {
+            let added = self.job.sum.add(ids, |gradient| {
                 engine.forward_backward(&state.parameters, micro_batch, seed, step, gradient, &mut during)
-            })?;
+            });
+            added.map_err(|error| self.stop_for(error))?;
             died?;
         }
-        Ok(self.around.control.check(self.formation.generation)?)
+        self.keep_company(true)
     }
 
     /// Sums over all ranks: the gradient into `job.reduced`, the integers last. With them the step is committed.
@@ -298,7 +319,7 @@ fn same_rows(left: &[u64], right: &[u64]) -> bool {
     sorted(left) == sorted(right)
 }
 
-fn missing_state() -> Error {
+pub(super) fn missing_state() -> Error {
     Error::Protocol { message: "Form", reason: "it gave this worker no state".to_owned() }
 }
 

@@ -73,6 +73,7 @@ impl Job {
                 steps: self.steps,
                 ..DataSummary::default()
             }),
+            ..Assign::default()
         }
     }
 }

@@ -93,6 +93,9 @@ impl DeviceBase {
                 match &linear.weight {
                     Matrix::Nf4(view) => this.pack(device, view)?,
                     Matrix::Dense(view) => this.matrix(device, view.data())?,
+                    Matrix::Pieces(_) => {
+                        return Err(DeviceError::Unsupported { what: "a shared base".to_owned() }.into());
+                    }
                 }
                 if let Some(bias) = linear.bias {
                     this.vector(device, bias)?;

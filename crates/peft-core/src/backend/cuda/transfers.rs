@@ -135,6 +135,7 @@ impl Cuda {
                 }
                 None => self.missing("a quantised matrix"),
             },
+            Matrix::Pieces(_) => self.missing("a matrix of a shared base"),
         }
         View::new(scratch, rows, columns)
     }

@@ -1,6 +1,6 @@
 //! Which tensors a base is loaded from, all checked before the first is read.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, path::Path};
 
 use safetensors::tensor::Dtype;
 
@@ -12,7 +12,7 @@ use crate::{
         weights::{ModelFiles, Tensor},
     },
     quant::{
-        Nf4Options,
+        Cut, Nf4Options,
         bitsandbytes::{self, StoredWeight},
         nf4,
         packed::{PackedLayer, PackedShape},
@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Where a projection's weight comes from and how it is kept.
-pub(super) enum WeightPlan<'a> {
+pub(in crate::model) enum WeightPlan<'a> {
     /// Read as f32 and kept so.
     Dense(Tensor<'a>),
     /// Read as f32 and quantised.
@@ -33,7 +33,7 @@ pub(super) enum WeightPlan<'a> {
 
 impl WeightPlan<'_> {
     /// What it takes in the layer's packed buffer.
-    pub(super) fn packed(&self) -> Option<PackedShape> {
+    pub(in crate::model) fn packed(&self) -> Option<PackedShape> {
         match self {
             Self::Dense(_) | Self::Widen(_) => None,
             Self::Quantise(_, shape) => Some(*shape),
@@ -43,26 +43,30 @@ impl WeightPlan<'_> {
 }
 
 /// One decoder layer.
-pub(super) struct LayerPlan<'a> {
+pub(in crate::model) struct LayerPlan<'a> {
     /// In the order of [`Norm::ALL`].
-    pub(super) norms: Vec<(Norm, Tensor<'a>)>,
+    pub(in crate::model) norms: Vec<(Norm, Tensor<'a>)>,
     /// In the order of [`ModelConfig::projections`].
-    pub(super) weights: Vec<WeightPlan<'a>>,
+    pub(in crate::model) weights: Vec<WeightPlan<'a>>,
     /// In the order of [`ModelConfig::projections`].
-    pub(super) biases: Vec<Option<Tensor<'a>>>,
+    pub(in crate::model) biases: Vec<Option<Tensor<'a>>>,
 }
 
 /// A whole base.
-pub(super) struct BasePlan<'a> {
-    pub(super) layers: Vec<LayerPlan<'a>>,
-    pub(super) embedding: Tensor<'a>,
-    pub(super) final_norm: Tensor<'a>,
-    pub(super) head: Option<Tensor<'a>>,
+pub(in crate::model) struct BasePlan<'a> {
+    pub(in crate::model) layers: Vec<LayerPlan<'a>>,
+    pub(in crate::model) embedding: Tensor<'a>,
+    pub(in crate::model) final_norm: Tensor<'a>,
+    pub(in crate::model) head: Option<Tensor<'a>>,
 }
 
 impl<'a> BasePlan<'a> {
     /// Finds all tensors that `config` calls for and checks shapes and dtypes.
-    pub(super) fn new(files: &'a ModelFiles, config: &ModelConfig, nf4: Option<Nf4Options>) -> Result<Self> {
+    pub(in crate::model) fn new(
+        files: &'a ModelFiles,
+        config: &ModelConfig,
+        nf4: Option<Nf4Options>,
+    ) -> Result<Self> {
         if let Some(options) = nf4
             && !nf4::is_block_size(options.block_size)
         {
@@ -124,7 +128,7 @@ impl<'a> BasePlan<'a> {
     }
 
     /// All tensors that will be read.
-    pub(super) fn tensors(&self) -> Vec<Tensor<'a>> {
+    pub(in crate::model) fn tensors(&self) -> Vec<Tensor<'a>> {
         let mut tensors = vec![self.embedding, self.final_norm];
         tensors.extend(self.head);
         for layer in &self.layers {
@@ -143,14 +147,27 @@ impl<'a> BasePlan<'a> {
     }
 
     /// Tensors of the folder that nothing reads, sorted.
-    pub(super) fn unused(&self, files: &ModelFiles) -> Vec<String> {
+    pub(in crate::model) fn unused(&self, files: &ModelFiles) -> Vec<String> {
         let tensors = self.tensors();
         let used: BTreeSet<&str> = tensors.iter().map(Tensor::name).collect();
         files.names().filter(|name| !used.contains(name)).map(str::to_owned).collect()
     }
 
-    /// What the base will take in memory.
-    pub(super) fn memory(&self, config: &ModelConfig) -> MemoryUse {
+    /// Refuses a base that cannot be read in parts: one without a matrix in 4 bits, or whose numbers lie in a GGUF file.
+    pub(in crate::model) fn check_shard(&self, folder: &Path) -> Result<()> {
+        let base = || folder.to_owned();
+        if folder.is_file() {
+            return Err(Error::ShardOfGguf { file: base() });
+        }
+        let mut weights = self.layers.iter().flat_map(|layer| &layer.weights);
+        match weights.any(|weight| weight.packed().is_some()) {
+            true => Ok(()),
+            false => Err(Error::ShardNeedsNf4 { folder: base() }),
+        }
+    }
+
+    /// What the base will take in the memory of each of `parts` members; of one, where it is not shared.
+    pub(in crate::model) fn memory(&self, config: &ModelConfig, parts: usize) -> MemoryUse {
         let table =
             |tensor: &Tensor<'_>| tensor.elements() * if tensor.dtype() == Dtype::BF16 { 2 } else { 4 };
         let mut memory = MemoryUse {
@@ -158,10 +175,19 @@ impl<'a> BasePlan<'a> {
             embedding_bytes: table(&self.embedding),
             head_bytes: self.head.as_ref().map_or(0, table),
             other_bytes: 4 * self.final_norm.elements(),
+            slot_bytes: 0,
         };
+        let mut longest = 0;
         for layer in &self.layers {
             let packed: Vec<_> = layer.weights.iter().filter_map(WeightPlan::packed).collect();
-            memory.linear_bytes += PackedLayer::bytes_for(&packed);
+            if parts == 1 {
+                memory.linear_bytes += PackedLayer::bytes_for(&packed);
+            } else {
+                let cut = Cut::new(&packed, parts);
+                longest = longest.max(cut.bytes());
+                let maps = usize::from(packed.iter().any(|shape| shape.options.double));
+                memory.linear_bytes += cut.part_bytes() + maps * size_of::<[f32; 256]>();
+            }
             for (projection, weight) in config.projections().iter().zip(&layer.weights) {
                 if weight.packed().is_none() {
                     let [out, input] = config.shape(*projection);
@@ -172,6 +198,7 @@ impl<'a> BasePlan<'a> {
             let norms: usize = layer.norms.iter().map(|(_, tensor)| tensor.elements()).sum();
             memory.other_bytes += 4 * (norms + biases);
         }
+        memory.slot_bytes = 2 * longest;
         memory
     }
 }
