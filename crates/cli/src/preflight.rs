@@ -69,9 +69,8 @@ pub(crate) struct Share {
 impl Share {
     /// As the job file says, or as memory has it.
     fn of(spec: &JobSpec, options: &EngineOptions) -> Result<Self, Error> {
-        let given = |parts, reason: String| {
-            Ok(Self { parts, reason, limit_bytes: None, options: Vec::new() })
-        };
+        let given =
+            |parts, reason: String| Ok(Self { parts, reason, limit_bytes: None, options: Vec::new() });
         match spec.base.shard {
             Shard::Replicate => given(1, "the job file says so".to_owned()),
             Shard::Parts(parts) => given(parts.max(1) as usize, "the job file says so".to_owned()),

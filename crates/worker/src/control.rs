@@ -35,6 +35,8 @@ struct Inner {
     phase: MemberPhase,
     /// Updates in the state that the trainer holds; it may outlive a membership.
     applied: u64,
+    /// The part of a shared base that the trainer has loaded.
+    part: Option<u32>,
 }
 
 #[derive(Debug)]
@@ -141,6 +143,11 @@ impl Control {
         attachment.map(|attachment| Attachment { applied_step: inner.applied, ..attachment })
     }
 
+    /// The part of a shared base that is loaded, for the coordinator.
+    pub(crate) fn part(&self) -> Option<u32> {
+        self.lock().part
+    }
+
     /// What the worker does, for beats.
     pub(crate) fn phase(&self) -> MemberPhase {
         self.lock().phase
@@ -151,6 +158,11 @@ impl Control {
     /// Sets what beats say.
     pub(crate) fn set_phase(&self, phase: MemberPhase) {
         self.lock().phase = phase;
+    }
+
+    /// The trainer has loaded this part of a shared base, or none.
+    pub(crate) fn set_part(&self, part: Option<u32>) {
+        self.lock().part = part;
     }
 
     /// The state that the trainer holds now has `applied` updates.

@@ -64,6 +64,11 @@ impl JobPlan {
         self.job_id == other.job_id && self.spec_json == other.spec_json
     }
 
+    /// Number of [`Self::part`].
+    pub(crate) fn part(&self) -> Option<u32> {
+        self.part.and_then(|part| u32::try_from(part.part).ok())
+    }
+
     /// Updates that the job makes in all.
     pub(crate) fn steps(&self) -> u64 {
         self.data.steps

@@ -110,7 +110,11 @@ impl Session {
         let attachment = self.control.attachment();
         let (sender, receiver) = mpsc::unbounded_channel();
         let mut wire = Wire { sender };
-        wire.send(Message::Hello(Hello { attachment: attachment.clone(), ..self.hello.clone() }));
+        wire.send(Message::Hello(Hello {
+            attachment: attachment.clone(),
+            shard_part: self.control.part(),
+            ..self.hello.clone()
+        }));
 
         let opening = self.open(UnboundedReceiverStream::new(receiver));
         let opened = tokio::select! {

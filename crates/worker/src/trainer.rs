@@ -182,6 +182,7 @@ impl Trainer {
                     total_parameters: facts.total_parameters,
                     matched_modules: facts.matched_modules.clone(),
                     seconds: began.elapsed().as_secs_f64(),
+                    shard_part: job.plan.part(),
                 }));
             }
             Err(error) => {
@@ -238,6 +239,7 @@ impl Trainer {
             self.around.control.set_applied(carried.applied());
             job.carry(carried);
         }
+        self.around.control.set_part(job.plan.part());
         self.job = Some(job);
         Ok(())
     }
@@ -340,6 +342,7 @@ impl Trainer {
             job.checkpoints.wait();
         }
         self.around.control.set_applied(0);
+        self.around.control.set_part(None);
     }
 
     fn fail(&self, job_id: &str, attempt: u32, error: &Error) {

@@ -127,6 +127,8 @@ pub struct WorkerInfo {
     pub device: String,
     /// Where it accepts its neighbours' connections.
     pub address: String,
+    /// The part of a shared base that it has loaded.
+    pub part: Option<u32>,
 }
 
 /// A worker's claim to belong to a generation.
@@ -260,6 +262,8 @@ pub enum Said {
         seconds: f64,
         /// Numbers that are trained.
         trainable_parameters: u64,
+        /// The part that was loaded, where workers share a base.
+        part: Option<u32>,
     },
     /// The worker cannot go on with the job.
     Failure {

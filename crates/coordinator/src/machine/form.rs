@@ -39,7 +39,7 @@ impl Machine {
             .map(|(worker, _)| worker.clone())
             .collect();
         for worker in &idle {
-            let part = self.scarcest_part(job);
+            let part = self.scarcest_part(job, worker);
             if let Some(session) = self.sessions.get_mut(worker) {
                 session.assigned = Some((job.id.clone(), job.attempt));
                 session.part = part;

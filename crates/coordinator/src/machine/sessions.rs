@@ -155,6 +155,11 @@ impl Machine {
         let (attempt, newest) = (job.attempt, job.generation_number());
         let info = self.sessions.get(worker).map(|session| session.info.clone()).unwrap_or_default();
         let rank = job.crew.rank_of(worker);
+        // Where a base is shared, a place goes with a part of it.
+        let place = rank.map(|rank| rank.0 % job.parts() as u32);
+        if job.parts() > 1 && (info.part.is_none() || info.part != place) {
+            return Reattached::No;
+        }
         let Some(member) = job.crew.of_mut(worker) else { return Reattached::No };
         let Some(attachment) = attachment.filter(|attachment| attachment.generation == newest) else {
             let older = attachment.is_none_or(|attachment| attachment.generation < newest);
@@ -210,8 +215,8 @@ impl Machine {
         self.sessions.get_mut(worker).expect("it is current").last_heard = now.monotonic;
         match message {
             Said::Beat { sequence, phase, attachment } => self.beat(now, worker, sequence, phase, attachment),
-            Said::BaseReady { job, attempt, base_hash, seconds, trainable_parameters } => {
-                self.base_ready(now, worker, &job, attempt, &base_hash, seconds, trainable_parameters);
+            Said::BaseReady { job, attempt, base_hash, seconds, trainable_parameters, part } => {
+                self.base_ready(now, worker, &job, attempt, &base_hash, seconds, trainable_parameters, part);
             }
             Said::Failure { job, attempt, error } => self.failure(now, worker, &job, attempt, error),
             Said::Step(report) => self.step(now, worker, report),

@@ -106,10 +106,12 @@ impl Machine {
         counts
     }
 
-    /// The part that fewest workers hold or load.
-    pub(super) fn scarcest_part(&self, job: &Job) -> u32 {
+    /// The part that fewest workers hold or load; of several, the one that `worker` has loaded already.
+    pub(super) fn scarcest_part(&self, job: &Job, worker: &WorkerId) -> u32 {
         let counts = self.part_counts(job);
-        let scarcest = counts.iter().enumerate().min_by_key(|(part, count)| (**count, *part));
+        let loaded = self.sessions.get(worker).and_then(|session| session.info.part);
+        let known = |part: usize| loaded == u32::try_from(part).ok();
+        let scarcest = counts.iter().enumerate().min_by_key(|(part, count)| (**count, !known(*part), *part));
         scarcest.map_or(0, |(part, _)| part as u32)
     }
 

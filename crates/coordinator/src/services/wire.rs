@@ -41,6 +41,7 @@ pub(crate) fn hello(hello: v1::Hello) -> Result<(WorkerId, WorkerInfo, Option<At
         version: hello.version,
         device: hello.device,
         address: hello.collective_address,
+        part: hello.shard_part,
     };
     Ok((worker, info, hello.attachment.map(attachment).transpose()?))
 }
@@ -86,6 +87,7 @@ pub(crate) fn said(message: In) -> Result<Said> {
             base_hash: ready.base_hash,
             seconds: ready.seconds,
             trainable_parameters: ready.trainable_parameters,
+            part: ready.shard_part,
         },
         In::Failure(failure) => {
             let detail = failure.error.ok_or_else(|| Error::bad("a failure without an error"))?;

@@ -61,6 +61,8 @@ pub struct Worker {
     pub assigned: Option<(JobId, Attempt, u64)>,
     /// The part of a shared base that it was asked to load.
     pub part: Option<u32>,
+    /// The part that it has.
+    pub loaded: Option<u32>,
     pub load_until: u64,
     pub ready_said: bool,
     pub state: State,
@@ -88,6 +90,7 @@ impl Worker {
             outbox: VecDeque::new(),
             assigned: None,
             part: None,
+            loaded: None,
             load_until: 0,
             ready_said: false,
             state: State::default(),
@@ -108,6 +111,7 @@ impl Worker {
             host: "sim".to_owned(),
             pid: 1,
             address: format!("{}:1", self.id),
+            part: self.loaded,
             ..WorkerInfo::default()
         }
     }
@@ -185,7 +189,7 @@ impl Worker {
             }
             Message::Assign { job, attempt, steps, part, .. } => {
                 self.drop_membership();
-                self.part = part;
+                (self.part, self.loaded) = (part, None);
                 self.assigned = Some((job, attempt, steps.0));
                 self.load_until = now + load;
                 self.ready_said = false;

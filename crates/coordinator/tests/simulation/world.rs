@@ -299,8 +299,8 @@ impl World {
         assert!(generation.members.len().is_multiple_of(parts), "half a group in generation {number}");
         for (rank, member) in generation.members.iter().enumerate().filter(|_| parts > 1) {
             let known = self.workers.iter().find(|worker| worker.id == member.worker);
-            let part = known.and_then(|worker| worker.part);
-            assert_eq!(part.unwrap_or_default(), (rank % parts) as u32, "part of {}", member.worker);
+            let part = known.filter(|worker| worker.alive).map(|worker| worker.loaded);
+            assert!(part.is_none_or(|part| part == Some((rank % parts) as u32)), "part of {}", member.worker);
         }
         if !generation.start.rows.is_empty() {
             let rows = &generation.start.rows;

@@ -39,8 +39,8 @@ fn a_generation_has_whole_groups_alone() {
     assert!(reason.contains("0 of at least 2 workers"), "{reason}");
     stage.ready("b");
     stage.pass(4000, &["a", "b", "c"]);
-    let members = stage.view().members;
-    assert_eq!(members.len(), 2, "the third waits for a second of its group");
+    let ranks: Vec<_> = stage.view().members.iter().map(|member| member.rank.map(|rank| rank.0)).collect();
+    assert_eq!(ranks, [Some(0), Some(1), None], "the third waits for a second of its group");
     assert_eq!(stage.view().state, JobState::Running);
 }
 
@@ -88,6 +88,8 @@ fn of_two_that_hold_the_same_part_one_takes_on_the_other() {
     assert_eq!(stage.asked_for_part("c"), Some(1), "who came last");
     assert_eq!(stage.asked_for_part("a"), None);
     assert!(stage.formed("a").is_none());
+    stage.ready_with("c", Some(0));
+    assert!(stage.formed("a").is_none(), "word of the part that it held before does not count");
     stage.ready("c");
     let (rank, generation) = stage.formed("c").unwrap();
     assert_eq!((rank, stage.formed("a").unwrap().0), (1, 0));
