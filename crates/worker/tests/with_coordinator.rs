@@ -273,7 +273,7 @@ async fn the_real_engine_trains_a_real_base_on_two_workers() {
 async fn workers_that_share_a_base_train_the_bits_of_those_that_do_not() {
     let mut results = Vec::new();
     for shard in [serde_json::json!("replicate"), 2.into(), 4.into()] {
-        let stage = Stage::set_sharing(4, 6, shard).await;
+        let stage = Stage::set_sharing(4, 5, shard).await;
         let crew = stage.hire(4, &PeftEngines, &Failpoints::none());
         let status = stage.until_it_ends().await;
         crew.dismiss().await;
@@ -282,7 +282,7 @@ async fn workers_that_share_a_base_train_the_bits_of_those_that_do_not() {
         let evaluations: Vec<u64> = status.evaluations.iter().map(|one| one.loss.to_bits()).collect();
         results.push((stage.losses().await, evaluations, stage.adapter()));
     }
-    assert_eq!(results[0].0.len(), 6);
+    assert_eq!(results[0].0.len(), 5);
     for (losses, evaluations, adapter) in &results[1..] {
         assert_eq!(*losses, results[0].0, "losses");
         assert_eq!(*evaluations, results[0].1, "evaluations");
@@ -317,7 +317,7 @@ impl EngineLoader for Counted {
 /// part, and nobody else loads anything.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_group_that_loses_a_member_gets_the_missing_part_and_nothing_else() {
-    let stage = Stage::set_sharing(4, 60, 2.into()).await;
+    let stage = Stage::set_sharing(4, 40, 2.into()).await;
     let engines = Counted::default();
     let mut crew = stage.hire(4, &engines, &deadly("mid_backward@step=3,rank=3,generation=1"));
     let lost = |status: &JobStatus| status.events.iter().any(|event| event.kind == "member_lost");
@@ -338,7 +338,7 @@ async fn a_group_that_loses_a_member_gets_the_missing_part_and_nothing_else() {
     loaded.sort_unstable();
     assert_eq!(loaded, [0, 0, 1, 1]);
     assert_eq!(status.ledger.unwrap().duplicates, 0);
-    assert_eq!(stage.recorded_steps().await, (1..=60).collect::<Vec<_>>());
+    assert_eq!(stage.recorded_steps().await, (1..=40).collect::<Vec<_>>());
     stage.prove_exactly_once();
 }
 

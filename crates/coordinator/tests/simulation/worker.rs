@@ -189,7 +189,9 @@ impl Worker {
             }
             Message::Assign { job, attempt, steps, part, .. } => {
                 self.drop_membership();
-                (self.part, self.loaded) = (part, None);
+                // What is loaded serves again.
+                self.loaded = self.loaded.filter(|loaded| Some(*loaded) == part);
+                self.part = part;
                 self.assigned = Some((job, attempt, steps.0));
                 self.load_until = now + load;
                 self.ready_said = false;
