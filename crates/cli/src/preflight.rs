@@ -50,6 +50,10 @@ pub(crate) struct Preflight {
     pub(crate) layers: String,
     /// How many workers share a base, and why.
     pub(crate) shard: Share,
+    /// Tokens of the longest row that memory has room for; none where the memory of the card is not known.
+    pub(crate) largest_context: Option<usize>,
+    /// Tokens of a row that the base was made for.
+    pub(crate) positions: usize,
     /// What is allowed, and perhaps not meant.
     pub(crate) warnings: Vec<String>,
 }
@@ -198,6 +202,8 @@ impl Preflight {
             recompute: plan.levels.everything < plan.levels.layers(),
             layers: plan.levels.describe(),
             shard,
+            largest_context: estimate.largest_context,
+            positions: estimate.config.max_positions,
             warnings: warnings(&estimate),
         })
     }

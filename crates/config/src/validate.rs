@@ -1,6 +1,6 @@
 //! What a job may say: every check that needs no file.
 
-use crate::job::{JobSpec, Method, PrefixInit, PromptTuningInit, TrainData};
+use crate::job::{BadStep, JobSpec, Method, PrefixInit, PromptTuningInit, TrainData};
 
 /// A value that cannot be, or looks wrong.
 #[derive(Debug, Clone, PartialEq)]
@@ -242,12 +242,44 @@ fn optimizer(spec: &JobSpec, findings: &mut Findings) {
     let norm = train.max_grad_norm;
     let off = Some("0 turns clipping off");
     findings.require_hinted(norm.is_finite() && norm >= 0.0, "train.max_grad_norm", norm, not_negative, off);
+    bad_steps(spec, findings);
+}
+
+fn bad_steps(spec: &JobSpec, findings: &mut Findings) {
+    let train = &spec.train;
+    let spike = train.loss_spike;
+    findings.require_hinted(
+        spike == 0.0 || spike.is_finite() && spike > 1.0,
+        "train.loss_spike",
+        spike,
+        "must be above 1, or 0",
+        Some("3 takes a loss of three times the usual one for a spike; 0 looks for none"),
+    );
+    findings.require_hinted(
+        train.rollback_steps == 0 || train.on_bad_step == BadStep::Skip,
+        "train.rollback_steps",
+        train.rollback_steps,
+        "goes with `on_bad_step = \"skip\"` alone",
+        Some("with `stop` the job fails, and `shanty resume` goes on from its last checkpoint"),
+    );
 }
 
 fn cluster(spec: &JobSpec, findings: &mut Findings) {
     let workers = spec.cluster.workers;
     findings.require(workers.min >= 1, "cluster.workers.min", workers.min, "must be at least 1");
     findings.require(workers.max >= 1, "cluster.workers.max", workers.max, "must be at least 1");
+    let priority = spec.cluster.priority;
+    findings.require(priority <= 100, "cluster.priority", priority, "must be from 0 to 100");
+    let checkpoint = &spec.checkpoint;
+    if let Some(store) = checkpoint.store.as_ref().filter(|_| checkpoint.is_remote()) {
+        let store = store.to_string_lossy();
+        let known = ["s3://", "gs://", "az://"].iter().any(|scheme| {
+            store.strip_prefix(scheme).is_some_and(|rest| !rest.is_empty() && !rest.starts_with('/'))
+        });
+        let rule =
+            "must be a folder, or `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`";
+        findings.require(known, "checkpoint.store", &store, rule);
+    }
     if workers.min >= 1 && workers.max >= 1 {
         let rule = format!("must be at least `min`, which is {}", workers.min);
         let hint = "write `workers = { min = 1, max = 8 }`; `max` is 1 where it is left out";

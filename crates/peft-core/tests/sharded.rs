@@ -220,7 +220,7 @@ fn every_number_of_a_base_in_parts_is_that_of_the_whole() {
             assert!(identities.iter().all(|identity| *identity == identities[0]));
             let sums: Vec<_> = members.iter().map(ShardedBase::own_sum).collect();
             assert_eq!(members[0].content_hash(&sums), whole.content_hash(), "{}", folder.display());
-            let planned = MemoryUse::plan_sharded(&folder, Some(nf4), parts).unwrap();
+            let planned = MemoryUse::plan_shared(&folder, Some(nf4), parts).unwrap();
             for member in &members {
                 assert_eq!(member.memory(), planned, "{parts} parts of {}", folder.display());
                 assert_eq!(member.planned_memory(), planned);

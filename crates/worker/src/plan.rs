@@ -20,8 +20,10 @@ pub(crate) struct JobPlan {
     /// The specification as it was sent, to notice a changed one.
     pub(crate) spec_json: String,
     pub(crate) spec: JobSpec,
-    /// The folder of the run.
+    /// The folder of the run on this machine: logs, and a start that was computed from the base.
     pub(crate) store: PathBuf,
+    /// Where checkpoints and the finished adapter go: a folder or a URL.
+    pub(crate) location: String,
     pub(crate) data: DataSummary,
     /// The part of the base that this worker is to hold; none for all of it.
     pub(crate) part: Option<ShardPart>,
@@ -43,7 +45,8 @@ impl JobPlan {
         let batch = spec.train.global_batch_size as u64;
         let order = Order::mixed(spec.train.seed, data.train_rows, &mix, batch)
             .map_err(|error| Error::part(&error))?;
-        let store = spec.checkpoint.store.clone().unwrap_or_else(|| PathBuf::from("runs").join(&spec.name));
+        let store = spec.checkpoint.folder(&spec.name);
+        let location = spec.checkpoint.location(&spec.name);
         let Assign { job_id, attempt, spec_json, shard_part, .. } = assign;
         let parts = spec.base.shard.parts();
         let part = match shard_part {
@@ -56,7 +59,7 @@ impl JobPlan {
                 return Err(unclear(reason));
             }
         };
-        Ok(Self { job_id, attempt, spec_json, spec, store, data, part, order })
+        Ok(Self { job_id, attempt, spec_json, spec, store, location, data, part, order })
     }
 
     /// Whether an assignment is of the job that is loaded, so that its engine serves for it.
@@ -107,6 +110,15 @@ impl JobPlan {
         let every = self.spec.checkpoint.every_steps;
         let planned = applied == self.steps() || (every > 0 && applied.is_multiple_of(every));
         applied > 0 && planned && kept.is_none_or(|kept| kept < applied)
+    }
+}
+
+impl JobPlan {
+    /// Whether the adapters of all ranks are compared after `applied` updates: every so many steps, and before each
+    /// checkpoint.
+    pub(crate) fn comparison_is_due(&self, applied: u64, checkpoint_is_due: bool) -> bool {
+        let every = self.spec.cluster.compare_every_steps;
+        checkpoint_is_due || applied > 0 && every > 0 && applied.is_multiple_of(every)
     }
 }
 

@@ -6,10 +6,16 @@
 mod boundary;
 mod check;
 mod checkpoint;
-mod formation;
+mod compare;
+mod debts;
+pub(crate) mod formation;
 mod job;
+mod keep;
+mod link;
 mod pipeline;
+mod reduction;
 mod shard;
+mod spoilt;
 mod start;
 mod state;
 mod step;
@@ -23,7 +29,7 @@ use std::{
 
 use shanty_collective::tcp;
 use shanty_proto::v1::{
-    Assign, BaseReady, Broken, Form, KeptSum, Leave, Left, MemberPhase, Release, WorkerFailure,
+    Assign, BaseReady, Broken, Form, Keep, KeptSum, Leave, Left, MemberPhase, Release, WorkerFailure,
     worker_message::Message,
 };
 use tokio::sync::mpsc::UnboundedSender;
@@ -56,6 +62,8 @@ pub(crate) enum Command {
     Form(Form),
     /// Take no further part in it.
     Leave(Leave),
+    /// Write a checkpoint of the state that a generation was left with.
+    Keep(Keep),
     /// The job is over.
     Release(Release),
     /// The coordinator went on without this worker.
@@ -146,10 +154,16 @@ impl Trainer {
     pub(crate) fn run(mut self) -> Result<(), Error> {
         self.around.control.set_phase(MemberPhase::Idle);
         while let Ok(command) = self.commands.recv() {
+            self.around.control.set_at_work(true);
             match command {
                 Command::Assign(assign) => self.assign(assign),
                 Command::Form(form) => self.form(form)?,
                 Command::Leave(leave) => self.leave(&leave),
+                Command::Keep(wanted) => {
+                    if let Some(job) = &mut self.job {
+                        keep::keep(&self.around, job, &wanted);
+                    }
+                }
                 Command::Release(release) => self.release(&release),
                 Command::Dropped => {
                     self.member = None;
@@ -158,6 +172,7 @@ impl Trainer {
                 }
                 Command::Close => break,
             }
+            self.around.control.set_at_work(false);
         }
         if let Some(job) = &mut self.job {
             job.checkpoints.wait();
@@ -201,16 +216,18 @@ impl Trainer {
             && job.plan.part == plan.part
         {
             if job.plan.attempt != plan.attempt {
-                job.forget_state();
+                job.forget_state()?;
                 self.around.control.set_applied(0);
             }
             job.plan = plan;
             return Ok(());
         }
         // Another part of the same base: adapter and optimizer stay.
-        let same_attempt =
-            |job: &&mut Job| job.plan.needs_same_engine(&plan) && job.plan.attempt == plan.attempt;
-        let carried = self.job.as_mut().filter(same_attempt).and_then(Job::take_state);
+        let same_attempt = |job: &&Job| job.plan.needs_same_engine(&plan) && job.plan.attempt == plan.attempt;
+        let carried = match self.job.as_ref().filter(same_attempt) {
+            Some(job) => job.carried()?,
+            None => None,
+        };
         self.drop_job();
         self.around.control.set_phase(MemberPhase::Loading);
         info!(job = %plan.job_id, base = %plan.spec.base.model.display(), "loading the base");
@@ -237,7 +254,7 @@ impl Trainer {
         let mut job = Job::new(plan, engine, row_log);
         if let Some(carried) = carried {
             self.around.control.set_applied(carried.applied());
-            job.carry(carried);
+            job.carry(carried)?;
         }
         self.around.control.set_part(job.plan.part());
         self.job = Some(job);
@@ -263,7 +280,8 @@ impl Trainer {
             Stop::Broken(reason) => self.tell_broken(job_id, attempt, generation, reason),
             Stop::Failed(error) => {
                 if let Some(job) = &mut self.job {
-                    job.sum.clear();
+                    // What failed is told already.
+                    let _ = job.drop_sum();
                 }
                 // The coordinator goes on without this worker; it may be assigned anew.
                 self.member = None;
@@ -308,11 +326,22 @@ impl Trainer {
         if member.generation != leave.generation {
             return;
         }
-        member.links = None;
+        if leave.after_step.is_none() {
+            // Others may still be in the last collective of the step that all left after.
+            member.links = None;
+        }
         let Some(job) = &self.job else { return };
         let (applied_step, state_hash) = match &job.state {
-            Some(state) => (state.applied(), state.hash()),
-            None => (0, String::new()),
+            Some(state) => (state.applied(), state.hash(&*job.engine)),
+            None => (0, Ok(String::new())),
+        };
+        let state_hash = match state_hash {
+            Ok(hash) => hash,
+            Err(error) => {
+                let (job_id, attempt) = (member.job_id.clone(), member.attempt);
+                self.member = None;
+                return self.fail(&job_id, attempt, &error);
+            }
         };
         let kept = job.sum.kept().map(|(step, rows)| KeptSum { step, row_ids: rows.to_vec() });
         let kept_rows = kept.as_ref().map_or(0, |kept| kept.row_ids.len());

@@ -3,6 +3,8 @@
 #![expect(clippy::unwrap_used, reason = "what fails here fails its test")]
 
 mod common;
+#[path = "with_coordinator/crew.rs"]
+mod crew;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -47,11 +49,16 @@ struct Stage {
 
 impl Stage {
     async fn set(workers: u32, steps: u64) -> Self {
-        Self::set_sharing(workers, steps, "replicate".into()).await
+        Self::set_with(workers, steps, |_| {}).await
     }
 
     /// With `shard` as the job file has it.
     async fn set_sharing(workers: u32, steps: u64, shard: serde_json::Value) -> Self {
+        Self::set_with(workers, steps, |spec| spec["base"]["shard"] = shard).await
+    }
+
+    /// With a job file that is changed by `change`.
+    async fn set_with(workers: u32, steps: u64, change: impl FnOnce(&mut serde_json::Value)) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let (train, eval) = (folder.path().join("train.jsonl"), folder.path().join("eval.jsonl"));
         let line = |number: usize| {
@@ -78,8 +85,8 @@ impl Stage {
         std::fs::write(folder.path().join("done.json"), done + "\n").unwrap();
         let (address, stop, serving) = serve(folder.path(), SocketAddr::from(([127, 0, 0, 1], 0))).await;
 
-        let spec = serde_json::json!({
-            "name": "stage", "base": {"model": examples().join("tiny-llama-14m"), "shard": shard},
+        let mut spec = serde_json::json!({
+            "name": "stage", "base": {"model": examples().join("tiny-llama-14m")},
             "adapter": {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
             "data": {"train": train, "eval": options.eval, "max_length": 32, "packing": false},
             "train": {
@@ -88,6 +95,7 @@ impl Stage {
             "checkpoint": {"store": store, "every_steps": 5, "keep": 2},
             "cluster": {"workers": {"min": workers.min(2), "max": workers}, "device": "cpu"},
         });
+        change(&mut spec);
         let spec: shanty_config::JobSpec = serde_json::from_value(spec).unwrap();
         let request =
             SubmitJobRequest { request_id: "request-1".to_owned(), spec_json: shanty_config::to_json(&spec) };
@@ -179,6 +187,8 @@ async fn serve(folder: &Path, listen: SocketAddr) -> (SocketAddr, CancellationTo
     let prepare = ["/bin/sh".into(), "-c".into(), script.into()].to_vec();
     let mut options = Options::new(folder.join("state"), folder.join("runs"), prepare);
     options.listen = listen;
+    // The tests of the coordinator and of the program ask who it is.
+    options.insecure = true;
     options.protocol.beat_interval = Duration::from_millis(50);
     options.protocol.gather = Duration::from_millis(1500);
     let stop = CancellationToken::new();

@@ -56,6 +56,10 @@ struct Plan {
     recompute: bool,
     /// What becomes of each layer's activations.
     layers: String,
+    /// Tokens of the longest row that memory has room for; null where the memory of the card is not known.
+    largest_context: Option<usize>,
+    #[serde(skip)]
+    positions: usize,
     data_form: String,
     /// Where there are several.
     sources: Vec<SourceSummary>,
@@ -128,6 +132,8 @@ fn plan(spec: &JobSpec, preflight: Preflight, data: &Summary) -> CommandResult<P
         micro_batch_rows: preflight.micro_batch_rows,
         recompute: preflight.recompute,
         layers: preflight.layers,
+        largest_context: preflight.largest_context,
+        positions: preflight.positions,
         data_form: data.train.form.clone(),
         sources: data.train.sources.clone(),
         warnings,
@@ -207,6 +213,17 @@ fn render(plan: &Plan, spec: &JobSpec, color: bool) -> String {
     lines.push(format!("{:12}micro-batches of {} rows; {}", "", plan.micro_batch_rows, plan.layers));
     if memory.host > 0 {
         lines.push(format!("{:12}{} more in the host's memory", "", format::bytes(memory.host)));
+    }
+    if let Some(tokens) = plan.largest_context {
+        let made_for = match plan.positions < tokens {
+            true => format!("; the base was made for {}", format::count(plan.positions as u64)),
+            false => String::new(),
+        };
+        lines.push(format!(
+            "{:12}rows of up to {} tokens would fit, one at a time{made_for}",
+            "",
+            format::count(tokens as u64)
+        ));
     }
     lines.push(format!(
         "{}{} rows of up to {} tokens ({} form), {} held out",

@@ -76,7 +76,7 @@ async fn remote(coordinator: &str, job: &str, detach: bool, ui: &Ui) -> CommandR
     let (connection, job_id) = target.connect_for(job).await?;
     let client = connection.client;
     let before = client.job_status(&job_id).await?;
-    let request = ResumeJobRequest { job_id: job_id.clone() };
+    let request = ResumeJobRequest { job_id: job_id.clone(), ..ResumeJobRequest::default() };
     let answer = client.jobs().resume_job(request).await.map_err(wire)?.into_inner();
     if detach {
         ui.data(&json!({ "job": job_id, "attempt": answer.attempt, "step": answer.step }), |_| {

@@ -18,19 +18,33 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   shanty submit job.toml --coordinator http://head:7461
-  shanty submit job.toml --set train.learning_rate=1e-4 --output json")]
+  shanty submit job.toml --set train.learning_rate=1e-4 --output json
+  shanty submit urgent.toml --priority 90")]
 pub(crate) struct Args {
     #[command(flatten)]
     job: JobFile,
     /// Names this submission: a repeat with the same id gives the same job
     #[arg(long, value_name = "ID")]
     request_id: Option<String>,
+    /// From 0 to 100: jobs of a higher priority are next, and lower ones make room for them; `cluster.priority` when absent
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=100))]
+    priority: Option<u32>,
     #[command(flatten)]
     target: Target,
 }
 
+/// The name of the user, as the system has it.
+fn user() -> Option<String> {
+    ["USER", "LOGNAME"].iter().find_map(|name| std::env::var(name).ok().filter(|user| !user.is_empty()))
+}
+
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
-    let mut job = args.job.load(&[], ui)?;
+    let priority = args.priority.map(|priority| ("cluster.priority".to_owned(), priority.to_string()));
+    let overrides: Vec<(String, String)> = priority.into_iter().collect();
+    let mut job = args.job.load(&overrides, ui)?;
+    if job.value.cluster.owner.is_none() {
+        job.value.cluster.owner = user();
+    }
     base::pin(&mut job, ui)?;
     check_data(&job)?;
     decide_shard(&mut job, ui)?;

@@ -43,6 +43,9 @@ pub(super) trait Pass {
     /// How many parts it receives at a hop; at least 1.
     fn parts_in(&self, hop: u32) -> u32;
 
+    /// A part is about to be sent.
+    fn prepare(&mut self, _place: Place) {}
+
     /// What to send.
     fn outgoing(&self, place: Place) -> &[u8];
 

@@ -23,14 +23,6 @@ impl Job {
         self.spec.base.shard.parts().max(1) as usize
     }
 
-    /// The least and the most workers of a generation: whole groups.
-    pub fn bounds(&self) -> (usize, usize) {
-        let (bounds, parts) = (self.spec.cluster.workers, self.parts());
-        let min = (bounds.min.max(1) as usize).next_multiple_of(parts);
-        let max = bounds.max.max(1) as usize / parts * parts;
-        (min, max.max(parts))
-    }
-
     /// Members of the newest generation whose group has lost somebody, so that what the group added to its sums is void. `holders`: who
     /// is left of the generation.
     pub fn of_broken_groups(&self, holders: &BTreeMap<WorkerId, Holder>) -> BTreeSet<WorkerId> {
@@ -65,7 +57,7 @@ impl Machine {
     }
 
     /// Who could form a generation, as whole groups by rank. First of each part come those who hold the newest state, groups that are whole
-    /// ahead of others, then `joiners`. Empty where that would leave the newest state behind.
+    /// ahead of others, then `joiners`, last slow holders. Empty where that would leave the newest state behind.
     pub(super) fn line_up(
         &self,
         job: &Job,
@@ -75,20 +67,22 @@ impl Machine {
         let newest = holders.values().map(|holder| holder.applied).max().unwrap_or_default();
         let broken = job.of_broken_groups(holders);
         let mut holding: Vec<(&WorkerId, &Holder)> =
-            holders.iter().filter(|(worker, _)| job.parts() == 1 || self.is_ready(worker, job)).collect();
-        let alone = job.parts() == 1;
-        holding.sort_by_key(|(worker, holder)| {
-            (!alone && holder.applied < newest, !alone && broken.contains(*worker), holder.rank)
-        });
-        let holding = holding.into_iter().map(|(worker, _)| worker.clone());
-        if alone {
-            return holding.chain(joiners).collect();
-        }
-        let groups = whole_groups(&self.by_part(job, holding.chain(joiners)), usize::MAX);
+            holders.iter().filter(|(worker, _)| self.is_ready(worker, job)).collect();
+        holding
+            .sort_by_key(|(worker, holder)| (holder.applied < newest, broken.contains(*worker), holder.rank));
+        let holding: Vec<WorkerId> = holding.into_iter().map(|(worker, _)| worker.clone()).collect();
+        let groups = |line: Vec<WorkerId>| whole_groups(&self.by_part(job, line), usize::MAX);
         let has_newest =
             |worker: &WorkerId| holders.get(worker).is_some_and(|holder| holder.applied == newest);
-        let kept = holders.is_empty() || groups.iter().take(job.bounds().1).any(has_newest);
-        if kept { groups } else { Vec::new() }
+        let most = job.bounds().1;
+        let keeps = |line: &Vec<WorkerId>| holders.is_empty() || line.iter().take(most).any(has_newest);
+        let is_slow = |worker: &WorkerId| self.sessions.get(worker).is_some_and(|session| session.slow);
+        let (slow, quick): (Vec<WorkerId>, Vec<WorkerId>) = holding.iter().cloned().partition(is_slow);
+        let replaced = groups(quick.into_iter().chain(joiners.clone()).chain(slow).collect());
+        if keeps(&replaced) {
+            return replaced;
+        }
+        Some(groups(holding.into_iter().chain(joiners).collect())).filter(keeps).unwrap_or_default()
     }
 
     fn is_ready(&self, worker: &WorkerId, job: &Job) -> bool {
@@ -150,7 +144,10 @@ impl Machine {
             let spare = self
                 .sessions
                 .iter()
-                .filter(|(_, session)| session.is_assigned_to(job) && counts[session.part as usize] > needed)
+                .filter(|(_, session)| {
+                    let has_more = counts.get(session.part as usize).is_some_and(|count| *count > needed);
+                    session.is_assigned_to(job) && !session.draining && has_more
+                })
                 .min_by_key(|(worker, session)| (applied(worker), Reverse(session.number)));
             let Some(worker) = spare.map(|(worker, _)| worker.clone()) else { return };
             if let Some(session) = self.sessions.get_mut(&worker) {

@@ -25,8 +25,15 @@ impl Jobs {
     fn spec(&self, json: &str) -> Result<(JobSpec, Arc<str>)> {
         let mut spec: JobSpec = serde_json::from_str(json)
             .map_err(|error| Error::bad(format!("the job file is not understood: {error}")))?;
-        let store = spec.checkpoint.store.get_or_insert_with(|| self.runs.join(&spec.name));
-        if !store.is_absolute() {
+        let store = spec.checkpoint.store.get_or_insert_with(|| self.runs.join(&spec.name)).clone();
+        if spec.checkpoint.is_remote() {
+            let folder = spec.checkpoint.run_folder.get_or_insert_with(|| self.runs.join(&spec.name));
+            if !folder.is_absolute() {
+                let what = format!("the job's run folder `{}` is not absolute", folder.display());
+                return Err(Error::bad(what));
+            }
+        }
+        if !store.is_absolute() && !spec.checkpoint.is_remote() {
             let what = format!(
                 "the job's store `{}` is not absolute: whose folder would it be below?",
                 store.display()
@@ -71,8 +78,30 @@ impl Jobs {
 
     async fn resume(&self, request: ResumeJobRequest) -> Result<ResumeJobResponse> {
         let job = wire::job_id(&request.job_id)?;
-        match self.engine.ask(move |request| Event::Resume { request, job }).await? {
-            Reply::Resumed(attempt, step) => Ok(ResumeJobResponse { attempt: attempt.0, step: step.0 }),
+        let now = match request.spec_json.as_str() {
+            "" => None,
+            json => Some(serde_json::from_str(json).map_err(Error::bad)?),
+        };
+        let make = move |request| Event::Resume { request, job, job_file: now };
+        match self.engine.ask(make).await? {
+            Reply::Resumed { attempt, step, ignored } => {
+                let ignored = ignored.into_iter().map(|key| IgnoredKey {
+                    key: key.key,
+                    submitted: key.submitted,
+                    now: key.now,
+                });
+                Ok(ResumeJobResponse { attempt: attempt.0, step: step.0, ignored: ignored.collect() })
+            }
+            other => Err(Error::bad(format!("an answer to something else: {other:?}"))),
+        }
+    }
+
+    async fn drain(&self, request: DrainWorkerRequest) -> Result<DrainWorkerResponse> {
+        let worker = shanty_proto::WorkerId::new(request.worker_id).map_err(Error::bad)?;
+        match self.engine.ask(move |request| Event::Drain { request, worker }).await? {
+            Reply::Draining(job) => {
+                Ok(DrainWorkerResponse { job_id: job.map(String::from).unwrap_or_default() })
+            }
             other => Err(Error::bad(format!("an answer to something else: {other:?}"))),
         }
     }
@@ -121,5 +150,12 @@ impl JobService for Jobs {
         request: Request<ListCheckpointsRequest>,
     ) -> Result<Response<ListCheckpointsResponse>, Status> {
         self.checkpoints(request.into_inner()).await.map(Response::new).map_err(refuse)
+    }
+
+    async fn drain_worker(
+        &self,
+        request: Request<DrainWorkerRequest>,
+    ) -> Result<Response<DrainWorkerResponse>, Status> {
+        self.drain(request.into_inner()).await.map(Response::new).map_err(refuse)
     }
 }

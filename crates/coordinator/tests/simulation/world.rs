@@ -38,6 +38,9 @@ pub fn options() -> Options {
         worker_tries: 3,
         total_losses: 1000,
         fruitless_generations: 1000,
+        hang_least: milliseconds(600),
+        retry_pause: milliseconds(50),
+        ..Options::default()
     }
 }
 
@@ -50,6 +53,10 @@ pub struct Faults {
     pub break_collective: u64,
     pub restart_coordinator: u64,
     pub kill_all: u64,
+    /// A worker is asked to end.
+    pub drain: u64,
+    /// A trainer makes no progress any more, while its process beats.
+    pub hang: u64,
     /// Ticks until faults stop.
     pub until: u64,
 }
@@ -64,6 +71,8 @@ struct Disk {
 impl Disk {
     fn write(&mut self, change: Change) {
         match change {
+            // The machine knows nothing of tokens.
+            Change::Token(_) | Change::TokenGone(_) => unreachable!("{change:?}"),
             Change::Job(record) => drop(self.jobs.insert(record.id.clone(), *record)),
             Change::Watermark(job, step) => {
                 if let Some(record) = self.jobs.get_mut(&job) {
@@ -77,7 +86,10 @@ impl Disk {
                 }
             }
             Change::Truncate(_, step) => self.steps.retain(|known, _| *known <= step.0),
-            Change::Evaluation(..) | Change::Checkpoint(..) | Change::Event(..) => {}
+            Change::Evaluation(..)
+            | Change::Checkpoint(..)
+            | Change::CheckpointsRemoved(..)
+            | Change::Event(..) => {}
         }
     }
 

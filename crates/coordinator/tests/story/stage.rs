@@ -207,6 +207,17 @@ impl Stage {
         self.say(name, Said::BaseReady { job, attempt, base_hash, seconds, trainable_parameters, part });
     }
 
+    /// A worker has loaded the base of a job other than the pirate's.
+    pub fn ready_for(&mut self, name: &str, job: &str) {
+        let (job, attempt) = (JobId::new(job).unwrap(), Attempt(1));
+        let base_hash = "base".to_owned();
+        self.say(name, Said::BaseReady { job, attempt, base_hash, seconds: 1.0, trainable_parameters: 5 });
+    }
+
+    pub fn view_of(&self, job: &str) -> JobView {
+        self.machine.view(self.moment(), &JobId::new(job).unwrap()).unwrap()
+    }
+
     pub fn attachment(&self, generation: u64, rank: u32, applied: u64) -> Attachment {
         Attachment {
             job: job(),
@@ -224,23 +235,26 @@ impl Stage {
     /// A beat within a generation; gives the credit that it was acknowledged with.
     pub fn beat(&mut self, name: &str, generation: u64, rank: u32, applied: u64) -> Option<u64> {
         let attachment = Some(self.attachment(generation, rank, applied));
-        self.say(name, Said::Beat { sequence: 5, phase: MemberPhase::Computing, attachment });
+        self.say(
+            name,
+            Said::Beat { sequence: 5, phase: MemberPhase::Computing, attachment, progress: self.now },
+        );
         let credit = self.effects.iter().find_map(|effect| match effect {
             Effect::Send { message: Message::BeatAck { sequence: 5, credit }, .. } => Some(*credit),
             _ => None,
         });
-        credit.expect("an acknowledgement").map(|(_, up_to)| up_to.0)
+        credit.expect("an acknowledgement").map(|given| given.up_to.0)
     }
 
     /// A beat of a member before its first step, in some phase.
     pub fn beat_in(&mut self, name: &str, rank: u32, phase: MemberPhase) {
         let attachment = Some(self.attachment(1, rank, 0));
-        self.say(name, Said::Beat { sequence: 5, phase, attachment });
+        self.say(name, Said::Beat { sequence: 5, phase, attachment, progress: self.now });
     }
 
     pub fn beat_alone(&mut self, name: &str) {
         let session = self.sessions[name];
-        let message = Said::Beat { sequence: 6, phase: MemberPhase::Idle, attachment: None };
+        let message = Said::Beat { sequence: 6, phase: MemberPhase::Idle, attachment: None, progress: 0 };
         self.machine.apply(self.moment(), Event::Said { worker: worker(name), session, message });
     }
 
@@ -261,6 +275,8 @@ impl Stage {
             learning_rate: 1e-3,
             seconds: 0.5,
             timings: Timings::default(),
+            skipped: None,
+            bad_samples: Vec::new(),
         };
         self.say(name, Said::Step(report));
     }
@@ -268,13 +284,17 @@ impl Stage {
     /// Leaves a generation without ever having held its state.
     pub fn left_empty_handed(&mut self, name: &str, generation: u64) {
         let within = self.within(generation);
-        self.say(name, Said::Left { within, applied: Step(0), holds_state: false, kept: None });
+        self.say(
+            name,
+            Said::Left { within, applied: Step(0), holds_state: false, hash: String::new(), kept: None },
+        );
     }
 
     pub fn left(&mut self, name: &str, generation: u64, applied: u64, kept: &[u64]) {
         let kept = (!kept.is_empty()).then(|| KeptSum { step: Step(applied + 1), rows: kept.to_vec() });
-        let (within, applied) = (self.within(generation), Step(applied));
-        self.say(name, Said::Left { within, applied, holds_state: true, kept });
+        let (within, hash) = (self.within(generation), format!("state {applied}"));
+        let applied = Step(applied);
+        self.say(name, Said::Left { within, applied, holds_state: true, hash, kept });
     }
 
     pub fn down(&mut self, name: &str) {
@@ -291,6 +311,7 @@ impl Stage {
             size_bytes: 1,
             seconds: 0.1,
             unix_ms: 1,
+            loss: None,
         });
         let (job, attempt) = (job(), Attempt(self.attempt));
         self.tell(Event::CheckpointFound { job, attempt, outcome: Ok(checkpoint), damaged: Vec::new() });

@@ -47,6 +47,8 @@ pub struct EngineOptions {
     pub start: Option<PathBuf>,
     /// The part of the base that is loaded, where several members share it; none loads all of it.
     pub shard: Option<ShardPart>,
+    /// Whether other engines train with this one, so that a card keeps room for the sum of their gradients.
+    pub member: bool,
 }
 
 impl EngineOptions {
@@ -64,6 +66,7 @@ impl EngineOptions {
             memory_limit: None,
             start: None,
             shard: None,
+            member: false,
         }
     }
 }

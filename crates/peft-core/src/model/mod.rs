@@ -17,7 +17,7 @@ pub mod sharded;
 pub mod trained;
 pub mod weights;
 
-pub use base::{BaseSource, DenseView, EmbeddingView, LayerWeights, LinearWeights, Matrix};
+pub use base::{BaseSource, DenseView, EmbeddingView, Held, HeldView, LayerWeights, LinearWeights, Matrix};
 pub use config::{Activation, ModelConfig, Norm, Projection, Rope, RopeScaling};
 pub use modules::{Module, ModuleKind, Place};
 pub use resident::{LoadProgress, MemoryUse, ResidentBase};

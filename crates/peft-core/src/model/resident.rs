@@ -10,7 +10,7 @@ use crate::{
     model::{
         base::{BaseSource, DenseView, EmbeddingView, LayerWeights, LinearWeights, Matrix},
         config::{ModelConfig, Norm, Projection},
-        weights::{ModelFiles, Tensor, TensorFile},
+        weights::{ModelFiles, Tensor, Witness},
     },
     quant::{
         Nf4Options,
@@ -20,10 +20,11 @@ use crate::{
     },
 };
 
-pub mod content;
-pub(in crate::model) mod plan;
+pub(crate) mod hashes;
+pub(crate) mod plan;
 
-use content::Content;
+pub use hashes::ContentSum;
+pub(crate) use hashes::Hashes;
 use plan::{BasePlan, LayerPlan, WeightPlan};
 
 /// How far loading has come.
@@ -46,7 +47,7 @@ pub struct MemoryUse {
     pub head_bytes: usize,
     /// Norms and biases, f32.
     pub other_bytes: usize,
-    /// Of a sharded base, the two places that whole layers are gathered in; else 0.
+    /// Of a shared base, the two places that whole layers are gathered in; else 0.
     pub slot_bytes: usize,
 }
 
@@ -56,21 +57,34 @@ impl MemoryUse {
     /// # Errors
     /// As [`ResidentBase::load`], but for damaged numbers.
     pub fn plan(folder: &Path, nf4: Option<Nf4Options>) -> Result<Self> {
+        Self::plan_for(folder, nf4, false)
+    }
+
+    /// As [`MemoryUse::plan`]; on a card that multiplies in bf16, matrices that are not quantised are kept as bf16.
+    ///
+    /// # Errors
+    /// As [`MemoryUse::plan`].
+    pub fn plan_for(folder: &Path, nf4: Option<Nf4Options>, half_matrices: bool) -> Result<Self> {
         let config = ModelConfig::load(folder)?;
         let files = ModelFiles::open(folder)?;
-        Ok(BasePlan::new(&files, &config, nf4)?.memory(&config, 1))
+        Ok(BasePlan::new(&files, &config, nf4)?.memory(&config, half_matrices))
     }
 
     /// What [`super::ShardedBase::load`] would take of each of `parts` members, once it is settled and attached.
     ///
     /// # Errors
     /// As [`super::ShardedBase::load`], but for damaged numbers.
-    pub fn plan_sharded(folder: &Path, nf4: Option<Nf4Options>, parts: usize) -> Result<Self> {
+    pub fn plan_shared(folder: &Path, nf4: Option<Nf4Options>, parts: usize) -> Result<Self> {
         let config = ModelConfig::load(folder)?;
         let files = ModelFiles::open(folder)?;
         let plan = BasePlan::new(&files, &config, nf4)?;
         plan.check_shard(folder)?;
-        Ok(plan.memory(&config, parts))
+        Ok(plan.shared_memory(&config, parts))
+    }
+
+    /// What the embedding takes where it is not the head as well: beside a card it can stay in host memory.
+    pub(crate) fn embedding_apart(&self) -> u64 {
+        if self.head_bytes > 0 { self.embedding_bytes as u64 } else { 0 }
     }
 
     /// All parts.
@@ -81,20 +95,33 @@ impl MemoryUse {
 
 /// An embedding or head, kept as stored.
 #[derive(Debug)]
-pub(in crate::model) enum Table {
+pub(crate) enum Table {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
 }
 
 impl Table {
-    pub(in crate::model) fn view(&self, columns: usize) -> EmbeddingView<'_> {
+    /// Reads a table as it is stored, or as f32.
+    pub(crate) fn read(tensor: &Tensor<'_>, witness: &mut Witness<'_>) -> Result<Self> {
+        if tensor.dtype() != Dtype::BF16 {
+            let mut numbers = vec![0.0; tensor.elements()];
+            tensor.read_f32(&mut numbers, witness)?;
+            return Ok(Self::F32(numbers));
+        }
+        let mut numbers = vec![bf16::ZERO; tensor.elements()];
+        tensor.read_bf16(&mut numbers, witness)?;
+        Ok(Self::Bf16(numbers))
+    }
+
+    /// As the layer loop takes it.
+    pub(crate) fn view(&self, columns: usize) -> EmbeddingView<'_> {
         match self {
             Self::F32(data) => EmbeddingView::from_f32(data, columns),
             Self::Bf16(data) => EmbeddingView::from_bf16(data, columns),
         }
     }
 
-    pub(in crate::model) fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         match self {
             Self::F32(data) => size_of_val(data.as_slice()),
             Self::Bf16(data) => size_of_val(data.as_slice()),
@@ -164,11 +191,21 @@ impl ResidentBase {
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self> {
         let config = ModelConfig::load(folder)?;
-        let mut files = ModelFiles::open(folder)?;
-        for file in over {
-            files.put_over(TensorFile::open(file, Origin::Adapter)?);
-        }
+        let files = ModelFiles::open_over(folder, over)?;
         let plan = BasePlan::new(&files, &config, nf4)?;
+        let unused = plan.unused(&files);
+        Ok(Self { unused, ..Self::read(&config, &plan, progress)? })
+    }
+
+    /// Reads what was planned; says nothing of tensors that nothing reads.
+    ///
+    /// # Errors
+    /// Unreadable, or damaged numbers.
+    pub(crate) fn read(
+        config: &ModelConfig,
+        plan: &BasePlan<'_>,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self> {
         let total_bytes = plan.tensors().iter().map(|tensor| tensor.bytes() as u64).sum();
         let mut reader = Reader::new(total_bytes, progress);
         let embedding = reader.table(&plan.embedding)?;
@@ -176,8 +213,8 @@ impl ResidentBase {
         let layers = plan.layers.iter().map(|layer| reader.layer(layer, less_one)).collect::<Result<_>>()?;
         let final_norm = reader.norm(&plan.final_norm, less_one)?;
         let head = plan.head.as_ref().map(|head| reader.table(head)).transpose()?;
-        let content_hash = content::hash(&config, &plan.tensors(), &reader.content.sum());
-        let unused = plan.unused(&files);
+        let content_hash = reader.hashes.content_hash(config);
+        let (config, unused) = (config.clone(), Vec::new());
         Ok(Self { config, layers, embedding, final_norm, head, content_hash, unused })
     }
 
@@ -215,7 +252,7 @@ impl ResidentBase {
             };
             LinearWeights { weight, bias: bias.as_deref() }
         };
-        LayerWeights::with_norms(&resident.norms, LayerWeights::by_projection(&self.config, linear))
+        LayerWeights::of(&self.config, &resident.norms, linear)
     }
 
     /// What it takes in memory.
@@ -280,12 +317,12 @@ pub fn content_hash(folder: &Path, progress: &mut dyn FnMut(LoadProgress)) -> Re
     for tensor in &tensors {
         tensor.pieces(&mut |bytes| reader.see(tensor, bytes))?;
     }
-    Ok(content::hash(&config, &tensors, &reader.content.sum()))
+    Ok(reader.hashes.content_hash(&config))
 }
 
 /// Reads tensors once, hashing and counting what passes.
 pub(in crate::model) struct Reader<'a> {
-    pub(in crate::model) content: Content,
+    pub(in crate::model) hashes: Hashes,
     done_bytes: u64,
     total_bytes: u64,
     progress: &'a mut dyn FnMut(LoadProgress),
@@ -293,11 +330,11 @@ pub(in crate::model) struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     pub(in crate::model) fn new(total_bytes: u64, progress: &'a mut dyn FnMut(LoadProgress)) -> Self {
-        Self { content: Content::default(), done_bytes: 0, total_bytes, progress }
+        Self { hashes: Hashes::default(), done_bytes: 0, total_bytes, progress }
     }
 
-    fn see(&mut self, tensor: &Tensor<'_>, bytes: &[u8]) {
-        self.content.see(tensor, bytes);
+    pub(in crate::model) fn see(&mut self, tensor: &Tensor<'_>, bytes: &[u8]) {
+        self.hashes.see(tensor, bytes);
         self.count(bytes.len());
     }
 
@@ -314,12 +351,7 @@ impl<'a> Reader<'a> {
     }
 
     pub(in crate::model) fn table(&mut self, tensor: &Tensor<'_>) -> Result<Table> {
-        if tensor.dtype() != Dtype::BF16 {
-            return Ok(Table::F32(self.numbers(tensor)?));
-        }
-        let mut numbers = vec![bf16::ZERO; tensor.elements()];
-        tensor.read_bf16(&mut numbers, &mut |bytes| self.see(tensor, bytes))?;
-        Ok(Table::Bf16(numbers))
+        Table::read(tensor, &mut |bytes| self.see(tensor, bytes))
     }
 
     /// The scale of a norm.

@@ -19,7 +19,7 @@ use crate::{
     model::{
         base::{BaseSource, DenseView, EmbeddingView, LayerWeights, LinearWeights, Matrix},
         config::{ModelConfig, Projection},
-        resident::{LayerNorms, MemoryUse, Table, content::ContentSum},
+        resident::{ContentSum, LayerNorms, MemoryUse, Table},
     },
     quant::{AlignedBytes, Cut},
 };
@@ -202,7 +202,7 @@ impl BaseSource for ShardedBase {
             };
             LinearWeights { weight, bias: bias.as_deref() }
         };
-        Ok(LayerWeights::with_norms(&of.norms, LayerWeights::by_projection(&self.config, linear)))
+        Ok(LayerWeights::of(&self.config, &of.norms, linear))
     }
 
     fn embedding(&self) -> EmbeddingView<'_> {

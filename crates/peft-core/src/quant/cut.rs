@@ -242,6 +242,11 @@ impl<'a> Nf4Pieces<'a> {
         self.shape
     }
 
+    /// Where the parts lie in memory.
+    pub(crate) fn place(&self) -> usize {
+        self.gathered.as_ptr() as usize
+    }
+
     /// Its pieces in the order of its numbers: each as a row, and its first number's place in the matrix.
     pub fn pieces(&self) -> impl Iterator<Item = (usize, Nf4View<'a>)> {
         let this = *self;

@@ -276,11 +276,10 @@ pub struct DoubleScales {
     pub offset: f32,
 }
 
-/// Quantises block scales, none of which is infinite or not a number.
-///
-/// The mean is summed in f64 and rounded once; bitsandbytes sums in f32, so its offset may differ in the last places.
-pub fn quantise(scales: &[f32]) -> DoubleScales {
-    quantise_about(scales, mean(sum(0.0, scales), scales.len()))
+/// The mean of block scales, summed in f64 and rounded once; bitsandbytes sums in f32, so its offset may differ in the
+/// last places.
+pub fn mean(scales: &[f32]) -> f32 {
+    mean_of(sum(0.0, scales), scales.len())
 }
 
 /// Goes on summing scales, in their order: the sum of a matrix's first scales, then of its next, is that of all, bit for bit.
@@ -288,9 +287,14 @@ pub fn sum(so_far: f64, scales: &[f32]) -> f64 {
     scales.iter().fold(so_far, |sum, scale| sum + f64::from(*scale))
 }
 
-/// The mean of so many scales.
-pub fn mean(sum: f64, count: usize) -> f32 {
+/// The mean of so many scales, whose sum is known.
+pub fn mean_of(sum: f64, count: usize) -> f32 {
     (sum / count.max(1) as f64) as f32
+}
+
+/// Quantises block scales, none of which is infinite or not a number.
+pub fn quantise(scales: &[f32]) -> DoubleScales {
+    quantise_about(scales, mean(scales))
 }
 
 /// Quantises some of a matrix's scales, from a multiple of [`NESTED_BLOCK`] on, about the mean of all of them.

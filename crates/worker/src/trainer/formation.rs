@@ -1,14 +1,21 @@
 //! A generation as it was announced, checked.
 
-use shanty_collective::tcp::{JoinOptions, Token};
+use shanty_collective::{
+    Compression,
+    tcp::{JoinOptions, Token},
+};
+use shanty_config::{
+    UsualLoss,
+    job::{self, ClusterSpec},
+};
 use shanty_proto::v1::{Form, RankRows, StartPoint, start_point::Source};
 
 use crate::{Error, plan::JobPlan};
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 /// How long the members may take to find each other. A member that is lost meanwhile ends the wait earlier.
-const JOIN_WITHIN: Duration = Duration::from_secs(60);
+pub(super) const JOIN_WITHIN: Duration = Duration::from_secs(60);
 
 /// A generation as it was announced: every field is there and fits the others.
 #[derive(Debug, Clone)]
@@ -22,7 +29,7 @@ pub(crate) struct Formation {
 }
 
 /// Where a generation starts.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Start {
     /// Updates applied in the state that it starts from.
     pub(crate) applied_step: u64,
@@ -31,6 +38,10 @@ pub(crate) struct Start {
     pub(crate) first_rows: Option<(Vec<u64>, Vec<u64>)>,
     pub(crate) evaluated_step: Option<u64>,
     pub(crate) checkpoint_step: Option<u64>,
+    /// What a loss spike is measured by.
+    pub(crate) usual_loss: UsualLoss,
+    /// Steps that are passed over.
+    pub(crate) skip_steps: BTreeSet<u64>,
 }
 
 /// Where adapter and optimizer come from.
@@ -74,9 +85,20 @@ impl Formation {
         u32::try_from(self.members.len()).unwrap_or(u32::MAX)
     }
 
-    pub(crate) fn join_options(&self, job: &str) -> JoinOptions {
+    /// How members link, which follows from what all of them are told alike.
+    pub(crate) fn join_options(&self, job: &str, cluster: &ClusterSpec) -> JoinOptions {
         JoinOptions {
             job: job.to_owned(),
+            encrypted: match cluster.encryption {
+                job::Encryption::Auto => !self.members.iter().all(|address| is_loopback(address)),
+                job::Encryption::On => true,
+                job::Encryption::Off => false,
+            },
+            compression: match cluster.compression {
+                job::Compression::Off => Compression::Off,
+                job::Compression::Bf16 => Compression::Bf16,
+                job::Compression::Int8 => Compression::Int8,
+            },
             generation: self.generation,
             rank: self.rank,
             members: self.members.clone(),
@@ -84,6 +106,14 @@ impl Formation {
             deadline: JOIN_WITHIN,
         }
     }
+}
+
+/// Whether `host:port` is this machine's own, by its name alone: names are not resolved, as members could come to
+/// different answers.
+fn is_loopback(address: &str) -> bool {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 impl Start {
@@ -120,6 +150,8 @@ impl Start {
             first_rows,
             evaluated_step: start.evaluated_step,
             checkpoint_step: start.checkpoint_step,
+            usual_loss: UsualLoss { mean: start.usual_loss, steps: start.usual_loss_steps },
+            skip_steps: start.skip_steps.into_iter().collect(),
         })
     }
 }
@@ -142,6 +174,24 @@ mod tests {
         let broken = StartPoint { rows: vec![entry], ..point() };
         assert_eq!(Start::new(broken.clone(), 0, 3).unwrap().first_rows, Some((vec![1], vec![2])));
         assert_eq!(Start::new(broken, 1, 3).unwrap().first_rows, Some((vec![], vec![])));
+    }
+
+    #[test]
+    fn links_are_encrypted_unless_all_members_are_on_one_machine() {
+        let with = |members: &[&str], encryption| {
+            let members = members.iter().map(|member| (*member).to_owned()).collect();
+            let start = Start::new(point(), 0, 3).unwrap();
+            let formation = Formation { generation: 1, rank: 0, members, token: [0; 32], start };
+            let cluster = ClusterSpec { encryption, ..ClusterSpec::default() };
+            formation.join_options("job", &cluster).encrypted
+        };
+        let here = ["127.0.0.1:7000", "[::1]:7001", "localhost:7002"];
+        assert!(!with(&here, job::Encryption::Auto));
+        assert!(with(&here, job::Encryption::On));
+        let there = ["127.0.0.1:7000", "10.0.0.7:7000"];
+        assert!(with(&there, job::Encryption::Auto));
+        assert!(with(&["127.0.0.1:1", "worker-3:1"], job::Encryption::Auto), "a name is not resolved");
+        assert!(!with(&there, job::Encryption::Off));
     }
 
     #[test]

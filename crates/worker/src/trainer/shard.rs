@@ -18,13 +18,14 @@ use std::{
 
 use bytemuck::{Pod, Zeroable};
 use shanty_collective::{
-    AbortHandle, Collective,
-    tcp::{JoinOptions, TcpCollective},
+    AbortHandle, Collective, Compression,
+    tcp::{JoinOptions, TcpCollective, Token},
 };
 use shanty_peft_core::{
-    model::{LayerGather, ShardPart, ShardedBase, resident::content::ContentSum},
+    model::{LayerGather, ShardPart, ShardedBase, resident::ContentSum},
     quant::AlignedBytes,
 };
+use shanty_proto::v1::MemberPhase;
 use tracing::info;
 
 use crate::{Error, control::Control};
@@ -107,7 +108,9 @@ pub(super) fn join(
         job: format!("{}/group-{number}", job.plan.job_id),
         rank: u32::try_from(part).unwrap_or(u32::MAX),
         members: formation.members[number * parts..][..parts].to_vec(),
-        ..formation.join_options(&job.plan.job_id)
+        token: Token(*blake3::keyed_hash(&formation.token, &number.to_le_bytes()).as_bytes()),
+        compression: Compression::Off,
+        ..formation.join_options(&job.plan.job_id, &job.plan.spec.cluster)
     };
     let abort = AbortHandle::new();
     let collective = connect(around, formation, &options, &abort)?;
@@ -304,6 +307,7 @@ impl Generation<'_> {
         while self.round(false)? {
             let kept = self.job.engine.keep_company(training);
             kept.map_err(|error| self.stop_for(error))?;
+            self.around.control.advance();
         }
         Ok(())
     }
@@ -335,15 +339,22 @@ impl Shared {
         if let Some(failure) = &inbox.failure {
             return Err(failure.clone());
         }
-        loop {
+        let mut before = None;
+        let came = loop {
             match inbox.done.recv_timeout(LOOK) {
-                Ok(Ok(done)) => return Ok(done),
+                Ok(Ok(done)) => break done,
                 Ok(Err(error)) => {
                     inbox.failure = Some(error.clone());
                     return Err(error);
                 }
                 Err(RecvTimeoutError::Disconnected) => return Err(inbox.ended()),
                 Err(RecvTimeoutError::Timeout) => {
+                    // That others take their time is nobody's fault here.
+                    before.get_or_insert_with(|| {
+                        let phase = self.control.phase().0;
+                        self.control.set_phase(MemberPhase::Reducing);
+                        phase
+                    });
                     if self.control.check(self.generation).is_err() {
                         let left = *inbox.left.get_or_insert_with(Instant::now);
                         if left.elapsed() > GRACE {
@@ -352,7 +363,11 @@ impl Shared {
                     }
                 }
             }
+        };
+        if let Some(before) = before {
+            self.control.set_phase(before);
         }
+        Ok(came)
     }
 
     fn exchanged(&self) -> Result<Vec<u8>, shanty_collective::Error> {

@@ -374,6 +374,7 @@ impl Coordinator {
         self.record.generations.push((generation, members.clone(), start.clone()));
         for (rank, worker) in members.iter().enumerate() {
             let form = Form {
+                encrypted: false,
                 job_id: "test-1".to_owned(),
                 attempt: self.job.attempt,
                 generation,

@@ -30,6 +30,8 @@ pub struct Job {
     pub store: PathBuf,
     pub attempt: u32,
     pub learning_rate: f64,
+    /// `[cluster]`
+    pub cluster: serde_json::Value,
 }
 
 impl Job {
@@ -45,6 +47,7 @@ impl Job {
             store,
             attempt: 1,
             learning_rate: 0.05,
+            cluster: serde_json::json!({}),
         }
     }
 
@@ -54,7 +57,7 @@ impl Job {
 
     pub(super) fn assign(&self) -> Assign {
         let spec = serde_json::json!({
-            "name": "test", "base": {"model": "none"}, "adapter": {}, "data": {"train": "none"},
+            "name": "test", "cluster": self.cluster, "base": {"model": "none"}, "adapter": {}, "data": {"train": "none"},
             "train": {
                 "global_batch_size": self.batch, "seed": SEED, "eval_every_steps": self.eval_every,
                 "learning_rate": self.learning_rate, "max_grad_norm": 1.0,

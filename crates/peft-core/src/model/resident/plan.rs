@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Where a projection's weight comes from and how it is kept.
-pub(in crate::model) enum WeightPlan<'a> {
+pub(crate) enum WeightPlan<'a> {
     /// Read as f32 and kept so.
     Dense(Tensor<'a>),
     /// Read as f32 and quantised.
@@ -33,7 +33,7 @@ pub(in crate::model) enum WeightPlan<'a> {
 
 impl WeightPlan<'_> {
     /// What it takes in the layer's packed buffer.
-    pub(in crate::model) fn packed(&self) -> Option<PackedShape> {
+    pub(crate) fn packed(&self) -> Option<PackedShape> {
         match self {
             Self::Dense(_) | Self::Widen(_) => None,
             Self::Quantise(_, shape) => Some(*shape),
@@ -43,30 +43,26 @@ impl WeightPlan<'_> {
 }
 
 /// One decoder layer.
-pub(in crate::model) struct LayerPlan<'a> {
+pub(crate) struct LayerPlan<'a> {
     /// In the order of [`Norm::ALL`].
-    pub(in crate::model) norms: Vec<(Norm, Tensor<'a>)>,
+    pub(crate) norms: Vec<(Norm, Tensor<'a>)>,
     /// In the order of [`ModelConfig::projections`].
-    pub(in crate::model) weights: Vec<WeightPlan<'a>>,
+    pub(crate) weights: Vec<WeightPlan<'a>>,
     /// In the order of [`ModelConfig::projections`].
-    pub(in crate::model) biases: Vec<Option<Tensor<'a>>>,
+    pub(crate) biases: Vec<Option<Tensor<'a>>>,
 }
 
 /// A whole base.
-pub(in crate::model) struct BasePlan<'a> {
-    pub(in crate::model) layers: Vec<LayerPlan<'a>>,
-    pub(in crate::model) embedding: Tensor<'a>,
-    pub(in crate::model) final_norm: Tensor<'a>,
-    pub(in crate::model) head: Option<Tensor<'a>>,
+pub(crate) struct BasePlan<'a> {
+    pub(crate) layers: Vec<LayerPlan<'a>>,
+    pub(crate) embedding: Tensor<'a>,
+    pub(crate) final_norm: Tensor<'a>,
+    pub(crate) head: Option<Tensor<'a>>,
 }
 
 impl<'a> BasePlan<'a> {
     /// Finds all tensors that `config` calls for and checks shapes and dtypes.
-    pub(in crate::model) fn new(
-        files: &'a ModelFiles,
-        config: &ModelConfig,
-        nf4: Option<Nf4Options>,
-    ) -> Result<Self> {
+    pub(crate) fn new(files: &'a ModelFiles, config: &ModelConfig, nf4: Option<Nf4Options>) -> Result<Self> {
         if let Some(options) = nf4
             && !nf4::is_block_size(options.block_size)
         {
@@ -128,7 +124,7 @@ impl<'a> BasePlan<'a> {
     }
 
     /// All tensors that will be read.
-    pub(in crate::model) fn tensors(&self) -> Vec<Tensor<'a>> {
+    pub(crate) fn tensors(&self) -> Vec<Tensor<'a>> {
         let mut tensors = vec![self.embedding, self.final_norm];
         tensors.extend(self.head);
         for layer in &self.layers {
@@ -147,14 +143,14 @@ impl<'a> BasePlan<'a> {
     }
 
     /// Tensors of the folder that nothing reads, sorted.
-    pub(in crate::model) fn unused(&self, files: &ModelFiles) -> Vec<String> {
+    pub(crate) fn unused(&self, files: &ModelFiles) -> Vec<String> {
         let tensors = self.tensors();
         let used: BTreeSet<&str> = tensors.iter().map(Tensor::name).collect();
         files.names().filter(|name| !used.contains(name)).map(str::to_owned).collect()
     }
 
     /// Refuses a base that cannot be read in parts: one without a matrix in 4 bits, or whose numbers lie in a GGUF file.
-    pub(in crate::model) fn check_shard(&self, folder: &Path) -> Result<()> {
+    pub(crate) fn check_shard(&self, folder: &Path) -> Result<()> {
         let base = || folder.to_owned();
         if folder.is_file() {
             return Err(Error::ShardOfGguf { file: base() });
@@ -166,8 +162,25 @@ impl<'a> BasePlan<'a> {
         }
     }
 
-    /// What the base will take in the memory of each of `parts` members; of one, where it is not shared.
-    pub(in crate::model) fn memory(&self, config: &ModelConfig, parts: usize) -> MemoryUse {
+    /// What each of `parts` members that share the base will take of it in memory.
+    pub(crate) fn shared_memory(&self, config: &ModelConfig, parts: usize) -> MemoryUse {
+        let mut memory = self.memory(config, false);
+        let mut longest = 0;
+        for layer in &self.layers {
+            let packed: Vec<_> = layer.weights.iter().filter_map(WeightPlan::packed).collect();
+            let cut = Cut::new(&packed, parts);
+            longest = longest.max(cut.bytes());
+            let maps = usize::from(packed.iter().any(|shape| shape.options.double));
+            memory.linear_bytes -= PackedLayer::bytes_for(&packed);
+            memory.linear_bytes += cut.part_bytes() + maps * size_of::<[f32; 256]>();
+        }
+        memory.slot_bytes = 2 * longest;
+        memory
+    }
+
+    /// What the base will take in memory, its matrices that are not quantised as f32 or, with `half_matrices`, as bf16.
+    pub(crate) fn memory(&self, config: &ModelConfig, half_matrices: bool) -> MemoryUse {
+        let number = if half_matrices { 2 } else { 4 };
         let table =
             |tensor: &Tensor<'_>| tensor.elements() * if tensor.dtype() == Dtype::BF16 { 2 } else { 4 };
         let mut memory = MemoryUse {
@@ -177,28 +190,19 @@ impl<'a> BasePlan<'a> {
             other_bytes: 4 * self.final_norm.elements(),
             slot_bytes: 0,
         };
-        let mut longest = 0;
         for layer in &self.layers {
             let packed: Vec<_> = layer.weights.iter().filter_map(WeightPlan::packed).collect();
-            if parts == 1 {
-                memory.linear_bytes += PackedLayer::bytes_for(&packed);
-            } else {
-                let cut = Cut::new(&packed, parts);
-                longest = longest.max(cut.bytes());
-                let maps = usize::from(packed.iter().any(|shape| shape.options.double));
-                memory.linear_bytes += cut.part_bytes() + maps * size_of::<[f32; 256]>();
-            }
+            memory.linear_bytes += PackedLayer::bytes_for(&packed);
             for (projection, weight) in config.projections().iter().zip(&layer.weights) {
                 if weight.packed().is_none() {
                     let [out, input] = config.shape(*projection);
-                    memory.linear_bytes += 4 * out * input;
+                    memory.linear_bytes += number * out * input;
                 }
             }
             let biases: usize = layer.biases.iter().flatten().map(Tensor::elements).sum();
             let norms: usize = layer.norms.iter().map(|(_, tensor)| tensor.elements()).sum();
             memory.other_bytes += 4 * (norms + biases);
         }
-        memory.slot_bytes = 2 * longest;
         memory
     }
 }

@@ -10,11 +10,10 @@ use crate::{
     model::{
         ModelConfig, ShardPart, ShardedBase,
         resident::{
-            LoadProgress, Reader,
-            content::{self, Content},
+            Hashes, LoadProgress, Reader, hashes,
             plan::{BasePlan, LayerPlan, WeightPlan},
         },
-        weights::{ModelFiles, Tensor, TensorFile},
+        weights::{ModelFiles, Tensor},
     },
     quant::{
         AlignedBytes, Cut, Nf4Options, PackedShape,
@@ -41,15 +40,12 @@ impl ShardedBase {
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self> {
         let config = ModelConfig::load(folder)?;
-        let mut files = ModelFiles::open(folder)?;
-        for file in over {
-            files.put_over(TensorFile::open(file, Origin::Adapter)?);
-        }
+        let files = ModelFiles::open_over(folder, over)?;
         let plan = BasePlan::new(&files, &config, nf4)?;
         plan.check_shard(folder)?;
         let mut loader = Loader {
             part,
-            own: Content::default(),
+            own: Hashes::default(),
             reader: Reader::new(bytes_to_read(&plan, part), progress),
             last: None,
             raw: Raw::default(),
@@ -60,8 +56,8 @@ impl ShardedBase {
         let final_norm = loader.reader.norm(&plan.final_norm, less_one)?;
         let head = plan.head.as_ref().map(|head| loader.reader.table(head)).transpose()?;
         let Loader { own, reader, raw, .. } = loader;
-        let common = reader.content.sum();
-        let frame = content::frame(&config, &plan.tensors());
+        let common = reader.hashes.sum();
+        let frame = hashes::frame(&config, &plan.tensors());
         // Where every matrix comes with its scales quantised, or none is quantised again, nobody need say anything.
         let waits = plan
             .layers
@@ -69,7 +65,7 @@ impl ShardedBase {
             .flat_map(|layer| &layer.weights)
             .any(|weight| matches!(weight, WeightPlan::Quantise(_, shape) if shape.options.double));
         Ok(Self {
-            identity: content::finish(&frame, &common),
+            identity: hashes::finish(&frame, &common),
             frame,
             common,
             own: own.sum(),
@@ -100,7 +96,7 @@ fn bytes_to_read(plan: &BasePlan<'_>, part: ShardPart) -> u64 {
 struct Loader<'a> {
     part: ShardPart,
     /// What this part alone reads.
-    own: Content,
+    own: Hashes,
     reader: Reader<'a>,
     /// The cut of the layer before, which is nearly always that of the next.
     last: Option<Arc<Cut>>,
@@ -209,7 +205,7 @@ impl Loader<'_> {
     fn common(&mut self, stored: &StoredWeight<'_>) -> Result<Option<(f32, [f32; 256])>> {
         let reader = &mut self.reader;
         stored.read_common(&mut |tensor, bytes| {
-            reader.content.see(tensor, bytes);
+            reader.hashes.see(tensor, bytes);
             reader.count(bytes.len());
         })
     }

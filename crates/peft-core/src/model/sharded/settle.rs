@@ -6,7 +6,7 @@ use crate::{
     error::{Error, Result},
     model::{
         ShardedBase,
-        resident::content::{self, ContentSum},
+        resident::{ContentSum, hashes},
     },
     quant::{
         double::{self, DYNAMIC_MAP},
@@ -65,7 +65,7 @@ impl ShardedBase {
         self.check_length(sums.len())?;
         let shapes = self.layers.iter().flat_map(|layer| layer.cut.shapes());
         let blocks = shapes.map(|shape| (shape.rows * shape.columns).div_ceil(shape.options.block_size));
-        Ok(blocks.zip(sums).map(|(blocks, sum)| double::mean(*sum, blocks)).collect())
+        Ok(blocks.zip(sums).map(|(blocks, sum)| double::mean_of(*sum, blocks)).collect())
     }
 
     /// The means that it was settled with: for a member that comes later. None before.
@@ -124,8 +124,8 @@ impl ShardedBase {
     /// The hash of the base whose members read this much in all: that of the same base when it is not shared.
     pub fn content_hash(&self, members: &[ContentSum]) -> blake3::Hash {
         let mut sum = self.common;
-        members.iter().for_each(|own| content::add(&mut sum, own));
-        content::finish(&self.frame, &sum)
+        members.iter().for_each(|own| hashes::add(&mut sum, own));
+        hashes::finish(&self.frame, &sum)
     }
 
     fn check_length(&self, found: usize) -> Result<()> {

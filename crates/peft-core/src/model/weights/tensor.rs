@@ -122,7 +122,8 @@ impl<'a> Tensor<'a> {
         self.expect_dtype(&[Dtype::F32, Dtype::F16, Dtype::BF16], "F32, F16 or BF16")
     }
 
-    fn non_finite(&self) -> Error {
+    /// What is said of a number that is infinite or none.
+    pub(crate) fn non_finite(&self) -> Error {
         Error::NonFinite {
             origin: self.file.origin(),
             file: self.file().to_owned(),
@@ -131,7 +132,7 @@ impl<'a> Tensor<'a> {
     }
 
     /// Reads bytes from `offset` of the tensor on.
-    fn read_at(&self, offset: usize, out: &mut [u8]) -> Result<()> {
+    pub(crate) fn read_at(&self, offset: usize, out: &mut [u8]) -> Result<()> {
         self.file.read_at(self.stored.start + offset as u64, out)
     }
 

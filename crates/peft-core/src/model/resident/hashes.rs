@@ -20,7 +20,7 @@ pub type ContentSum = [u64; WORDS];
 const CHUNK: usize = 4096;
 
 /// Bytes of a tensor's chunk: those of scales are what a smallest unit of a cut layer has of them.
-pub(in crate::model) fn chunk(name: &str, bytes_a_number: usize) -> usize {
+pub(crate) fn chunk(name: &str, bytes_a_number: usize) -> usize {
     if name.ends_with(".nested_absmax") {
         4
     } else if name.ends_with(".absmax") {
@@ -39,17 +39,20 @@ pub fn add(sum: &mut ContentSum, other: &ContentSum) {
 
 /// Takes in what is read.
 #[derive(Debug, Default)]
-pub(in crate::model) struct Content {
+pub(crate) struct Hashes {
     sum: ContentSum,
+    /// What is said of each tensor besides its numbers.
+    headers: BTreeMap<String, String>,
     /// Of each tensor that is read from front to back: bytes taken in, and those of a chunk that is not full.
     reading: BTreeMap<String, (usize, Vec<u8>)>,
 }
 
-impl Content {
+impl Hashes {
     /// The next bytes of a tensor that is read from front to back.
-    pub(in crate::model) fn see(&mut self, tensor: &Tensor<'_>, mut bytes: &[u8]) {
+    pub(crate) fn see(&mut self, tensor: &Tensor<'_>, mut bytes: &[u8]) {
         let chunk = chunk_of(tensor);
         if !self.reading.contains_key(tensor.name()) {
+            self.headers.insert(tensor.name().to_owned(), header(tensor));
             self.reading.insert(tensor.name().to_owned(), (0, Vec::new()));
         }
         let Some((position, rest)) = self.reading.get_mut(tensor.name()) else { return };
@@ -70,14 +73,26 @@ impl Content {
     }
 
     /// Bytes from the inside of a tensor: from a chunk's first to a chunk's last, or the tensor's.
-    pub(in crate::model) fn see_at(&mut self, tensor: &Tensor<'_>, from: usize, bytes: &[u8]) {
+    pub(crate) fn see_at(&mut self, tensor: &Tensor<'_>, from: usize, bytes: &[u8]) {
         let chunk = chunk_of(tensor);
         debug_assert!(from.is_multiple_of(chunk), "parts begin at chunks");
         add(&mut self.sum, &hashes(tensor.name(), from, chunk, bytes));
     }
 
+    /// Takes what was hashed elsewhere, of other tensors.
+    pub(crate) fn join(&mut self, others: Self) {
+        add(&mut self.sum, &others.sum);
+        self.headers.extend(others.headers);
+        self.reading.extend(others.reading);
+    }
+
+    /// The hash of a base all of whose tensors were taken in.
+    pub(crate) fn content_hash(&self, config: &ModelConfig) -> blake3::Hash {
+        finish(&frame_of(config, self.headers.values().cloned().collect()), &self.sum())
+    }
+
     /// The sum of all that was taken in.
-    pub(in crate::model) fn sum(&self) -> ContentSum {
+    pub(crate) fn sum(&self) -> ContentSum {
         let mut sum = self.sum;
         for (name, (position, rest)) in &self.reading {
             if !rest.is_empty() {
@@ -119,17 +134,17 @@ fn one(name: &str, from: u64, bytes: &[u8]) -> ContentSum {
     words
 }
 
-/// The hash of a base: its frame and the sum of its numbers.
-pub(in crate::model) fn hash(config: &ModelConfig, tensors: &[Tensor<'_>], sum: &ContentSum) -> blake3::Hash {
-    finish(&frame(config, tensors), sum)
-}
-
 /// What of a base's hash is known without its numbers: the settings that change numbers, and each tensor's name, dtype and shape in the
 /// order of names.
-pub(in crate::model) fn frame(config: &ModelConfig, tensors: &[Tensor<'_>]) -> blake3::Hash {
-    let header =
-        |tensor: &Tensor<'_>| format!("{} {} {:?}\n", tensor.name(), tensor.stored_as(), tensor.shape());
-    let mut headers: Vec<String> = tensors.iter().map(header).collect();
+pub(crate) fn frame(config: &ModelConfig, tensors: &[Tensor<'_>]) -> blake3::Hash {
+    frame_of(config, tensors.iter().map(header).collect())
+}
+
+fn header(tensor: &Tensor<'_>) -> String {
+    format!("{} {} {:?}\n", tensor.name(), tensor.stored_as(), tensor.shape())
+}
+
+fn frame_of(config: &ModelConfig, mut headers: Vec<String>) -> blake3::Hash {
     headers.sort_unstable();
     headers.dedup();
     let mut hasher = blake3::Hasher::new();
@@ -141,7 +156,7 @@ pub(in crate::model) fn frame(config: &ModelConfig, tensors: &[Tensor<'_>]) -> b
 }
 
 /// A frame and a sum make a hash.
-pub(in crate::model) fn finish(frame: &blake3::Hash, sum: &ContentSum) -> blake3::Hash {
+pub(crate) fn finish(frame: &blake3::Hash, sum: &ContentSum) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new();
     hasher.update(frame.as_bytes());
     for word in sum {
