@@ -70,7 +70,17 @@ fn enter(arguments: &[&str]) {
     let script =
         "ip link set lo up && mount -t tmpfs tmpfs /run && mkdir -p /run/netns && exec \"$0\" chaos \"$@\"";
     let error = Command::new("unshare")
-        .args(["--net", "--mount", "--propagation", "private", "sh", "-c", script])
+        .args([
+            "--net",
+            "--mount",
+            "--propagation",
+            "private",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ])
+        .args(["sh", "-c", script])
         .arg(program)
         .args(arguments)
         .env(INSIDE, "1")

@@ -472,7 +472,7 @@ described! {
         Auto,
         /// Always.
         On,
-        /// Never.
+        /// Never, but where the coordinator speaks TLS: there links that leave a machine are encrypted all the same.
         Off,
     }
 

@@ -1,8 +1,8 @@
-//! Checks worker processes on a card: `gpu_crew SHANTY REPOSITORY [RESULT.json]`.
+//! Checks worker processes on a card: `gpu_crew SHANTY REPOSITORY [RESULT.json [cpu]]`.
 //!
 //! The Shakespeare example on one worker beside the CPU's curve; two and four workers on the one card beside one; `kill -9`
 //! of a worker among two, of the only one, and of everything, each resumed or carried on; that `cuda` never becomes the CPU.
-//! `cargo xtask gpu-check` packs it.
+//! `cargo xtask gpu-check` packs it. With `cpu` the same goes through its motions, shorter, where there is no card.
 
 #![allow(clippy::print_stdout, reason = "a tool that prints a table")]
 
@@ -16,12 +16,26 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use shanty_testkit::{Finished, Running, Shanty, adapter, process, rows, wait};
 
-/// Steps of the runs that are compared; long enough to be killed in the middle of.
-const STEPS: u64 = 240;
-/// When something is killed.
-const KILL_AT: u64 = 60;
-/// Steps of the CPU's curve.
-const CPU_STEPS: u64 = 20;
+/// How long runs are.
+struct Scale {
+    /// The device that is checked.
+    device: &'static str,
+    /// Steps of the runs that are compared; long enough to be killed in the middle of.
+    steps: u64,
+    /// When something is killed.
+    kill_at: u64,
+    /// Steps between checkpoints.
+    every: u64,
+    /// Steps of the CPU's curve.
+    cpu_steps: u64,
+    /// Longest row, tokens.
+    length: u64,
+}
+
+const ON_CARD: Scale =
+    Scale { device: "cuda", steps: 240, kill_at: 60, every: 20, cpu_steps: 20, length: 256 };
+const ON_CPU: Scale = Scale { device: "cpu", steps: 12, kill_at: 5, every: 2, cpu_steps: 3, length: 64 };
+
 /// Rows of a step of the example.
 const BATCH: usize = 16;
 
@@ -40,6 +54,7 @@ struct Line {
 }
 
 struct Checks {
+    scale: Scale,
     program: PathBuf,
     job: PathBuf,
     scratch: tempfile::TempDir,
@@ -84,6 +99,8 @@ impl Checks {
             format!("cluster.device={device}"),
             format!("checkpoint.store={}", store.display()),
             format!("train.steps={steps}"),
+            format!("checkpoint.every_steps={}", self.scale.every),
+            format!("data.max_length={}", self.scale.length),
         ];
         let mut arguments: Vec<String> = [command, job].map(str::to_owned).to_vec();
         for setting in settings {
@@ -139,7 +156,7 @@ fn apart(one: &BTreeMap<u64, f64>, other: &BTreeMap<u64, f64>, steps: u64) -> Re
 
 /// Each step of the final lineage was trained on the rows of the undisturbed run, each once.
 fn same_rows(disturbed: &Done, straight: &Done) -> Result<()> {
-    ensure!(disturbed.rows.len() as u64 == STEPS, "{} steps were applied", disturbed.rows.len());
+    ensure!(disturbed.rows.len() == straight.rows.len(), "{} steps were applied", disturbed.rows.len());
     for (step, rows) in &straight.rows {
         ensure!(rows.len() == BATCH, "step {step} of the undisturbed run has {} rows", rows.len());
         ensure!(disturbed.rows.get(step) == Some(rows), "step {step} was trained on other rows");
@@ -183,10 +200,12 @@ fn main() -> Result<()> {
     let program = arguments.next().context("gpu_crew SHANTY REPOSITORY [RESULT.json]")?;
     let repository = arguments.next().context("gpu_crew SHANTY REPOSITORY [RESULT.json]")?;
     let result = arguments.next();
+    let scale =
+        if arguments.next().is_some_and(|device| device.as_os_str() == "cpu") { ON_CPU } else { ON_CARD };
     let program =
         std::fs::canonicalize(&program).with_context(|| format!("failed to find `{}`", program.display()))?;
     let job = std::fs::canonicalize(repository.join("examples/shakespeare/job.toml"))?;
-    let mut checks = Checks { program, job, scratch: tempfile::tempdir()?, lines: Vec::new() };
+    let mut checks = Checks { scale, program, job, scratch: tempfile::tempdir()?, lines: Vec::new() };
     run(&mut checks);
     let failed = checks.lines.iter().filter(|line| !line.holds).count();
     println!("\n| worker processes on a card | | |\n| --- | --- | --- |");
@@ -207,36 +226,37 @@ fn main() -> Result<()> {
 }
 
 fn run(checks: &mut Checks) {
+    let Scale { device, steps, kill_at, cpu_steps, .. } = checks.scale;
     let mut alone = None;
     checks.check("`auto` takes the card and trains the example", |checks| {
-        let done = checks.straight("auto", "auto", 1, STEPS)?;
-        let devices = devices(&checks.place("auto")?)?;
-        let on_card = !devices.is_empty() && devices.iter().all(|device| device.starts_with("cuda"));
+        let done = checks.straight("auto", "auto", 1, steps)?;
+        let names = devices(&checks.place("auto")?)?;
+        let on_card = !names.is_empty() && names.iter().all(|name| name.starts_with(device));
         let said = format!(
-            "on {devices:?}: loss {:.3} to {:.3} in {STEPS} steps, {:.1} s in all",
+            "on {names:?}: loss {:.3} to {:.3} in {steps} steps, {:.1} s in all",
             done.losses.get(&1).copied().unwrap_or(f64::NAN),
-            done.losses.get(&STEPS).copied().unwrap_or(f64::NAN),
+            done.losses.get(&steps).copied().unwrap_or(f64::NAN),
             done.seconds
         );
-        let learned = done.losses.get(&STEPS) < done.losses.get(&1);
+        let learned = done.losses.get(&steps) < done.losses.get(&1);
         alone = Some(done);
         Ok((on_card && learned, said))
     });
     let Some(alone) = alone else { return };
     checks.check("its first steps are the CPU's", |checks| {
-        let cpu = checks.straight("cpu", "cpu", 1, CPU_STEPS)?;
+        let cpu = checks.straight("cpu", "cpu", 1, cpu_steps)?;
         // The schedule depends on the number of steps: the card trains as many.
-        let card = checks.straight("card-short", "cuda", 1, CPU_STEPS)?;
-        let apart = apart(&card.losses, &cpu.losses, CPU_STEPS)?;
+        let card = checks.straight("card-short", device, 1, cpu_steps)?;
+        let apart = apart(&card.losses, &cpu.losses, cpu_steps)?;
         Ok((apart <= CPU_TOLERANCE, format!("losses at most {apart:.1e} apart, of {CPU_TOLERANCE:.0e}")))
     });
     for (name, label, count) in
         [("two", "two workers on one card train as one", 2), ("four", "four workers on one card do too", 4)]
     {
         checks.check(label, |checks| {
-            let done = checks.straight(name, "cuda", count, STEPS)?;
+            let done = checks.straight(name, device, count, steps)?;
             same_rows(&done, &alone)?;
-            let apart = apart(&done.losses, &alone.losses, STEPS)?;
+            let apart = apart(&done.losses, &alone.losses, steps)?;
             let weights = adapter::largest_difference(&done.adapter()?, &alone.adapter()?)?;
             let said = format!(
                 "losses at most {apart:.1e} apart, of {CUT_TOLERANCE:.0e}; weights {weights:.1e}; {:.1} s",
@@ -248,15 +268,15 @@ fn run(checks: &mut Checks) {
     checks.check("kill -9 of one of two: the other goes on", |checks| {
         let began = Instant::now();
         let shanty = checks.place("one-of-two")?;
-        let mut running = checks.start(&shanty, "run", "cuda", 2, STEPS)?;
-        running.wait_for_step(KILL_AT)?;
+        let mut running = checks.start(&shanty, "run", device, 2, steps)?;
+        running.wait_for_step(kill_at)?;
         process::kill_9(workers(&running, 2)?[1]);
         let finished = running.finish()?.expect_code(0)?;
         let lost = finished.events_of("member_lost");
         ensure!(lost.len() == 1, "{} workers were lost", lost.len());
         let done = done(&shanty, finished, began.elapsed())?;
         same_rows(&done, &alone)?;
-        let apart = apart(&done.losses, &alone.losses, STEPS)?;
+        let apart = apart(&done.losses, &alone.losses, steps)?;
         let said = format!(
             "noticed in {} ms, stood for {} ms; every row once; losses at most {apart:.1e} apart",
             lost[0]["detection_ms"], lost[0]["stall_ms"]
@@ -265,8 +285,8 @@ fn run(checks: &mut Checks) {
     });
     checks.check("kill -9 of the only worker: resumed from its checkpoint", |checks| {
         let shanty = checks.place("only")?;
-        let mut running = checks.start(&shanty, "run", "cuda", 1, STEPS)?;
-        running.wait_for_step(KILL_AT)?;
+        let mut running = checks.start(&shanty, "run", device, 1, steps)?;
+        running.wait_for_step(kill_at)?;
         process::kill_9(workers(&running, 1)?[0]);
         let ended = running.finish()?;
         ensure!(ended.code() != Some(0), "a run without workers ended well");
@@ -274,14 +294,14 @@ fn run(checks: &mut Checks) {
     });
     checks.check("kill -9 of everything: resumed from its checkpoint", |checks| {
         let shanty = checks.place("all")?;
-        let mut running = checks.start(&shanty, "run", "cuda", 1, STEPS)?;
-        running.wait_for_step(KILL_AT)?;
+        let mut running = checks.start(&shanty, "run", device, 1, steps)?;
+        running.wait_for_step(kill_at)?;
         let ended = running.kill_all()?;
         resumed(checks, &shanty, &ended, &alone)
     });
     checks.check("`cuda` without a card is an error, `auto` takes the CPU", |checks| {
         let blind = checks.place("blind")?.environment("CUDA_VISIBLE_DEVICES", "");
-        let refused = checks.start(&blind, "run", "cuda", 1, CPU_STEPS)?.finish()?;
+        let refused = checks.start(&blind, "run", "cuda", 1, cpu_steps)?.finish()?;
         let steps = refused.events_of("step").len();
         ensure!(refused.code() != Some(0) && steps == 0, "it trained {steps} steps without a card");
         let codes: Vec<&str> =
@@ -293,16 +313,13 @@ fn run(checks: &mut Checks) {
             words.find(|word| is_code(word)).map(str::to_owned)
         });
         let blind = checks.place("blind-auto")?.environment("CUDA_VISIBLE_DEVICES", "");
-        let mut running = checks.start(&blind, "run", "auto", 1, CPU_STEPS)?;
+        let mut running = checks.start(&blind, "run", "auto", 1, cpu_steps)?;
         running.wait_for_step(1)?;
         running.kill_all()?;
-        let devices = devices(&blind)?;
-        let on_cpu = !devices.is_empty() && devices.iter().all(|device| device == "cpu");
-        let said = format!(
-            "exit {:?}, {}; auto on {devices:?}",
-            refused.code(),
-            code.as_deref().unwrap_or("no code")
-        );
+        let names = devices(&blind)?;
+        let on_cpu = !names.is_empty() && names.iter().all(|name| name == "cpu");
+        let said =
+            format!("exit {:?}, {}; auto on {names:?}", refused.code(), code.as_deref().unwrap_or("no code"));
         Ok((code.is_some() && on_cpu, said))
     });
 }
@@ -314,9 +331,12 @@ fn is_code(word: &str) -> bool {
 /// Resumes what was killed, and compares with what ran through.
 fn resumed(checks: &Checks, shanty: &Shanty, ended: &Finished, alone: &Done) -> Result<(bool, String)> {
     let told = ended.losses();
-    ensure!(told.len() < STEPS as usize, "it was over before it was killed");
+    ensure!(told.len() < alone.losses.len(), "it was over before it was killed");
     let began = Instant::now();
-    let finished = checks.start(shanty, "resume", "cuda", 1, STEPS)?.finish()?.expect_code(0)?;
+    let finished = checks
+        .start(shanty, "resume", checks.scale.device, 1, checks.scale.steps)?
+        .finish()?
+        .expect_code(0)?;
     let mut done = done(shanty, finished, began.elapsed())?;
     let from = done.losses.keys().next().copied().unwrap_or(0);
     ensure!(from > 1, "it began anew");
@@ -324,7 +344,7 @@ fn resumed(checks: &Checks, shanty: &Shanty, ended: &Finished, alone: &Done) -> 
     losses.append(&mut done.losses);
     done.losses = losses;
     same_rows(&done, alone)?;
-    let apart = apart(&done.losses, &alone.losses, STEPS)?;
+    let apart = apart(&done.losses, &alone.losses, checks.scale.steps)?;
     let bits = adapter::same_bits(&done.adapter()?, &alone.adapter()?)?;
     let bits = if bits { "the adapter has the same bits" } else { "the adapter has other bits" };
     let said =

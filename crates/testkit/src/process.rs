@@ -175,6 +175,11 @@ impl Running {
         signal(self.pid(), Signal::INT);
     }
 
+    /// SIGTERM, as an orchestrator sends it before it takes a host away.
+    pub fn terminate(&self) {
+        signal(self.pid(), Signal::TERM);
+    }
+
     /// `kill -9` of it and everything that it started.
     pub fn kill_all(mut self) -> anyhow::Result<Finished> {
         self.kill_tree();

@@ -238,18 +238,18 @@ impl Control {
         inner.interrupted_at = None;
     }
 
-    /// The trainer is about to make a step.
+    /// The trainer is about to make a step; says whether it is to be made, as the generation may be left before it.
     ///
     /// # Errors
-    /// [`Interrupted`] if the generation is left, or is left before this step.
-    pub(crate) fn begin_step(&self, generation: u64, step: u64) -> Result<(), Interrupted> {
+    /// [`Interrupted`] if the generation is left already.
+    pub(crate) fn begin_step(&self, generation: u64, step: u64) -> Result<bool, Interrupted> {
         match &mut self.lock().membership {
             Some(membership) if membership.is_active(generation) => {
                 if membership.stop_after.is_some_and(|last| step > last) {
-                    return Err(Interrupted);
+                    return Ok(false);
                 }
                 membership.step = step;
-                Ok(())
+                Ok(true)
             }
             _ => Err(Interrupted),
         }
@@ -303,6 +303,7 @@ impl Control {
     pub(crate) fn wait_for_credit(&self, generation: u64, step: u64) -> Result<(), Interrupted> {
         let mut pause = FIRST_PAUSE;
         let mut before = None;
+        let mut ask_at = Instant::now();
         let mut inner = self.lock();
         loop {
             match &inner.membership {
@@ -321,9 +322,14 @@ impl Control {
             }
             before.get_or_insert(inner.phase);
             inner.phase = MemberPhase::Waiting;
-            self.beat_wanted.notify_one();
-            inner = self.changed.wait_timeout(inner, pause).unwrap_or_else(PoisonError::into_inner).0;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            // Each answer wakes this loop, with credit or without: a beat is asked for when its time has come, not by answers.
+            if now >= ask_at {
+                self.beat_wanted.notify_one();
+                ask_at = now + pause;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            }
+            let wait = ask_at.saturating_duration_since(now);
+            inner = self.changed.wait_timeout(inner, wait).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -403,6 +409,31 @@ mod tests {
         assert_eq!(control.credited_step(1), 0, "another job's credit of the same number is none here");
     }
 
+    /// Found by `cargo xtask chaos`: four workers without credit took a whole core with beats and their answers.
+    #[test]
+    fn answers_without_credit_do_not_make_a_worker_beat_faster() {
+        let control = member(1);
+        let waiting = {
+            let control = Arc::clone(&control);
+            std::thread::spawn(move || control.wait_for_credit(1, 100))
+        };
+        let begin = std::time::Instant::now();
+        let mut wanted = 0;
+        while begin.elapsed() < Duration::from_millis(300) {
+            // Each beat is answered at once, with a credit that does not reach far enough.
+            let asked = std::pin::pin!(control.beat_wanted.notified()).enable();
+            if asked {
+                wanted += 1;
+                control.grant(1, 9, Instant::now(), LONG);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        control.interrupt(1, "over");
+        assert_eq!(waiting.join().unwrap(), Err(Interrupted));
+        // At 0, 10, 30, 70, 150 and 310 ms; a thread that comes late asks later.
+        assert!((1..=6).contains(&wanted), "{wanted}");
+    }
+
     #[test]
     fn an_interruption_ends_every_kind_of_wait() {
         let control = member(1);
@@ -424,17 +455,18 @@ mod tests {
     fn leaving_after_a_step_lets_that_step_be_made_and_no_later_one() {
         let control = member(1);
         let (abort, _) = control.handles(1).unwrap();
-        assert!(control.begin_step(1, 4).is_ok());
+        assert_eq!(control.begin_step(1, 4), Ok(true));
         control.leave_after(1, 5, "somebody joins");
-        assert!(control.begin_step(1, 5).is_ok());
+        assert_eq!(control.begin_step(1, 5), Ok(true));
         assert!(!abort.is_aborted(), "the step goes on");
-        assert_eq!(control.begin_step(1, 6), Err(Interrupted));
+        assert_eq!(control.begin_step(1, 6), Ok(false));
         // Heard too late: the step after it is under way, and the others do not make it.
         let late = member(2);
         let (abort, _) = late.handles(2).unwrap();
-        assert!(late.begin_step(2, 6).is_ok());
+        assert_eq!(late.begin_step(2, 6), Ok(true));
         late.leave_after(2, 5, "somebody joins");
         assert!(abort.is_aborted());
+        assert_eq!(late.begin_step(2, 7), Err(Interrupted));
     }
 
     #[test]

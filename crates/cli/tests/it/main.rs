@@ -6,6 +6,7 @@ mod bad_input;
 mod chaos;
 mod coordinator;
 mod data;
+mod drain;
 mod help;
 mod interop;
 mod methods;

@@ -211,7 +211,8 @@ impl Stage {
     pub fn ready_for(&mut self, name: &str, job: &str) {
         let (job, attempt) = (JobId::new(job).unwrap(), Attempt(1));
         let base_hash = "base".to_owned();
-        self.say(name, Said::BaseReady { job, attempt, base_hash, seconds: 1.0, trainable_parameters: 5 });
+        let (seconds, trainable_parameters, part) = (1.0, 5, None);
+        self.say(name, Said::BaseReady { job, attempt, base_hash, seconds, trainable_parameters, part });
     }
 
     pub fn view_of(&self, job: &str) -> JobView {

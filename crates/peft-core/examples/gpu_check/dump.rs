@@ -1,16 +1,38 @@
-//! Hidden states and gradients of one batch, for other programs to compare: `gpu_check dump BASE ADAPTER IDS.json OUT f32|bf16|cpu`.
+//! Hidden states and gradients of one batch, for other programs to compare: `gpu_check dump BASE ADAPTER IDS.json OUT f32|bf16|cpu
+//! STEPS`; with the losses of as many training steps on it.
 
 use std::{collections::BTreeMap, fs, path::PathBuf};
 
 use safetensors::{Dtype, tensor::TensorView};
 use shanty_peft_core::{
-    Engine, EngineDevice, EngineOptions, NoSink, StepKey, backend::cuda::Precision, batch::Row,
-    generate::LoadedAdapter, model::ModelConfig, plan::Recompute, quant::Nf4Options,
+    Engine, EngineDevice, EngineOptions, NoSink, StepKey,
+    backend::cuda::Precision,
+    batch::Row,
+    generate::LoadedAdapter,
+    model::ModelConfig,
+    optim::{AdamWOptions, FlatUpdate, Source, groups},
+    plan::Recompute,
+    quant::Nf4Options,
 };
 
+/// Losses of training steps: AdamW without decay, clipped to 1.
+fn train(engine: &mut Engine, parameters: &[f32], rows: &[Row], steps: u64) -> Vec<f32> {
+    let zeros = vec![0.0; parameters.len()];
+    engine.begin(parameters, &zeros, &zeros).unwrap();
+    let options = AdamWOptions { weight_decay: 0.0, ..AdamWOptions::default() };
+    let step = |step| {
+        let tokens = engine.accumulate(rows, StepKey { seed: 1, step }, &mut NoSink).unwrap();
+        let groups = groups(&options, step, 1e-3, &[], parameters.len());
+        let update =
+            FlatUpdate { mean: 1.0 / tokens as f64, max_norm: 1.0, groups: &groups, source: Source::Own };
+        (engine.update(&update).unwrap().loss / tokens as f64) as f32
+    };
+    (1..=steps).map(step).collect()
+}
+
 pub(crate) fn run(arguments: &[String]) {
-    let [base, adapter, ids, out, precision] = arguments else {
-        panic!("dump takes BASE ADAPTER IDS.json OUT f32|bf16|cpu");
+    let [base, adapter, ids, out, precision, steps] = arguments else {
+        panic!("dump takes BASE ADAPTER IDS.json OUT f32|bf16|cpu STEPS");
     };
     let device = match precision.as_str() {
         "f32" => EngineDevice::Cuda { index: 0, precision: Precision::F32 },
@@ -50,6 +72,11 @@ pub(crate) fn run(arguments: &[String]) {
         tensors.insert(entry.peft_name.clone(), (entry.shape.clone(), numbers));
     }
     tensors.insert("loss".to_owned(), (vec![1], vec![sum.mean() as f32]));
+    let steps: u64 = steps.parse().unwrap();
+    if steps > 0 {
+        let curve = train(&mut engine, parameters, &rows, steps);
+        tensors.insert("curve".to_owned(), (vec![curve.len()], curve));
+    }
     let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
         .into_iter()
         .map(|(name, (shape, numbers))| (name, shape, numbers.iter().flat_map(|x| x.to_le_bytes()).collect()))

@@ -65,8 +65,8 @@ impl Engine {
         let memory = tensors.memory(&config, options.halves());
         let request = options.request_for(&memory, &config);
         let mut start = Planned::new(machine, &config, fit, request, memory.embedding_apart())?;
-        let stays = start.plan.embedding_aside;
-        let (base, hash) = start.machine.load(&config, &tensors, stays, options.threads, progress)?;
+        let Planned { machine, plan, .. } = &mut start;
+        let (base, hash) = machine.load(&config, &tensors, plan, options.threads, progress)?;
         let mut engine = start.over(base);
         engine.set_base_hash(hash);
         Ok(engine)

@@ -20,7 +20,7 @@ use crate::{
     },
     nn::rope::RopeTable,
     optim::{FlatState, FlatUpdate, Outcome, Source},
-    plan::{Arena, Levels, Sizes},
+    plan::{Arena, Levels, MemoryPlan, Sizes, products},
 };
 
 /// A backend, the method's branches, and the flat parameters where the backend can read them.
@@ -285,10 +285,13 @@ impl<B: Backend> StepMemory<B> {
     ) -> Result<&'a mut Self> {
         Ok(match place {
             Some(memory) => memory,
-            None => place.insert(Self {
-                arena: Arena::new(backend, sizes, levels)?,
-                rope: RopeTable::new(backend, config, sizes.max_length)?,
-            }),
+            None => {
+                backend.prepare_products(&products(config, sizes))?;
+                place.insert(Self {
+                    arena: Arena::new(backend, sizes, levels)?,
+                    rope: RopeTable::new(backend, config, sizes.max_length)?,
+                })
+            }
         })
     }
 }
@@ -323,13 +326,13 @@ impl Machine {
         }
     }
 
-    /// Loads a base to where passes read it, and what it is hashed to. `embedding_stays` keeps the embedding in host memory
-    /// beside a card.
+    /// Loads a base to where passes read it, and what it is hashed to. Until a step's memory is reserved, loading may work in
+    /// what `plan` has for it.
     pub(crate) fn load(
         &mut self,
         config: &ModelConfig,
         tensors: &BasePlan<'_>,
-        embedding_stays: bool,
+        plan: &MemoryPlan,
         threads: usize,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<(SharedBase, blake3::Hash)> {
@@ -341,7 +344,9 @@ impl Machine {
             }
             Self::Cuda(worker) => {
                 let cuda = &mut worker.backend;
-                let (base, hash) = cuda.load_base(config, tensors, embedding_stays, threads, progress)?;
+                let room = plan.peak_bytes() - plan.base_bytes;
+                let stays = plan.embedding_aside;
+                let (base, hash) = cuda.load_base(config, tensors, stays, threads, room, progress)?;
                 (Box::new(base), hash)
             }
         })

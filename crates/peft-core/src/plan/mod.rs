@@ -6,6 +6,7 @@
 
 mod arena;
 mod levels;
+mod products;
 mod share;
 mod sizes;
 
@@ -18,6 +19,7 @@ pub use arena::{
     two,
 };
 pub use levels::{Level, Levels};
+pub use products::products;
 pub use share::{ShareChoice, ShareOption};
 pub use sizes::Sizes;
 pub(crate) use sizes::WORKSPACE;

@@ -25,6 +25,8 @@ pub(crate) struct Formation {
     /// Where each member listens, by rank.
     pub(crate) members: Vec<String>,
     pub(crate) token: [u8; 32],
+    /// Whether the cluster's connections are encrypted: then those between its machines are, whatever the job says.
+    pub(crate) encrypted: bool,
     pub(crate) start: Start,
 }
 
@@ -78,7 +80,8 @@ impl Formation {
             return Err(wrong(format!("it starts after step {} of {}", start.applied_step, plan.steps())));
         }
         let members = members.into_iter().map(|member| member.collective_address).collect();
-        Ok(Self { generation: form.generation, rank: form.rank, members, token, start })
+        let encrypted = form.encrypted;
+        Ok(Self { generation: form.generation, rank: form.rank, members, token, encrypted, start })
     }
 
     pub(crate) fn world_size(&self) -> u32 {
@@ -90,9 +93,11 @@ impl Formation {
         JoinOptions {
             job: job.to_owned(),
             encrypted: match cluster.encryption {
-                job::Encryption::Auto => !self.members.iter().all(|address| is_loopback(address)),
                 job::Encryption::On => true,
-                job::Encryption::Off => false,
+                job::Encryption::Off if !self.encrypted => false,
+                job::Encryption::Auto | job::Encryption::Off => {
+                    !self.members.iter().all(|address| is_loopback(address))
+                }
             },
             compression: match cluster.compression {
                 job::Compression::Off => Compression::Off,
@@ -178,13 +183,14 @@ mod tests {
 
     #[test]
     fn links_are_encrypted_unless_all_members_are_on_one_machine() {
-        let with = |members: &[&str], encryption| {
+        let within = |encrypted, members: &[&str], encryption| {
             let members = members.iter().map(|member| (*member).to_owned()).collect();
             let start = Start::new(point(), 0, 3).unwrap();
-            let formation = Formation { generation: 1, rank: 0, members, token: [0; 32], start };
+            let formation = Formation { generation: 1, rank: 0, members, token: [0; 32], encrypted, start };
             let cluster = ClusterSpec { encryption, ..ClusterSpec::default() };
             formation.join_options("job", &cluster).encrypted
         };
+        let with = |members: &[&str], encryption| within(false, members, encryption);
         let here = ["127.0.0.1:7000", "[::1]:7001", "localhost:7002"];
         assert!(!with(&here, job::Encryption::Auto));
         assert!(with(&here, job::Encryption::On));
@@ -192,6 +198,9 @@ mod tests {
         assert!(with(&there, job::Encryption::Auto));
         assert!(with(&["127.0.0.1:1", "worker-3:1"], job::Encryption::Auto), "a name is not resolved");
         assert!(!with(&there, job::Encryption::Off));
+        // In a cluster whose connections are encrypted no job does without.
+        assert!(within(true, &there, job::Encryption::Off));
+        assert!(!within(true, &here, job::Encryption::Off));
     }
 
     #[test]

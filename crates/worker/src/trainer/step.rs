@@ -139,14 +139,17 @@ impl<'a> Generation<'a> {
         })
     }
 
-    /// Makes the steps that are left and what is due between them. Returns after the last, with the collectives: they
-    /// stay open until all members are done.
+    /// Makes the steps that are left and what is due between them. Returns after the last, or after the one that all leave
+    /// after, with the collectives: they stay open until all members are done.
     pub(super) fn run(mut self) -> Result<Links, Stop> {
         loop {
             self.boundary()?;
             if self.applied() >= self.job.plan.steps() {
                 self.finish()?;
-                return Ok(Links { _collective: self.collective, _group: self.group });
+                return Ok(self.links());
+            }
+            if !self.around.control.begin_step(self.formation.generation, self.applied() + 1)? {
+                return Ok(self.links());
             }
             self.step()?;
         }
@@ -169,7 +172,6 @@ impl<'a> Generation<'a> {
         let step = self.applied() + 1;
         let generation = self.formation.generation;
         let control = Arc::clone(&self.around.control);
-        control.begin_step(generation, step)?;
         control.wait_for_credit(generation, step)?;
         let began = Instant::now();
         // Rows that do not come are nobody's fault here.

@@ -5,10 +5,10 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use shanty_worker::{
@@ -37,6 +37,8 @@ pub struct ModelEngines {
     pub wrong_at: Option<u64>,
     /// Counts loads.
     pub loads: Arc<AtomicU64>,
+    /// When each micro-batch began.
+    pub began: Arc<Mutex<Vec<Instant>>>,
 }
 
 impl Default for ModelEngines {
@@ -49,6 +51,7 @@ impl Default for ModelEngines {
             spiked_step: None,
             wrong_at: None,
             loads: Arc::default(),
+            began: Arc::default(),
         }
     }
 }
@@ -123,6 +126,7 @@ impl HostEngine for ModelEngine {
         sink: &mut dyn GradientSink,
     ) -> Result<Sum, Error> {
         assert!(rows.len() <= self.settings.micro_batch_rows);
+        self.settings.began.lock().unwrap().push(Instant::now());
         std::thread::sleep(self.settings.pause);
         let mut sum = Sum::default();
         for (number, row) in rows.iter().enumerate() {

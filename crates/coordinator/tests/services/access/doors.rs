@@ -91,7 +91,7 @@ async fn a_connection_that_does_not_say_who_it_is_is_dropped() {
 async fn connections_that_are_refused_do_not_live_on() {
     let folder = tempfile::tempdir().unwrap();
     let (server, _) = start(folder.path(), strict(folder.path())).await;
-    let (relay, _, ended) = relay(address(&server)).await;
+    let (relay, _stop, ended) = relay(address(&server)).await;
     let channel =
         tonic::transport::Channel::from_shared(format!("http://{relay}")).unwrap().connect().await.unwrap();
     let mut jobs = JobServiceClient::new(channel);
@@ -120,18 +120,20 @@ async fn relay(to: SocketAddr) -> (SocketAddr, watch::Sender<bool>, watch::Recei
         let server = TcpStream::connect(to).await.unwrap();
         let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
             (client.into_split(), server.into_split());
-        let forth = tokio::spawn(async move {
-            tokio::io::copy(&mut from_client, &mut to_server).await.map(|_| to_server)
+        let mut until_then = stopped.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = tokio::io::copy(&mut from_client, &mut to_server) => {}
+                _ = until_then.wait_for(|stopped| *stopped) => {}
+            }
+            // What the client says is not heard any more, but its side is not closed either.
+            std::future::pending::<()>().await;
         });
         let mut buffer = vec![0; 65_536];
         loop {
             let quiet = *stopped.borrow_and_update();
             tokio::select! {
-                changed = stopped.changed(), if !quiet => {
-                    changed.unwrap();
-                    // The client's side is not heard any more; nor does it hear.
-                    forth.abort();
-                }
+                changed = stopped.changed(), if !quiet => changed.unwrap(),
                 read = from_server.read(&mut buffer) => match read {
                     Ok(read) if read > 0 => {
                         if !quiet {

@@ -167,6 +167,12 @@ async fn a_jobs_own_workers_work_for_it_alone_and_no_longer_than_it() {
     assert!(left[0].expires_unix_ms <= now + 60_000, "{left:?}");
     // Another job's base is not asked of it, though it is idle.
     let other = spec.replace("pirate", "privateer").replace("/store\"", "/other\"");
+    let (prepared, copy) = (folder.path().join("store/prepared"), folder.path().join("other/prepared"));
+    std::fs::create_dir_all(&copy).unwrap();
+    for entry in std::fs::read_dir(&prepared).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), copy.join(entry.file_name())).unwrap();
+    }
     let other = jobs.submit_job(submit("2", other)).await.unwrap().into_inner().job_id;
     let (_say, mut stranger) = board(&server, &keys.of(Role::Worker), "b").await;
     loop {

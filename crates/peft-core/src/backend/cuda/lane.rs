@@ -18,8 +18,6 @@ use crate::{
     quant::{double, nf4, packed::PackedShape},
 };
 
-/// Bytes of a slot: whole pieces of a tensor as f32, and whole blocks in every kind of number.
-const SLOT: usize = 8 << 20;
 /// Numbers that a block of the kernel takes, and its threads.
 const QUANTISED: usize = 4096;
 const QUANTISE_THREADS: usize = 512;
@@ -60,16 +58,14 @@ pub(super) struct Lane {
 unsafe impl Send for Lane {}
 
 impl Lane {
-    /// A way for tensors of at most `largest` bytes and matrices of at most `blocks` blocks.
+    /// A way with slots of `bytes` bytes, for matrices of at most `blocks` blocks.
     pub(super) fn new(
         device: &Arc<Device>,
-        largest: usize,
+        bytes: usize,
         blocks: usize,
         map: u64,
     ) -> Result<Self, DeviceError> {
         device.bind()?;
-        // A piece of a small tensor, widened to f32, is small as well.
-        let bytes = (4 * largest).next_multiple_of(4 * QUANTISED).clamp(4 * QUANTISED, SLOT);
         let mut shelf = Shelf::new(device, [bytes, bytes, 4 * blocks])?;
         let mut slot = || {
             let free = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)

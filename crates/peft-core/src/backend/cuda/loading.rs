@@ -47,6 +47,11 @@ use crate::{
 /// More threads than this gain nothing: the bus is full.
 const MOST_LANES: usize = 8;
 
+/// Bytes of a slot: whole blocks of every size in every kind of number.
+const SMALLEST_SLOT: usize = 1 << 14;
+const FAIR_SLOT: usize = 1 << 20;
+const LARGEST_SLOT: usize = 1 << 23;
+
 /// What one thread does at a time.
 enum Task<'a> {
     /// Reads a matrix and quantises it on the card.
@@ -105,12 +110,12 @@ impl Cuda {
         let config = ModelConfig::load(folder)?;
         let files = ModelFiles::open(folder)?;
         let plan = BasePlan::new(&files, &config, nf4)?;
-        let (base, hash) = self.load_base(&config, &plan, embedding_stays, threads, progress)?;
+        let (base, hash) = self.load_base(&config, &plan, embedding_stays, threads, u64::MAX, progress)?;
         Ok((Box::new(base), hash))
     }
 
     /// Loads a base onto the card, and what it is hashed to. `embedding_stays` keeps the embedding with the host, unless
-    /// it is the head as well.
+    /// it is the head as well. `room` is what of the card's memory may be taken besides, for as long as loading takes.
     ///
     /// # Errors
     /// A file that cannot be read or is damaged, or memory that is short.
@@ -120,6 +125,7 @@ impl Cuda {
         plan: &BasePlan<'_>,
         embedding_stays: bool,
         threads: usize,
+        room: u64,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<(CardBase, blake3::Hash)> {
         self.base = DeviceBase::default();
@@ -154,7 +160,7 @@ impl Cuda {
         let map = base.map(&device, &DYNAMIC_MAP)?;
         // What is reserved is also cleared, by a stream that the threads do not wait for.
         device.settle()?;
-        let made = run(&device, &tasks, map, threads, &mut meter)?;
+        let made = run(&device, &tasks, map, Ways::for_tasks(&tasks, threads, room), &mut meter)?;
         drop(tasks);
         let hash = meter.hashes.content_hash(config);
 
@@ -327,25 +333,61 @@ fn reserve<'a>(
     Ok(places)
 }
 
+/// How many threads there are, and what each takes of the card.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Ways {
+    count: usize,
+    /// Bytes of a slot, of which each has two.
+    slot: usize,
+    /// Blocks of the largest matrix.
+    blocks: usize,
+}
+
+impl Ways {
+    fn for_tasks(tasks: &[Task<'_>], threads: usize, room: u64) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let count = if threads == 0 { cores } else { threads }.min(tasks.len());
+        let (mut largest, mut blocks) = (0, 1);
+        for task in tasks {
+            let elements = task.elements();
+            largest = largest.max(elements);
+            if let Task::Quantise(_, place) = task {
+                blocks = blocks.max(nf4::blocks(elements, place.shape.options.block_size));
+            }
+        }
+        Self::within(count, largest, blocks, room)
+    }
+
+    /// First slots get smaller, then there are fewer threads; one thread with the smallest slots is the least.
+    fn within(count: usize, largest: usize, blocks: usize, room: u64) -> Self {
+        // A piece of a small tensor, widened to f32, is small as well.
+        let slot = (4 * largest).next_power_of_two().clamp(SMALLEST_SLOT, LARGEST_SLOT);
+        let mut ways = Self { count: count.clamp(1, MOST_LANES), slot, blocks };
+        while ways.bytes() > room && (ways.slot > SMALLEST_SLOT || ways.count > 1) {
+            if ways.slot > FAIR_SLOT || ways.count == 1 {
+                ways.slot /= 2;
+            } else {
+                ways.count -= 1;
+            }
+        }
+        ways
+    }
+
+    /// What all take of the card.
+    fn bytes(&self) -> u64 {
+        (self.count * (2 * self.slot + 4 * self.blocks)) as u64
+    }
+}
+
 /// Runs all tasks, the first ones first: what came of each.
 fn run(
     device: &Arc<Device>,
     tasks: &[Task<'_>],
     map: u64,
-    threads: usize,
+    ways: Ways,
     meter: &mut Meter<'_>,
 ) -> Result<Vec<Made>> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let lanes = if threads == 0 { cores } else { threads }.min(MOST_LANES).min(tasks.len()).max(1);
-    let (mut largest, mut blocks) = (0, 1);
-    for task in tasks {
-        let elements = task.elements();
-        largest = largest.max(elements);
-        if let Task::Quantise(_, place) = task {
-            blocks = blocks.max(nf4::blocks(elements, place.shape.options.block_size));
-        }
-    }
-    let lanes = (0..lanes).map(|_| Lane::new(device, largest, blocks, map));
+    let lanes = (0..ways.count).map(|_| Lane::new(device, ways.slot, ways.blocks, map));
     let lanes: Vec<Lane> = lanes.collect::<Result<_, _>>()?;
     // The slots on the card are cleared before they are written to.
     device.settle()?;
@@ -513,5 +555,25 @@ fn register(device: &Arc<Device>, table: &Table) -> Result<(usize, Registered), 
             let data: &[bf16] = data;
             Ok((key(data), Registered::new(device, bytemuck::cast_slice(data), Numbers::Bf16)?))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_take_no_more_of_the_card_than_there_is_room() {
+        let most = Ways::within(64, 1 << 29, 917_504, u64::MAX);
+        assert_eq!(most, Ways { count: MOST_LANES, slot: LARGEST_SLOT, blocks: 917_504 });
+        assert_eq!(Ways::within(2, 1000, 16, u64::MAX), Ways { count: 2, slot: SMALLEST_SLOT, blocks: 16 });
+        let mut last = most.bytes();
+        for room in [most.bytes() - 1, 100 << 20, 30 << 20, 8 << 20] {
+            let ways = Ways::within(64, 1 << 29, 917_504, room);
+            assert!(ways.bytes() <= room && ways.bytes() < last, "{room}: {ways:?}");
+            assert!(ways.slot.is_power_of_two() && ways.slot >= SMALLEST_SLOT);
+            last = ways.bytes();
+        }
+        assert_eq!(Ways::within(64, 1 << 29, 16, 0), Ways { count: 1, slot: SMALLEST_SLOT, blocks: 16 });
     }
 }

@@ -17,7 +17,7 @@ use super::{
 const ALIGNMENT: usize = 256;
 
 /// What a buffer holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Numbers {
     F32,
     Bf16,

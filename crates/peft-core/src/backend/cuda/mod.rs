@@ -8,6 +8,7 @@
 
 mod attention;
 mod base;
+mod choices;
 pub mod compile;
 mod device;
 mod error;
@@ -16,6 +17,7 @@ mod lane;
 mod libraries;
 mod loading;
 mod low_rank;
+mod lt;
 mod memory;
 mod merge;
 mod operations;
