@@ -19,7 +19,7 @@ use crate::{
         trained::Trained,
     },
     nn::rope::RopeTable,
-    optim::{FlatState, FlatUpdate, Outcome, Source},
+    optim::{FlatState, FlatUpdate, Outcome, Source, SumPiece},
     plan::{Arena, Levels, MemoryPlan, Sizes, products},
 };
 
@@ -418,7 +418,7 @@ impl Machine {
     pub(crate) fn reduce<E>(
         &mut self,
         length: usize,
-        work: &mut dyn FnMut(&[f32], &mut [f32]) -> std::result::Result<(), E>,
+        work: &mut SumPiece<'_, E>,
     ) -> Result<std::result::Result<(), E>> {
         match self {
             Self::Cpu(worker) => {

@@ -124,6 +124,12 @@ impl<E: HostEngine> OnHost<E> {
             losses: Vec::new(),
         }
     }
+
+    /// The engine that computes.
+    #[cfg(test)]
+    pub(crate) fn engine(&self) -> &E {
+        &self.engine
+    }
 }
 
 /// Hands on what an engine in host memory says.
