@@ -76,6 +76,7 @@ impl Job {
                 steps: self.steps,
                 ..DataSummary::default()
             }),
+            ..Assign::default()
         }
     }
 }
