@@ -234,7 +234,7 @@ impl Sailor {
             rank: self.form.rank,
             applied_step: self.applied,
         });
-        self.say(In::Beat(Beat { sequence: self.beats, phase: MemberPhase::Computing.into(), attachment }));
+        self.say(In::Beat(Beat { sequence: self.beats, phase: MemberPhase::Computing.into(), attachment, progress: self.beats }));
         self.beats
     }
 
@@ -323,6 +323,7 @@ impl Sailor {
             learning_rate: 1e-4,
             seconds: 1.0,
             timings: Some(StepTimings::default()),
+            ..StepReport::default()
         }));
         let wanted = self.beat();
         loop {

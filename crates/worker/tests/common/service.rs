@@ -171,7 +171,7 @@ impl WorkerService for Service {
                     let credit = shared
                         .credit
                         .filter(|_| ours)
-                        .map(|up_to_step| Credit { generation: shared.generation, up_to_step });
+                        .map(|up_to_step| Credit { generation: shared.generation, up_to_step, deadline_ms: 0 });
                     send(&sender, ToWorker::BeatAck(BeatAck { sequence: beat.sequence, credit }));
                     continue;
                 }
