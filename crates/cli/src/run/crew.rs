@@ -185,3 +185,27 @@ fn how(status: ExitStatus) -> String {
         (None, None) => "ended".to_owned(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_take_turns_with_the_cards() {
+        let options = |devices: &[&str]| CrewOptions {
+            coordinator: String::new(),
+            workers: 3,
+            threads: 1,
+            devices: devices.iter().map(|device| (*device).to_owned()).collect(),
+            store: PathBuf::new(),
+            token: Secret::new("shanty-of-nobody"),
+        };
+        let turns =
+            |devices: &[&str]| (0..3).map(|number| options(devices).device(number)).collect::<Vec<_>>();
+        assert_eq!(turns(&["cuda:0", "cuda:1"]), ["cuda:0", "cuda:1", "cuda:0"]);
+        assert_eq!(turns(&["cpu"]), ["cpu", "cpu", "cpu"]);
+        // The memory of the CPU is divided by nobody here, and one worker of a card takes what it finds.
+        assert_eq!(options(&["cpu"]).memory("cpu"), None);
+        assert_eq!(options(&["cuda:0", "cuda:1", "cuda:2"]).memory("cuda:1"), None);
+    }
+}

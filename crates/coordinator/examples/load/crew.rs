@@ -234,7 +234,9 @@ impl Sailor {
             rank: self.form.rank,
             applied_step: self.applied,
         });
-        self.say(In::Beat(Beat { sequence: self.beats, phase: MemberPhase::Computing.into(), attachment, progress: self.beats }));
+        // It gets something done between any two beats.
+        let (sequence, progress) = (self.beats, self.beats);
+        self.say(In::Beat(Beat { sequence, phase: MemberPhase::Computing.into(), attachment, progress }));
         self.beats
     }
 

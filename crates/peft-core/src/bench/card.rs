@@ -39,7 +39,7 @@ pub struct CardBenchOptions {
     pub memory_limit: Option<u64>,
     /// Keep activations or compute them again.
     pub recompute: Recompute,
-    /// Steps that go before those that are timed.
+    /// Steps that go before those that are timed. With none, that one step is all: nothing is measured by operation.
     pub warm: usize,
     /// Steps that are timed.
     pub steps: usize,
@@ -276,14 +276,19 @@ pub fn steps(options: &CardBenchOptions) -> Result<CardStep> {
     times.sort_by(f64::total_cmp);
     let seconds = times.get(times.len() / 2).copied().unwrap_or(f64::NAN);
     // Longer than the host takes to queue a step, since it takes no longer than the step.
-    let ahead = stepper.ahead((1.5 * seconds).min(2.0))?;
-    let profile = stepper.profile()?;
+    let (ahead, profile) = match options.warm {
+        0 => (f64::NAN, Vec::new()),
+        _ => (stepper.ahead((1.5 * seconds).min(2.0))?, stepper.profile()?),
+    };
     let attention = profile.iter().filter(|line| line.operation.contains("attention"));
     let attention_seconds = attention.map(|line| line.seconds).sum();
     let engine = &stepper.engine;
     let (card, peak) = engine.card().map_or((String::new(), 0), |(name, peak)| (name.to_owned(), peak));
     let (total, free) = crate::backend::cuda::memory_bytes(options.index).unwrap_or((0, 0));
-    let flops = model_flops(engine.config(), options.rows, options.length);
+    let sample = options.sample.unwrap_or(options.length).min(options.length);
+    // Attention ends at a sample's end: so many samples as fill the rows.
+    let samples = (options.rows * options.length) as f64 / sample as f64;
+    let flops = samples * model_flops(engine.config(), 1, sample);
     let trained: u64 = stepper.rows.iter().map(Row::trained_tokens).sum();
     Ok(CardStep {
         card,

@@ -242,6 +242,8 @@ mod tests {
     struct Adding {
         facts: Facts,
         gradient: Vec<f32>,
+        /// How often whole vectors were computed on.
+        ran: std::cell::Cell<u32>,
     }
 
     impl StepHooks for Adding {}
@@ -280,6 +282,11 @@ mod tests {
         fn adapter_files(&self, _: &[f32], _: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {
             Ok(Vec::new())
         }
+
+        fn run(&self, work: &mut (dyn FnMut() + Send)) {
+            self.ran.set(self.ran.get() + 1);
+            work();
+        }
     }
 
     struct Deaf;
@@ -290,7 +297,7 @@ mod tests {
 
     fn engine(gradient: &[f32]) -> OnHost<Adding> {
         let facts = Facts { flat_length: gradient.len(), ..Facts::default() };
-        OnHost::new(Adding { facts, gradient: gradient.to_vec() })
+        OnHost::new(Adding { facts, gradient: gradient.to_vec(), ran: Default::default() })
     }
 
     /// A step with the sum of one micro-batch.
@@ -320,6 +327,16 @@ mod tests {
         assert_eq!(states[0].hash(&one).unwrap(), states[1].hash(&other).unwrap());
         assert_eq!(first, second);
         assert_eq!(states[0].applied(), 1);
+    }
+
+    #[test]
+    fn the_norm_and_the_optimizer_run_on_the_engines_threads() {
+        let update = update();
+        let mut engine = engine(&[0.25, 0.5]);
+        let mut state = update.fresh(&mut engine, &[1.0, -1.0], Vec::new()).unwrap();
+        step(&update, &mut state, &mut engine, 1).unwrap();
+        step(&update, &mut state, &mut engine, 1).unwrap();
+        assert_eq!(engine.engine().ran.get(), 2, "once a step, all of it");
     }
 
     #[test]

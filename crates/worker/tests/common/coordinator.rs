@@ -288,7 +288,7 @@ impl Coordinator {
             attempt: self.job.attempt,
             generation: self.generation(),
             reason: reason.to_owned(),
-            after_step: None,
+            ..Leave::default()
         };
         self.lefts.clear();
         self.waiting_for = self.members().into_iter().collect();
