@@ -62,11 +62,7 @@ impl Jobs {
         Ok((spec, Arc::from(json)))
     }
 
-    async fn submit(
-        &self,
-        request: SubmitJobRequest,
-        caller: Option<&Caller>,
-    ) -> Result<SubmitJobResponse> {
+    async fn submit(&self, request: SubmitJobRequest, caller: Option<&Caller>) -> Result<SubmitJobResponse> {
         let (spec, spec_json) = self.spec(&request.spec_json, caller)?;
         let (spec, request_id) = (Arc::new(spec), request.request_id);
         let make = move |request| Event::Submit { request, request_id, spec, spec_json };
