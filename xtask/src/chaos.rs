@@ -170,7 +170,7 @@ mod tests {
     fn faults_are_chosen_by_name_with_their_weight() {
         let (options, build, keep) =
             parse(&["--kinds", "kill,disk-full", "--faults", "7", "--workers", "3", "--keep"]).unwrap();
-        assert_eq!(options.kinds.iter().map(|(_, weight)| *weight).collect::<Vec<_>>(), [50, 4]);
+        assert_eq!(options.kinds.iter().map(|(_, weight)| *weight).collect::<Vec<_>>(), [56, 4]);
         assert_eq!((options.faults, options.workers, options.job.workers.1), (7, 3, 3));
         assert!(build && keep);
         assert!(parse(&["--kinds", "flood"]).is_err());

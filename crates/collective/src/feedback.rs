@@ -47,24 +47,25 @@ impl Compression {
         match self {
             Self::Off => wire.copy_from_slice(bytemuck::cast_slice(values)),
             Self::Bf16 => {
-                for (value, bytes) in values.iter().zip(wire.chunks_exact_mut(2)) {
-                    bytes.copy_from_slice(&half::bf16::from_f32(*value).to_le_bytes());
+                for (value, bytes) in values.iter().zip(wire.as_chunks_mut::<2>().0) {
+                    *bytes = to_bf16(*value).to_le_bytes();
                 }
             }
             Self::Int8 => {
                 let (scales, codes) = wire.split_at_mut(values.len().div_ceil(GROUP) * size_of::<f32>());
                 let groups = values.chunks(GROUP).zip(codes.chunks_mut(GROUP));
-                for ((values, codes), scale) in groups.zip(scales.chunks_exact_mut(4)) {
-                    let largest = values.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
-                    // `max` passes over a NaN; a sum of zeros and the number itself does not.
-                    let is_finite = values.iter().fold(0.0, |sum, value| sum + value * 0.0) == 0.0;
-                    let step = if is_finite { largest / 127.0 } else { f32::NAN };
-                    scale.copy_from_slice(&step.to_le_bytes());
-                    let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
+                for ((values, codes), scale) in groups.zip(scales.as_chunks_mut::<4>().0) {
+                    // Magnitudes are in the order of their bits, and what is not finite is above all others.
+                    let largest = values.iter().fold(0, |largest, value| largest.max(value.abs().to_bits()));
+                    let is_finite = largest < f32::INFINITY.to_bits();
+                    let step = if is_finite { f32::from_bits(largest) / 127.0 } else { f32::NAN };
+                    *scale = step.to_le_bytes();
                     // The inverse of a step below 2^-127 is infinite; what is that small is owed as a whole.
+                    let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
                     let inverse = if inverse.is_finite() { inverse } else { 0.0 };
                     for (value, code) in values.iter().zip(codes) {
-                        *code = (value * inverse).round().clamp(-127.0, 127.0) as i8 as u8;
+                        // What is added leaves no room for a fraction: the sum's last bits are the nearest integer.
+                        *code = (value * inverse + 12_582_912.0).to_bits() as u8;
                     }
                 }
             }
@@ -77,15 +78,15 @@ impl Compression {
         match self {
             Self::Off => bytemuck::cast_slice_mut(values).copy_from_slice(wire),
             Self::Bf16 => {
-                for (value, bytes) in values.iter_mut().zip(wire.chunks_exact(2)) {
-                    *value = half::bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32();
+                for (value, bytes) in values.iter_mut().zip(wire.as_chunks().0) {
+                    *value = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
                 }
             }
             Self::Int8 => {
                 let (scales, codes) = wire.split_at(values.len().div_ceil(GROUP) * size_of::<f32>());
                 let groups = values.chunks_mut(GROUP).zip(codes.chunks(GROUP));
-                for ((values, codes), scale) in groups.zip(scales.chunks_exact(4)) {
-                    let scale = f32::from_le_bytes([scale[0], scale[1], scale[2], scale[3]]);
+                for ((values, codes), scale) in groups.zip(scales.as_chunks().0) {
+                    let scale = f32::from_le_bytes(*scale);
                     for (value, code) in values.iter_mut().zip(codes) {
                         *value = f32::from(*code as i8) * scale;
                     }
@@ -93,6 +94,14 @@ impl Compression {
             }
         }
     }
+}
+
+/// The upper half of a number's bits, rounded to nearest, ties to even.
+fn to_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    // Rounding could turn a NaN into an infinity.
+    (if value.is_nan() { bits >> 16 | 0x40 } else { rounded }) as u16
 }
 
 /// What this member has rounded away from sums, and still owes to them.
@@ -195,6 +204,15 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn bf16_is_what_others_call_bf16() {
+        let values = [0.0, -0.0, 1.0, 1.003_906_2, 1.011_718_8, -3.3e38, 3.4e38, 1e-40, f32::NEG_INFINITY];
+        for value in values.into_iter().chain(numbers(3000)) {
+            assert_eq!(to_bf16(value), half::bf16::from_f32(value).to_bits(), "{value}");
+        }
+        assert!(half::bf16::from_bits(to_bf16(f32::from_bits(0x7f80_0001))).is_nan());
     }
 
     #[test]

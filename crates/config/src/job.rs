@@ -10,10 +10,12 @@ use serde::{Deserialize, Serialize};
 use crate::shape::{Describe, Shape, described};
 
 mod adapter;
+mod shard;
 
 pub use adapter::{
     AdapterSpec, Bias, LoraInit, Method, PrefixInit, PromptEncoder, PromptTuningInit, TargetModules,
 };
+pub use shard::Shard;
 
 described! {
     /// A fine-tuning job.
@@ -57,7 +59,8 @@ described! {
         /// Whether block scales are quantised too (8 bits, blocks of 256), as QLoRA does.
         #[serde(default = "yes")]
         pub double_quantization: bool,
-        /// How many workers share one copy of the base.
+        /// How many workers share one copy of the base. A number N: of each layer's 4-bit weights a worker holds one of N parts and gathers
+        /// the others as they are due; workers then train in whole groups of N.
         #[serde(default)]
         pub shard: Shard,
     }
@@ -71,17 +74,6 @@ described! {
         Nf4,
         /// As stored, computed in f32.
         None,
-    }
-
-    /// How many workers share one copy of the base.
-    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-    #[serde(rename_all = "lowercase")]
-    pub enum Shard {
-        /// Replicate where it fits.
-        #[default]
-        Auto,
-        /// Every worker holds all of it.
-        Replicate,
     }
 }
 

@@ -66,6 +66,7 @@ pub fn findings(spec: &JobSpec) -> Vec<Finding> {
     batches(spec, &mut findings);
     optimizer(spec, &mut findings);
     cluster(spec, &mut findings);
+    shard(spec, &mut findings);
     findings.0
 }
 
@@ -292,6 +293,20 @@ fn cluster(spec: &JobSpec, findings: &mut Findings) {
     }
 }
 
+/// A base that several workers share.
+fn shard(spec: &JobSpec, findings: &mut Findings) {
+    let crate::job::Shard::Parts(parts) = spec.base.shard else { return };
+    let alone = Some("`replicate` gives each worker a base of its own");
+    findings.require_hinted(parts >= 2, "base.shard", parts, "must be at least 2", alone);
+    let max = spec.cluster.workers.max;
+    let rule = format!("must be at most `cluster.workers.max`, which is {max}");
+    let hint = Some("workers train in whole groups: raise `cluster.workers.max` to a multiple of it");
+    findings.require_hinted(parts <= max, "base.shard", parts, &rule, hint);
+    let dense = spec.base.quantization == crate::job::Quantization::None;
+    let rule = "must be `replicate` where `base.quantization` is `none`";
+    findings.require_hinted(!dense, "base.shard", parts, rule, Some("only weights in 4 bits are shared"));
+}
+
 /// Values that are allowed and look wrong. `named` tells whether the user wrote a key.
 pub fn warnings(spec: &JobSpec, named: impl Fn(&str) -> bool) -> Vec<Warning> {
     let mut warnings = Vec::new();
@@ -339,6 +354,15 @@ pub fn warnings(spec: &JobSpec, named: impl Fn(&str) -> bool) -> Vec<Warning> {
             key: "train.global_batch_size".to_owned(),
             message: format!("{rows} rows a step leave some of {workers} workers without work"),
             hint: format!("set `global_batch_size` to {workers} or a multiple of it"),
+        });
+    }
+    let parts = spec.base.shard.parts();
+    if parts > 1 && !workers.is_multiple_of(parts) && workers >= parts {
+        warnings.push(Warning {
+            code: "SH0121",
+            key: "base.shard".to_owned(),
+            message: format!("of {workers} workers in groups of {parts}, {} wait as spares", workers % parts),
+            hint: format!("set `cluster.workers.max` to a multiple of {parts}"),
         });
     }
     warnings.extend(crate::validate_adapter::warnings(spec));

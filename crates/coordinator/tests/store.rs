@@ -47,6 +47,8 @@ fn record() -> JobRecord {
                 rows: vec![RankRows { kept: vec![1], compute: vec![2, 3] }, RankRows::default()],
                 evaluated: Some(Step(0)),
                 checkpoint: None,
+                skip: Default::default(),
+                usual_loss: Default::default(),
             },
         }),
         evaluated: Some(Step(0)),
@@ -75,6 +77,7 @@ fn step(number: u64, generation: u64, loss: f64) -> StepRecord {
         tokens_per_second: 5.0,
         workers: 2,
         unix_ms: 3,
+        skipped: false,
     }
 }
 

@@ -45,6 +45,8 @@ struct Inner {
     phase: MemberPhase,
     /// Updates in the state that the trainer holds; it may outlive a membership.
     applied: u64,
+    /// The part of a shared base that the trainer has loaded.
+    part: Option<u32>,
     /// How long a member may be without progress, as the coordinator has learnt.
     deadline: Option<Duration>,
     /// Whether the trainer follows a command, and since when it is to stop doing so.
@@ -193,6 +195,11 @@ impl Control {
         attachment.map(|attachment| Attachment { applied_step: inner.applied, ..attachment })
     }
 
+    /// The part of a shared base that is loaded, for the coordinator.
+    pub(crate) fn part(&self) -> Option<u32> {
+        self.lock().part
+    }
+
     /// What the worker does, for beats, and how much it has got done.
     pub(crate) fn phase(&self) -> (MemberPhase, u64) {
         (self.lock().phase, self.progress.load(Ordering::Relaxed))
@@ -246,6 +253,11 @@ impl Control {
             }
             _ => Err(Interrupted),
         }
+    }
+
+    /// The trainer has loaded this part of a shared base, or none.
+    pub(crate) fn set_part(&self, part: Option<u32>) {
+        self.lock().part = part;
     }
 
     /// The state that the trainer holds now has `applied` updates.

@@ -209,6 +209,7 @@ fn hello(options: &WorkerOptions, listener: &Listener) -> Hello {
         memory_bytes: memory.totalram.saturating_mul(memory.mem_unit.into()),
         collective_address,
         attachment: None,
+        shard_part: None,
         draining: false,
     }
 }

@@ -13,6 +13,8 @@ use shanty_peft_core::{backend::cuda::CardFlat, optim::AdamWOptions};
 
 use crate::Error;
 
+use shanty_peft_core::model::{ShardPart, ShardedBase};
+
 pub use shanty_peft_core::{
     GradientSink, NoSink,
     batch::{Row, Segment},
@@ -229,6 +231,27 @@ pub trait StepEngine: StepHooks {
     fn update(&mut self, update: &StepUpdate<'_>, method_state: &mut [f32])
     -> Result<Option<Updated>, Error>;
 
+    /// The base, where this worker holds but a part of it.
+    fn shared_base(&mut self) -> Option<&mut ShardedBase> {
+        None
+    }
+
+    /// Takes note of the hash of a base that its members agreed on.
+    fn agree_on_base(&mut self, _hash: blake3::Hash) {}
+
+    /// Whether [`Self::initial_parameters`] reads layers of the base: where that is shared, its members must make them together.
+    fn start_reads_base(&self) -> bool {
+        false
+    }
+
+    /// Gathers the layers of a micro-batch of which only others, who share the base, have rows.
+    ///
+    /// # Errors
+    /// As the engine says.
+    fn keep_company(&mut self, _training: bool) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// The files of a finished adapter's folder, as PEFT lays them out: name and content. `state` is what
     /// [`StepHooks::after_step`] made of [`StepHooks::method_state`].
     ///
@@ -268,6 +291,8 @@ pub struct LoadRequest<'a> {
     pub steps: u64,
     /// The folder of the run.
     pub store: &'a Path,
+    /// The part of the base that this worker is to hold, where several share one.
+    pub part: Option<ShardPart>,
 }
 
 /// Loads engines.

@@ -7,6 +7,7 @@ use shanty_data::{
     MixPart,
     order::{self, Order},
 };
+use shanty_peft_core::model::ShardPart;
 use shanty_proto::v1::{Assign, DataSummary};
 
 use crate::Error;
@@ -24,6 +25,8 @@ pub(crate) struct JobPlan {
     /// Where checkpoints and the finished adapter go: a folder or a URL.
     pub(crate) location: String,
     pub(crate) data: DataSummary,
+    /// The part of the base that this worker is to hold; none for all of it.
+    pub(crate) part: Option<ShardPart>,
     order: Order,
 }
 
@@ -44,13 +47,29 @@ impl JobPlan {
             .map_err(|error| Error::part(&error))?;
         let store = spec.checkpoint.folder(&spec.name);
         let location = spec.checkpoint.location(&spec.name);
-        let Assign { job_id, attempt, spec_json, .. } = assign;
-        Ok(Self { job_id, attempt, spec_json, spec, store, location, data, order })
+        let Assign { job_id, attempt, spec_json, shard_part, .. } = assign;
+        let parts = spec.base.shard.parts();
+        let part = match shard_part {
+            None if parts == 1 => None,
+            Some(part) if parts > 1 && part < parts => {
+                Some(ShardPart { part: part as usize, parts: parts as usize })
+            }
+            other => {
+                let reason = format!("the base is in {parts} parts, and this worker is given part {other:?}");
+                return Err(unclear(reason));
+            }
+        };
+        Ok(Self { job_id, attempt, spec_json, spec, store, location, data, part, order })
     }
 
     /// Whether an assignment is of the job that is loaded, so that its engine serves for it.
     pub(crate) fn needs_same_engine(&self, other: &Self) -> bool {
         self.job_id == other.job_id && self.spec_json == other.spec_json
+    }
+
+    /// Number of [`Self::part`].
+    pub(crate) fn part(&self) -> Option<u32> {
+        self.part.and_then(|part| u32::try_from(part.part).ok())
     }
 
     /// Updates that the job makes in all.
@@ -115,7 +134,9 @@ mod tests {
         });
         let data = DataSummary { train_rows: 10, eval_rows: 3, steps: 6, ..DataSummary::default() };
         let spec_json = spec.to_string();
-        JobPlan::new(Assign { job_id: "j-1".to_owned(), attempt: 1, spec_json, data: Some(data) }).unwrap()
+        let assign =
+            Assign { job_id: "j-1".to_owned(), attempt: 1, spec_json, data: Some(data), ..Assign::default() };
+        JobPlan::new(assign).unwrap()
     }
 
     #[test]

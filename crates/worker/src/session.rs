@@ -123,7 +123,12 @@ impl Session {
         let (sender, receiver) = mpsc::unbounded_channel();
         let mut wire = Wire { sender };
         let draining = self.drain.is_cancelled();
-        wire.send(Message::Hello(Hello { attachment: attachment.clone(), draining, ..self.hello.clone() }));
+        wire.send(Message::Hello(Hello {
+            attachment: attachment.clone(),
+            draining,
+            shard_part: self.control.part(),
+            ..self.hello.clone()
+        }));
         memory.draining = draining;
 
         let opening = self.open(UnboundedReceiverStream::new(receiver));

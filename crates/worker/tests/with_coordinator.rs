@@ -1,6 +1,5 @@
 //! Workers with the real coordinator, over the wire and with its state on disk.
 
-#![expect(clippy::print_stdout, reason = "a figure for the record")]
 #![expect(clippy::unwrap_used, reason = "what fails here fails its test")]
 
 mod common;
@@ -8,7 +7,7 @@ mod common;
 mod crew;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::atomic::Ordering,
@@ -51,6 +50,11 @@ struct Stage {
 impl Stage {
     async fn set(workers: u32, steps: u64) -> Self {
         Self::set_with(workers, steps, |_| {}).await
+    }
+
+    /// With `shard` as the job file has it.
+    async fn set_sharing(workers: u32, steps: u64, shard: serde_json::Value) -> Self {
+        Self::set_with(workers, steps, |spec| spec["base"]["shard"] = shard).await
     }
 
     /// With a job file that is changed by `change`.
@@ -151,6 +155,18 @@ impl Stage {
         (&mut self.serving).await.unwrap();
         tokio::time::sleep(pause).await;
         (self.address, self.stop, self.serving) = serve(self.folder.path(), self.address).await;
+    }
+
+    /// The bits of each step's loss.
+    async fn losses(&self) -> Vec<u64> {
+        let mut client = StatusServiceClient::connect(format!("http://{}", self.address)).await.unwrap();
+        let request = ListStepsRequest { job_id: self.job.clone(), from_step: 0, limit: 0 };
+        let steps = client.list_steps(request).await.unwrap().into_inner().steps;
+        steps.iter().map(|record| record.loss.to_bits()).collect()
+    }
+
+    fn adapter(&self) -> Vec<u8> {
+        std::fs::read(self.store().join("adapter/adapter_model.safetensors")).unwrap()
     }
 
     async fn recorded_steps(&self) -> Vec<u64> {
@@ -301,4 +317,94 @@ async fn the_real_engine_trains_a_real_base_on_two_workers() {
         .map(|file| file.unwrap().file_name().to_string_lossy().into_owned())
         .collect();
     assert_eq!(files.into_iter().collect::<Vec<_>>(), ["adapter_config.json", "adapter_model.safetensors"]);
+}
+
+/// The same four ranks, the same rows: whether each has the base or two or four share it, losses and adapter are the same bits.
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_that_share_a_base_train_the_bits_of_those_that_do_not() {
+    let mut results = Vec::new();
+    for shard in [serde_json::json!("replicate"), 2.into(), 4.into()] {
+        let stage = Stage::set_sharing(4, 5, shard).await;
+        let crew = stage.hire(4, &PeftEngines, &Failpoints::none());
+        let status = stage.until_it_ends().await;
+        crew.dismiss().await;
+        assert_eq!(status.state(), JobState::Succeeded, "{status:#?}");
+        stage.prove_exactly_once();
+        let evaluations: Vec<u64> = status.evaluations.iter().map(|one| one.loss.to_bits()).collect();
+        results.push((stage.losses().await, evaluations, stage.adapter()));
+    }
+    assert_eq!(results[0].0.len(), 5);
+    for (losses, evaluations, adapter) in &results[1..] {
+        assert_eq!(*losses, results[0].0, "losses");
+        assert_eq!(*evaluations, results[0].1, "evaluations");
+        let tensors = |file: &[u8]| {
+            let file = safetensors::SafeTensors::deserialize(file).unwrap();
+            let tensors: Vec<(String, Vec<u8>)> =
+                file.tensors().into_iter().map(|(name, view)| (name, view.data().to_vec())).collect();
+            tensors.into_iter().collect::<BTreeMap<_, _>>()
+        };
+        assert!(tensors(adapter) == tensors(&results[0].2), "adapter");
+        let base = |file: &[u8]| safetensors::SafeTensors::read_metadata(file).unwrap().1.metadata().clone();
+        assert_eq!(base(adapter), base(&results[0].2), "the adapter names the same base");
+    }
+}
+
+/// Loads real engines, and counts them.
+#[derive(Clone, Default)]
+struct Counted(std::sync::Arc<std::sync::Mutex<Vec<usize>>>);
+
+impl EngineLoader for Counted {
+    fn load(
+        &self,
+        request: shanty_worker::engine::LoadRequest<'_>,
+        progress: &mut dyn FnMut(f64),
+    ) -> Result<Box<dyn shanty_worker::engine::StepEngine>, shanty_worker::Error> {
+        self.0.lock().unwrap().extend(request.part.map(|part| part.part));
+        PeftEngines.load(request, progress)
+    }
+}
+
+/// A member of one of two groups is killed in the middle of a micro-batch. The other group goes on; who comes in its place loads its
+/// part, and nobody else loads anything.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_that_loses_a_member_gets_the_missing_part_and_nothing_else() {
+    let stage = Stage::set_sharing(4, 40, 2.into()).await;
+    let engines = Counted::default();
+    let mut crew = stage.hire(4, &engines, &deadly("mid_backward@step=3,rank=3,generation=1"));
+    let lost = |status: &JobStatus| status.events.iter().any(|event| event.kind == "member_lost");
+    let status =
+        stage.until("a member is lost and two go on", |status| lost(status) && status.step >= 3).await;
+    assert_eq!(status.state(), JobState::Running, "{status:#?}");
+    crew.hire_at(&format!("http://{}", stage.address), 9, Box::new(engines.clone()), Failpoints::none());
+    let four = |status: &JobStatus| {
+        let members = status.members.iter().filter(|one| one.reason.is_empty());
+        status.generation >= 3 && members.filter(|one| one.rank.is_some()).count() == 4
+    };
+    stage.until("four again", four).await;
+    let status = stage.until_it_ends().await;
+    crew.dismiss().await;
+    assert_eq!(status.state(), JobState::Succeeded, "{status:#?}");
+    let mut loaded = engines.0.lock().unwrap().clone();
+    assert_eq!(loaded.pop(), Some(1), "the part of rank 3");
+    loaded.sort_unstable();
+    assert_eq!(loaded, [0, 0, 1, 1]);
+    assert_eq!(status.ledger.unwrap().duplicates, 0);
+    assert_eq!(stage.recorded_steps().await, (1..=40).collect::<Vec<_>>());
+    stage.prove_exactly_once();
+}
+
+/// Both members that hold part 1 die: one of those that are left takes it on, and keeps adapter and optimizer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_survivor_takes_on_the_missing_part_and_keeps_its_state() {
+    let stage = Stage::set_sharing(4, 8, 2.into()).await;
+    let engines = Counted::default();
+    let deadly = deadly("mid_backward@step=3,rank=3,generation=1;mid_backward@step=3,rank=1,generation=1");
+    let crew = stage.hire(4, &engines, &deadly);
+    let status = stage.until_it_ends().await;
+    crew.dismiss().await;
+    assert_eq!(status.state(), JobState::Succeeded, "{status:#?}");
+    assert_eq!(engines.0.lock().unwrap().len(), 5, "one worker loaded one more part");
+    assert_eq!(stage.recorded_steps().await, (1..=8).collect::<Vec<_>>());
+    assert_eq!(status.ledger.unwrap().recomputed, 0, "no step was lost");
+    stage.prove_exactly_once();
 }

@@ -13,6 +13,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("telemetry", &[]),
     ("gguf", &[]),
     ("cuda", &[]),
+    ("chaos", &[]),
     ("peft-core", &["gguf", "cuda"]),
     ("remote", &[]),
     ("data", &["gguf", "remote", "gguf"]),
@@ -38,10 +39,14 @@ const ARROWS: &[(&str, &[&str])] = &[
             "remote",
             "collective",
             "checkpoint",
+            "chaos",
         ],
     ),
     ("fuzz", &["gguf", "peft-core", "data"]),
-    ("testkit", &["proto", "config", "data", "checkpoint", "collective", "coordinator", "telemetry"]),
+    (
+        "testkit",
+        &["chaos", "proto", "config", "data", "checkpoint", "collective", "coordinator", "telemetry"],
+    ),
 ];
 
 /// A crate depends on those that the house lets it know. Tests may know anybody.

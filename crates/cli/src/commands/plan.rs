@@ -10,7 +10,7 @@ use crate::{
     failure::{CommandResult, Exit},
     format,
     job_file::JobFile,
-    preflight::{Memory, Preflight},
+    preflight::{Memory, Preflight, Share},
     prepared,
     run::LocalOptions,
     ui::{Paint, Ui, paint},
@@ -42,6 +42,8 @@ struct Plan {
     /// Virtual tokens in front of every sample; they count towards a row's length.
     virtual_tokens: usize,
     memory: Memory,
+    /// How many workers share a base, and why.
+    shard: Share,
     tokens_per_epoch: u64,
     trained_tokens_per_epoch: u64,
     padding_fraction: f64,
@@ -118,6 +120,7 @@ fn plan(spec: &JobSpec, preflight: Preflight, data: &Summary) -> CommandResult<P
         matched_modules: preflight.matched_modules,
         virtual_tokens: preflight.virtual_tokens,
         memory: preflight.memory,
+        shard: preflight.shard,
         tokens_per_epoch: data.train.tokens,
         trained_tokens_per_epoch: data.train.trained_tokens,
         padding_fraction: data.train.padding_fraction,
@@ -206,6 +209,7 @@ fn render(plan: &Plan, spec: &JobSpec, color: bool) -> String {
         format::bytes(memory.activations),
         format::bytes(memory.scratch),
     ));
+    lines.extend(base_lines(plan, &head));
     lines.push(format!("{:12}micro-batches of {} rows; {}", "", plan.micro_batch_rows, plan.layers));
     if memory.host > 0 {
         lines.push(format!("{:12}{} more in the host's memory", "", format::bytes(memory.host)));
@@ -253,4 +257,25 @@ fn render(plan: &Plan, spec: &JobSpec, color: bool) -> String {
         plan.epochs
     ));
     lines.join("\n")
+}
+
+/// How the base is held, why, and what that takes.
+fn base_lines(plan: &Plan, head: &dyn Fn(&str) -> String) -> Vec<String> {
+    let (shard, base) = (&plan.shard, &plan.memory.base_parts);
+    let how = match shard.parts {
+        1 => "each worker has its own".to_owned(),
+        parts => format!("{parts} workers share one"),
+    };
+    let mut parts = vec![format!("layers {}", format::bytes(base.layers))];
+    if base.slots > 0 {
+        parts.push(format!("two whole layers in turn {}", format::bytes(base.slots)));
+    }
+    parts.push(format!("embedding {}", format::bytes(base.embedding)));
+    if base.head > 0 {
+        parts.push(format!("head {}", format::bytes(base.head)));
+    }
+    vec![
+        format!("{}{how}: {}", head("base"), shard.reason),
+        format!("{:12}of a worker's {}: {}", "", format::bytes(plan.memory.base), parts.join(", ")),
+    ]
 }

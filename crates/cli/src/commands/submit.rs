@@ -1,6 +1,7 @@
 //! `shanty submit`: hands a job to a coordinator.
 
 use serde_json::json;
+use shanty_config::{JobSpec, Loaded, job::Shard};
 use shanty_proto::v1::SubmitJobRequest;
 use uuid::Uuid;
 
@@ -9,7 +10,7 @@ use crate::{
     client::{Target, block_on, wire},
     failure::{CommandResult, Exit},
     job_file::JobFile,
-    preflight::check_data,
+    preflight::{Preflight, check_data},
     ui::Ui,
 };
 
@@ -46,6 +47,7 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     }
     base::pin(&mut job, ui)?;
     check_data(&job)?;
+    decide_shard(&mut job, ui)?;
     let request = SubmitJobRequest {
         request_id: args.request_id.unwrap_or_else(|| Uuid::new_v4().to_string()),
         spec_json: shanty_config::to_json(&job.value),
@@ -57,4 +59,20 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
         ui.note(format!("follow it with: shanty status {job_id} --watch --coordinator {}", client.address()));
         Ok(Exit::Done)
     })
+}
+
+/// Whether workers share the base is decided here, where the base is at hand and the job says what a worker may take; else each has its
+/// own.
+fn decide_shard(job: &mut Loaded<JobSpec>, ui: &Ui) -> CommandResult<()> {
+    let spec = &job.value;
+    let known = spec.base.model.is_dir() && spec.train.memory_limit().is_some();
+    if spec.base.shard != Shard::Auto || !known {
+        return Ok(());
+    }
+    let shard = Preflight::of(job, 1)?.shard;
+    if shard.parts > 1 {
+        ui.note(format!("{} workers share a base: {}", shard.parts, shard.reason));
+    }
+    job.value.base.shard = shard.word();
+    Ok(())
 }

@@ -198,6 +198,7 @@ mod tests {
             threads: 1,
             devices: devices.iter().map(|device| (*device).to_owned()).collect(),
             store: PathBuf::new(),
+            token: Secret::new("shanty-of-nobody"),
         };
         let turns =
             |devices: &[&str]| (0..3).map(|number| options(devices).device(number)).collect::<Vec<_>>();

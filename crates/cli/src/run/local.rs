@@ -72,7 +72,7 @@ impl LocalRun<'_> {
         self.store.create()?;
         let result = runtime.block_on(Box::pin(self.serve()));
         // Threads that prepare data or write to disk are not waited for beyond this.
-        runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+        runtime.shutdown_timeout(Duration::from_secs(1));
         result
     }
 

@@ -72,7 +72,6 @@ fn an_urgent_job_gets_the_workers_and_the_other_goes_on_where_it_was() {
 }
 
 #[test]
-#[expect(clippy::print_stderr, reason = "figures for the record")]
 fn jobs_go_on_while_the_coordinator_is_killed_again_and_again() {
     const KILLS: u64 = 5;
     let one = TinyJob { steps: 100_000, every_steps: 1000, workers: (2, 2), ..TinyJob::default() };
@@ -154,7 +153,6 @@ fn a_resumed_run_warns_of_edits_that_it_does_not_obey() {
 }
 
 #[test]
-#[expect(clippy::print_stderr, reason = "figures for the record")]
 fn a_checkpoint_holds_no_step_up() {
     let place =
         Place::new(TinyJob { steps: 60, every_steps: 5, global_batch_size: 24, ..TinyJob::default() })

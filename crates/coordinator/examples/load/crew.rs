@@ -234,7 +234,9 @@ impl Sailor {
             rank: self.form.rank,
             applied_step: self.applied,
         });
-        self.say(In::Beat(Beat { sequence: self.beats, phase: MemberPhase::Computing.into(), attachment }));
+        // It gets something done between any two beats.
+        let (sequence, progress) = (self.beats, self.beats);
+        self.say(In::Beat(Beat { sequence, phase: MemberPhase::Computing.into(), attachment, progress }));
         self.beats
     }
 
@@ -323,6 +325,7 @@ impl Sailor {
             learning_rate: 1e-4,
             seconds: 1.0,
             timings: Some(StepTimings::default()),
+            ..StepReport::default()
         }));
         let wanted = self.beat();
         loop {

@@ -136,6 +136,8 @@ pub enum Message {
         facts: DataFacts,
         /// Updates in all.
         steps: Step,
+        /// The part of the base to load, where workers share one.
+        part: Option<u32>,
     },
     /// A generation begins.
     Form {

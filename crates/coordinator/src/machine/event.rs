@@ -136,6 +136,8 @@ pub struct WorkerInfo {
     pub device: String,
     /// Where it accepts its neighbours' connections.
     pub address: String,
+    /// The part of a shared base that it has loaded.
+    pub part: Option<u32>,
     /// The one job that it may work for; any, if none is named.
     pub only: Option<JobId>,
     /// It was asked to end before this stream began.
@@ -287,6 +289,8 @@ pub enum Said {
         seconds: f64,
         /// Numbers that are trained.
         trainable_parameters: u64,
+        /// The part that was loaded, where workers share a base.
+        part: Option<u32>,
     },
     /// The worker cannot go on with the job.
     Failure {

@@ -1,6 +1,10 @@
 //! How a generation begins: who is asked to load the base, who takes part, and from what state.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use shanty_data::order;
 use shanty_proto::{Attempt, Generation, JobId, Rank, Step, WorkerId};
@@ -17,34 +21,29 @@ use super::{
 };
 
 impl Machine {
-    /// Asks at most so many idle workers to load the job's base; says how many.
+    /// Asks at most so many idle workers to load the job's base, or a part of it; says how many.
     pub(super) fn assign(&mut self, now: Moment, job: &mut Job, most: usize) -> usize {
-        let Some(facts) = &job.facts else { return 0 };
+        if job.facts.is_none() || !job.wants_workers() {
+            return 0;
+        }
         let tries = self.options.worker_tries;
         let most = most.min(self.places(job));
-        let mut asked = Vec::new();
-        for (worker, session) in &mut self.sessions {
-            let is_idle =
-                session.assigned.is_none() && !session.draining && session.unfit_until <= now.monotonic;
+        let is_idle = |session: &super::sessions::Session| {
             let may = session.info.only.as_ref().is_none_or(|only| *only == job.id);
-            if is_idle && may && session.failures_in(job) < tries && job.wants_workers() && asked.len() < most
-            {
-                session.assigned = Some((job.id.clone(), job.attempt));
-                session.ready_since = None;
-                asked.push(worker.clone());
-            }
-        }
+            let is_free =
+                session.assigned.is_none() && !session.draining && session.unfit_until <= now.monotonic;
+            is_free && may && session.failures_in(job) < tries
+        };
+        let idle = self.sessions.iter().filter(|(_, session)| is_idle(session));
+        let asked: Vec<WorkerId> = idle.map(|(worker, _)| worker.clone()).take(most).collect();
         for worker in &asked {
-            let assign = Message::Assign {
-                job: job.id.clone(),
-                attempt: job.attempt,
-                spec_json: Arc::clone(&job.spec_json),
-                facts: facts.clone(),
-                steps: job.steps(),
-            };
-            self.send(worker, assign);
-        }
-        if !asked.is_empty() {
+            let part = self.scarcest_part(job, worker);
+            if let Some(session) = self.sessions.get_mut(worker) {
+                session.assigned = Some((job.id.clone(), job.attempt));
+                session.part = part;
+                session.ready_since = None;
+            }
+            self.send_assignment(job, worker);
             self.changed.insert(job.id.clone());
         }
         asked.len()
@@ -98,7 +97,11 @@ impl Machine {
         let mut joiners = self.ready_for(job);
         joiners.retain(|worker| !holders.contains_key(worker));
         let Some(holders) = self.part_with_drained(now, job, holders, joiners.len()) else { return };
-        let count = holders.len() + joiners.len();
+        let line_up = match job.parts() {
+            1 => Vec::new(),
+            _ => self.line_up(job, &holders, joiners.clone()),
+        };
+        let count = if job.parts() == 1 { holders.len() + joiners.len() } else { line_up.len() };
         if count < min {
             self.set_enough_since(job, None);
             let reason = self.missing(job, count, min);
@@ -114,7 +117,10 @@ impl Machine {
                 format!("{count} of at most {max} workers are ready; waits up to {seconds:.1} s for more");
             return self.set_reason(job, reason);
         }
-        let members = self.choose(&holders, joiners, max);
+        let members = match job.parts() {
+            1 => self.choose(&holders, joiners, max),
+            _ => line_up.into_iter().take(max).collect(),
+        };
         self.form(now, job, &members, &holders);
     }
 
@@ -221,6 +227,10 @@ impl Machine {
         }
         if !failed.is_empty() {
             reason += &format!("; failed: {failed}");
+        }
+        let missing = self.parts_missing(job);
+        if job.parts() > 1 && !missing.is_empty() {
+            reason += &format!("; of a base in {} parts nobody has part {}", job.parts(), missing.join(", "));
         }
         let known = self.sessions.len();
         if known < min {
@@ -336,11 +346,13 @@ impl Machine {
         let step = applied.next();
         self.raise(job, applied);
         job.recorded.retain(|recorded| *recorded <= applied);
+        // A lost member voids what its group added.
+        let broken = if job.parts() > 1 { job.of_broken_groups(holders) } else { BTreeSet::new() };
         let up_to_date =
             |worker: &WorkerId| holders.get(worker).is_some_and(|holder| holder.applied == applied);
         let kept_by = |worker: &WorkerId| {
             let kept = holders.get(worker).filter(|holder| holder.applied == applied)?.kept.as_ref()?;
-            (kept.step == step).then(|| kept.rows.clone())
+            (kept.step == step && !broken.contains(worker)).then(|| kept.rows.clone())
         };
         let kept: Vec<Vec<u64>> = members.iter().map(|worker| kept_by(worker).unwrap_or_default()).collect();
         let rows_of_step = match &job.order {
@@ -348,7 +360,8 @@ impl Machine {
             _ => Vec::new(),
         };
         let rows = deal(&rows_of_step, &kept);
-        job.requeued += requeued(job, step, &rows_of_step, members, &rows);
+        let stays = |worker: &WorkerId| members.contains(worker) && !broken.contains(worker);
+        job.requeued += requeued(job, step, &rows_of_step, stays, &rows);
         let ranks = (0u32..).zip(members);
         let (givers, receivers): (Vec<_>, Vec<_>) = ranks.partition(|(_, worker)| up_to_date(worker));
         let source = Source::Members {
@@ -392,14 +405,21 @@ fn start_point(job: &Job, applied: Step, source: Source, rows: Vec<RankRows>) ->
     }
 }
 
-/// How many rows of `step` members of the old generation had that are not among the new one's, and that no sum keeps.
-fn requeued(job: &Job, step: Step, rows_of_step: &[u64], members: &[WorkerId], dealt: &[RankRows]) -> u64 {
+/// How many rows of `step` members of the old generation had that do not stay in the new one with what they had, and that no
+/// sum keeps.
+fn requeued(
+    job: &Job,
+    step: Step,
+    rows_of_step: &[u64],
+    stays: impl Fn(&WorkerId) -> bool,
+    dealt: &[RankRows],
+) -> u64 {
     let Some(old) = &job.generation else { return 0 };
     let world_size = old.members.len() as u32;
     let explicit = old.start.applied.next() == step && !old.start.rows.is_empty();
     let mut count = 0;
     for (rank, member) in (0u32..).zip(&old.members) {
-        if members.contains(&member.worker) {
+        if stays(&member.worker) {
             continue;
         }
         let had: Vec<u64> = match old.start.rows.get(rank as usize) {

@@ -31,6 +31,7 @@ mod reports;
 mod restore;
 pub mod retry;
 mod sessions;
+mod shard;
 mod spoilt;
 mod straggler;
 mod turns;

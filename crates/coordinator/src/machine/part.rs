@@ -7,6 +7,7 @@ use super::{
     Machine,
     event::Moment,
     job::{Cause, Job, Phase},
+    shard::whole_groups,
 };
 
 /// Members hear of the step after which they leave within this time, or leave in the middle of the next.
@@ -43,9 +44,9 @@ impl Machine {
             return;
         }
         let (_, max) = job.bounds();
-        let mut joiners = self.ready_for(job);
-        joiners.retain(|worker| job.crew.of(worker).is_none());
-        joiners.truncate(max.saturating_sub(job.crew.members.len()));
+        let ready = self.ready_for(job).into_iter().filter(|worker| job.crew.of(worker).is_none());
+        let room = max.saturating_sub(job.crew.members.len()) / job.parts();
+        let joiners = whole_groups(&self.by_part(job, ready), room);
         if joiners.is_empty() {
             return;
         }
@@ -70,7 +71,11 @@ impl Machine {
         }
         let Some(slow) = job.crew.members.iter().find(|member| member.figures.is_straggler()) else { return };
         let slow = slow.worker.clone();
-        let fresh = |worker: &WorkerId| self.sessions.get(worker).is_some_and(|session| !session.slow);
+        // Where a base is shared, only one with the same part can take its place.
+        let part = self.sessions.get(&slow).map(|session| session.part);
+        let fresh = |worker: &WorkerId| {
+            self.sessions.get(worker).is_some_and(|session| !session.slow && Some(session.part) == part)
+        };
         let spare =
             self.ready_for(job).into_iter().find(|worker| job.crew.of(worker).is_none() && fresh(worker));
         let Some(spare) = spare else { return };

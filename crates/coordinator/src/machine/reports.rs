@@ -28,10 +28,15 @@ impl Machine {
         base_hash: &str,
         seconds: f64,
         trainable_parameters: u64,
+        part: Option<u32>,
     ) {
         let _ = self.with_job(job, |machine, job| {
             let session = machine.sessions.get_mut(worker).expect("it is current");
             if job.attempt != attempt || !session.is_assigned_to(job) || session.ready_since.is_some() {
+                return;
+            }
+            // It may have been asked for another part meanwhile.
+            if job.parts() > 1 && part != Some(session.part) {
                 return;
             }
             let expected = job.base_hash.get_or_insert_with(|| base_hash.to_owned()).clone();

@@ -22,6 +22,8 @@ pub(crate) struct Session {
     pub phase: MemberPhase,
     /// The job whose base it was asked to load.
     pub assigned: Option<(JobId, Attempt)>,
+    /// The part of that base that it loads, where several workers share one; else 0.
+    pub part: u32,
     /// Since when that base is loaded.
     pub ready_since: Option<Duration>,
     /// Passing failures, and of which attempt.
@@ -99,6 +101,7 @@ impl Machine {
             last_heard: now.monotonic,
             phase: MemberPhase::Idle,
             assigned: None,
+            part: 0,
             ready_since: None,
             failures: None,
             unfit_until: Duration::ZERO,
@@ -147,6 +150,7 @@ impl Machine {
             if !matches!(outcome, Reattached::No | Reattached::WithoutState { .. }) {
                 let session = machine.sessions.get_mut(worker).expect("it was just inserted");
                 session.assigned = Some((job.id.clone(), job.attempt));
+                session.part = job.crew.rank_of(worker).map_or(0, |rank| rank.0 % job.parts() as u32);
                 session.ready_since = Some(now.monotonic);
                 machine.changed.insert(job.id.clone());
             }
@@ -165,6 +169,11 @@ impl Machine {
         let (attempt, newest) = (job.attempt, job.generation_number());
         let info = self.sessions.get(worker).map(|session| session.info.clone()).unwrap_or_default();
         let rank = job.crew.rank_of(worker);
+        // Where a base is shared, a place goes with a part of it.
+        let place = rank.map(|rank| rank.0 % job.parts() as u32);
+        if job.parts() > 1 && (info.part.is_none() || info.part != place) {
+            return Reattached::No;
+        }
         let Some(member) = job.crew.of_mut(worker).filter(|member| !member.hung) else {
             return Reattached::No;
         };
@@ -230,8 +239,8 @@ impl Machine {
             Said::Beat { sequence, phase, attachment, progress } => {
                 self.beat(now, worker, sequence, (phase, progress), attachment);
             }
-            Said::BaseReady { job, attempt, base_hash, seconds, trainable_parameters } => {
-                self.base_ready(now, worker, &job, attempt, &base_hash, seconds, trainable_parameters);
+            Said::BaseReady { job, attempt, base_hash, seconds, trainable_parameters, part } => {
+                self.base_ready(now, worker, &job, attempt, &base_hash, seconds, trainable_parameters, part);
             }
             Said::Failure { job, attempt, error } => self.failure(now, worker, &job, attempt, error),
             Said::Step(report) => self.step(now, worker, report),

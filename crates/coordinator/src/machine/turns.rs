@@ -62,12 +62,19 @@ impl Job {
         self.spec.cluster.owner.as_deref().unwrap_or_default()
     }
 
+    /// Fewest and most workers that the job file asks for; where some share a base, whole groups of them.
+    fn wanted(&self) -> (u32, u32) {
+        let (bounds, parts) = (self.spec.cluster.workers, self.parts() as u32);
+        let min = bounds.min.max(1).next_multiple_of(parts);
+        (min, (bounds.max / parts * parts).max(min))
+    }
+
     /// Fewest and most workers, as things stand.
     pub fn bounds(&self) -> (usize, usize) {
-        let bounds = self.spec.cluster.workers;
-        let min = bounds.min.max(1);
-        let share = self.standing.share.max(min);
-        (min as usize, bounds.max.max(1).min(share) as usize)
+        let (min, max) = self.wanted();
+        let parts = self.parts();
+        let share = self.standing.share.max(min) as usize / parts * parts;
+        (min as usize, (max as usize).min(share))
     }
 
     /// Whether so few steps are left that it is not worth breaking its generation.
@@ -115,8 +122,7 @@ impl Machine {
             });
             let awaited = awaited.count();
             workers += awaited;
-            let bounds = job.spec.cluster.workers;
-            let (min, max) = (bounds.min.max(1), bounds.max.max(bounds.min.max(1)));
+            let (min, max) = job.wanted();
             let holds = u32::try_from(assigned + awaited).unwrap_or(u32::MAX).min(max);
             let lacks = job.formed && job.wants_workers() && holds < min;
             job.standing.lacking_since = lacks.then(|| job.standing.lacking_since.unwrap_or(now.monotonic));
@@ -346,6 +352,9 @@ impl Machine {
         // What nobody needs loads the first job's base, to be there when somebody is lost.
         if let Some(first) = jobs.first() {
             let _ = self.with_job(first, |machine, job| machine.assign(now, job, usize::MAX));
+        }
+        for id in &jobs {
+            let _ = self.with_job(id, |machine, job| machine.level_parts(job));
         }
     }
 

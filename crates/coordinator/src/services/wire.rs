@@ -41,6 +41,7 @@ pub(crate) fn hello(hello: v1::Hello) -> Result<(WorkerId, WorkerInfo, Option<At
         version: hello.version,
         device: hello.device,
         address: hello.collective_address,
+        part: hello.shard_part,
         only: None,
         draining: hello.draining,
     };
@@ -91,6 +92,7 @@ pub(crate) fn said(message: In) -> Result<Said> {
             base_hash: ready.base_hash,
             seconds: ready.seconds,
             trainable_parameters: ready.trainable_parameters,
+            part: ready.shard_part,
         },
         In::Failure(failure) => {
             let detail = failure.error.ok_or_else(|| Error::bad("a failure without an error"))?;
@@ -214,10 +216,11 @@ pub(crate) fn message_out(message: Message, terms: Terms) -> v1::CoordinatorMess
             });
             Out::BeatAck(v1::BeatAck { sequence, credit })
         }
-        Message::Assign { job, attempt, spec_json, facts, steps } => Out::Assign(v1::Assign {
+        Message::Assign { job, attempt, spec_json, facts, steps, part } => Out::Assign(v1::Assign {
             job_id: job.into(),
             attempt: attempt.0,
             spec_json: spec_json.to_string(),
+            shard_part: part,
             data: Some(v1::DataSummary {
                 hash: facts.hash,
                 train_rows: facts.train_rows,

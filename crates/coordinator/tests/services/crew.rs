@@ -229,6 +229,7 @@ impl Sailor {
             sequence: self.beats,
             phase: MemberPhase::Computing.into(),
             attachment: Some(attachment(form, applied_step)),
+            ..Beat::default()
         };
         self.say(In::Beat(beat)).await;
         loop {

@@ -127,8 +127,10 @@ impl World {
             return;
         }
         worker.ready_said = true;
+        worker.loaded = worker.part;
         let base_hash = "b".to_owned();
-        worker.say(late, Said::BaseReady { job, attempt, base_hash, seconds: 0.1, trainable_parameters: 1 });
+        let (seconds, trainable_parameters, part) = (0.1, 1, worker.part);
+        worker.say(late, Said::BaseReady { job, attempt, base_hash, seconds, trainable_parameters, part });
     }
 
     fn compute(&mut self, at: usize) {

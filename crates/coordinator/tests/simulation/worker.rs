@@ -61,6 +61,10 @@ pub struct Worker {
     pub inbox: VecDeque<(u64, Message)>,
     pub outbox: VecDeque<(u64, Said)>,
     pub assigned: Option<(JobId, Attempt, u64)>,
+    /// The part of a shared base that it was asked to load.
+    pub part: Option<u32>,
+    /// The part that it has.
+    pub loaded: Option<u32>,
     pub load_until: u64,
     pub ready_said: bool,
     pub state: State,
@@ -96,6 +100,8 @@ impl Worker {
             inbox: VecDeque::new(),
             outbox: VecDeque::new(),
             assigned: None,
+            part: None,
+            loaded: None,
             load_until: 0,
             ready_said: false,
             state: State::default(),
@@ -121,6 +127,7 @@ impl Worker {
             host: "sim".to_owned(),
             pid: 1,
             address: format!("{}:1", self.id),
+            part: self.loaded,
             draining: self.draining,
             ..WorkerInfo::default()
         }
@@ -200,8 +207,11 @@ impl Worker {
                     self.credit = Some((given.generation.0, given.up_to.0, sent + credit_ms));
                 }
             }
-            Message::Assign { job, attempt, steps, .. } => {
+            Message::Assign { job, attempt, steps, part, .. } => {
                 self.drop_membership();
+                // What is loaded serves again.
+                self.loaded = self.loaded.filter(|loaded| Some(*loaded) == part);
+                self.part = part;
                 self.assigned = Some((job, attempt, steps.0));
                 self.load_until = now + load;
                 self.ready_said = false;

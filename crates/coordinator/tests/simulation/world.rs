@@ -38,7 +38,7 @@ pub fn options() -> Options {
         worker_tries: 3,
         total_losses: 1000,
         fruitless_generations: 1000,
-        hang_least: milliseconds(600),
+        hang_least: milliseconds(300),
         retry_pause: milliseconds(50),
         ..Options::default()
     }
@@ -112,6 +112,8 @@ pub struct World {
     order: Order,
     steps: u64,
     job: JobId,
+    /// Workers that share a base.
+    parts: u32,
     /// Checkpoints: what a reader finds.
     checkpoints: Vec<(CheckpointRecord, State, bool)>,
     answers: Vec<(u64, Event)>,
@@ -138,10 +140,11 @@ fn is_noise(event: &Event) -> bool {
     matches!(event, Event::Tick | Event::Said { message: Said::Beat { .. }, .. })
 }
 
-pub fn spec_json(min: u32, max: u32, steps: u64, batch: usize) -> String {
+pub fn spec_json(min: u32, max: u32, steps: u64, batch: usize, parts: u32) -> String {
+    let shard = if parts > 1 { serde_json::json!(parts) } else { serde_json::json!("replicate") };
     serde_json::json!({
         "name": "sim",
-        "base": { "model": "/base" },
+        "base": { "model": "/base", "shard": shard },
         "adapter": {},
         "data": { "train": "/data.jsonl" },
         "train": { "steps": steps, "global_batch_size": batch, "seed": 5 },
@@ -157,10 +160,11 @@ impl World {
         let rows = 5 + chance.below(20);
         let batch = 1 + chance.below(8);
         let steps = 6 + chance.below(8);
-        let max = 1 + chance.below(4) as u32;
+        let parts = if chance.once_in(2) { 1 + chance.below(3) as u32 } else { 1 };
+        let max = if parts > 1 { parts * (1 + chance.below(2) as u32) } else { 1 + chance.below(4) as u32 };
         let min = 1 + chance.below(u64::from(max)) as u32;
         let mut machine = Machine::new(options(), [7; 32]);
-        let spec_json = spec_json(min, max, steps, batch as usize);
+        let spec_json = spec_json(min, max, steps, batch as usize, parts);
         let spec = Arc::new(serde_json::from_str(&spec_json).expect("a valid job file"));
         let mut world = Self {
             order: Order::new(5, rows, batch).expect("rows and batch are not 0"),
@@ -168,6 +172,7 @@ impl World {
             chance,
             now: 1000,
             steps,
+            parts,
             disk: Disk::default(),
             workers: Vec::new(),
             spawned: 0,
@@ -302,6 +307,13 @@ impl World {
         self.newest = self.newest.max(number);
         let durable = self.disk.jobs[&self.job].generation.as_ref().map(|durable| durable.generation);
         assert_eq!(durable, Some(Generation(number)), "announced before it was durable");
+        let parts = self.parts as usize;
+        assert!(generation.members.len().is_multiple_of(parts), "half a group in generation {number}");
+        for (rank, member) in generation.members.iter().enumerate().filter(|_| parts > 1) {
+            let known = self.workers.iter().find(|worker| worker.id == member.worker);
+            let part = known.filter(|worker| worker.alive).map(|worker| worker.loaded);
+            assert!(part.is_none_or(|part| part == Some((rank % parts) as u32)), "part of {}", member.worker);
+        }
         if !generation.start.rows.is_empty() {
             let rows = &generation.start.rows;
             let mut dealt: Vec<u64> =

@@ -8,4 +8,5 @@ mod forming;
 mod jobs;
 mod queueing;
 mod restarts;
+mod shared;
 mod stage;

@@ -119,6 +119,7 @@ pub fn step(options: &StepBenchOptions) -> Result<StepBench> {
             max_length: options.length,
             memory_limit: None,
             start: None,
+            shard: None,
             member: false,
         },
         &mut |_| {},

@@ -4,8 +4,11 @@ use super::{Engine, EngineDevice, EngineOptions, Machine, Planned, prepared::Pre
 use crate::{
     adapter::{Fit, SharedMethod},
     backend::cuda::{self, Precision},
-    error::Result,
-    model::{LoadProgress, MemoryUse, ModelConfig, resident::plan::BasePlan, weights::ModelFiles},
+    error::{Error, Result},
+    model::{
+        LoadProgress, MemoryUse, ModelConfig, ShardPart, ShardedBase, resident::plan::BasePlan,
+        weights::ModelFiles,
+    },
     plan::{self, MemoryPlan, PlanRequest, Sizes},
 };
 
@@ -20,6 +23,8 @@ pub struct Estimate {
     pub plan: MemoryPlan,
     /// The base's memory by part.
     pub base: MemoryUse,
+    /// What the plan may take.
+    pub limit_bytes: u64,
     /// Tokens of the longest row that a step of one row has room for; none where the memory of the card is not known.
     pub largest_context: Option<usize>,
 }
@@ -36,6 +41,7 @@ impl Engine {
     pub fn load(options: EngineOptions, progress: &mut dyn FnMut(LoadProgress)) -> Result<Self> {
         // What can be wrong with the adapter is said before the base is read.
         let config = ModelConfig::load(&options.base)?;
+        options.check_shard()?;
         let mut fit = fit(&config, options.adapter.as_ref())?;
         // So is what is wrong with the device.
         let machine = Machine::open(options.device, options.threads)?;
@@ -43,6 +49,15 @@ impl Engine {
         let over = prepared.as_ref().map_or(&[][..], Prepared::files);
         if let Some(prepared) = &prepared {
             fit.set_start(prepared.parameters(fit.layout())?);
+        }
+        if let Some(part) = options.shard {
+            let (folder, nf4) = (&options.base, options.quantization);
+            let base = ShardedBase::load(folder, over, nf4, part, progress)?;
+            let memory = base.planned_memory();
+            let request = options.request_for(&memory, &config);
+            let start = Planned::new(machine, &config, fit, request, memory.embedding_apart())?;
+            // Its hash is known once its members have met.
+            return Ok(start.over(Box::new(base)));
         }
         // What does not fit is told before anything is read.
         let files = ModelFiles::open_over(&options.base, over)?;
@@ -53,8 +68,7 @@ impl Engine {
         let Planned { machine, plan, .. } = &mut start;
         let (base, hash) = machine.load(&config, &tensors, plan, options.threads, progress)?;
         let mut engine = start.over(base);
-        engine.base_hash = Some(hash);
-        engine.fit.on_base(hash);
+        engine.set_base_hash(hash);
         Ok(engine)
     }
 
@@ -65,7 +79,12 @@ impl Engine {
     pub fn estimate(options: &EngineOptions) -> Result<Estimate> {
         let config = ModelConfig::load(&options.base)?;
         let fit = fit(&config, options.adapter.as_ref())?;
-        let base = MemoryUse::plan_for(&options.base, options.quantization, options.halves())?;
+        let base = match options.shard {
+            None => MemoryUse::plan_for(&options.base, options.quantization, options.halves())?,
+            Some(ShardPart { parts, .. }) => {
+                MemoryUse::plan_shared(&options.base, options.quantization, parts)?
+            }
+        };
         let mut request =
             PlanRequest { embedding_bytes: base.embedding_apart(), ..options.request_for(&base, &config) };
         if let EngineDevice::Cuda { index, .. } = options.device {
@@ -83,11 +102,20 @@ impl Engine {
             let sizes = |length| Sizes::of(&config, &fit, length, length, &request);
             MemoryPlan::largest_context(sizes, &request, LONGEST)
         });
-        Ok(Estimate { config, fit, plan, base, largest_context })
+        let limit_bytes = request.limit();
+        Ok(Estimate { config, fit, plan, base, limit_bytes, largest_context })
     }
 }
 
 impl EngineOptions {
+    /// Refuses what a shared base cannot be used for.
+    pub(super) fn check_shard(&self) -> Result<()> {
+        match self.device {
+            EngineDevice::Cuda { .. } if self.shard.is_some() => Err(Error::ShardOnCard),
+            _ => Ok(()),
+        }
+    }
+
     fn dropout(&self) -> f32 {
         self.adapter.as_ref().map_or(0.0, |method| method.dropout())
     }

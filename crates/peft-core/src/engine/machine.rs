@@ -13,11 +13,13 @@ use crate::{
     batch::PackedBatch,
     error::{Error, Result},
     model::{
-        BaseSource, LoadProgress, ModelConfig, ResidentBase, decoder::Decoder, resident::plan::BasePlan,
+        BaseSource, LoadProgress, ModelConfig, ResidentBase,
+        decoder::{Decoder, accompany},
+        resident::plan::BasePlan,
         trained::Trained,
     },
     nn::rope::RopeTable,
-    optim::{FlatState, FlatUpdate, Outcome, Source},
+    optim::{FlatState, FlatUpdate, Outcome, Source, SumPiece},
     plan::{Arena, Levels, MemoryPlan, Sizes, products},
 };
 
@@ -123,6 +125,7 @@ impl<B: Backend> Worker<B> {
         };
         let loss = backend.run(|| {
             if predicting == 0 {
+                accompany(&mut *decoder.base, config.layers, learning.then_some(layout))?;
                 if let Some((gradient, sink)) = training {
                     sink.ready(0..gradient.len(), gradient);
                 }
@@ -204,6 +207,7 @@ impl<B: Backend> Worker<B> {
         let (tokens, keys, predicting) = (packed.tokens(), packed.keys(), packed.predicting.len());
         state.touched = true;
         if predicting == 0 {
+            accompany(base, config.layers, Some(layout))?;
             ready(0..state.length, &state.gradient);
             backend.add_losses(View::<B>::new(&arena.head.losses, 0, 1), state);
             return Ok(());
@@ -414,7 +418,7 @@ impl Machine {
     pub(crate) fn reduce<E>(
         &mut self,
         length: usize,
-        work: &mut dyn FnMut(&[f32], &mut [f32]) -> std::result::Result<(), E>,
+        work: &mut SumPiece<'_, E>,
     ) -> Result<std::result::Result<(), E>> {
         match self {
             Self::Cpu(worker) => {

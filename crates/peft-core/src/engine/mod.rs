@@ -18,6 +18,7 @@ mod options;
 mod passes;
 mod prepared;
 mod resident;
+mod sharded;
 mod start;
 
 use std::ops::Range;

@@ -20,7 +20,7 @@ use crate::{
     backend::cuda::CardFlat,
     batch::Row,
     error::Result,
-    optim::{FlatUpdate, Outcome},
+    optim::{FlatUpdate, Outcome, SumPiece},
 };
 
 /// What stays in an engine, all of one length.
@@ -135,7 +135,7 @@ impl Engine {
     pub fn reduce<E>(
         &mut self,
         piece: usize,
-        work: &mut dyn FnMut(&[f32], &mut [f32]) -> std::result::Result<(), E>,
+        work: &mut SumPiece<'_, E>,
     ) -> Result<std::result::Result<(), E>> {
         self.machine.reduce(piece.max(1), work)
     }

@@ -7,8 +7,11 @@ use rayon::prelude::*;
 
 use crate::{
     error::Result,
-    model::config::{ModelConfig, Norm, Projection},
-    quant::Nf4View,
+    model::{
+        config::{ModelConfig, Norm, Projection},
+        sharded::ShardedBase,
+    },
+    quant::{Nf4Pieces, Nf4View},
 };
 
 /// Elements copied or dequantised as one task. Fixed, so that work splits alike whatever the thread count.
@@ -78,6 +81,8 @@ pub enum Matrix<'a> {
     Dense(DenseView<'a>),
     /// In 4-bit NormalFloat.
     Nf4(Nf4View<'a>),
+    /// In 4-bit NormalFloat, gathered from several members.
+    Pieces(Nf4Pieces<'a>),
     /// On a device.
     Held(HeldView<'a>),
 }
@@ -88,6 +93,7 @@ impl<'a> Matrix<'a> {
         match self {
             Self::Dense(view) => view.rows,
             Self::Nf4(view) => view.rows(),
+            Self::Pieces(pieces) => pieces.shape().rows,
             Self::Held(view) => view.rows,
         }
     }
@@ -97,6 +103,7 @@ impl<'a> Matrix<'a> {
         match self {
             Self::Dense(view) => view.columns,
             Self::Nf4(view) => view.columns(),
+            Self::Pieces(pieces) => pieces.shape().columns,
             Self::Held(view) => view.columns,
         }
     }
@@ -105,7 +112,7 @@ impl<'a> Matrix<'a> {
     pub fn as_f32(&self) -> Option<&'a [f32]> {
         match self {
             Self::Dense(view) => Some(view.data),
-            Self::Nf4(_) | Self::Held(_) => None,
+            Self::Nf4(_) | Self::Pieces(_) | Self::Held(_) => None,
         }
     }
 
@@ -131,6 +138,7 @@ impl<'a> Matrix<'a> {
                     .for_each(|(out, source)| out.copy_from_slice(source));
             }
             Self::Nf4(view) => view.write_f32(rows.start * view.columns(), out),
+            Self::Pieces(pieces) => pieces.write_f32(rows.start * self.columns(), out),
             Self::Held(view) => view.held.fetch(rows.start * view.columns, out),
         }
     }
@@ -347,4 +355,9 @@ pub trait BaseSource {
 
     /// The output head, `[vocabulary, hidden]`; the embedding itself where they are tied.
     fn head(&self) -> EmbeddingView<'_>;
+
+    /// The base itself where several members share it.
+    fn sharded(&mut self) -> Option<&mut ShardedBase> {
+        None
+    }
 }

@@ -13,14 +13,17 @@ use crate::{
         weights::{ModelFiles, Tensor, Witness},
     },
     quant::{
-        Nf4Options, nf4,
+        Nf4Options,
+        bitsandbytes::StoredWeight,
+        nf4,
         packed::{PackedLayer, PackedShape},
     },
 };
 
-mod hashes;
+pub(crate) mod hashes;
 pub(crate) mod plan;
 
+pub use hashes::ContentSum;
 pub(crate) use hashes::Hashes;
 use plan::{BasePlan, LayerPlan, WeightPlan};
 
@@ -44,6 +47,8 @@ pub struct MemoryUse {
     pub head_bytes: usize,
     /// Norms and biases, f32.
     pub other_bytes: usize,
+    /// Of a shared base, the two places that whole layers are gathered in; else 0.
+    pub slot_bytes: usize,
 }
 
 impl MemoryUse {
@@ -65,6 +70,18 @@ impl MemoryUse {
         Ok(BasePlan::new(&files, &config, nf4)?.memory(&config, half_matrices))
     }
 
+    /// What [`super::ShardedBase::load`] would take of each of `parts` members, once it is settled and attached.
+    ///
+    /// # Errors
+    /// As [`super::ShardedBase::load`], but for damaged numbers.
+    pub fn plan_shared(folder: &Path, nf4: Option<Nf4Options>, parts: usize) -> Result<Self> {
+        let config = ModelConfig::load(folder)?;
+        let files = ModelFiles::open(folder)?;
+        let plan = BasePlan::new(&files, &config, nf4)?;
+        plan.check_shard(folder)?;
+        Ok(plan.shared_memory(&config, parts))
+    }
+
     /// What the embedding takes where it is not the head as well: beside a card it can stay in host memory.
     pub(crate) fn embedding_apart(&self) -> u64 {
         if self.head_bytes > 0 { self.embedding_bytes as u64 } else { 0 }
@@ -72,7 +89,7 @@ impl MemoryUse {
 
     /// All parts.
     pub fn total_bytes(&self) -> usize {
-        self.linear_bytes + self.embedding_bytes + self.head_bytes + self.other_bytes
+        self.linear_bytes + self.embedding_bytes + self.head_bytes + self.other_bytes + self.slot_bytes
     }
 }
 
@@ -104,13 +121,16 @@ impl Table {
         }
     }
 
-    fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         match self {
             Self::F32(data) => size_of_val(data.as_slice()),
             Self::Bf16(data) => size_of_val(data.as_slice()),
         }
     }
 }
+
+/// Norms of a layer by [`Norm::index`]; empty where there is none.
+pub(in crate::model) type LayerNorms = [Vec<f32>; Norm::ALL.len()];
 
 /// A projection's weight.
 #[derive(Debug)]
@@ -123,7 +143,7 @@ enum Weight {
 #[derive(Debug)]
 struct ResidentLayer {
     /// By [`Norm::index`]; empty where there is none.
-    norms: [Vec<f32>; Norm::ALL.len()],
+    norms: LayerNorms,
     /// In the order of [`ModelConfig::projections`].
     weights: Vec<Weight>,
     /// In the order of [`ModelConfig::projections`].
@@ -187,7 +207,7 @@ impl ResidentBase {
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self> {
         let total_bytes = plan.tensors().iter().map(|tensor| tensor.bytes() as u64).sum();
-        let mut reader = Reader { hashes: Hashes::default(), done_bytes: 0, total_bytes, progress };
+        let mut reader = Reader::new(total_bytes, progress);
         let embedding = reader.table(&plan.embedding)?;
         let less_one = config.norms_less_one;
         let layers = plan.layers.iter().map(|layer| reader.layer(layer, less_one)).collect::<Result<_>>()?;
@@ -242,6 +262,7 @@ impl ResidentBase {
             embedding_bytes: self.embedding.bytes(),
             head_bytes: self.head.as_ref().map_or(0, Table::bytes),
             other_bytes: size_of_val(self.final_norm.as_slice()),
+            slot_bytes: 0,
         };
         for layer in &self.layers {
             memory.linear_bytes += layer.packed.memory_bytes();
@@ -292,7 +313,7 @@ pub fn content_hash(folder: &Path, progress: &mut dyn FnMut(LoadProgress)) -> Re
     let plan = BasePlan::new(&files, &config, None)?;
     let tensors = plan.tensors();
     let total_bytes = tensors.iter().map(|tensor| tensor.bytes() as u64).sum();
-    let mut reader = Reader { hashes: Hashes::default(), done_bytes: 0, total_bytes, progress };
+    let mut reader = Reader::new(total_bytes, progress);
     for tensor in &tensors {
         tensor.pieces(&mut |bytes| reader.see(tensor, bytes))?;
     }
@@ -300,32 +321,41 @@ pub fn content_hash(folder: &Path, progress: &mut dyn FnMut(LoadProgress)) -> Re
 }
 
 /// Reads tensors once, hashing and counting what passes.
-struct Reader<'a> {
-    hashes: Hashes,
+pub(in crate::model) struct Reader<'a> {
+    pub(in crate::model) hashes: Hashes,
     done_bytes: u64,
     total_bytes: u64,
     progress: &'a mut dyn FnMut(LoadProgress),
 }
 
-impl Reader<'_> {
-    fn see(&mut self, tensor: &Tensor<'_>, bytes: &[u8]) {
+impl<'a> Reader<'a> {
+    pub(in crate::model) fn new(total_bytes: u64, progress: &'a mut dyn FnMut(LoadProgress)) -> Self {
+        Self { hashes: Hashes::default(), done_bytes: 0, total_bytes, progress }
+    }
+
+    pub(in crate::model) fn see(&mut self, tensor: &Tensor<'_>, bytes: &[u8]) {
         self.hashes.see(tensor, bytes);
-        self.done_bytes += bytes.len() as u64;
+        self.count(bytes.len());
+    }
+
+    /// Counts bytes that were read.
+    pub(in crate::model) fn count(&mut self, bytes: usize) {
+        self.done_bytes += bytes as u64;
         (self.progress)(LoadProgress { done_bytes: self.done_bytes, total_bytes: self.total_bytes });
     }
 
-    fn numbers(&mut self, tensor: &Tensor<'_>) -> Result<Vec<f32>> {
+    pub(in crate::model) fn numbers(&mut self, tensor: &Tensor<'_>) -> Result<Vec<f32>> {
         let mut numbers = vec![0.0; tensor.elements()];
         tensor.read_f32(&mut numbers, &mut |bytes| self.see(tensor, bytes))?;
         Ok(numbers)
     }
 
-    fn table(&mut self, tensor: &Tensor<'_>) -> Result<Table> {
+    pub(in crate::model) fn table(&mut self, tensor: &Tensor<'_>) -> Result<Table> {
         Table::read(tensor, &mut |bytes| self.see(tensor, bytes))
     }
 
     /// The scale of a norm.
-    fn norm(&mut self, tensor: &Tensor<'_>, less_one: bool) -> Result<Vec<f32>> {
+    pub(in crate::model) fn norm(&mut self, tensor: &Tensor<'_>, less_one: bool) -> Result<Vec<f32>> {
         let mut numbers = self.numbers(tensor)?;
         if less_one {
             numbers.iter_mut().for_each(|number| *number += 1.0);
@@ -334,10 +364,7 @@ impl Reader<'_> {
     }
 
     fn layer(&mut self, plan: &LayerPlan<'_>, less_one: bool) -> Result<ResidentLayer> {
-        let mut norms = <[Vec<f32>; Norm::ALL.len()]>::default();
-        for (norm, tensor) in &plan.norms {
-            norms[norm.index()] = self.norm(tensor, less_one)?;
-        }
+        let norms = self.norms(plan, less_one)?;
         let shapes: Vec<PackedShape> = plan.weights.iter().filter_map(WeightPlan::packed).collect();
         let mut packed = PackedLayer::new(&shapes);
         let mut next = 0;
@@ -355,19 +382,35 @@ impl Reader<'_> {
                     stored.read_into(&mut packed, index, &mut |tensor, bytes| self.see(tensor, bytes))?;
                     Weight::Packed(index)
                 }
-                WeightPlan::Widen(stored) => {
-                    let mut alone = PackedLayer::new(&[stored.shape()]);
-                    stored.read_into(&mut alone, 0, &mut |tensor, bytes| self.see(tensor, bytes))?;
-                    let view = alone.view(0);
-                    let mut numbers = vec![0.0; view.rows() * view.columns()];
-                    view.write_f32(0, &mut numbers);
-                    Weight::Dense(numbers)
-                }
+                WeightPlan::Widen(stored) => Weight::Dense(self.widened(stored)?),
             });
         }
-        let biases = plan.biases.iter().map(|bias| bias.as_ref().map(|bias| self.numbers(bias)).transpose());
-        let biases = biases.collect::<Result<_>>()?;
+        let biases = self.biases(plan)?;
         Ok(ResidentLayer { norms, weights, biases, packed })
+    }
+
+    /// What is stored in 4 bits, as f32.
+    pub(in crate::model) fn widened(&mut self, stored: &StoredWeight<'_>) -> Result<Vec<f32>> {
+        let mut alone = PackedLayer::new(&[stored.shape()]);
+        stored.read_into(&mut alone, 0, &mut |tensor, bytes| self.see(tensor, bytes))?;
+        let view = alone.view(0);
+        let mut numbers = vec![0.0; view.rows() * view.columns()];
+        view.write_f32(0, &mut numbers);
+        Ok(numbers)
+    }
+
+    /// The norms of a layer by [`Norm::index`].
+    pub(in crate::model) fn norms(&mut self, plan: &LayerPlan<'_>, less_one: bool) -> Result<LayerNorms> {
+        let mut norms = LayerNorms::default();
+        for (norm, tensor) in &plan.norms {
+            norms[norm.index()] = self.norm(tensor, less_one)?;
+        }
+        Ok(norms)
+    }
+
+    /// The biases of a layer.
+    pub(in crate::model) fn biases(&mut self, plan: &LayerPlan<'_>) -> Result<Vec<Option<Vec<f32>>>> {
+        plan.biases.iter().map(|bias| bias.as_ref().map(|bias| self.numbers(bias)).transpose()).collect()
     }
 
     /// Quantises a tensor piece by piece into matrix `index` of `packed`.

@@ -9,6 +9,9 @@ use crate::{
     error::Result,
 };
 
+/// Sums a piece of the gradient over members: from its first slice into its second, both in host memory.
+pub type SumPiece<'a, E> = dyn FnMut(&[f32], &mut [f32]) -> std::result::Result<(), E> + 'a;
+
 /// Numbers that one partial sum of squares of a backend is made of, at least.
 pub(crate) const SQUARES: usize = 4096;
 /// Losses of micro-batches that a backend keeps before the host reads them.

@@ -7,6 +7,7 @@
 mod arena;
 mod levels;
 mod products;
+mod share;
 mod sizes;
 
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,7 @@ pub use arena::{
 };
 pub use levels::{Level, Levels};
 pub use products::products;
+pub use share::{ShareChoice, ShareOption};
 pub use sizes::Sizes;
 pub(crate) use sizes::WORKSPACE;
 
@@ -69,6 +71,13 @@ pub struct PlanRequest {
     pub host_limit: Option<u64>,
 }
 
+impl PlanRequest {
+    /// What the plan may take.
+    pub fn limit(&self) -> u64 {
+        self.memory_limit.unwrap_or_else(default_memory_limit)
+    }
+}
+
 /// Memory of a worker by part, bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryPlan {
@@ -103,7 +112,7 @@ impl MemoryPlan {
     /// Picks the micro-batch, and what becomes of each layer's activations: of the choices that fit, the one that
     /// computes least again. Where none fits, the smallest is returned.
     pub fn choose(sizes: impl Fn(usize) -> Sizes, request: &PlanRequest) -> Self {
-        let limit = request.memory_limit.unwrap_or_else(default_memory_limit);
+        let limit = request.limit();
         let enough = if request.accelerated { ENOUGH_TOKENS_ACCELERATED } else { ENOUGH_TOKENS };
         let wanted = request.micro_batch_rows.unwrap_or_else(|| (enough / request.max_length.max(1)).max(1));
         let mut rows = wanted;

@@ -297,7 +297,16 @@ impl Storm<'_> {
             })
         };
         let members: Vec<u32> = devices.iter().copied().filter(is_member).collect();
-        let from = if members.is_empty() { &devices } else { &members };
+        // What is promised holds while one member lives.
+        let strangers: Vec<u32> = devices.iter().copied().filter(|pid| !members.contains(pid)).collect();
+        let from = match members.len() {
+            0 => &devices,
+            1 => &strangers,
+            _ => &members,
+        };
+        if from.is_empty() {
+            return None;
+        }
         let pid = from[self.chance.below(from.len())];
         Some((pid, !members.is_empty()))
     }

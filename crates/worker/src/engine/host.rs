@@ -5,6 +5,7 @@ use std::ops::Range;
 use shanty_peft_core::{
     GradientSink,
     engine::{FlatPart, Memory, SumSink},
+    model::ShardedBase,
     optim::{AdamW, clip_factor, global_norm},
 };
 
@@ -62,6 +63,27 @@ pub trait HostEngine: StepHooks {
     /// # Errors
     /// As the engine says.
     fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error>;
+
+    /// The base, where this worker holds but a part of it.
+    fn shared_base(&mut self) -> Option<&mut ShardedBase> {
+        None
+    }
+
+    /// Takes note of the hash of a base that its members agreed on.
+    fn agree_on_base(&mut self, _hash: blake3::Hash) {}
+
+    /// Whether [`Self::initial_parameters`] reads layers of the base: where that is shared, its members must make them together.
+    fn start_reads_base(&self) -> bool {
+        false
+    }
+
+    /// Gathers the layers of a micro-batch of which only others, who share the base, have rows.
+    ///
+    /// # Errors
+    /// As the engine says.
+    fn keep_company(&mut self, _training: bool) -> Result<(), Error> {
+        Ok(())
+    }
 
     /// The number of the card that it computes on.
     fn card(&self) -> Option<u32> {
@@ -152,6 +174,22 @@ impl<E: HostEngine> StepEngine for OnHost<E> {
 
     fn card(&self) -> Option<u32> {
         self.engine.card()
+    }
+
+    fn shared_base(&mut self) -> Option<&mut ShardedBase> {
+        self.engine.shared_base()
+    }
+
+    fn agree_on_base(&mut self, hash: blake3::Hash) {
+        self.engine.agree_on_base(hash);
+    }
+
+    fn start_reads_base(&self) -> bool {
+        self.engine.start_reads_base()
+    }
+
+    fn keep_company(&mut self, training: bool) -> Result<(), Error> {
+        self.engine.keep_company(training)
     }
 
     fn begin(&mut self, [parameters, first, second]: [&[f32]; 3]) -> Result<(), Error> {

@@ -7,6 +7,7 @@ use shanty_peft_core::{
     Engine, EngineDevice, EngineOptions, GradientSink, StepKey,
     adapter::{StepHook, files},
     backend::cuda::Precision,
+    model::ShardedBase,
     plan::Recompute,
     quant::Nf4Options,
 };
@@ -37,11 +38,12 @@ impl EngineLoader for PeftEngines {
             device: on,
             memory_limit: [request.memory_limit_bytes, spec.train.memory_limit()].into_iter().flatten().min(),
             start: local(request.store).map(|store| store.join(START)),
+            shard: request.part,
             member: true,
             ..engine_options_for(spec, request.threads, Some(request.steps))?
         };
         let quantised = format!("{:?}", options.quantization);
-        let engine = Engine::load(options, &mut |loaded| {
+        let mut engine = Engine::load(options, &mut |loaded| {
             progress(loaded.done_bytes as f64 / loaded.total_bytes.max(1) as f64);
         })
         .map_err(|error| Error::part(&error))?;
@@ -58,14 +60,12 @@ impl EngineLoader for PeftEngines {
             layers = plan.levels.describe(),
             "planned the memory of a step"
         );
-        let mut hasher = blake3::Hasher::new();
-        if let Some(stored) = engine.base_hash() {
-            hasher.update(stored.as_bytes());
-        }
-        hasher.update(quantised.as_bytes());
+        // Of a part, what all parts have in common, until its group has agreed.
+        let identity = engine.shared_base().map(|base| base.identity());
+        let stored = engine.base_hash().or(identity);
         let trainable = engine.layout().parameters() as u64;
         let facts = Facts {
-            base_hash: hasher.finalize().to_hex().to_string(),
+            base_hash: base_hash(stored, &quantised),
             flat_length: engine.layout().len(),
             trainable_parameters: trainable,
             total_parameters: engine.config().parameters() as u64 + trainable,
@@ -77,7 +77,7 @@ impl EngineLoader for PeftEngines {
             EngineDevice::Cuda { index, .. } => u32::try_from(index).ok(),
             EngineDevice::Cpu => None,
         };
-        let loaded = PeftEngine { engine, facts, card };
+        let loaded = PeftEngine { engine, facts, card, quantised };
         if on_card && loaded.engine.trains_resident() {
             return Ok(Box::new(OnCard(loaded)));
         }
@@ -88,6 +88,16 @@ impl EngineLoader for PeftEngines {
         }
         Ok(Box::new(OnHost::new(loaded)))
     }
+}
+
+/// Hash of a base as it is stored and quantised.
+fn base_hash(stored: Option<blake3::Hash>, quantised: &str) -> String {
+    let mut hasher = blake3::Hasher::new();
+    if let Some(stored) = stored {
+        hasher.update(stored.as_bytes());
+    }
+    hasher.update(quantised.as_bytes());
+    hasher.finalize().to_hex().to_string()
 }
 
 /// A run's folder, where it is one on this machine.
@@ -155,6 +165,8 @@ pub fn quantization(spec: &JobSpec) -> Option<Nf4Options> {
 pub(super) struct PeftEngine {
     pub(super) engine: Engine,
     facts: Facts,
+    /// How the base is quantised, in words.
+    quantised: String,
     card: Option<u32>,
 }
 
@@ -224,6 +236,23 @@ impl HostEngine for PeftEngine {
     fn evaluate(&mut self, parameters: &[f32], rows: &[Row]) -> Result<Sum, Error> {
         let sum = self.engine.evaluate(parameters, rows).map_err(|error| Error::part(&error))?;
         Ok(Sum { loss: sum.loss, tokens: sum.tokens })
+    }
+
+    fn shared_base(&mut self) -> Option<&mut ShardedBase> {
+        self.engine.shared_base()
+    }
+
+    fn agree_on_base(&mut self, hash: blake3::Hash) {
+        self.engine.set_base_hash(hash);
+        self.facts.base_hash = base_hash(Some(hash), &self.quantised);
+    }
+
+    fn start_reads_base(&self) -> bool {
+        self.engine.start_reads_layers()
+    }
+
+    fn keep_company(&mut self, training: bool) -> Result<(), Error> {
+        self.engine.keep_company(training).map_err(|error| Error::part(&error))
     }
 
     fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {

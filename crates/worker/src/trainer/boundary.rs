@@ -60,13 +60,16 @@ impl Generation<'_> {
             let part = part??;
             announcement = Some(part.announcement);
             for micro_batch in part.rows.chunks(micro_batch_rows) {
-                self.around.control.check(self.formation.generation)?;
-                let sum = self.job.engine.evaluate(micro_batch)?;
+                self.round(true)?;
+                let sum = self.job.engine.evaluate(micro_batch);
+                let sum = sum.map_err(|error| self.stop_for(error))?;
                 self.around.control.advance();
                 loss += sum.loss;
                 tokens += sum.tokens;
             }
         }
+        drop(parts);
+        self.keep_company(false)?;
         let not_finite = u64::from(!f64::is_finite(loss));
         let own = Check::new(tokens, ids.len() as u64, hash_of_rows(ids.iter().copied()), loss, not_finite);
         let mut words = own.to_words();

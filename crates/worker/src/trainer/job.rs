@@ -40,6 +40,21 @@ pub(crate) struct Job {
     pub(crate) adapter_hash: Arc<str>,
 }
 
+/// What outlives an engine.
+pub(crate) struct Carried {
+    applied: u64,
+    optimizer: Optimizer,
+    method: Vec<f32>,
+    furthest_start: u64,
+    micro_batch_rows: u64,
+}
+
+impl Carried {
+    pub(crate) fn applied(&self) -> u64 {
+        self.applied
+    }
+}
+
 impl Job {
     pub(crate) fn new(plan: JobPlan, engine: Box<dyn StepEngine>, row_log: RowLog) -> Self {
         let update = Update::new(&plan.spec, plan.steps()).with_rates(&*engine);
@@ -97,6 +112,26 @@ impl Job {
         self.state = None;
         self.sum.clear(&mut *self.engine)?;
         self.state = Some(self.update.restore(&mut *self.engine, applied, given, method)?);
+        Ok(())
+    }
+
+    /// The state, for the same job with another part of the base; none before the first generation gave one.
+    pub(crate) fn carried(&self) -> Result<Option<Carried>, Error> {
+        let Some(state) = &self.state else { return Ok(None) };
+        Ok(Some(Carried {
+            applied: state.applied(),
+            optimizer: state.to_checkpoint(&*self.engine)?,
+            method: state.method.clone(),
+            furthest_start: self.furthest_start,
+            micro_batch_rows: self.micro_batch_rows,
+        }))
+    }
+
+    /// Takes over what [`Job::carried`] gave.
+    pub(crate) fn carry(&mut self, carried: Carried) -> Result<(), Error> {
+        let Carried { applied, optimizer, method, furthest_start, micro_batch_rows } = carried;
+        self.take_state(applied, &optimizer, method)?;
+        (self.furthest_start, self.micro_batch_rows) = (furthest_start, micro_batch_rows);
         Ok(())
     }
 

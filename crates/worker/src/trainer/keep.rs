@@ -107,7 +107,6 @@ pub(super) fn draft(
             data_hash: plan.data.hash.clone(),
             adapter_hash: job.adapter_hash.to_string(),
             shanty_version: env!("CARGO_PKG_VERSION").to_owned(),
-            loss: None,
         },
     }))
 }

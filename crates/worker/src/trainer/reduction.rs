@@ -196,7 +196,11 @@ impl Reducer for Members<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::thread;
+    use std::{
+        sync::atomic::{AtomicUsize, Ordering},
+        thread,
+        time::Duration,
+    };
 
     use shanty_collective::{AbortHandle, HopHook, local};
 
@@ -254,11 +258,34 @@ mod tests {
         }
     }
 
+    /// The work goes on until a piece is summed that it made itself: without a reduction beside it, it would not end.
+    #[test]
+    fn pieces_are_summed_while_the_work_goes_on() {
+        on_two(|member| {
+            member.set_call_deadline(Some(Duration::from_secs(60)));
+            let own = gradient(member.rank());
+            let summed = AtomicUsize::new(0);
+            let advance = || {
+                summed.fetch_add(1, Ordering::SeqCst);
+            };
+            let start = Instant::now();
+            let ((), begun) = beside(member, LENGTH, &advance, |sink| {
+                sink.ready(0..PIECE, Memory::Host(&own));
+                while summed.load(Ordering::SeqCst) == 0 {
+                    assert!(start.elapsed() < Duration::from_secs(60), "nothing is summed meanwhile");
+                    thread::yield_now();
+                }
+                sink.ready(PIECE..LENGTH, Memory::Host(&own));
+            });
+            assert_eq!(begun.sums.len(), 4);
+        });
+    }
+
     #[test]
     fn one_that_has_nothing_to_compute_sums_with_one_that_has() {
         let sums = on_two(|member| {
-            let (rank, told) = (member.rank() as usize, [0..LENGTH]);
-            reduced(member, &told[rank..]).0
+            let all = std::slice::from_ref(&(0..LENGTH));
+            reduced(member, if member.rank() == 0 { all } else { &[] }).0
         });
         assert!(bits(&sums[0]) == bits(&sums[1]));
     }

@@ -42,12 +42,19 @@ struct Header {
 /// anybody is waited for: whoever leaves this generation then holds the state that it answers with.
 pub(super) fn prepare(job: &mut Job, start: &Start) -> Result<(), Error> {
     job.furthest_start = job.furthest_start.max(start.applied_step);
-    // A worker that never got the state of a later step must not pass for one that stands before the first.
-    let begins = start.applied_step == 0 && job.furthest_start == 0;
-    if start.from == Origin::Seed || (begins && job.state.is_none()) {
+    // Who shares a base makes a start that reads it with the others of the group, once they have met.
+    let together = job.engine.start_reads_base() && job.engine.shared_base().is_some();
+    if begins_afresh(job, start) && !together {
         job.start_afresh()?;
     }
     Ok(())
+}
+
+/// Whether this worker is to make the state before the first step.
+pub(super) fn begins_afresh(job: &Job, start: &Start) -> bool {
+    // A worker that never got the state of a later step must not pass for one that stands before the first.
+    let begins = start.applied_step == 0 && job.furthest_start == 0;
+    start.from == Origin::Seed || (begins && job.state.is_none())
 }
 
 /// Brings this member's state to the start of the generation.

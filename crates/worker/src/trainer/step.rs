@@ -31,10 +31,17 @@ use super::{
     link,
     pipeline::Pipeline,
     reduction::{self, Begun, Members},
+    shard::{self, Group},
     spoilt::{Fault, Skipped},
     start,
     state::{Applied, State},
 };
+
+/// What ties this worker to the others of a generation.
+pub(super) struct Links {
+    _collective: Box<dyn Collective>,
+    _group: Option<Group>,
+}
 
 /// A generation that this worker takes part in.
 pub(super) struct Generation<'a> {
@@ -42,6 +49,8 @@ pub(super) struct Generation<'a> {
     pub(super) job: &'a mut Job,
     pub(super) formation: Formation,
     pub(super) collective: Box<dyn Collective>,
+    /// Those who share a base with this worker.
+    pub(super) group: Option<Group>,
     pub(super) pipeline: Pipeline,
     pub(super) checkpoint_step: Option<u64>,
     /// The step after which the ranks compared their adapters last.
@@ -97,6 +106,7 @@ impl<'a> Generation<'a> {
         start::prepare(job, &formation.start)?;
         let (abort, requests) = around.control.handles(formation.generation)?;
         let mut collective = link::join(around, job, &formation, abort)?;
+        let group = shard::join(around, job, &formation)?;
         start::reach_start(around, job, &formation, &mut *collective)?;
         take_first_rows(job, &formation)?;
         let pipeline = Pipeline::new(around.rows.clone(), requests, &job.plan, &formation);
@@ -120,6 +130,7 @@ impl<'a> Generation<'a> {
             job,
             formation,
             collective,
+            group,
             pipeline,
             checkpoint_step,
             compared_step,
@@ -129,19 +140,23 @@ impl<'a> Generation<'a> {
     }
 
     /// Makes the steps that are left and what is due between them. Returns after the last, or after the one that all leave
-    /// after, with the collective: it stays open until all members are done.
-    pub(super) fn run(mut self) -> Result<Box<dyn Collective>, Stop> {
+    /// after, with the collectives: they stay open until all members are done.
+    pub(super) fn run(mut self) -> Result<Links, Stop> {
         loop {
             self.boundary()?;
             if self.applied() >= self.job.plan.steps() {
                 self.finish()?;
-                return Ok(self.collective);
+                return Ok(self.links());
             }
             if !self.around.control.begin_step(self.formation.generation, self.applied() + 1)? {
-                return Ok(self.collective);
+                return Ok(self.links());
             }
             self.step()?;
         }
+    }
+
+    fn links(self) -> Links {
+        Links { _collective: self.collective, _group: self.group }
     }
 
     /// Updates in the state.
@@ -247,9 +262,10 @@ impl<'a> Generation<'a> {
         let mut begun = Begun::default();
         let mut micro_batches = rows.chunks(micro_batch_rows).peekable();
         while let Some(micro_batch) = micro_batches.next() {
-            self.around.control.check(self.formation.generation)?;
+            self.round(true)?;
             let is_last = micro_batches.peek().is_none();
-            let reduces = is_last && self.formation.world_size() > 1;
+            // Those who share a base may need this member's part for micro-batches after its last.
+            let reduces = is_last && self.formation.world_size() > 1 && self.group.is_none();
             if reduces {
                 self.enter_reduction(step, micro_batch)?;
             }
@@ -278,10 +294,12 @@ impl<'a> Generation<'a> {
                 self.take_death()?;
                 added?;
             } else {
-                add(&mut NoSink)?;
+                let added = add(&mut NoSink);
+                added.map_err(|error| self.stop_for(error))?;
             }
             reached?;
         }
+        self.keep_company(true)?;
         let Job { engine, sum, .. } = &mut *self.job;
         sum.complete(&mut **engine)?;
         self.around.control.check(self.formation.generation)?;

@@ -76,6 +76,7 @@ impl Job {
                 steps: self.steps,
                 ..DataSummary::default()
             }),
+            ..Assign::default()
         }
     }
 }
@@ -168,10 +169,11 @@ impl WorkerService for Service {
                     let shared = service.shared.lock().unwrap();
                     let ours =
                         beat.attachment.as_ref().is_some_and(|one| one.generation == shared.generation);
-                    let credit = shared
-                        .credit
-                        .filter(|_| ours)
-                        .map(|up_to_step| Credit { generation: shared.generation, up_to_step });
+                    let credit = shared.credit.filter(|_| ours).map(|up_to_step| Credit {
+                        generation: shared.generation,
+                        up_to_step,
+                        ..Credit::default()
+                    });
                     send(&sender, ToWorker::BeatAck(BeatAck { sequence: beat.sequence, credit }));
                     continue;
                 }

@@ -139,7 +139,7 @@ impl DeviceBase {
             match &linear.weight {
                 Matrix::Dense(view) => sizes.push(number * view.data().len()),
                 Matrix::Nf4(view) => sizes.extend(parts(view)),
-                Matrix::Held(_) => return Err(held_elsewhere()),
+                Matrix::Held(_) | Matrix::Pieces(_) => return Err(held_elsewhere()),
             }
         }
         let mut shelf = Shelf::new(device, sizes)?;
@@ -150,7 +150,7 @@ impl DeviceBase {
             match &linear.weight {
                 Matrix::Dense(view) => self.matrix(&mut shelf, view.data())?,
                 Matrix::Nf4(view) => self.pack(&mut shelf, view)?,
-                Matrix::Held(_) => return Err(held_elsewhere()),
+                Matrix::Held(_) | Matrix::Pieces(_) => return Err(held_elsewhere()),
             }
             if let Some(bias) = linear.bias {
                 self.vector(&mut shelf, bias)?;
@@ -269,6 +269,7 @@ pub(super) fn matrix_key(matrix: &Matrix<'_>) -> usize {
         Matrix::Dense(view) => key(view.data()),
         Matrix::Nf4(view) => key(view.codes()),
         Matrix::Held(view) => view.place(),
+        Matrix::Pieces(view) => view.place(),
     }
 }
 

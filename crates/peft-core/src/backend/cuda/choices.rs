@@ -33,7 +33,12 @@ const FASTER: f32 = 0.98;
 const FEWEST_ROWS: usize = 512;
 
 /// What this process has chosen, by card and library, and by product.
-static CHOSEN: LazyLock<Mutex<BTreeMap<String, BTreeMap<String, [u64; 8]>>>> = LazyLock::new(Mutex::default);
+static CHOSEN: LazyLock<Mutex<ByCard>> = LazyLock::new(Mutex::default);
+
+/// Algorithms by card and library, then by product.
+type ByCard = BTreeMap<String, BTreeMap<String, [u64; 8]>>;
+/// By kind and rows; none where the choice does not serve them.
+type Ready = HashMap<(Kind, usize), Option<Arc<Algorithm>>>;
 
 /// What a card's products run by.
 #[derive(Default)]
@@ -41,8 +46,8 @@ pub(super) struct Choices {
     handle: Option<Handle>,
     /// By kind: rows that were timed, and the algorithm.
     chosen: Mutex<HashMap<Kind, (usize, [u64; 8])>>,
-    /// Made ready for a number of rows; none where the choice does not serve it.
-    ready: Mutex<HashMap<(Kind, usize), Option<Arc<Algorithm>>>>,
+    /// Made ready for a number of rows.
+    ready: Mutex<Ready>,
 }
 
 impl Choices {

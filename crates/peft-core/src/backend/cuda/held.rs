@@ -125,6 +125,7 @@ pub(super) struct HeldLayer {
     /// By [`Norm::index`]; empty where there is none.
     pub(super) norms: [Vec<f32>; Norm::ALL.len()],
     /// In the order of [`ModelConfig::projections`].
+    #[expect(clippy::vec_box, reason = "the address of each is its name on the card")]
     pub(super) weights: Vec<Box<HeldNumbers>>,
     /// In the order of [`ModelConfig::projections`].
     pub(super) biases: Vec<Option<Vec<f32>>>,

@@ -11,7 +11,10 @@ use super::{
     device::{Device, call},
     memory::{DeviceMemory, Pinned, Region},
 };
-use crate::{error::Result, optim::FlatState};
+use crate::{
+    error::Result,
+    optim::{FlatState, SumPiece},
+};
 
 /// The sum of a state's gradients, and the place of its sum over all members, as addresses of a card's memory. They hold as
 /// long as the state does.
@@ -180,7 +183,7 @@ impl Cuda {
         &self,
         flat: &CardFlat,
         length: usize,
-        work: &mut dyn FnMut(&[f32], &mut [f32]) -> std::result::Result<(), E>,
+        work: &mut SumPiece<'_, E>,
     ) -> Result<std::result::Result<(), E>> {
         // What failed in the passes before is no gradient to be summed.
         self.device.settle()?;
@@ -203,7 +206,7 @@ impl Cuda {
         &self,
         flat: &CardFlat,
         pieces: &mut Pieces,
-        work: &mut dyn FnMut(&[f32], &mut [f32]) -> std::result::Result<(), E>,
+        work: &mut SumPiece<'_, E>,
     ) -> Result<std::result::Result<(), E>, DeviceError> {
         let (stream, side) = (self.device.stream, self.device.side);
         let Pieces { own, sums, arrived, returned, fence, length } = pieces;

@@ -1,6 +1,6 @@
 //! Which tensors a base is loaded from, all checked before the first is read.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, path::Path};
 
 use safetensors::tensor::Dtype;
 
@@ -12,7 +12,7 @@ use crate::{
         weights::{ModelFiles, Tensor},
     },
     quant::{
-        Nf4Options,
+        Cut, Nf4Options,
         bitsandbytes::{self, StoredWeight},
         nf4,
         packed::{PackedLayer, PackedShape},
@@ -149,6 +149,35 @@ impl<'a> BasePlan<'a> {
         files.names().filter(|name| !used.contains(name)).map(str::to_owned).collect()
     }
 
+    /// Refuses a base that cannot be read in parts: one without a matrix in 4 bits, or whose numbers lie in a GGUF file.
+    pub(crate) fn check_shard(&self, folder: &Path) -> Result<()> {
+        let base = || folder.to_owned();
+        if folder.is_file() {
+            return Err(Error::ShardOfGguf { file: base() });
+        }
+        let mut weights = self.layers.iter().flat_map(|layer| &layer.weights);
+        match weights.any(|weight| weight.packed().is_some()) {
+            true => Ok(()),
+            false => Err(Error::ShardNeedsNf4 { folder: base() }),
+        }
+    }
+
+    /// What each of `parts` members that share the base will take of it in memory.
+    pub(crate) fn shared_memory(&self, config: &ModelConfig, parts: usize) -> MemoryUse {
+        let mut memory = self.memory(config, false);
+        let mut longest = 0;
+        for layer in &self.layers {
+            let packed: Vec<_> = layer.weights.iter().filter_map(WeightPlan::packed).collect();
+            let cut = Cut::new(&packed, parts);
+            longest = longest.max(cut.bytes());
+            let maps = usize::from(packed.iter().any(|shape| shape.options.double));
+            memory.linear_bytes -= PackedLayer::bytes_for(&packed);
+            memory.linear_bytes += cut.part_bytes() + maps * size_of::<[f32; 256]>();
+        }
+        memory.slot_bytes = 2 * longest;
+        memory
+    }
+
     /// What the base will take in memory, its matrices that are not quantised as f32 or, with `half_matrices`, as bf16.
     pub(crate) fn memory(&self, config: &ModelConfig, half_matrices: bool) -> MemoryUse {
         let number = if half_matrices { 2 } else { 4 };
@@ -159,6 +188,7 @@ impl<'a> BasePlan<'a> {
             embedding_bytes: table(&self.embedding),
             head_bytes: self.head.as_ref().map_or(0, table),
             other_bytes: 4 * self.final_norm.elements(),
+            slot_bytes: 0,
         };
         for layer in &self.layers {
             let packed: Vec<_> = layer.weights.iter().filter_map(WeightPlan::packed).collect();
