@@ -89,6 +89,10 @@ fn everything_at_once() {
 #[test]
 fn an_undisturbed_schedule_is_played_again_to_the_letter() {
     for seed in 0..5 {
-        assert_eq!(storm::play(seed, Faults::NONE).trace, storm::play(seed, Faults::NONE).trace, "seed {seed}");
+        assert_eq!(
+            storm::play(seed, Faults::NONE).trace,
+            storm::play(seed, Faults::NONE).trace,
+            "seed {seed}"
+        );
     }
 }
