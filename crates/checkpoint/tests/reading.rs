@@ -6,7 +6,7 @@ mod common;
 
 use std::{fs, path::Path};
 
-use common::{file, flip_a_bit, key, newest, snapshot, store, truncate, write_steps};
+use common::{file, flip_a_bit, keep_newest, key, snapshot, store, truncate, write_steps};
 use shanty_checkpoint::{Blocking, Error, Expectations, Key, Skipped};
 use shanty_diagnostic::{Diagnose, Kind};
 
@@ -149,7 +149,7 @@ fn a_newer_format_is_not_passed_over() {
     assert_eq!(store.scan().unwrap().damaged.len(), 1);
     // Nor is it deleted, nor does it count.
     write_steps(&store, [15, 30]);
-    let removed = store.apply_retention(newest(1), &[]).unwrap();
+    let removed = store.apply_retention(keep_newest(1), &[]).unwrap();
     assert_eq!(removed.checkpoints, [key(10, 1, 1), key(15, 1, 1)]);
 }
 

@@ -6,7 +6,7 @@ mod common;
 
 use std::fs;
 
-use common::{file, key, newest, snapshot, store, truncate, write_steps};
+use common::{file, keep_newest, key, snapshot, store, truncate, write_steps};
 use proptest::prelude::*;
 use shanty_checkpoint::{Blocking, Candidate, Expectations, Health, Keep, Key, best, retain};
 
@@ -79,11 +79,11 @@ fn steps(store: &Blocking) -> Vec<u64> {
 fn the_newest_stay_and_their_folders_alone() {
     let (folder, store) = store();
     write_steps(&store, [10, 20, 30, 40, 50]);
-    let removed = store.apply_retention(newest(2), &[key(20, 1, 1)]).unwrap();
+    let removed = store.apply_retention(keep_newest(2), &[key(20, 1, 1)]).unwrap();
     assert_eq!(removed.checkpoints, [key(10, 1, 1), key(30, 1, 1)]);
     assert_eq!(steps(&store), [50, 40, 20]);
     assert_eq!(fs::read_dir(folder.path().join("checkpoints")).unwrap().count(), 3);
-    assert_eq!(store.apply_retention(newest(2), &[key(20, 1, 1)]).unwrap(), Default::default());
+    assert_eq!(store.apply_retention(keep_newest(2), &[key(20, 1, 1)]).unwrap(), Default::default());
     for manifest in store.list().unwrap() {
         store.load(&manifest).unwrap();
     }
@@ -95,7 +95,7 @@ fn the_newest_good_stays_when_newer_ones_are_damaged() {
     write_steps(&store, [10, 20, 30, 40]);
     truncate(&file(folder.path(), key(40, 1, 1), "optimizer.safetensors"));
     truncate(&file(folder.path(), key(30, 1, 1), "manifest.json"));
-    let removed = store.apply_retention(newest(1), &[]).unwrap();
+    let removed = store.apply_retention(keep_newest(1), &[]).unwrap();
     assert_eq!(removed.checkpoints, [key(10, 1, 1)]);
     let found = store.newest_good(&Expectations::default()).unwrap().unwrap();
     assert_eq!((found.manifest.step, found.skipped.len()), (20, 2));
@@ -108,7 +108,7 @@ fn with_no_good_checkpoint_nothing_is_deleted() {
     for step in [10, 20, 30] {
         truncate(&file(folder.path(), key(step, 1, 1), "adapter_model.safetensors"));
     }
-    assert_eq!(store.apply_retention(newest(1), &[]).unwrap(), Default::default());
+    assert_eq!(store.apply_retention(keep_newest(1), &[]).unwrap(), Default::default());
     assert_eq!(steps(&store), [30, 20, 10]);
 }
 
@@ -123,7 +123,7 @@ fn leftovers_go_once_they_are_older_than_a_good_checkpoint() {
     give_up(10);
     write_steps(&store, [20]);
     give_up(30);
-    let removed = store.apply_retention(newest(3), &[]).unwrap();
+    let removed = store.apply_retention(keep_newest(3), &[]).unwrap();
     assert_eq!((removed.checkpoints, removed.unfinished), (vec![], vec![key(10, 1, 1)]));
     assert!(!folder.path().join(key(10, 1, 1).path()).exists());
     // Step 30's writer may still be at work.

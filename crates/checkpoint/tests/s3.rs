@@ -7,7 +7,7 @@ mod common;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use common::{key, newest, snapshot, write_steps};
+use common::{keep_newest, key, snapshot, write_steps};
 use object_store::prefix::PrefixStore;
 use shanty_checkpoint::{Blocking, Error, Expectations, Keep, Store};
 use shanty_diagnostic::{Diagnose, Kind};
@@ -114,7 +114,10 @@ fn retention_keeps_the_newest_and_the_best(server: &S3) {
     assert_eq!(steps, [50, 40, 20]);
     assert_eq!(removed, [key(10, 1, 1), key(30, 1, 1)]);
     assert_eq!(server.keys("runs/four/").unwrap().len(), 12, "nothing of the others is left");
-    assert_eq!(store.apply_retention(newest(1), &[]).unwrap().checkpoints, [key(20, 1, 1), key(40, 1, 1)]);
+    assert_eq!(
+        store.apply_retention(keep_newest(1), &[]).unwrap().checkpoints,
+        [key(20, 1, 1), key(40, 1, 1)]
+    );
 }
 
 fn a_folder_is_replaced_as_a_whole(server: &S3) {

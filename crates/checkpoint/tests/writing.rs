@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use common::{file, key, newest, open, snapshot, store, write_steps};
+use common::{file, keep_newest, key, open, snapshot, store, write_steps};
 use shanty_checkpoint::{Blocking, Error, Expectations, Snapshot, WritePoint};
 
 #[test]
@@ -76,7 +76,7 @@ fn an_empty_or_missing_store_has_nothing_and_stays_untouched() {
     let store = Blocking::new(open(&location)).unwrap();
     assert_eq!(store.list().unwrap(), []);
     assert_eq!(store.newest_good(&Expectations::default()).unwrap(), None);
-    assert_eq!(store.apply_retention(newest(1), &[]).unwrap(), Default::default());
+    assert_eq!(store.apply_retention(keep_newest(1), &[]).unwrap(), Default::default());
     assert!(!location.exists());
     // It is made by the first write, and found by the same handle.
     write_steps(&store, [1]);

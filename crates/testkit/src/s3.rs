@@ -111,7 +111,9 @@ impl S3 {
     fn ask(&self, method: &str, target: &str, body: &[u8]) -> anyhow::Result<Vec<u8>> {
         let mut stream = TcpStream::connect(&self.address)?;
         let head = format!(
-            "{method} {target} HTTP/1.0\r\nHost: {}\r\nContent-Length: {}\r\n\r\n",
+            "{method} {target} HTTP/1.0\r\nHost: {}\r\nAuthorization: AWS4-HMAC-SHA256 \
+             Credential=test/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0\r\n\
+             Content-Length: {}\r\n\r\n",
             self.address,
             body.len()
         );

@@ -82,6 +82,6 @@ pub fn truncate(path: &Path) {
 }
 
 /// Keeps so many of the newest.
-pub fn newest(newest: usize) -> Keep {
+pub fn keep_newest(newest: usize) -> Keep {
     Keep { newest, best: 0 }
 }

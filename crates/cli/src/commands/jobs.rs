@@ -12,7 +12,7 @@ use crate::{
     ui::Ui,
 };
 
-/// List jobs: those at work, those that wait in the order of their turn and why, those that ended
+/// List jobs: at work, waiting in the order of their turn, ended
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   shanty jobs

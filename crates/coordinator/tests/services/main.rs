@@ -49,6 +49,7 @@ async fn a_job_from_submission_to_adapter_with_a_lost_worker_in_between() {
     assert!(matches!(form_a.start.as_ref().unwrap().source, Some(start_point::Source::Fresh(_))));
     let credit = a.beat(&form_a, 0).await.unwrap();
     assert_eq!((credit.generation, credit.up_to_step), (1, 6));
+    assert!(credit.deadline_ms > 0, "how long a member may be without progress");
 
     // Rows arrive as they were prepared, with what the step must amount to.
     let rows = rows_of(1);

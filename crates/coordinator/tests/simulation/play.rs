@@ -407,6 +407,7 @@ impl World {
             size_bytes: 1,
             seconds: 0.0,
             removed: Vec::new(),
+            held_seconds: 0.0,
         };
         self.workers[at].say(late, said);
     }

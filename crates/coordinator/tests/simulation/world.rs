@@ -276,9 +276,10 @@ impl World {
                 };
                 self.answers.push((self.now + 20, Event::PrepareEnded { job, attempt, outcome: Ok(facts) }));
             }
-            Effect::FindCheckpoint { job, attempt } => {
+            Effect::FindCheckpoint { job, attempt, up_to } => {
                 self.total_losses += 1;
                 let found = self.checkpoints.iter().filter(|(_, _, good)| *good).map(|(record, _, _)| record);
+                let found = found.filter(|record| up_to.is_none_or(|step| record.step <= step));
                 let newest =
                     found.max_by_key(|record| (record.step, record.attempt, record.generation)).cloned();
                 let event = Event::CheckpointFound { job, attempt, outcome: Ok(newest), damaged: Vec::new() };

@@ -223,6 +223,9 @@ impl Model {
             if self.applied() >= steps {
                 return self.finish(berth).await;
             }
+            if !self.control.begin_step(generation, self.applied() + 1)? {
+                return Ok(());
+            }
             self.step(formation, berth).await?;
         }
     }
@@ -328,7 +331,6 @@ impl Model {
         let step = self.applied() + 1;
         let generation = berth.generation;
         self.credit(generation, step).await?;
-        self.control.begin_step(generation, step)?;
         self.control.set_phase(MemberPhase::Computing);
         let start = &formation.start;
         let to_compute = match (&start.first_rows, start.applied_step + 1 == step) {

@@ -285,7 +285,8 @@ mod tests {
     fn one_that_has_nothing_to_compute_sums_with_one_that_has() {
         let sums = on_two(|member| {
             let all = std::slice::from_ref(&(0..LENGTH));
-            reduced(member, if member.rank() == 0 { all } else { &[] }).0
+            let told = if member.rank() == 0 { all } else { &[] };
+            reduced(member, told).0
         });
         assert!(bits(&sums[0]) == bits(&sums[1]));
     }

@@ -94,6 +94,7 @@ pub fn row(split: Split, id: u64) -> Row {
 }
 
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "few of them wait at a time")]
 pub enum Event {
     Connected(String),
     Said(String, FromWorker),
