@@ -62,6 +62,7 @@ fn record() -> JobRecord {
         started_unix_ms: 2,
         ended_unix_ms: 0,
         overtaken: 3,
+        health: Default::default(),
     }
 }
 
@@ -143,7 +144,7 @@ async fn a_store_of_a_newer_version_is_left_alone() {
     connection.pragma_update(None, "user_version", 99).unwrap();
     drop(connection);
     let error = Store::open(folder.path()).unwrap_err();
-    assert!(matches!(error, Error::StoreVersion { found: 99, known: 1 }), "{error}");
+    assert!(matches!(error, Error::StoreVersion { found: 99, known: 2 }), "{error}");
 }
 
 #[tokio::test]

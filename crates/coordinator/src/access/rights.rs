@@ -6,7 +6,6 @@ use shanty_access::Least;
 /// Calls by their path, in order.
 pub const RIGHTS: &[(&str, Least)] = &[
     ("/grpc.health.v1.Health/Check", Least::Read),
-    ("/grpc.health.v1.Health/List", Least::Read),
     ("/grpc.health.v1.Health/Watch", Least::Read),
     ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Least::Read),
     ("/shanty.v1.AccessService/CreateToken", Least::Admin),

@@ -154,8 +154,9 @@ async fn a_client_that_stops_reading_is_dropped_and_forgotten() {
     let folder = tempfile::tempdir().unwrap();
     let (server, keys) = start(folder.path(), strict(folder.path())).await;
     let (relay, stop, mut ended) = relay(address(&server)).await;
-    let through = Server { url: format!("http://{relay}"), ..server };
-    let channel = connect(&through, &keys.of(Role::Read)).await.unwrap();
+    let mut server = server;
+    server.url = format!("http://{relay}");
+    let channel = connect(&server, &keys.of(Role::Read)).await.unwrap();
     JobServiceClient::new(channel.clone()).list_jobs(ListJobsRequest {}).await.unwrap();
     assert!(!*ended.borrow());
     stop.send_replace(true);
@@ -164,7 +165,7 @@ async fn a_client_that_stops_reading_is_dropped_and_forgotten() {
     // Pings go out every 400 ms and are answered within 600 ms, or not at all.
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
     drop(channel);
-    through.stop().await;
+    server.stop().await;
 }
 
 #[tokio::test]
