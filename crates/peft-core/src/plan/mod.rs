@@ -6,7 +6,6 @@
 
 mod arena;
 mod levels;
-mod products;
 mod sizes;
 
 use serde::{Deserialize, Serialize};
@@ -18,7 +17,6 @@ pub use arena::{
     two,
 };
 pub use levels::{Level, Levels};
-pub use products::products;
 pub use sizes::Sizes;
 pub(crate) use sizes::WORKSPACE;
 
