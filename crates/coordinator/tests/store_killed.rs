@@ -44,6 +44,8 @@ fn turn(number: u64) -> Vec<Change> {
             rows: Vec::new(),
             evaluated: None,
             checkpoint: None,
+            skip: Vec::new(),
+            usual_loss: (0.0, 0),
         },
     };
     let json = serde_json::json!({

@@ -22,7 +22,7 @@ fn check() -> String {
 }
 
 /// What whole models, their training and their memory go through instead: `models.rs` compares these with the CPU.
-const BY_MODELS: [&str; 4] = ["with_gradient", "in_one_piece", "allocate_parameters", "prepare_products"];
+const BY_MODELS: [&str; 3] = ["with_gradient", "in_one_piece", "allocate_parameters"];
 
 #[test]
 fn every_operation_of_a_backend_is_compared() {

@@ -63,21 +63,6 @@ pub struct Product<'a, B: Backend> {
     pub transpose_b: bool,
 }
 
-/// A product of activations `[rows, inner]` and a frozen matrix that steps will make.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct PlannedProduct {
-    /// Rows of the result.
-    pub rows: usize,
-    /// Columns of the result.
-    pub columns: usize,
-    /// What sums run over.
-    pub inner: usize,
-    /// Whether the matrix is `[columns, inner]` and not `[inner, columns]`.
-    pub transpose_b: bool,
-    /// Whether the result is added to what is there.
-    pub adds: bool,
-}
-
 /// What a buffer is for: a backend may keep activations in fewer bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Use {
@@ -157,14 +142,6 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// When the memory cannot be had.
     fn allocate_parameters(&self, length: usize) -> Result<Self::Owned> {
         self.allocate(length, Use::Exact)
-    }
-    /// Says which large products steps will make, ahead of the first and of its memory: a backend may see how to make them
-    /// best.
-    ///
-    /// # Errors
-    /// When the memory for that cannot be had.
-    fn prepare_products(&self, _products: &[PlannedProduct]) -> Result<()> {
-        Ok(())
     }
     /// Calls `build`, which reserves buffers and does no more, so that they lie in one piece of memory. It may be called
     /// twice: what the first call returns is dropped.

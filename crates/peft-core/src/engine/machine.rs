@@ -20,7 +20,7 @@ use crate::{
     },
     nn::rope::RopeTable,
     optim::{FlatState, FlatUpdate, Outcome, Source, SumPiece},
-    plan::{Arena, Levels, MemoryPlan, Sizes, products},
+    plan::{Arena, Levels, MemoryPlan, Sizes, WORKSPACE},
 };
 
 /// A backend, the method's branches, and the flat parameters where the backend can read them.
@@ -285,13 +285,10 @@ impl<B: Backend> StepMemory<B> {
     ) -> Result<&'a mut Self> {
         Ok(match place {
             Some(memory) => memory,
-            None => {
-                backend.prepare_products(&products(config, sizes))?;
-                place.insert(Self {
-                    arena: Arena::new(backend, sizes, levels)?,
-                    rope: RopeTable::new(backend, config, sizes.max_length)?,
-                })
-            }
+            None => place.insert(Self {
+                arena: Arena::new(backend, sizes, levels)?,
+                rope: RopeTable::new(backend, config, sizes.max_length)?,
+            }),
         })
     }
 }
@@ -344,7 +341,8 @@ impl Machine {
             }
             Self::Cuda(worker) => {
                 let cuda = &mut worker.backend;
-                let room = plan.peak_bytes() - plan.base_bytes;
+                // What products work in is reserved already.
+                let room = (plan.peak_bytes() - plan.base_bytes).saturating_sub(WORKSPACE as u64);
                 let stays = plan.embedding_aside;
                 let (base, hash) = cuda.load_base(config, tensors, stays, threads, room, progress)?;
                 (Box::new(base), hash)

@@ -6,7 +6,6 @@
 
 mod arena;
 mod levels;
-mod products;
 mod share;
 mod sizes;
 
@@ -19,7 +18,6 @@ pub use arena::{
     two,
 };
 pub use levels::{Level, Levels};
-pub use products::products;
 pub use share::{ShareChoice, ShareOption};
 pub use sizes::Sizes;
 pub(crate) use sizes::WORKSPACE;

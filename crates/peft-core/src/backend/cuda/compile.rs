@@ -275,21 +275,16 @@ impl Unit {
 
     /// Named by all that the code depends on but the compiler's version: a newer compiler changes speed, not sense.
     fn cache_file(&self, architecture: &str) -> Option<PathBuf> {
-        let cache = cache_folder()?;
+        let cache = env::var_os("XDG_CACHE_HOME")
+            .map(PathBuf::from)
+            .filter(|path| path.is_absolute())
+            .or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))?;
         let mut hasher = blake3::Hasher::new();
         for part in [architecture, env!("CARGO_PKG_VERSION"), &self.source, &self.options.join(" ")] {
             hasher.update(part.as_bytes()).update(b"\n");
         }
         Some(cache.join("shanty/kernels").join(format!("{}.cubin", hasher.finalize().to_hex())))
     }
-}
-
-/// Where programs keep what they can make again.
-pub(super) fn cache_folder() -> Option<PathBuf> {
-    env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .filter(|path| path.is_absolute())
-        .or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))
 }
 
 // SAFETY: callers hand in a program that was compiled and is not destroyed yet.

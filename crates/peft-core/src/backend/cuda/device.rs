@@ -16,8 +16,8 @@ use cudarc::{
 };
 
 use super::{
-    DeviceError, Precision, attention::AttentionKernels, choices::Choices, compile::Unit, libraries,
-    memory::Numbers, profile::Profile,
+    DeviceError, Precision, attention::AttentionKernels, compile::Unit, libraries, memory::Numbers,
+    profile::Profile,
 };
 use crate::plan::WORKSPACE;
 
@@ -31,8 +31,6 @@ pub(super) struct Device {
     /// Copies to and from the host run here, beside the work.
     pub(super) side: sys::CUstream,
     blas: cublas::sys::cublasHandle_t,
-    /// By which algorithm large products run.
-    pub(super) choices: Choices,
     /// Where products keep sums between two kernels; work on the stream takes turns.
     pub(super) workspace: u64,
     module: sys::CUmodule,
@@ -121,7 +119,6 @@ impl Device {
                 stream,
                 side,
                 blas,
-                choices: Choices::new(),
                 workspace,
                 module,
                 functions: Mutex::new(HashMap::new()),
@@ -351,11 +348,6 @@ impl Device {
         let size = |size: usize| i32::try_from(size).unwrap_or(i32::MAX);
         // SAFETY: the operands are matrices of the card's memory of these sizes, which views were checked for.
         self.attempt(|| {
-            // SAFETY: as below; the workspace is of that size.
-            if let Some(done) = unsafe { self.choices.multiply(product, self.workspace, self.stream) } {
-                done?;
-                return self.mark(|| format!("product {rows} x {columns} x {inner}"));
-            }
             unsafe {
                 cublas::result::gemm_ex(
                     self.blas,

@@ -78,9 +78,7 @@ pub(super) fn nvrtc() -> Result<(), DeviceError> {
 /// Makes the library of products available.
 pub(super) fn cublas() -> Result<(), DeviceError> {
     // SAFETY: opens a library of that name, no more.
-    require("cublas", || unsafe {
-        cudarc::cublas::sys::is_culib_present() && cudarc::cublaslt::sys::is_culib_present()
-    })
+    require("cublas", || unsafe { cudarc::cublas::sys::is_culib_present() })
 }
 
 /// The version of CUDA that the driver speaks.

@@ -17,7 +17,7 @@ use super::{
 const ALIGNMENT: usize = 256;
 
 /// What a buffer holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Numbers {
     F32,
     Bf16,

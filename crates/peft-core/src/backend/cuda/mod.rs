@@ -8,7 +8,6 @@
 
 mod attention;
 mod base;
-mod choices;
 pub mod compile;
 mod device;
 mod error;
@@ -17,7 +16,6 @@ mod lane;
 mod libraries;
 mod loading;
 mod low_rank;
-mod lt;
 mod memory;
 mod merge;
 mod operations;

@@ -12,8 +12,7 @@ use super::{
 };
 use crate::{
     backend::{
-        AttentionShape, Backend, BatchRoom, LowRank, PlannedProduct, Ready, SpanStart, Use, View, ViewMut,
-        cuda::Precision,
+        AttentionShape, Backend, BatchRoom, LowRank, Ready, SpanStart, Use, View, ViewMut, cuda::Precision,
     },
     batch::PackedBatch,
     engine::GradientSink,
@@ -83,13 +82,6 @@ impl Backend for Cuda {
             memory.buffer.rounded = memory.buffer.address + wide as u64;
         }
         Ok(memory)
-    }
-
-    fn prepare_products(&self, products: &[PlannedProduct]) -> Result<()> {
-        if self.device.precision != Precision::Bf16 {
-            return Ok(());
-        }
-        Ok(self.choose_products(products)?)
     }
 
     fn in_one_piece<R>(&self, build: impl FnMut() -> Result<R>) -> Result<R> {
