@@ -138,7 +138,12 @@ fn the_last_worker_writes_a_checkpoint_before_it_goes_and_nobody_waits_for_it_af
     assert!(!stage.may_end("a"), "its state is nowhere else yet");
     let (within, path) = (stage.within(1), "checkpoints/5".to_owned());
     let removed = Vec::new();
-    stage.say("a", Said::Checkpoint { within, step: Step(5), path, size_bytes: 1, seconds: 0.1, removed });
+    let (seconds, held_seconds) = (0.1, 0.0);
+    let size_bytes = 1;
+    stage.say(
+        "a",
+        Said::Checkpoint { within, step: Step(5), path, size_bytes, seconds, held_seconds, removed },
+    );
     let looks = stage.looks_for_checkpoint();
     let saved = stage.saved().unwrap();
     stage.tell(Event::Tick);

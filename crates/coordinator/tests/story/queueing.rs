@@ -235,6 +235,7 @@ fn lost_hosts_are_tried_again_after_a_pause_and_wrong_input_never() {
             sequence: 1,
             phase: shanty_coordinator::machine::MemberPhase::Computing,
             attachment: Some(attachment),
+            progress: 0,
         },
     );
     stage.left_empty_handed("b", 2);
