@@ -108,7 +108,6 @@ fn check(jobs: &[StoredJob], acknowledged: u64) -> u64 {
 }
 
 #[test]
-#[expect(clippy::print_stderr, reason = "figures for the record")]
 fn what_was_said_to_be_durable_outlives_a_kill_at_any_instant() {
     let folder = tempfile::tempdir().unwrap();
     let mut known = 0;

@@ -80,7 +80,7 @@ async fn a_token_outlives_the_coordinator_and_its_secret_is_in_no_file() {
     assert_eq!(list_jobs(&server, &with_token(&secret)).await.unwrap(), 0);
     let mut access = AccessServiceClient::new(connect(&server, &keys.of(Role::Admin)).await.unwrap());
     let listed = access.list_tokens(ListTokensRequest {}).await.unwrap().into_inner().tokens;
-    assert_eq!(listed, [token.clone()]);
+    assert_eq!(listed, std::slice::from_ref(&token));
     let revoked =
         access.revoke_token(RevokeTokenRequest { token: "ann".to_owned() }).await.unwrap().into_inner();
     assert_eq!(revoked.revoked, [token]);
