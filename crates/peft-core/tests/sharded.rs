@@ -25,11 +25,14 @@ use shanty_peft_core::{
     quant::{AlignedBytes, Nf4Options},
 };
 
+/// A layer's number, and one member's part of its bytes.
+type Part = (usize, Arc<AlignedBytes>);
+
 /// A member's end of a group in this process: parts travel through channels.
 struct Channels {
     rank: usize,
-    to: Vec<Option<Sender<(usize, Arc<AlignedBytes>)>>>,
-    from: Mutex<Vec<Option<Receiver<(usize, Arc<AlignedBytes>)>>>>,
+    to: Vec<Option<Sender<Part>>>,
+    from: Mutex<Vec<Option<Receiver<Part>>>>,
     begun: VecDeque<(usize, Arc<AlignedBytes>, AlignedBytes)>,
     done: Vec<(usize, AlignedBytes)>,
 }

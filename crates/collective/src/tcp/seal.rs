@@ -149,13 +149,14 @@ mod tests {
         assert!(!to.open(&HEADER, &mut sealed, tag), "changed");
 
         let (mut from, mut to) = ends();
-        let (sealed, tag) = part(&mut from, b"gold");
-        assert!(!to.open(&[4; HEADER_BYTES], &mut sealed.clone(), tag), "another header");
+        let (mut sealed, tag) = part(&mut from, b"gold");
+        assert!(!to.open(&[4; HEADER_BYTES], &mut sealed, tag), "another header");
 
         let (mut from, mut to) = ends();
-        let (sealed, tag) = part(&mut from, b"gold");
-        assert!(to.open(&HEADER, &mut sealed.clone(), tag));
-        assert!(!to.open(&HEADER, &mut sealed.clone(), tag), "repeated");
+        let (mut sealed, tag) = part(&mut from, b"gold");
+        let mut again = sealed.clone();
+        assert!(to.open(&HEADER, &mut sealed, tag));
+        assert!(!to.open(&HEADER, &mut again, tag), "repeated");
 
         let (mut from, mut to) = ends();
         part(&mut from, b"gold");

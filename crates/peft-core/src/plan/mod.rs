@@ -342,7 +342,7 @@ mod tests {
     #[test]
     fn what_is_too_large_is_told_by_what_it_is() {
         let plan = MemoryPlan::choose(sizes, &request(Recompute::Auto, Some(1)));
-        let code = |limit| plan.check(Some(limit)).unwrap_err().diagnostic().code.to_string();
+        let code = |limit| plan.check(Some(limit)).unwrap_err().diagnostic().code;
         assert!(plan.check(Some(plan.peak_bytes())).is_ok());
         assert_eq!(code(plan.peak_bytes() - 1), "SH0810");
         assert_eq!(code(plan.base_bytes - 1), "SH0830");
