@@ -9,7 +9,7 @@ fmt:
 
 # lints
 clippy:
-    cargo clippy --workspace --all-targets --locked --features shanty-worker/simulation -- -D warnings
+    cargo clippy --workspace --all-targets --locked -- -D warnings
 
 # house rules
 tidy:
@@ -21,7 +21,7 @@ docs:
 
 # all tests
 test:
-    cargo test --workspace --locked --features shanty-worker/simulation
+    cargo test --workspace --locked
 
 # licences, bans and sources of the dependencies; needs cargo-deny
 deny:
