@@ -246,6 +246,7 @@ impl<'a> Deal<'a> {
         for at in whole {
             self.go_on(at);
         }
+        self.complete(priority);
         let mut head = None;
         for at in lacking {
             self.mend(at, &mut head);
@@ -257,19 +258,66 @@ impl<'a> Deal<'a> {
         self.keep(priority);
     }
 
+    /// Jobs that are not to be disturbed get what they lack, if all of that is there.
+    fn complete(&mut self, priority: i32) {
+        for at in 0..self.jobs.len() {
+            let job = &self.jobs[at];
+            let has = self.granted.get(&at).copied().filter(|_| job.settled && job.priority == priority);
+            let lacks = has.map_or(0, |has| job.min.saturating_sub(has));
+            if lacks > 0 && lacks <= self.left {
+                self.grant(at, lacks);
+            }
+        }
+    }
+
     /// The last job of a higher priority that got workers which it did not hold.
     fn taker_above(&self, at: usize) -> Option<usize> {
         let above = |taker: &&usize| self.jobs[**taker].priority > self.jobs[at].priority;
         self.takers.iter().rev().find(above).copied()
     }
 
+    /// Where a bound is reached: the last job that took a place of it by beginning now.
+    fn displaced_by(&self, at: usize, only_above: bool) -> Option<usize> {
+        let job = &self.jobs[at];
+        let limit = self.limit_of(at)?;
+        let took = |other: &&usize| {
+            let other = &self.jobs[**other];
+            (!only_above || other.priority > job.priority)
+                && (matches!(limit, Why::Jobs { .. }) || other.owner == job.owner)
+        };
+        self.newly.iter().rev().find(took).copied()
+    }
+
+    fn give_place(&mut self, at: usize, only_above: bool) {
+        if let Some(to) = self.displaced_by(at, only_above) {
+            self.gives_way.insert(at, to);
+        }
+    }
+
+    /// Whether a job may have its turn without that anybody at work loses a place to it.
+    fn has_place_beside_all(&self, at: usize) -> bool {
+        let owner = self.jobs[at].owner.as_str();
+        let pending = |own: bool| {
+            let of = |(other, job): &(usize, &Asking)| {
+                job.active
+                    && (!own || job.owner == owner)
+                    && !self.granted.contains_key(other)
+                    && !self.gives_way.contains_key(other)
+            };
+            self.jobs.iter().enumerate().filter(of).count() as u32
+        };
+        let of_owner = self.owners.get(owner).map_or(0, |(_, jobs)| *jobs);
+        let below = |most: u32, count: u32| most == 0 || count < most;
+        below(self.pool.most_jobs, self.begun + pending(false))
+            && below(self.pool.most_jobs_an_owner, of_owner + pending(true))
+    }
+
     /// A job at work with enough workers.
     fn go_on(&mut self, at: usize) {
         let job = &self.jobs[at];
         match self.taker_above(at) {
-            Some(taker) if self.left < job.min || self.limit_of(at).is_some() => {
-                self.gives_way.insert(at, taker);
-            }
+            Some(taker) if self.left < job.min => drop(self.gives_way.insert(at, taker)),
+            Some(_) if self.displaced_by(at, true).is_some() => self.give_place(at, true),
             // A bound that was lowered meanwhile keeps new jobs out, and sends nobody home.
             _ => self.grant(at, job.min.min(self.left)),
         }
@@ -278,7 +326,10 @@ impl<'a> Deal<'a> {
     /// A job at work that lacks workers.
     fn mend(&mut self, at: usize, head: &mut Option<usize>) {
         let job = &self.jobs[at];
-        if self.left >= job.min && self.limit_of(at).is_none() {
+        if self.displaced_by(at, true).is_some() {
+            return self.give_place(at, true);
+        }
+        if self.left >= job.min {
             return self.grant(at, job.min);
         }
         if job.min > self.pool.workers && !job.hopeful {
@@ -303,7 +354,7 @@ impl<'a> Deal<'a> {
             return self.grant(at, job.min);
         }
         let fits_some_day = job.min <= self.pool.workers;
-        if head.is_none() && !fits_some_day && !self.gathering {
+        if head.is_none() && !fits_some_day && !self.gathering && self.has_place_beside_all(at) {
             // Nobody is kept from anything by the first that waits for workers to connect.
             self.gathering = true;
             self.grant(at, 0);
@@ -386,6 +437,10 @@ impl<'a> Deal<'a> {
         starved.sort_by_key(|at| self.by_rank(*at));
         for at in starved {
             let holds = self.jobs[at].holds.min(self.jobs[at].max);
+            if !self.granted.contains_key(&at) && self.displaced_by(at, false).is_some() {
+                self.give_place(at, false);
+                continue;
+            }
             match taker {
                 Some(taker) if self.left < holds => drop(self.gives_way.insert(at, taker)),
                 _ => self.grant(at, holds.min(self.left)),
@@ -396,7 +451,11 @@ impl<'a> Deal<'a> {
     /// Free workers go to whom they help, one at a time.
     fn grow(&mut self) {
         while self.left > 0 {
-            let can_grow = |at: &usize| self.granted[at] < self.jobs[*at].max;
+            // Who lacks workers, and cannot have all of those, has no use for some; who gathers loads ahead.
+            let can_grow = |at: &usize| {
+                let (job, has) = (&self.jobs[*at], self.granted[at]);
+                has < job.max && (has >= job.min || job.min > self.pool.workers)
+            };
             let next = self.granted.keys().copied().filter(can_grow).min_by_key(|at| {
                 (Reverse(self.jobs[*at].priority), self.granted[at], self.jobs[*at].sequence)
             });

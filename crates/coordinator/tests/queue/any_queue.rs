@@ -89,7 +89,9 @@ proptest! {
             {
                 let least = |other: &Asking| match other {
                     other if other.settled && other.active => share(&turns, other),
-                    other if other.priority >= job.priority => share(&turns, other).min(other.min),
+                    // Beyond its least number a job keeps what it holds from those of a lower priority.
+                    other if other.priority > job.priority => share(&turns, other).min(other.min.max(other.holds)),
+                    other if other.priority == job.priority => share(&turns, other).min(other.min),
                     _ => 0,
                 };
                 let taken: u32 = jobs.iter().map(least).sum();
