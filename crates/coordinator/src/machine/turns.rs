@@ -92,6 +92,8 @@ impl Machine {
         }
         let turns = queue::turns(&asking, pool);
         self.count_overtaken(&asking, &turns);
+        // Whoever connects next is its worker, too: it may wait for more than there are now.
+        let alone = turns.of.len() == 1;
         for (id, turn) in &turns.of {
             let place = turns.waiting.iter().position(|waiting| waiting == id);
             let place = place.and_then(|place| u32::try_from(place + 1).ok());
@@ -100,7 +102,7 @@ impl Machine {
                     job.standing.place = place;
                     machine.changed.insert(job.id.clone());
                 }
-                machine.follow(now, job, turn);
+                machine.follow(now, job, turn, alone);
             });
         }
         self.prepare_ahead(now, &turns.waiting);
@@ -167,10 +169,10 @@ impl Machine {
         }
     }
 
-    fn follow(&mut self, now: Moment, job: &mut Job, turn: &Turn) {
+    fn follow(&mut self, now: Moment, job: &mut Job, turn: &Turn, alone: bool) {
         match turn {
             Turn::Works { workers } => {
-                job.standing.share = *workers;
+                job.standing.share = if alone { u32::MAX } else { *workers };
                 if job.standing.giving_way.take().is_some() {
                     self.note(now, job, "stays", "its workers are not needed elsewhere any more".to_owned());
                 }
