@@ -58,7 +58,7 @@ fn turn(number: u64) -> Vec<Change> {
     let record: JobRecord = serde_json::from_value(json).unwrap();
     let step: StepRecord = serde_json::from_value(serde_json::json!({
         "step": number, "attempt": 1, "generation": number, "loss": 1.0, "learning_rate": 1.0,
-        "gradient_norm": 1.0, "tokens": 1, "tokens_per_second": 1.0, "workers": 1, "unix_ms": 1, "skipped": 0,
+        "gradient_norm": 1.0, "tokens": 1, "tokens_per_second": 1.0, "workers": 1, "unix_ms": 1, "skipped": false,
     }))
     .unwrap();
     let event: EventRecord = serde_json::from_value(serde_json::json!({
