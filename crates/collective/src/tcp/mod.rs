@@ -29,7 +29,7 @@ use std::{
 };
 
 use self::{
-    pass::{BroadcastPass, GatherPass, Pass, ReducePass},
+    pass::{BroadcastPass, GatherPass, Pass, ReducePass, Schedule},
     ring::Ring,
     rounded::RoundedPass,
 };
@@ -231,16 +231,11 @@ impl Collective for TcpCollective {
             output.copy_from_slice(input);
             return Ok(());
         }
+        let schedule = Schedule { rank, world_size, length: input.len() };
         if self.compression != Compression::Off && self.feedback.is_begun() {
             let (owed, owes) = self.feedback.take(input.len())?;
-            let mut pass = RoundedPass::new(
-                rank,
-                world_size,
-                self.compression,
-                (input, output),
-                (owed, owes),
-                &mut self.wire,
-            );
+            let mut pass =
+                RoundedPass::new(schedule, self.compression, (input, output), (owed, owes), &mut self.wire);
             return Self::run(&mut self.ring, &mut self.first_error, &mut pass);
         }
         if size_of_val(input) * (world_size - 1) <= GATHER_BYTES {
@@ -260,7 +255,7 @@ impl Collective for TcpCollective {
             return result;
         }
         self.scratch.resize(sum::BLOCK.max(self.scratch.len()), 0.0);
-        let mut pass = ReducePass { rank, world_size, input, output, scratch: &mut self.scratch };
+        let mut pass = ReducePass { schedule, input, output, scratch: &mut self.scratch };
         Self::run(&mut self.ring, &mut self.first_error, &mut pass)
     }
 

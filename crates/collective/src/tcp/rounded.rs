@@ -6,12 +6,11 @@
 
 use std::ops::Range;
 
-use super::pass::{Pass, Place};
+use super::pass::{Pass, Place, Schedule};
 use crate::{Compression, Operation, sum};
 
 pub(super) struct RoundedPass<'a> {
-    rank: usize,
-    world_size: usize,
+    schedule: Schedule,
     compression: Compression,
     input: &'a [f32],
     output: &'a mut [f32],
@@ -28,8 +27,7 @@ pub(super) struct RoundedPass<'a> {
 
 impl<'a> RoundedPass<'a> {
     pub(super) fn new(
-        rank: usize,
-        world_size: usize,
+        schedule: Schedule,
         compression: Compression,
         (input, output): (&'a [f32], &'a mut [f32]),
         (owed, owes): (&'a [f32], &'a mut [f32]),
@@ -38,29 +36,15 @@ impl<'a> RoundedPass<'a> {
         let block_bytes = compression.bytes(sum::BLOCK);
         wire.resize(input.len().div_ceil(sum::BLOCK) * block_bytes, 0);
         let (coming, values) = (vec![0; block_bytes], vec![0.0; sum::BLOCK]);
-        Self { rank, world_size, compression, input, output, owed, owes, wire, coming, values }
-    }
-
-    /// The segment that this member sends at a hop. It receives that of the hop after.
-    fn segment(&self, hop: u32) -> usize {
-        (self.rank + 2 * self.world_size - hop as usize) % self.world_size
-    }
-
-    fn parts(&self, segment: usize) -> u32 {
-        sum::blocks_of(segment, self.input.len(), self.world_size).max(1) as u32
+        Self { schedule, compression, input, output, owed, owes, wire, coming, values }
     }
 
     /// The elements of a part and their place on the wire; both empty for a part of an empty segment.
-    fn ranges(&self, segment: usize, part: u32) -> (Range<usize>, Range<usize>) {
-        let block = segment + part as usize * self.world_size;
-        let elements = sum::block_range(block, self.input.len());
+    fn ranges(&self, hop: u32, part: u32) -> (Range<usize>, Range<usize>) {
+        let (block, elements) = self.schedule.block(hop, part);
         let start = (block * self.compression.bytes(sum::BLOCK)).min(self.wire.len());
         let wire = start..start + self.compression.bytes(elements.len());
         (elements, wire)
-    }
-
-    fn adds_at(&self, hop: u32) -> bool {
-        (hop as usize) < self.world_size - 1
     }
 
     /// Rounds `values` and what is owed for this block into the wire; keeps what is lost.
@@ -92,7 +76,7 @@ impl Pass for RoundedPass<'_> {
     }
 
     fn sends(&self) -> Range<u32> {
-        0..2 * (self.world_size as u32 - 1)
+        self.schedule.hops()
     }
 
     fn receives(&self) -> Range<u32> {
@@ -100,40 +84,40 @@ impl Pass for RoundedPass<'_> {
     }
 
     fn parts_out(&self, hop: u32) -> u32 {
-        self.parts(self.segment(hop))
+        self.schedule.parts(hop)
     }
 
     fn parts_in(&self, hop: u32) -> u32 {
-        self.parts(self.segment(hop + 1))
+        self.schedule.parts(hop + 1)
     }
 
     fn prepare(&mut self, place: Place) {
         if place.hop == 0 {
-            let (elements, wire) = self.ranges(self.segment(0), place.part);
+            let (elements, wire) = self.ranges(0, place.part);
             self.values[..elements.len()].copy_from_slice(&self.input[elements.clone()]);
             self.round(elements, wire);
         }
     }
 
     fn outgoing(&self, place: Place) -> &[u8] {
-        &self.wire[self.ranges(self.segment(place.hop), place.part).1]
+        &self.wire[self.ranges(place.hop, place.part).1]
     }
 
     fn incoming(&mut self, place: Place) -> &mut [u8] {
-        let (_, wire) = self.ranges(self.segment(place.hop + 1), place.part);
-        if self.adds_at(place.hop) { &mut self.coming[..wire.len()] } else { &mut self.wire[wire] }
+        let (_, wire) = self.ranges(place.hop + 1, place.part);
+        if self.schedule.adds_at(place.hop) { &mut self.coming[..wire.len()] } else { &mut self.wire[wire] }
     }
 
     fn received(&mut self, place: Place) {
-        let (elements, wire) = self.ranges(self.segment(place.hop + 1), place.part);
-        if self.adds_at(place.hop) {
+        let (elements, wire) = self.ranges(place.hop + 1, place.part);
+        if self.schedule.adds_at(place.hop) {
             let values = &mut self.values[..elements.len()];
             self.compression.decode(&self.coming[..wire.len()], values);
             for (value, input) in values.iter_mut().zip(&self.input[elements.clone()]) {
                 *value += input;
             }
             self.round(elements.clone(), wire.clone());
-            let is_finished = !self.adds_at(place.hop + 1);
+            let is_finished = !self.schedule.adds_at(place.hop + 1);
             if !is_finished {
                 return;
             }
