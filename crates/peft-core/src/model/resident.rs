@@ -52,6 +52,18 @@ pub struct MemoryUse {
 }
 
 impl MemoryUse {
+    /// Adds what a layer keeps in f32: matrices that are not quantised, biases and norms.
+    pub(super) fn add_vectors<'a>(
+        &mut self,
+        matrices: impl Iterator<Item = &'a Vec<f32>>,
+        biases: &'a [Option<Vec<f32>>],
+        norms: &'a [Vec<f32>],
+    ) {
+        let bytes = |numbers: &Vec<f32>| size_of_val(numbers.as_slice());
+        self.linear_bytes += matrices.map(bytes).sum::<usize>();
+        self.other_bytes += biases.iter().flatten().chain(norms).map(bytes).sum::<usize>();
+    }
+
     /// What [`ResidentBase::load`] would take, from the headers alone.
     ///
     /// # Errors
@@ -266,14 +278,11 @@ impl ResidentBase {
         };
         for layer in &self.layers {
             memory.linear_bytes += layer.packed.memory_bytes();
-            for weight in &layer.weights {
-                if let Weight::Dense(data) = weight {
-                    memory.linear_bytes += size_of_val(data.as_slice());
-                }
-            }
-            let biases: usize = layer.biases.iter().flatten().map(|bias| size_of_val(bias.as_slice())).sum();
-            let norms: usize = layer.norms.iter().map(|norm| size_of_val(norm.as_slice())).sum();
-            memory.other_bytes += biases + norms;
+            let dense = layer.weights.iter().filter_map(|weight| match weight {
+                Weight::Dense(data) => Some(data),
+                Weight::Packed(_) => None,
+            });
+            memory.add_vectors(dense, &layer.biases, &layer.norms);
         }
         memory
     }

@@ -129,14 +129,11 @@ impl ShardedBase {
         };
         for layer in &self.layers {
             memory.linear_bytes += layer.own.len() + size_of_val(layer.maps.as_slice());
-            for weight in &layer.weights {
-                if let Weight::Dense(data) = weight {
-                    memory.linear_bytes += size_of_val(data.as_slice());
-                }
-            }
-            let biases: usize = layer.biases.iter().flatten().map(|bias| size_of_val(bias.as_slice())).sum();
-            let norms: usize = layer.norms.iter().map(|norm| size_of_val(norm.as_slice())).sum();
-            memory.other_bytes += biases + norms;
+            let dense = layer.weights.iter().filter_map(|weight| match weight {
+                Weight::Dense(data) => Some(data),
+                Weight::Shared(_) => None,
+            });
+            memory.add_vectors(dense, &layer.biases, &layer.norms);
         }
         memory
     }
