@@ -5,6 +5,7 @@
 //! [`access`] says who may ask; `listen` lets connections in. [`Coordinator`] puts all of it on a port.
 
 pub mod access;
+mod at_work;
 mod engine;
 mod error;
 mod find;

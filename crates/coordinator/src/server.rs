@@ -4,17 +4,13 @@ use std::{
     ffi::OsString,
     net::SocketAddr,
     path::{Path, PathBuf},
-    sync::{Arc, atomic::AtomicU64},
+    sync::Arc,
 };
 
 use shanty_access::{Role, Secret};
-use shanty_proto::{
-    JobId,
-    v1::{
-        FILE_DESCRIPTOR_SET, access_service_server::AccessServiceServer,
-        job_service_server::JobServiceServer, status_service_server::StatusServiceServer,
-        worker_service_server::WorkerServiceServer,
-    },
+use shanty_proto::v1::{
+    FILE_DESCRIPTOR_SET, access_service_server::AccessServiceServer, job_service_server::JobServiceServer,
+    status_service_server::StatusServiceServer, worker_service_server::WorkerServiceServer,
 };
 use tokio::{net::TcpListener, time::Instant};
 use tokio_stream::wrappers::TcpListenerStream;
@@ -22,14 +18,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     access::{Access, Limits, guard::Guard},
-    engine::{self, Works},
+    at_work::{self, Beginning, Services},
     error::{Error, Result},
-    hub::Hub,
-    leases::Leases,
     listen::{self, Tls, TlsFiles},
-    machine::{self, Change, Event, Machine},
-    outside::{Files, Outside},
-    services::{Jobs, Statuses, Tokens, Workers},
+    machine::{self, Change},
+    outside::Files,
+    services::{Jobs, Statuses, Workers},
     store::{Closing, Store},
 };
 
@@ -177,57 +171,35 @@ impl Coordinator {
     pub async fn serve(self, shutdown: CancellationToken) -> Result<()> {
         let Self { options, listener, health, tls, access, seed, handle, store, closing, stored } = self;
         let started = Instant::now();
-        let mut machine = Machine::new(options.protocol.clone(), seed);
-        let outside: Arc<dyn Outside> = Arc::new(Files { prepare_command: options.prepare_command.clone() });
-        let (hub, leases) = (Arc::new(Hub::default()), Arc::new(Leases::new(Arc::clone(&outside))));
-        for job in stored {
-            machine.restore(engine::now(started), job);
-        }
-        let broken = open_data(&machine, &leases).await;
-        for job in machine.views(engine::now(started)) {
-            hub.set_status(job);
-        }
+        let machine = at_work::restored(options.protocol.clone(), seed, stored, started);
         let unfinished = machine.unfinished();
         let gone = access.restore(store.tokens().await?, |job| !unfinished.contains(job));
         store.record(gone.into_iter().map(Change::TokenGone).collect()).await?;
         let access = Arc::new(access);
         let stop = shutdown.child_token();
-        let works = Works {
+        let beginning = Beginning {
             machine,
             store: store.clone(),
-            hub: Arc::clone(&hub),
-            leases: Arc::clone(&leases),
-            outside,
+            outside: Arc::new(Files { prepare_command: options.prepare_command.clone() }),
             access: Arc::clone(&access),
             encrypted: tls.is_some(),
             started,
+            stop: stop.clone(),
         };
-        let (engine, task) = engine::build(works);
-        for (job, error) in broken {
-            engine.tell(Event::DataLost { job, error }).await?;
-        }
-        let machine_task = tokio::spawn({
-            let stop = stop.clone();
-            async move {
-                let outcome = task.run(stop.clone()).await;
-                stop.cancel();
-                outcome
-            }
-        });
+        let (services, machine_task) = beginning.begin().await?;
         let watching = tokio::spawn({
-            let (access, store, stop) = (Arc::clone(&access), store.clone(), stop.clone());
+            let stop = stop.clone();
             async move { access.watch(&store, &stop).await }
         });
         if let Some(tls) = &tls {
             tokio::spawn(Arc::clone(tls).watch(stop.clone()));
         }
         tracing::info!(address = %handle.address, encrypted = handle.encrypted, "coordinator listens");
-        let services = Services { engine, store, hub, leases, access, stop: stop.clone() };
         let served = match health {
-            None => services.serve(listener, tls, &options).await,
+            None => serve(services, listener, tls, &options).await,
             Some(health) => {
                 let (served, probed) = tokio::join!(
-                    services.serve(listener, tls, &options),
+                    serve(services, listener, tls, &options),
                     serve_health(health, &options.limits, stop.clone())
                 );
                 served.and(probed)
@@ -235,27 +207,11 @@ impl Coordinator {
         };
         stop.cancel();
         let _ = watching.await;
-        let ran = machine_task.await.unwrap_or(Err(Error::Stopping));
+        let ran = at_work::ended(machine_task).await;
         // Every handle on the store is gone with the services and the task; the lock is free after this.
         let _ = tokio::task::spawn_blocking(move || closing.join()).await;
         ran.and(served)
     }
-}
-
-/// Opens the prepared data of jobs that were at work; those whose data cannot be opened are given back.
-pub(crate) async fn open_data(
-    machine: &Machine,
-    leases: &Leases,
-) -> Vec<(JobId, shanty_diagnostic::Diagnostic)> {
-    let mut broken = Vec::new();
-    for job in machine.unfinished() {
-        let (Some(spec), Some(hash)) = (machine.spec(&job), machine.data_hash(&job)) else { continue };
-        leases.allow(&job, machine.leasable(&job));
-        if let Err(error) = leases.open(&job, &spec, Some(hash)).await {
-            broken.push((job, shanty_diagnostic::Diagnose::diagnostic(&error)));
-        }
-    }
-    broken
 }
 
 /// The machine's secret: kept beside the store, not in it, so that whoever reads the store cannot join a collective.
@@ -281,74 +237,49 @@ async fn listen_on(address: SocketAddr) -> Result<(TcpListener, SocketAddr)> {
     Ok((listener, bound))
 }
 
-/// What the services work with.
-struct Services {
-    engine: engine::Engine,
-    store: Store,
-    hub: Arc<Hub>,
-    leases: Arc<Leases>,
-    access: Arc<Access>,
-    stop: CancellationToken,
-}
-
-impl Services {
-    async fn serve(self, listener: TcpListener, tls: Option<Arc<Tls>>, options: &Options) -> Result<()> {
-        let Self { engine, store, hub, leases, access, stop } = self;
-        let limits = &options.limits;
-        let jobs = JobServiceServer::new(Jobs { engine: engine.clone(), runs: options.runs_folder.clone() })
-            .max_decoding_message_size(LONGEST_MESSAGE);
-        let tokens = AccessServiceServer::new(Tokens {
-            engine: engine.clone(),
-            store: store.clone(),
-            access: Arc::clone(&access),
-        })
+/// Serves everything on one port until the services are to stop.
+async fn serve(
+    services: Services,
+    listener: TcpListener,
+    tls: Option<Arc<Tls>>,
+    options: &Options,
+) -> Result<()> {
+    let limits = &options.limits;
+    let (access, stop) = (Arc::clone(&services.access), services.stop.clone());
+    let jobs = JobServiceServer::new(services.jobs(options.runs_folder.clone()))
         .max_decoding_message_size(LONGEST_MESSAGE);
-        let statuses = StatusServiceServer::new(Statuses {
-            engine: engine.clone(),
-            store: store.clone(),
-            hub: Arc::clone(&hub),
-            shutdown: stop.clone(),
-        })
-        .max_decoding_message_size(LONGEST_MESSAGE);
-        // No compression: packed token ids hardly shrink, and rows are on the way of every step.
-        let workers = WorkerServiceServer::new(Workers {
-            engine,
-            store,
-            hub,
-            leases,
-            sessions: Arc::new(AtomicU64::new(0)),
-            holders: Arc::default(),
-            shutdown: stop.clone(),
-        })
+    let tokens = AccessServiceServer::new(services.tokens()).max_decoding_message_size(LONGEST_MESSAGE);
+    let statuses = StatusServiceServer::new(services.statuses()).max_decoding_message_size(LONGEST_MESSAGE);
+    // No compression: packed token ids hardly shrink, and rows are on the way of every step.
+    let workers = WorkerServiceServer::new(services.into_workers())
         .max_decoding_message_size(LONGEST_MESSAGE)
         .max_encoding_message_size(LONGEST_ANSWER);
-        let (reporter, health) = tonic_health::server::health_reporter();
-        reporter.set_serving::<JobServiceServer<Jobs>>().await;
-        reporter.set_serving::<StatusServiceServer<Statuses>>().await;
-        reporter.set_serving::<WorkerServiceServer<Workers>>().await;
-        let reflection = tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            .build_v1()
-            .expect("the descriptors come from the same build");
-        let incoming = listen::accept(listener, tls, limits, stop.clone());
-        tonic::transport::Server::builder()
-            .timeout(limits.call_within)
-            .max_concurrent_streams(limits.calls_per_connection)
-            .http2_max_header_list_size(LONGEST_HEADERS)
-            .http2_keepalive_interval(Some(limits.ping_every()))
-            .http2_keepalive_timeout(Some(limits.answer_within()))
-            .layer(Guard { access })
-            .add_service(health)
-            .add_service(reflection)
-            .add_service(tokens)
-            .add_service(jobs)
-            .add_service(statuses)
-            .add_service(workers)
-            .serve_with_incoming_shutdown(incoming, stop.cancelled())
-            .await
-            .map_err(Error::Serve)
-    }
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter.set_serving::<JobServiceServer<Jobs>>().await;
+    reporter.set_serving::<StatusServiceServer<Statuses>>().await;
+    reporter.set_serving::<WorkerServiceServer<Workers>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .expect("the descriptors come from the same build");
+    let incoming = listen::accept(listener, tls, limits, stop.clone());
+    tonic::transport::Server::builder()
+        .timeout(limits.call_within)
+        .max_concurrent_streams(limits.calls_per_connection)
+        .http2_max_header_list_size(LONGEST_HEADERS)
+        .http2_keepalive_interval(Some(limits.ping_every()))
+        .http2_keepalive_timeout(Some(limits.answer_within()))
+        .layer(Guard { access })
+        .add_service(health)
+        .add_service(reflection)
+        .add_service(tokens)
+        .add_service(jobs)
+        .add_service(statuses)
+        .add_service(workers)
+        .serve_with_incoming_shutdown(incoming, stop.cancelled())
+        .await
+        .map_err(Error::Serve)
 }
 
 /// Answers for the coordinator's health, and for nothing else, until `stop`.

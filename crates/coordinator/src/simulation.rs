@@ -1,10 +1,7 @@
 //! The coordinator for a simulation: its machine, engine, store and services as they are, over connections that the
 //! simulation makes, with data and checkpoints that it makes up.
 
-use std::{
-    io,
-    sync::{Arc, atomic::AtomicU64},
-};
+use std::{io, sync::Arc};
 
 use futures::Stream;
 use shanty_proto::v1::{
@@ -20,14 +17,10 @@ use tonic::transport::server::Connected;
 
 use crate::{
     access::{Access, Limits, guard::Guard},
-    engine::{self, Works},
+    at_work::{self, Beginning},
     error::{Error, Result},
-    hub::Hub,
-    leases::Leases,
-    machine::{self, Event, Machine},
+    machine,
     outside::Outside,
-    server::open_data,
-    services::{Jobs, Statuses, Workers},
     store::{Database, Store},
 };
 
@@ -55,65 +48,26 @@ where
 {
     let Surroundings { database, outside, protocol, seed } = surroundings;
     let started = Instant::now();
-    let mut machine = Machine::new(protocol, seed);
-    for job in database.jobs()? {
-        machine.restore(engine::now(started), job);
-    }
-    let (hub, leases) = (Arc::new(Hub::default()), Arc::new(Leases::new(Arc::clone(&outside))));
-    let broken = open_data(&machine, &leases).await;
-    for job in machine.views(engine::now(started)) {
-        hub.set_status(job);
-    }
-    let store = Store::inline(&database);
-    // Who may do what is no matter of schedules: everybody is let in.
-    let access = Arc::new(Access::new(true, &Limits::default()));
-    let works = Works {
-        machine,
-        store: store.clone(),
-        hub: Arc::clone(&hub),
-        leases: Arc::clone(&leases),
+    let beginning = Beginning {
+        machine: at_work::restored(protocol, seed, database.jobs()?, started),
+        store: Store::inline(&database),
         outside,
-        access: Arc::clone(&access),
+        // Who may do what is no matter of schedules: everybody is let in.
+        access: Arc::new(Access::new(true, &Limits::default())),
         encrypted: false,
         started,
+        stop: shutdown.child_token(),
     };
-    let (engine, task) = engine::build(works);
-    for (job, error) in broken {
-        engine.tell(Event::DataLost { job, error }).await?;
-    }
-    let stop = shutdown.child_token();
-    let machine_task = tokio::spawn({
-        let stop = stop.clone();
-        async move {
-            let outcome = task.run(stop.clone()).await;
-            stop.cancel();
-            outcome
-        }
-    });
-    let jobs = Jobs { engine: engine.clone(), runs: "/runs".into() };
-    let statuses = Statuses {
-        engine: engine.clone(),
-        store: store.clone(),
-        hub: Arc::clone(&hub),
-        shutdown: stop.clone(),
-    };
-    let workers = Workers {
-        engine,
-        store,
-        hub,
-        leases,
-        sessions: Arc::new(AtomicU64::new(0)),
-        holders: Arc::default(),
-        shutdown: stop.clone(),
-    };
+    let (services, machine_task) = beginning.begin().await?;
+    let (access, stop) = (Arc::clone(&services.access), services.stop.clone());
     let served = tonic::transport::Server::builder()
         .layer(Guard { access })
-        .add_service(JobServiceServer::new(jobs))
-        .add_service(StatusServiceServer::new(statuses))
-        .add_service(WorkerServiceServer::new(workers))
+        .add_service(JobServiceServer::new(services.jobs("/runs".into())))
+        .add_service(StatusServiceServer::new(services.statuses()))
+        .add_service(WorkerServiceServer::new(services.into_workers()))
         .serve_with_incoming_shutdown(incoming, stop.cancelled())
         .await
         .map_err(Error::Serve);
     stop.cancel();
-    machine_task.await.unwrap_or(Err(Error::Stopping)).and(served)
+    at_work::ended(machine_task).await.and(served)
 }
