@@ -23,7 +23,7 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 const USAGE: &str = "\
 usage: cargo xtask COMMAND
@@ -74,6 +74,12 @@ fn run(arguments: &[&str]) -> Result<bool> {
         }
         other => bail!("unknown arguments {other:?}\n{USAGE}"),
     }
+}
+
+/// The number that follows an argument.
+pub(crate) fn number_after(argument: &str, rest: &mut std::slice::Iter<'_, &str>) -> Result<u64> {
+    let value = rest.next().with_context(|| format!("{argument} needs a number"))?;
+    value.parse().with_context(|| format!("{argument} needs a number, not `{value}`"))
 }
 
 fn workspace_root() -> PathBuf {

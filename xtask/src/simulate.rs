@@ -43,15 +43,17 @@ pub(crate) fn run(root: &Path, arguments: &[&str]) -> Result<bool> {
 fn play(root: &Path, name: &str, runs: u64, tests: u64, target: &[&str], options: &Options) -> Result<bool> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let packages = ["test", "--locked", "--package", "shanty-coordinator", "--package", "shanty-worker"];
-    let mut command = Command::new(&cargo);
-    command.args(packages).args(["--features", "shanty-worker/simulation"]).current_dir(root);
-    let mut built = Command::new(&cargo);
-    built.args(packages).args(["--features", "shanty-worker/simulation", "--no-run"]).current_dir(root);
+    let test = || {
+        let mut command = Command::new(&cargo);
+        command.args(packages).args(["--features", "shanty-worker/simulation"]).current_dir(root);
+        command
+    };
     let kind = if target[0] == "--lib" { &target[..1] } else { &target[..2] };
-    if !built.args(kind).status().context("failed to start cargo")?.success() {
+    if !test().arg("--no-run").args(kind).status().context("failed to start cargo")?.success() {
         return Ok(false);
     }
     let began = Instant::now();
+    let mut command = test();
     command.args(target).env("SHANTY_SIMULATION_RUNS", runs.to_string());
     command.env("SHANTY_SIMULATION_FIRST", options.first.to_string());
     if let Some(seed) = options.seed {
@@ -68,10 +70,7 @@ fn parse(arguments: &[&str]) -> Result<Options> {
     let mut options = Options { pure: 100_000, network: 1_000, first: 0, seed: None };
     let mut rest = arguments.iter();
     while let Some(argument) = rest.next() {
-        let mut number = || -> Result<u64> {
-            let value = rest.next().with_context(|| format!("{argument} needs a number"))?;
-            value.parse().with_context(|| format!("{argument} needs a number, not `{value}`"))
-        };
+        let mut number = || crate::number_after(argument, &mut rest);
         match *argument {
             "--pure" => options.pure = number()?,
             "--network" => options.network = number()?,
