@@ -199,7 +199,7 @@ mod tests {
             assert!(!is_name(bad), "{bad}");
             assert_eq!(identity(&format!("shanty://admin/{bad}")), None);
         }
-        assert_eq!(identity("shanty://root/x"), None);
+        assert_eq!(identity("shanty://captain/x"), None);
         assert_eq!(identity("https://admin/x"), None);
     }
 }

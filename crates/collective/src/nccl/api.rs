@@ -67,6 +67,7 @@ impl Libraries {
 macro_rules! functions {
     ($(#[$doc:meta])* $name:ident { $($field:ident: $symbol:literal($($argument:ty),*);)* }) => {
         $(#[$doc])*
+        // SAFETY: these are types; whoever calls through one keeps what NCCL's or the driver's manual asks for.
         pub(super) struct $name {
             $(pub(super) $field: unsafe extern "C" fn($($argument),*) -> c_int,)*
         }
@@ -125,6 +126,7 @@ pub(super) struct Api {
     pub(super) driver: Driver,
     /// NCCL's, such as 22809.
     pub(super) version: c_int,
+    // SAFETY: types again; both are called in one place each, with what NCCL gave.
     text: unsafe extern "C" fn(c_int) -> *const c_char,
     /// What NCCL says of the last error; since 2.13.
     last_error: unsafe extern "C" fn(Comm) -> *const c_char,
@@ -133,6 +135,7 @@ pub(super) struct Api {
 impl Api {
     fn load(libraries: &Libraries) -> Result<&'static Self> {
         let (library, file) = open("nccl", libraries.nccl.as_deref())?;
+        // SAFETY: the type is that of the manual; the call below says what it needs.
         let get_version: unsafe extern "C" fn(*mut c_int) -> c_int = find(&library, &file, "ncclGetVersion")?;
         let mut version = 0;
         // SAFETY: writes one number.

@@ -1,6 +1,6 @@
 //! The members of the newest generation, and when none of them can apply a step any more.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use shanty_proto::{Rank, Step, WorkerId};
 
@@ -14,7 +14,7 @@ use super::{
 pub(crate) struct Crew {
     pub members: Vec<Member>,
     /// Where a worker stands in `members`: beats and reports of a large crew must not each search it.
-    places: HashMap<WorkerId, usize>,
+    places: BTreeMap<WorkerId, usize>,
 }
 
 /// A member as it is now.
