@@ -1,6 +1,6 @@
 //! What lies outside of the coordinator: the data that is prepared, and the checkpoints that workers write.
 //!
-//! In production these are files and a child process ([`Files`]); a simulation brings its own.
+//! In production these are files and a child process (`Files`); a simulation brings its own.
 
 use std::{ffi::OsString, pin::Pin, sync::Arc};
 

@@ -1,7 +1,7 @@
 //! Who asks, and whether they may.
 //!
-//! [`rights`] is the one table from call to least role; what has no row there is refused. [`guard`] stands before every service
-//! and lets nobody through whom [`Access::admit`] has not let in. A call that was let in ends when the rights that it was let
+//! `rights` is the one table from call to least role; what has no row there is refused. `guard` stands before every service
+//! and lets nobody through whom `Access::admit` has not let in. A call that was let in ends when the rights that it was let
 //! in by do: a token that expires or is taken back, a certificate that is revoked, a job that is over.
 
 pub(crate) mod guard;
