@@ -183,7 +183,8 @@ fn of_racing_writers_one_wins_and_the_checkpoint_is_whole() {
             }
         });
         let wins = wins.into_inner().unwrap();
-        assert_eq!(wins.len(), 1, "same content: {same_content}");
+        // One who finds the very bytes that it would write takes them for its own, whose answer was lost.
+        assert!(wins.len() == 1 || same_content && !wins.is_empty(), "same content: {same_content}");
         let found = store.newest_good(&Expectations::default()).unwrap().unwrap();
         assert_eq!(found.snapshot, wins[0]);
     }
