@@ -50,6 +50,11 @@ impl Machine {
         if job.is_ended() {
             return;
         }
+        // What it was asked to write it may not have heard of.
+        job.health.keeper.take_if(|keeper| keeper == worker);
+        if let Some(giving) = &mut job.standing.giving_way {
+            giving.writer.take_if(|writer| writer == worker);
+        }
         let detection_ms = silent.map(|silent| silent.as_secs_f64() * 1e3);
         let event = job.event(now, "member_lost", format!("{worker}: {reason}"));
         event.worker = Some(worker.clone());
@@ -157,6 +162,8 @@ impl Machine {
             member.step = member.step.max(with.applied);
             member.left = Some(with.clone());
             let holds_state = holds_state(member, begun_from);
+            // One that was told that it may end does so, whatever it holds.
+            let is_drained = machine.sessions.get(worker).is_some_and(|session| session.drained);
             match &mut job.phase {
                 Phase::Running => {
                     let cause = Cause::new("left", format!("{worker} left by itself")).of(worker, None);
@@ -168,9 +175,15 @@ impl Machine {
                     machine.harden(now, job, cause);
                 }
                 Phase::Leaving(_) => machine.finish_leaving(now, job),
-                Phase::Forming(forming) if holds_state => {
+                Phase::Forming(forming) if holds_state && !is_drained => {
                     // Somebody thought lost came back before the next generation was made.
-                    let holder = Holder { rank, applied: with.applied, kept: with.kept, hash: with.hash };
+                    let holder = Holder {
+                        rank,
+                        applied: with.applied,
+                        kept: with.kept,
+                        hash: with.hash,
+                        moved: false,
+                    };
                     match &mut forming.origin {
                         Origin::Holders(holders) => drop(holders.insert(worker.clone(), holder)),
                         other => *other = Origin::Holders(BTreeMap::from([(worker.clone(), holder)])),
@@ -195,6 +208,7 @@ impl Machine {
             // Up to here steps were made.
             over.noticed = now.monotonic;
         }
+        job.crew.parted = leaving.after.is_some();
         let begun_from = job.begun_from();
         let mut holders = BTreeMap::new();
         for member in job.crew.members.iter().filter(|member| holds_state(member, begun_from)) {
@@ -202,7 +216,13 @@ impl Machine {
             let rank = job.crew.rank_of(&member.worker).expect("it is a member");
             holders.insert(
                 member.worker.clone(),
-                Holder { rank, applied: left.applied, kept: left.kept.clone(), hash: left.hash.clone() },
+                Holder {
+                    rank,
+                    applied: left.applied,
+                    kept: left.kept.clone(),
+                    hash: left.hash.clone(),
+                    moved: false,
+                },
             );
         }
         if holders.is_empty() {

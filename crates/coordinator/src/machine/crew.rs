@@ -13,6 +13,8 @@ use super::{
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Crew {
     pub members: Vec<Member>,
+    /// All left after the same step, and none had begun the next.
+    pub parted: bool,
     /// Where a worker stands in `members`: beats and reports of a large crew must not each search it.
     places: BTreeMap<WorkerId, usize>,
 }
@@ -105,7 +107,7 @@ pub struct LeftWith {
 impl Crew {
     pub fn new(members: Vec<Member>) -> Self {
         let places = members.iter().enumerate().map(|(at, member)| (member.worker.clone(), at)).collect();
-        Self { members, places }
+        Self { members, parted: false, places }
     }
 
     pub fn rank_of(&self, worker: &WorkerId) -> Option<Rank> {

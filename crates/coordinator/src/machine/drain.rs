@@ -52,16 +52,7 @@ impl Machine {
             .map(|(worker, _)| worker.clone())
             .collect();
         for worker in draining {
-            let needs = |job: &Job| match &job.phase {
-                Phase::Running | Phase::Leaving(_) => {
-                    job.crew.of(&worker).is_some_and(|member| member.lost.is_none())
-                }
-                Phase::Forming(Forming { origin: Origin::Holders(holders), .. }) => {
-                    holders.contains_key(&worker)
-                }
-                _ => false,
-            };
-            if !self.jobs.values().any(needs) {
+            if !self.jobs.values().any(|job| job.needs(&worker)) {
                 self.let_go(now, &worker);
             }
         }

@@ -361,7 +361,10 @@ impl Machine {
         };
         let rows = deal(&rows_of_step, &kept);
         let stays = |worker: &WorkerId| members.contains(worker) && !broken.contains(worker);
-        job.requeued += requeued(job, step, &rows_of_step, stays, &rows);
+        // Who left at a boundary had no rows of the next step.
+        if !job.crew.parted {
+            job.requeued += requeued(job, step, &rows_of_step, stays, &rows);
+        }
         let ranks = (0u32..).zip(members);
         let (givers, receivers): (Vec<_>, Vec<_>) = ranks.partition(|(_, worker)| up_to_date(worker));
         let source = Source::Members {

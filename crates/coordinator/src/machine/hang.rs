@@ -1,7 +1,8 @@
 //! Members that beat and get nowhere.
 //!
 //! A collective holds all members up until the last one comes, so the one that hangs is not the one that waits longest:
-//! it is the one that is at work by itself and makes no progress. Where nobody is, the collective itself hangs.
+//! it is the one that is at work by itself, or does not begin, and makes no progress. Where nobody is, the collective
+//! itself hangs.
 
 use shanty_proto::WorkerId;
 
@@ -15,13 +16,22 @@ impl Machine {
     /// Calls members lost that have made no progress for longer than the deadline; leaves a generation whose collective
     /// hangs.
     pub(super) fn lose_hung(&mut self, now: Moment, job: &mut Job) {
-        if !job.is_stepping() || job.watermark >= job.steps() {
+        if !job.is_stepping() {
             return;
         }
         let begun_from = job.begun_from();
+        // The adapter's writing is bounded by the store's own time-outs: it is large, and nothing comes after it.
+        let is_over = job.watermark >= job.steps();
         let still = |since: std::time::Duration| now.monotonic.saturating_sub(since);
-        let (mut hung, mut staying, mut all_reduce, mut deadline) = (Vec::new(), 0, true, None);
+        let (mut hung, mut staying, mut all_wait, mut deadline) = (Vec::new(), 0, true, None);
         let mut last_progress = std::time::Duration::ZERO;
+        // The furthest that somebody waits at in a reduction.
+        let reduces = job
+            .crew
+            .staying()
+            .filter(|member| member.phase == MemberPhase::Reducing)
+            .map(|member| member.step)
+            .max();
         for member in job.crew.staying() {
             if !member.attached {
                 return;
@@ -36,8 +46,11 @@ impl Machine {
             } else {
                 own
             };
-            all_reduce &= member.phase == MemberPhase::Reducing;
-            if member.phase.is_its_own() && still(member.progressed) > own {
+            all_wait &= matches!(member.phase, MemberPhase::Reducing | MemberPhase::Waiting);
+            let is_its_own = member.phase.is_its_own() && !(is_over && member.phase == MemberPhase::Writing);
+            let holds_up = is_its_own
+                || member.phase == MemberPhase::Waiting && reduces.is_some_and(|step| member.step <= step);
+            if holds_up && still(member.progressed) > own {
                 hung.push((member.worker.clone(), still(member.progressed), own, member.phase));
             }
         }
@@ -56,8 +69,8 @@ impl Machine {
             }
             return;
         }
-        let nobody =
-            !hung.is_empty() || all_reduce && deadline.is_some_and(|limit| still(last_progress) > limit);
+        let nobody = !hung.is_empty()
+            || reduces.is_some() && all_wait && deadline.is_some_and(|limit| still(last_progress) > limit);
         if staying == 0 || !nobody {
             return;
         }
@@ -103,6 +116,7 @@ fn in_words(phase: MemberPhase) -> &'static str {
         MemberPhase::Evaluating => "evaluating",
         MemberPhase::Forming => "connecting or taking over state",
         MemberPhase::Writing => "waiting for a checkpoint to be written",
+        MemberPhase::Waiting => "waiting for rows or for its credit",
         _ => "at work",
     }
 }

@@ -79,6 +79,8 @@ pub(crate) struct Holder {
     pub kept: Option<KeptSum>,
     /// Hash of its adapter and optimizer.
     pub hash: String,
+    /// It was asked to load another part of its base since: what its group added up is void.
+    pub moved: bool,
 }
 
 /// A generation is being left.
@@ -272,6 +274,29 @@ impl Job {
             Phase::Leaving(leaving) => leaving.after.is_some(),
             _ => false,
         }
+    }
+
+    /// Whether a worker is a member of a living generation, or holds the state of the last one.
+    pub fn needs(&self, worker: &WorkerId) -> bool {
+        match &self.phase {
+            Phase::Running | Phase::Leaving(_) => {
+                self.crew.of(worker).is_some_and(|member| member.lost.is_none())
+            }
+            Phase::Forming(Forming { origin: Origin::Holders(holders), .. })
+                if holders.contains_key(worker) =>
+            {
+                true
+            }
+            Phase::Forming(_) => self.is_to_say(worker),
+            Phase::Queued | Phase::Preparing | Phase::Ended(_) => false,
+        }
+    }
+
+    /// Whether a worker came back after its generation was over, and has yet to say what it holds.
+    pub fn is_to_say(&self, worker: &WorkerId) -> bool {
+        let forms = matches!(self.phase, Phase::Forming(_));
+        let says = |member: &super::crew::Member| member.attached && member.left.is_none();
+        forms && self.crew.of(worker).is_some_and(says)
     }
 
     /// Updates that the job makes in all; 0 before its data is prepared.

@@ -67,9 +67,11 @@ impl Pace {
 
     /// The same for a member that has not made a step in its crew yet.
     pub fn cold_deadline(&self) -> Duration {
-        let least = self.deadline().unwrap_or_default().max(self.least * COLD);
+        let known = self.deadline();
+        let least = known.unwrap_or_default().max(self.least * COLD);
         if self.slowest_first == 0.0 {
-            return least.max(self.least * UNKNOWN_COLD);
+            // After a restart of the coordinator the usual step is known, and no first one.
+            return known.map_or(self.least * UNKNOWN_COLD, |known| known * COLD);
         }
         least.max(Duration::from_secs_f64(USUAL_STEPS * self.slowest_first))
     }

@@ -218,9 +218,14 @@ impl<'a> Deal<'a> {
         }
     }
 
+    /// Workers that a job has, or gets now.
+    fn has(&self, at: usize) -> u32 {
+        self.jobs[at].holds.max(self.granted.get(&at).copied().unwrap_or(0))
+    }
+
     fn free(&self) -> u32 {
-        let held = self.jobs.iter().map(|job| job.holds).fold(0, u32::saturating_add);
-        self.pool.workers - held
+        let held = (0..self.jobs.len()).map(|at| self.has(at)).fold(0, u32::saturating_add);
+        self.pool.workers.saturating_sub(held)
     }
 
     /// Jobs that are not to be disturbed keep what they have, before anybody is asked.
@@ -375,13 +380,19 @@ impl<'a> Deal<'a> {
         let last = self.waits.last().filter(in_line).map(|(before, _)| *before);
         let before = head.map(|head| last.unwrap_or(head));
         let name = |at: usize| (self.jobs[at].job.clone(), self.jobs[at].priority);
-        let keeps = |other: &&Asking| other.holds > 0 && other.active && other.priority >= job.priority;
+        let has_turn = |other: &usize| self.jobs[*other].active || self.granted.contains_key(other);
+        let keeps = |other: &usize| {
+            has_turn(other) && self.has(*other) > 0 && self.jobs[*other].priority >= job.priority
+        };
         Why::Workers {
             needs: job.min,
             free: self.free(),
             pool: self.pool.workers,
             behind: before.map(name),
-            held: self.jobs.iter().filter(keeps).map(|other| (other.job.clone(), other.holds)).collect(),
+            held: (0..self.jobs.len())
+                .filter(keeps)
+                .map(|other| (self.jobs[other].job.clone(), self.has(other)))
+                .collect(),
         }
     }
 

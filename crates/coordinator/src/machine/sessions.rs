@@ -315,7 +315,7 @@ impl Machine {
         };
         let pace = &job.health.pace;
         let begun_from = job.generation.as_ref().map_or(Step(0), |generation| generation.start.applied);
-        let member = job.crew.members.iter_mut().find(|member| member.worker == *worker)?;
+        let member = job.crew.of_mut(worker)?;
         if !member.attached || member.lost.is_some() {
             return None;
         }

@@ -14,7 +14,7 @@ use shanty_proto::WorkerId;
 use super::{
     Machine,
     effect::Message,
-    job::{Holder, Job, Phase},
+    job::{Forming, Holder, Job, Origin, Phase},
 };
 
 impl Job {
@@ -23,12 +23,13 @@ impl Job {
         self.spec.base.shard.parts().max(1) as usize
     }
 
-    /// Members of the newest generation whose group has lost somebody, so that what the group added to its sums is void. `holders`: who
+    /// Members of the newest generation whose group has lost somebody, or somebody's part, so that what the group added to its sums is void. `holders`: who
     /// is left of the generation.
     pub fn of_broken_groups(&self, holders: &BTreeMap<WorkerId, Holder>) -> BTreeSet<WorkerId> {
         let Some(generation) = &self.generation else { return BTreeSet::new() };
         let groups = generation.members.chunks(self.parts());
-        let broken = groups.filter(|group| group.iter().any(|member| !holders.contains_key(&member.worker)));
+        let is_void = |worker: &WorkerId| holders.get(worker).is_none_or(|holder| holder.moved);
+        let broken = groups.filter(|group| group.iter().any(|member| is_void(&member.worker)));
         broken.flatten().map(|member| member.worker.clone()).collect()
     }
 }
@@ -123,14 +124,14 @@ impl Machine {
 
     /// While a job waits and there are workers enough for the least number of groups, but too few of some part: has others take on that
     /// part. Those without a state go first; those with the newest state last.
-    pub(super) fn level_parts(&mut self, job: &Job) {
+    pub(super) fn level_parts(&mut self, job: &mut Job) {
         let parts = job.parts();
         let Phase::Forming(forming) = &job.phase else { return };
         if parts == 1 {
             return;
         }
         let holders = match &forming.origin {
-            super::job::Origin::Holders(holders) => holders.clone(),
+            Origin::Holders(holders) => holders.clone(),
             _ => BTreeMap::new(),
         };
         let needed = job.bounds().0 / parts;
@@ -144,15 +145,20 @@ impl Machine {
             let spare = self
                 .sessions
                 .iter()
-                .filter(|(_, session)| {
+                .filter(|(worker, session)| {
                     let has_more = counts.get(session.part as usize).is_some_and(|count| *count > needed);
-                    session.is_assigned_to(job) && !session.draining && has_more
+                    session.is_assigned_to(job) && !session.draining && has_more && !job.is_to_say(worker)
                 })
                 .min_by_key(|(worker, session)| (applied(worker), Reverse(session.number)));
             let Some(worker) = spare.map(|(worker, _)| worker.clone()) else { return };
             if let Some(session) = self.sessions.get_mut(&worker) {
                 session.part = scarce as u32;
                 session.ready_since = None;
+            }
+            if let Phase::Forming(Forming { origin: Origin::Holders(holders), .. }) = &mut job.phase
+                && let Some(holder) = holders.get_mut(&worker)
+            {
+                holder.moved = true;
             }
             self.changed.insert(job.id.clone());
             self.send_assignment(job, &worker);

@@ -249,8 +249,8 @@ impl Machine {
             return self.step_back(now, job, &to);
         }
         let current = |worker: &WorkerId| holders.get(worker).is_some_and(|holder| holder.applied == applied);
+        let reason = format!("gives way to job {to}; writes a checkpoint of step {applied}");
         if giving.writer.as_ref().is_some_and(current) {
-            let reason = format!("gives way to job {to}; writes a checkpoint of step {applied}");
             return self.set_reason(job, reason);
         }
         let writer = holders.iter().find(|(_, holder)| holder.applied == applied);
@@ -263,6 +263,7 @@ impl Machine {
         };
         job.standing.giving_way = Some(GivingWay { to, writer: Some(writer.clone()) });
         self.send(&writer, message);
+        self.set_reason(job, reason);
     }
 
     /// The state of a job that gives way cannot be written: it goes on, and is left alone for a while.
@@ -376,8 +377,7 @@ impl Machine {
                 // One that may work for this job alone is of no use to the other.
                 let bound =
                     |worker: &WorkerId| machine.sessions.get(worker).is_some_and(|of| of.info.only.is_some());
-                let is_free =
-                    |(worker, _): &(WorkerId, u64)| !machine.is_needed(job, worker) && !bound(worker);
+                let is_free = |(worker, _): &(WorkerId, u64)| !job.needs(worker) && !bound(worker);
                 let spare: Vec<WorkerId> =
                     assigned.into_iter().filter(is_free).map(|(worker, _)| worker).collect();
                 for worker in spare.iter().rev().take(beyond.min(count - recalled)) {
@@ -389,17 +389,6 @@ impl Machine {
         recalled
     }
 
-    /// Whether a worker is a member of a living generation, or holds the state of the last one.
-    fn is_needed(&self, job: &Job, worker: &WorkerId) -> bool {
-        match &job.phase {
-            Phase::Running | Phase::Leaving(_) => {
-                job.crew.of(worker).is_some_and(|member| member.lost.is_none())
-            }
-            Phase::Forming(Forming { origin: Origin::Holders(holders), .. }) => holders.contains_key(worker),
-            _ => false,
-        }
-    }
-
     /// Puts a prepared job to work.
     pub(super) fn start_forming(&mut self, now: Moment, job: &mut Job) {
         let origin = if job.generation.is_none() { Origin::Fresh } else { Origin::Fenced };
@@ -408,7 +397,7 @@ impl Machine {
         if job.state() == JobState::Forming {
             job.reason = "waits for workers".to_owned();
         }
-        self.note(now, job, "begins", format!("with a share of {} workers", job.standing.share));
+        self.note(now, job, "begins", format!("with up to {} workers", job.bounds().1));
         self.save(job);
     }
 }

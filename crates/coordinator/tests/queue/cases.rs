@@ -104,7 +104,10 @@ fn who_was_overtaken_often_enough_is_next_whoever_owns_it() {
     let mut passed = job("c", "ada", 0, 1, 1);
     passed.overtaken = shanty_coordinator::machine::queue::OVERTAKES;
     let jobs = [at_work(job("a", "ada", 0, 1, 1), 1), passed, job("d", "bob", 0, 1, 1)];
-    assert_eq!(told(&jobs, pool(2))[1..], ["c works with 1", "d: needs 1 worker, 1 is free; job a has 1"]);
+    assert_eq!(
+        told(&jobs, pool(2))[1..],
+        ["c works with 1", "d: needs 1 worker, 0 are free; job a has 1, job c has 1"]
+    );
 }
 
 #[test]

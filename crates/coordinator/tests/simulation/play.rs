@@ -114,7 +114,8 @@ impl World {
             sequence: worker.sequence,
             phase: worker.phase(),
             attachment,
-            progress: if worker.hung { 0 } else { self.now },
+            // Waiting for others is no progress.
+            progress: if worker.hung || worker.waits() { 0 } else { self.now },
         };
         worker.say(late, beat);
     }
@@ -308,7 +309,8 @@ impl World {
         }
         if begun {
             for at in &reducing {
-                if is_first(&self.workers[*at]) && self.chance.once_in(2) {
+                // One that hangs gets hold of nothing.
+                if is_first(&self.workers[*at]) && !self.workers[*at].hung && self.chance.once_in(2) {
                     let everybody = all_here
                         && places.iter().all(|other| {
                             let worker = &self.workers[*other];

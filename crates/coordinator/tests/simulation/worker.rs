@@ -302,6 +302,11 @@ impl Worker {
         });
     }
 
+    /// Whether it can do nothing without others.
+    pub fn waits(&self) -> bool {
+        matches!(self.doing(), Some(Doing::Reducing | Doing::Waiting | Doing::Finishing))
+    }
+
     pub fn phase(&self) -> MemberPhase {
         match self.doing() {
             None => MemberPhase::Idle,

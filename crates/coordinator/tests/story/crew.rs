@@ -332,6 +332,7 @@ fn a_collective_that_hangs_is_left_and_who_does_not_answer_is_lost() {
     let asked = stage.now;
     while stage.now < asked + 15_000 && stage.view().crew.losses == 0 {
         stage.now += 250;
+        stage.beat_alone("a");
         stage.beat_of("b", 1, 6, MemberPhase::Reducing, 1);
         stage.tell(Event::Tick);
     }
@@ -431,15 +432,20 @@ fn a_spare_takes_a_stragglers_place_if_the_job_wants_it() {
             stage.ready(name);
         }
         assert_eq!(stage.view().state, JobState::Running, "{}", stage.view().reason);
-        with_a_straggler(&mut stage, 1..=16);
+        for step in 1..=16 {
+            with_a_straggler(&mut stage, step..=step);
+            stage.beat_alone("d");
+        }
+        stage.tell(Event::Tick);
         if !wanted {
             assert_eq!(stage.view().state, JobState::Running);
             continue;
         }
-        let step = stage.view().step.0;
         assert!(!stage.events("member_replaced").is_empty(), "{:?}", stage.view().crew);
+        assert_eq!(stage.leaves_after("c"), Some(17));
+        with_a_straggler(&mut stage, 17..=17);
         for name in ["a", "b", "c"] {
-            stage.left(name, 1, step, &[]);
+            stage.left(name, 1, 17, &[]);
         }
         let (_, generation) = stage.formed("d").expect("it takes the place");
         let members: Vec<&str> = generation.members.iter().map(|member| member.worker.as_str()).collect();
@@ -631,17 +637,17 @@ fn a_step_that_nobody_could_report_in_time_is_recorded_later() {
 #[test]
 fn a_loss_while_members_leave_after_a_step_makes_the_rest_leave_at_once() {
     let mut stage = Stage::running(1, 4, 50, &["a", "b", "c"]);
-    stage.steps(1..=3, &["a", "b", "c"]);
+    stage.steps(1..=4, &["a", "b", "c"]);
     stage.says_draining("c");
-    assert_eq!(stage.leaves_after("a"), Some(4));
-    let rows = order().step_rows(4);
+    assert_eq!(stage.leaves_after("a"), Some(5));
+    let rows = order().step_rows(5);
     stage.down("b");
     assert!(stage.was_told_to_leave("a") && stage.leaves_after("a").is_none());
-    stage.left("a", 1, 3, &rows[0..2]);
-    stage.left("c", 1, 3, &rows[4..6]);
+    stage.left("a", 1, 4, &rows[0..2]);
+    stage.left("c", 1, 4, &rows[4..6]);
     let (_, generation) = stage.formed("a").unwrap();
     assert_eq!(generation.members.len(), 1, "c may go: a holds what it holds");
     assert_eq!(stage.view().ledger.requeued, 4, "rows of b, and those that c takes with it");
-    stage.report("a", 2, 0, 4);
+    stage.report("a", 2, 0, 5);
     assert_eq!(stage.view().crew.recoveries[0].cause, "lost");
 }

@@ -94,27 +94,39 @@ fn overtaken(min: u32) -> Stage {
         stage.report("b", 1, 1, step);
     }
     stage.submit("r2", &with_priority(spec("urgent", 1, 1, 5), 90)).unwrap();
+    for name in ["a", "b"] {
+        let told = stage.told(name);
+        let leave = told.iter().find_map(|message| match message {
+            Message::Leave { after, .. } => Some(*after),
+            _ => None,
+        });
+        assert_eq!(leave, Some(Some(Step(4))), "after the step that is under way: {told:?}");
+    }
     stage.prepared("urgent");
     stage
+}
+
+/// Both make the step that was under way, and leave.
+fn part(stage: &mut Stage) {
+    for (rank, name) in [(1, "b"), (0, "a")] {
+        stage.report(name, 1, rank, 4);
+        stage.left(name, 1, 4, &[]);
+    }
 }
 
 #[test]
 fn a_job_gives_up_workers_that_it_can_do_without() {
     let mut stage = overtaken(1);
-    assert!(stage.was_told_to_leave("a") && stage.was_told_to_leave("b"), "{}", stage.view().reason);
-    let rows = order().step_rows(4);
-    stage.left("a", 1, 3, &rows[..1]);
-    stage.left("b", 1, 3, &rows[3..5]);
-    // The one with the larger sum stays.
-    let (_, generation) = stage.formed("b").unwrap();
-    assert_eq!((generation.members.len(), generation.start.applied), (1, Step(3)));
-    assert!(released(&stage, "a").is_some());
-    assert_eq!(assigned(&stage, "a"), Some(id("urgent")));
-    assert_eq!(stage.view().ledger.requeued, 3, "a's regular rows of step 4");
+    part(&mut stage);
+    let (_, generation) = stage.formed("a").unwrap();
+    assert_eq!((generation.members.len(), generation.start.applied), (1, Step(4)));
+    assert!(released(&stage, "b").is_some());
+    assert_eq!(assigned(&stage, "b"), Some(id("urgent")));
+    assert_eq!(stage.view().ledger.requeued, 0, "nobody had begun step 5");
     assert_eq!(stage.view().state, JobState::Running);
     assert_eq!(stage.view_of("urgent").state, JobState::Forming);
     // It does not take it back while the other one runs.
-    stage.ready_for("a", "urgent");
+    stage.ready_for("b", "urgent");
     stage.pass(5000, &["a", "b"]);
     assert_eq!((stage.view().generation, stage.view().share), (Generation(2), 1));
 }
@@ -122,23 +134,21 @@ fn a_job_gives_up_workers_that_it_can_do_without() {
 #[test]
 fn a_job_of_lower_priority_makes_room_by_a_checkpoint_and_loses_no_step() {
     let mut stage = overtaken(2);
-    assert!(stage.was_told_to_leave("a") && stage.was_told_to_leave("b"));
-    stage.left("b", 1, 3, &[]);
-    stage.left("a", 1, 3, &[]);
-    let keep = Message::Keep { job: job(), attempt: Attempt(1), generation: Generation(1), step: Step(3) };
+    part(&mut stage);
+    let keep = Message::Keep { job: job(), attempt: Attempt(1), generation: Generation(1), step: Step(4) };
     assert_eq!(stage.told("a"), std::slice::from_ref(&keep));
-    assert_eq!(stage.view().reason, "gives way to job urgent; writes a checkpoint of step 3");
+    assert_eq!(stage.view().reason, "gives way to job urgent; writes a checkpoint of step 4");
     // Its writer is lost: the other one has the state too.
     stage.down("a");
     assert_eq!(stage.told("b"), [keep]);
     let within = stage.within(1);
-    let path = "checkpoints/00000003-a1-g1".to_owned();
+    let path = "checkpoints/00000004-a1-g1".to_owned();
     let removed = Vec::new();
     stage.say(
         "b",
         Said::Checkpoint {
             within,
-            step: Step(3),
+            step: Step(4),
             path,
             size_bytes: 1,
             seconds: 0.1,
@@ -148,22 +158,24 @@ fn a_job_of_lower_priority_makes_room_by_a_checkpoint_and_loses_no_step() {
     );
     assert_eq!(released(&stage, "b").as_deref(), Some("gave way to job urgent"));
     assert_eq!(assigned(&stage, "b"), Some(id("urgent")));
-    let view = stage.view();
-    assert_eq!((view.state, view.step, view.place), (JobState::Queued, Step(3), Some(1)));
-    assert_eq!(view.reason, "needs 2 workers, 0 are free, 1 connected in all; job urgent has 1");
     let record = stage.saved().unwrap();
     assert_eq!(record.state, JobState::Queued);
+    // It keeps nobody from anything while it waits for more workers to connect, and loads ahead.
+    stage.tell(Event::Tick);
+    assert!(stage.looks_for_checkpoint(), "{}", stage.view().reason);
+    stage.found(4);
+    let view = stage.view();
+    assert_eq!((view.state, view.step, view.share), (JobState::Forming, Step(4), 0));
+    assert_eq!(view.reason, "0 of at least 2 workers are ready; 1 more must connect");
 
     // The urgent job ends, and another worker comes.
     stage.ready_for("b", "urgent");
     stage.tell(Event::Cancel { request: 1, job: id("urgent") });
     stage.hello("c", None);
-    assert!(stage.looks_for_checkpoint(), "{}", stage.view().reason);
-    stage.found(3);
     stage.ready("b");
     stage.ready("c");
     let (_, generation) = stage.formed("b").unwrap();
-    assert_eq!((generation.generation, generation.start.applied), (Generation(2), Step(3)));
+    assert_eq!((generation.generation, generation.start.applied), (Generation(2), Step(4)));
     assert_eq!(stage.view().ledger.recomputed, 0, "nothing is trained twice");
 }
 
