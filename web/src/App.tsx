@@ -1,0 +1,58 @@
+// The frame around every page.
+
+import { refused, signOut, token } from "./api/session";
+import { Compare } from "./pages/Compare";
+import { Job } from "./pages/Job";
+import { Jobs } from "./pages/Jobs";
+import { SignIn } from "./pages/SignIn";
+import { route, type Route } from "./router";
+import { next, theme } from "./theme";
+
+export function App() {
+  return (
+    <>
+      <a class="skip" href="#main">
+        To the content
+      </a>
+      <header>
+        <a class="brand" href="/">
+          <img src="/icon.svg" alt="" width="26" height="26" /> Shanty
+        </a>
+        <nav aria-label="Pages">
+          <a href="/">Jobs</a>
+        </nav>
+        <button type="button" onClick={next} aria-label={`Colours: ${theme.value}. Change`}>
+          {theme.value === "system" ? "◐ auto" : theme.value === "dark" ? "● dark" : "○ light"}
+        </button>
+        {token.value ? (
+          <button type="button" onClick={signOut}>
+            Sign out
+          </button>
+        ) : null}
+      </header>
+      <main id="main" tabIndex={-1}>
+        {refused.value === null ? <Page route={route.value} /> : <SignIn reason={refused.value} />}
+      </main>
+    </>
+  );
+}
+
+function Page({ route }: { route: Route }) {
+  switch (route.page) {
+    case "jobs":
+      return <Jobs />;
+    case "job":
+      return <Job id={route.job} key={route.job} />;
+    case "compare":
+      return <Compare ids={route.jobs} />;
+    case "missing":
+      return (
+        <>
+          <h1>No such page</h1>
+          <p>
+            There is nothing at <code>{route.path}</code>. <a href="/">All jobs</a>
+          </p>
+        </>
+      );
+  }
+}
