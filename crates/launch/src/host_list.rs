@@ -97,7 +97,7 @@ mod tests {
 
     use super::*;
 
-    /// What `scontrol show hostnames` of Slurm 22.05 prints for each.
+    /// As `scontrol show hostnames` of Slurm 22.05 prints each; it refuses the last, a name that goes on after its bracket.
     #[test]
     fn lists_expand_as_slurm_expands_them() {
         for (list, expected) in [
