@@ -10,6 +10,7 @@ mod find;
 mod hub;
 mod leases;
 pub mod machine;
+mod pages;
 pub mod prepare;
 mod server;
 mod services;

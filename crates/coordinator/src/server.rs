@@ -18,6 +18,8 @@ use shanty_proto::{
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tonic_web::GrpcWebLayer;
 
 use crate::{
     engine::{self, Works},
@@ -25,6 +27,7 @@ use crate::{
     hub::Hub,
     leases::Leases,
     machine::{self, Event, Machine},
+    pages,
     services::{Jobs, Statuses, Workers},
     store::{Closing, Store},
 };
@@ -235,15 +238,21 @@ async fn serve_grpc(
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .expect("the descriptors come from the same build");
-    tonic::transport::Server::builder()
-        .tcp_nodelay(true)
-        .http2_keepalive_interval(Some(Duration::from_secs(2)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(3)))
-        .add_service(health)
+    // One port for all: native gRPC, gRPC-web for browsers, and the pages that speak it.
+    let routes = Routes::new(health)
         .add_service(reflection)
         .add_service(jobs)
         .add_service(statuses)
         .add_service(workers)
+        .into_axum_router()
+        .layer(GrpcWebLayer::new())
+        .fallback(pages::answer);
+    tonic::transport::Server::builder()
+        .tcp_nodelay(true)
+        .accept_http1(true)
+        .http2_keepalive_interval(Some(Duration::from_secs(2)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(3)))
+        .add_routes(Routes::from(routes))
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled())
         .await
         .map_err(Error::Serve)
