@@ -1,9 +1,11 @@
 // The frame around every page.
 
 import { refused, signOut, token } from "./api/session";
+import { roleWord, who } from "./api/who";
 import { Compare } from "./pages/Compare";
 import { Job } from "./pages/Job";
 import { Jobs } from "./pages/Jobs";
+import { Queue } from "./pages/Queue";
 import { SignIn } from "./pages/SignIn";
 import { route, type Route } from "./router";
 import { next, theme } from "./theme";
@@ -19,11 +21,21 @@ export function App() {
           <img src="/icon.svg" alt="" width="26" height="26" /> Shanty
         </a>
         <nav aria-label="Pages">
-          <a href="/">Jobs</a>
+          <a href="/" aria-current={route.value.page === "jobs" ? "page" : undefined}>
+            Jobs
+          </a>
+          <a href="/queue" aria-current={route.value.page === "queue" ? "page" : undefined}>
+            Queue
+          </a>
         </nav>
         <button type="button" onClick={next} aria-label={`Colours: ${theme.value}. Change`}>
           {theme.value === "system" ? "◐ auto" : theme.value === "dark" ? "● dark" : "○ light"}
         </button>
+        {who.value ? (
+          <span class="who muted" title={`coordinator ${who.value.coordinatorVersion}`}>
+            {who.value.asks ? `${who.value.name}: ${roleWord.value}` : "asks nobody who they are"}
+          </span>
+        ) : null}
         {token.value ? (
           <button type="button" onClick={signOut}>
             Sign out
@@ -41,6 +53,8 @@ function Page({ route }: { route: Route }) {
   switch (route.page) {
     case "jobs":
       return <Jobs />;
+    case "queue":
+      return <Queue />;
     case "job":
       return <Job id={route.job} key={route.job} />;
     case "compare":

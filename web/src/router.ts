@@ -1,16 +1,26 @@
-// Addresses within the page: `/`, `/jobs/ID`, `/compare?job=A&job=B`. The coordinator answers each with the same page.
+// Addresses within the page: `/`, `/queue`, `/jobs/ID`, `/compare?job=A&job=B`. The coordinator answers each with the same page.
 
 import { signal } from "@preact/signals";
 
-export type Route = { page: "jobs" } | { page: "job"; job: string } | { page: "compare"; jobs: string[] } | { page: "missing"; path: string };
+export type Route = { page: "jobs" } | { page: "queue" } | { page: "job"; job: string } | { page: "compare"; jobs: string[] } | { page: "missing"; path: string };
 
 export function parse(url: URL): Route {
-  const parts = url.pathname.split("/").filter(Boolean).map(decodeURIComponent);
+  const parts = url.pathname.split("/").filter(Boolean).map(decoded);
   if (parts.length === 0) return { page: "jobs" };
+  if (parts[0] === "queue" && parts.length === 1) return { page: "queue" };
   if (parts[0] === "jobs" && parts.length === 1) return { page: "jobs" };
   if (parts[0] === "jobs" && parts[1] && parts.length === 2) return { page: "job", job: parts[1] };
   if (parts[0] === "compare" && parts.length === 1) return { page: "compare", jobs: url.searchParams.getAll("job") };
   return { page: "missing", path: url.pathname };
+}
+
+/** A part of an address; as it is, where it is none that can be read. */
+function decoded(part: string): string {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
 }
 
 export const route = signal<Route>({ page: "jobs" });
@@ -33,6 +43,8 @@ export function start(): void {
     if (event.defaultPrevented || event.button !== 0 || event.metaKey || event.ctrlKey || event.shiftKey || event.altKey) return;
     const link = (event.target as Element | null)?.closest("a");
     if (!link || link.origin !== location.origin || link.target) return;
+    // A place within this page, such as the way past the header.
+    if (link.hash && link.pathname === location.pathname && link.search === location.search) return;
     event.preventDefault();
     go(link.pathname + link.search);
   });

@@ -9,5 +9,7 @@ it("knows its pages", () => {
   expect(at("/jobs/")).toEqual({ page: "jobs" });
   expect(at(jobPath("a b/c"))).toEqual({ page: "job", job: "a b/c" });
   expect(at(comparePath(["x", "y&z"]))).toEqual({ page: "compare", jobs: ["x", "y&z"] });
+  expect(at("/queue")).toEqual({ page: "queue" });
+  expect(at("/jobs/100%")).toEqual({ page: "job", job: "100%" });
   expect(at("/else")).toEqual({ page: "missing", path: "/else" });
 });

@@ -10,6 +10,19 @@ describe("a series", () => {
     expect(series.steps).toEqual([1, 2, 3]);
     expect(series.columns.loss).toEqual([1, 2, 30]);
   });
+  it("keeps its columns, its ends and all newer points where it is thinned", () => {
+    const series = new Series(["loss"] as const);
+    const { steps } = series;
+    const { loss } = series.columns;
+    for (let step = 0; step < 101; step++) series.add(step, { loss: -step });
+    series.bound(100);
+    expect(series.steps).toBe(steps);
+    expect(series.columns.loss).toBe(loss);
+    expect(steps.length).toBe(loss.length);
+    expect(steps.slice(0, 3)).toEqual([0, 2, 4]);
+    expect(steps.slice(-51)).toEqual(Array.from({ length: 51 }, (_, at) => at + 50));
+    expect(loss.at(-1)).toBe(-100);
+  });
   it("takes a repeat of the newest point once", () => {
     const series = new Series(["loss"] as const);
     series.add(1, { loss: 1 });

@@ -92,7 +92,7 @@ impl<'a> Watcher<'a> {
     }
 
     async fn follow_stream(&mut self, reporter: &mut Reporter) -> Result<Option<JobStatus>, Break> {
-        let request = WatchJobRequest { job_id: self.job_id.to_owned() };
+        let request = WatchJobRequest { job_id: self.job_id.to_owned(), ..WatchJobRequest::default() };
         let mut stream = self.client.status().watch_job(request).await?.into_inner();
         while let Some(message) = stream.message().await? {
             match message.update {
@@ -114,7 +114,8 @@ impl<'a> Watcher<'a> {
                 Some(Update::Evaluation(evaluation)) => self.show_evaluation(&evaluation, reporter)?,
                 Some(Update::Checkpoint(checkpoint)) => self.show_checkpoint(&checkpoint, reporter)?,
                 Some(Update::Event(event)) => self.show_event(&event, reporter)?,
-                None => {}
+                // Nobody asked for pulses, and a newer coordinator may know more.
+                Some(Update::Pulse(_)) | None => {}
             }
         }
         Ok(None)
@@ -127,7 +128,12 @@ impl<'a> Watcher<'a> {
             return Ok(());
         }
         let limit = u32::try_from(last - self.shown.2).unwrap_or(u32::MAX);
-        let request = ListStepsRequest { job_id: self.job_id.to_owned(), from_step, limit };
+        let request = ListStepsRequest {
+            job_id: self.job_id.to_owned(),
+            from_step,
+            limit,
+            ..ListStepsRequest::default()
+        };
         let steps = self.client.status().list_steps(request).await?.into_inner().steps;
         for step in steps.iter().filter(|step| step.step <= last) {
             self.show_step(step, reporter)?;

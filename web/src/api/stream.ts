@@ -2,7 +2,7 @@
 
 import { signal, type ReadonlySignal } from "@preact/signals";
 
-import { mayPass, messageOf } from "./clients";
+import { mayPass, messageOf, noteRefusal } from "./clients";
 
 /** How a stream is doing, for people. */
 export type Connection = { state: "connecting" | "live" | "lost" | "ended" | "refused"; reason: string };
@@ -42,6 +42,7 @@ export function follow<T>(open: (signal: AbortSignal) => AsyncIterable<T>, take:
         connection.value = { state: "lost", reason: "the coordinator closed the stream" };
       } catch (error) {
         if (stopping.signal.aborted) return;
+        noteRefusal(error);
         if (!mayPass(error)) {
           connection.value = { state: "refused", reason: messageOf(error) };
           return;

@@ -26,6 +26,16 @@ export class Series<Name extends string> {
     for (const name of this.#names) this.columns[name].push(values[name]);
   }
 
+  /** Drops every other point of the older half, once there are more than `most`: memory has a bound, the newest keep all detail. */
+  bound(most: number): void {
+    if (this.steps.length <= most) return;
+    const half = this.steps.length >> 1;
+    const stays = (_: number, at: number): boolean => at >= half || at % 2 === 0;
+    const kept = this.steps.filter(stays);
+    for (const name of this.#names) replace(this.columns[name], this.columns[name].filter(stays));
+    replace(this.steps, kept);
+  }
+
   clear(): void {
     this.steps.length = 0;
     for (const name of this.#names) this.columns[name].length = 0;
@@ -43,6 +53,12 @@ export class Series<Name extends string> {
     }
     return low;
   }
+}
+
+/** A column keeps its identity: charts hold on to it. */
+function replace(column: number[], values: readonly number[]): void {
+  column.length = values.length;
+  for (let at = 0; at < values.length; at++) column[at] = values[at] as number;
 }
 
 /** Exponential moving average that starts unbiased; gaps (NaN) stay gaps. `weight` of the past, 0 for none. */

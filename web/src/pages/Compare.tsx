@@ -5,11 +5,14 @@ import { useEffect, useState } from "preact/hooks";
 import { Chart, type Line } from "../chart/Chart";
 import { Freshness, JobBadge } from "../parts/State";
 import { Table, type Column } from "../parts/Table";
+import type { Goodput } from "../gen/shanty/v1/status_pb";
 import { jobPath } from "../router";
-import { JobModel } from "../state/job";
-import { count, figure } from "../text/format";
+import { JobModel, type Range } from "../state/job";
+import { count, figure, NONE, percent } from "../text/format";
 
 const COLOURS = 6;
+
+const share = (goodput: Goodput | null): string => (goodput && goodput.elapsedSeconds > 0 ? percent(Math.min(1, goodput.productiveSeconds / goodput.elapsedSeconds)) : NONE);
 
 export function Compare({ ids }: { ids: readonly string[] }) {
   const [jobs, setJobs] = useState<readonly JobModel[]>([]);
@@ -21,6 +24,8 @@ export function Compare({ ids }: { ids: readonly string[] }) {
   }, [names]);
   useEffect(() => void (document.title = "Compare · Shanty"), []);
 
+  const [range, setRange] = useState<Range | null>(null);
+  const shared = { range, onRange: setRange, sync: "compare" };
   const version = jobs.reduce((sum, job) => sum + job.drawn.value, 0);
   const colourOf = (index: number): string => `curve-${(index % COLOURS) + 1}`;
   const training = jobs.map((job, index): Line => ({ label: job.id, colour: colourOf(index), steps: job.training.steps, values: job.training.columns.loss }));
@@ -32,10 +37,11 @@ export function Compare({ ids }: { ids: readonly string[] }) {
   const columns: Column<JobModel>[] = [
     { name: "Job", cell: ({ id }) => <a href={jobPath(id)}>{id}</a> },
     { name: "State", cell: ({ status }) => (status.value ? <JobBadge state={status.value.state} /> : "…") },
-    { name: "Step", number: true, cell: ({ status }) => count(status.value?.step ?? 0n) },
-    { name: "Loss", number: true, cell: ({ status }) => figure(status.value?.loss) },
+    { name: "Step", number: true, cell: ({ figures }) => count(figures.value?.step ?? 0n) },
+    { name: "Loss", number: true, cell: ({ figures }) => figure(figures.value?.loss) },
     { name: "Best eval loss", number: true, cell: ({ evaluation: { columns } }) => figure(columns.loss.length > 0 ? Math.min(...columns.loss) : undefined) },
-    { name: "Tokens/s", number: true, cell: ({ status }) => (status.value ? count(status.value.tokensPerSecond) : "…") },
+    { name: "Tokens/s", number: true, cell: ({ figures }) => (figures.value ? count(figures.value.tokensPerSecond) : "…") },
+    { name: "Goodput", number: true, cell: ({ goodput }) => share(goodput.value) },
   ];
 
   return (
@@ -46,9 +52,9 @@ export function Compare({ ids }: { ids: readonly string[] }) {
       ))}
       <Table caption="Compared jobs" columns={columns} rows={jobs} rowKey={({ id }) => id} empty="Choose two jobs in the list of jobs." />
       <div class="charts">
-        <Chart title="Training loss" unit="nats a token" lines={training} version={version} sync="compare" />
-        {evaluation.length > 0 ? <Chart title="Evaluation loss" unit="nats a token" lines={evaluation} version={version} sync="compare" /> : null}
-        <Chart title="Throughput" unit="tokens a second" lines={pace} version={version} sync="compare" />
+        <Chart title="Training loss" unit="nats a token" lines={training} version={version} {...shared} />
+        {evaluation.length > 0 ? <Chart title="Evaluation loss" unit="nats a token" lines={evaluation} version={version} {...shared} /> : null}
+        <Chart title="Throughput" unit="tokens a second" lines={pace} version={version} {...shared} />
       </div>
     </>
   );

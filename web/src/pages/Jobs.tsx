@@ -8,7 +8,7 @@ import { Freshness, JobBadge } from "../parts/State";
 import { Table, type Column } from "../parts/Table";
 import { comparePath, go, jobPath } from "../router";
 import { connection, keepFresh, list } from "../state/jobs";
-import { ago, count, figure, percent } from "../text/format";
+import { ago, count, figure, NONE, percent } from "../text/format";
 
 export function Jobs() {
   useEffect(keepFresh, []);
@@ -23,14 +23,15 @@ export function Jobs() {
   }
 
   const columns: Column<JobSummary>[] = [
-    { name: "", cell: ({ jobId }) => <input type="checkbox" aria-label={`Compare ${jobId}`} checked={chosen.has(jobId)} onChange={() => choose(jobId)} /> },
+    { name: "Compare", cell: ({ jobId }) => <input type="checkbox" aria-label={`Compare ${jobId}`} checked={chosen.has(jobId)} onChange={() => choose(jobId)} /> },
     { name: "Job", cell: ({ jobId }) => <a href={jobPath(jobId)}>{jobId}</a> },
     { name: "State", cell: ({ state }) => <JobBadge state={state} /> },
     { name: "Step", number: true, cell: (job) => <Steps job={job} /> },
     { name: "Loss", number: true, cell: ({ loss }) => figure(loss) },
     { name: "Workers", number: true, cell: ({ members }) => members },
     { name: "Submitted", cell: ({ submittedUnixMs }) => ago(submittedUnixMs) },
-    { name: "Why", cell: ({ reason }) => reason },
+    { name: "Owner", cell: ({ owner }) => owner || NONE },
+    { name: "Why", wide: true, cell: ({ reason }) => reason },
   ];
 
   return (

@@ -1,48 +1,45 @@
-// What can be done to a job from here. Each asks once more before it acts.
+// What can be done to a job from here, by whoever may do it.
 
-import { useState } from "preact/hooks";
-
-import { jobs, messageOf } from "../api/clients";
+import { jobs } from "../api/clients";
+import { may } from "../api/who";
+import { JobState } from "../gen/shanty/v1/common_pb";
 import type { JobStatus } from "../gen/shanty/v1/status_pb";
 import { isFinal } from "../state/job";
+import { Confirm } from "./Confirm";
 
 export function Actions({ status }: { status: JobStatus }) {
-  const [asking, setAsking] = useState(false);
-  const [answer, setAnswer] = useState<string | null>(null);
-  if (isFinal(status.state)) return null;
-
-  async function cancel(): Promise<void> {
-    setAsking(false);
-    try {
-      await jobs.cancelJob({ jobId: status.jobId });
-      setAnswer(null);
-    } catch (error) {
-      setAnswer(messageOf(error));
-    }
-  }
-
+  const { jobId, state } = status;
+  if (isFinal(state)) return null;
+  const isAtWork = state === JobState.RUNNING || state === JobState.RECOVERING;
   return (
     <div class="actions">
-      {asking ? (
-        <>
-          <span>Stop this job? Its checkpoints stay.</span>
-          <button type="button" class="bad" onClick={() => void cancel()}>
-            Stop it
-          </button>
-          <button type="button" onClick={() => setAsking(false)}>
-            Go on
-          </button>
-        </>
-      ) : (
-        <button type="button" onClick={() => setAsking(true)}>
-          Cancel job…
-        </button>
-      )}
-      {answer ? (
-        <span class="bad-text" role="alert">
-          {answer}
-        </span>
+      {isAtWork && may("JobService/CheckpointNow") ? (
+        <Confirm name="Checkpoint now…" question="Write a checkpoint after the step that is made now? The job goes on meanwhile." yes="Write it" act={checkpoint} />
       ) : null}
+      {may("JobService/CancelJob") ? <Confirm name="Cancel job…" question={`Stop ${jobId}? Its checkpoints stay, and it can be resumed.`} yes="Stop it" act={cancel} grave /> : null}
     </div>
+  );
+
+  async function checkpoint(): Promise<string> {
+    const { afterStep } = await jobs.checkpointNow({ jobId });
+    return `Asked for, beyond step ${afterStep}.`;
+  }
+
+  async function cancel(): Promise<string> {
+    await jobs.cancelJob({ jobId });
+    return "";
+  }
+}
+
+/** Asks a worker to hand back what it holds and to end. */
+export function Drain({ worker }: { worker: string }) {
+  return (
+    <Confirm
+      name="Drain…"
+      about={worker}
+      question={`Ask ${worker} to hand back what it holds and to end? The job goes on without it.`}
+      yes="Drain it"
+      act={async () => (await jobs.drainWorker({ workerId: worker }), "Asked.")}
+    />
   );
 }

@@ -1,16 +1,18 @@
-// The workers' logs as they come: by worker, by level, by text.
+// The workers' logs as they come: by worker, by level, by text. The coordinator filters, so that no line travels for nothing.
 
-import { useEffect, useMemo, useRef, useState } from "preact/hooks";
+import { useEffect, useRef, useState } from "preact/hooks";
 
 import { statuses } from "../api/clients";
 import { follow, type Connection } from "../api/stream";
 import type { LogLine, Member } from "../gen/shanty/v1/status_pb";
-import { clock, shortId } from "../text/format";
+import { clock, count, shortId } from "../text/format";
 import { Freshness } from "./State";
 
 const LEVELS = ["error", "warn", "info", "debug", "trace"] as const;
 /** Lines that a page keeps. */
 const MOST_LINES = 2_000;
+/** After the last letter of a text. */
+const PAUSE_MS = 250;
 
 export function Logs({ job, members, ended }: { job: string; members: readonly Member[]; ended: boolean }) {
   const [worker, setWorker] = useState("");
@@ -18,34 +20,40 @@ export function Logs({ job, members, ended }: { job: string; members: readonly M
   const [text, setText] = useState("");
   const [lines, setLines] = useState<readonly LogLine[]>([]);
   const [connection, setConnection] = useState<Connection>({ state: "connecting", reason: "" });
+  const [wanted, setWanted] = useState("");
+  const [missed, setMissed] = useState(0n);
   const end = useRef<HTMLDivElement>(null);
   const following = useRef(true);
 
   useEffect(() => {
     setLines([]);
+    setMissed(0n);
     let fresh = true;
     const stream = follow(
-      (signal) => ((fresh = true), statuses.tailLogs({ jobId: job, workerId: worker, follow: !ended }, { signal })),
+      (signal) => ((fresh = true), statuses.tailLogs({ jobId: job, workerId: worker, level, text: wanted, follow: !ended }, { signal })),
       (message) => {
         // A stream that begins again brings the past again.
-        setLines((before) => [...(fresh ? [] : before), ...message.lines].slice(-MOST_LINES));
+        const before = fresh;
         fresh = false;
+        setLines((lines) => [...(before ? [] : lines), ...message.lines].slice(-MOST_LINES));
+        if (message.missed > 0n) setMissed((missed) => missed + message.missed);
       },
       () => ended,
     );
     const stop = stream.connection.subscribe(setConnection);
     return () => (stop(), stream.stop());
-  }, [job, worker, ended]);
+  }, [job, worker, level, wanted, ended]);
 
-  const shown = useMemo(() => {
-    const [most, wanted] = [LEVELS.indexOf(level), text.toLowerCase()];
-    return lines.filter((line) => LEVELS.indexOf(line.level as (typeof LEVELS)[number]) <= most && (wanted === "" || line.text.toLowerCase().includes(wanted)));
-  }, [lines, level, text]);
+  // The coordinator looks through all that it keeps, not every letter that is typed.
+  useEffect(() => {
+    const timer = setTimeout(() => setWanted(text.trim()), PAUSE_MS);
+    return () => clearTimeout(timer);
+  }, [text]);
 
   useEffect(() => {
     const box = end.current;
     if (box && following.current) box.scrollTop = box.scrollHeight;
-  }, [shown]);
+  }, [lines]);
 
   return (
     <>
@@ -75,6 +83,9 @@ export function Logs({ job, members, ended }: { job: string; members: readonly M
         </label>
       </form>
       <Freshness connection={connection} />
+      {missed > 0n ? (
+        <p class="muted">{count(missed)} lots of lines came faster than this page reads: they are left out here.</p>
+      ) : null}
       <div
         ref={end}
         class="log"
@@ -83,8 +94,8 @@ export function Logs({ job, members, ended }: { job: string; members: readonly M
         tabIndex={0}
         onScroll={({ currentTarget: box }) => (following.current = box.scrollHeight - box.scrollTop - box.clientHeight < 24)}
       >
-        {shown.length === 0 ? <p class="muted">No line matches.</p> : null}
-        {shown.map((line, index) => (
+        {lines.length === 0 ? <p class="muted">No line matches.</p> : null}
+        {lines.map((line, index) => (
           <div class={`line ${line.level}`} key={`${line.unixMs}-${index}`}>
             <time>{clock(line.unixMs)}</time> <span class="level">{line.level}</span> <code title={line.workerId}>{shortId(line.workerId)}</code> <span>{line.text}</span>
           </div>

@@ -26,6 +26,7 @@ const MEMBER: Record<MemberPhase, [string, string]> = {
   [MemberPhase.EVALUATING]: ["evaluating", "good"],
   [MemberPhase.WAITING]: ["waiting", "warn"],
   [MemberPhase.LOST]: ["lost", "bad"],
+  [MemberPhase.WRITING]: ["writing", "busy"],
 };
 
 export const jobWord = (state: JobState): string => JOB[state]?.[0] ?? "unknown";
@@ -35,9 +36,14 @@ export function JobBadge({ state }: { state: JobState }) {
   return <span class={`badge ${tone}`}>{word}</span>;
 }
 
-export function MemberBadge({ phase }: { phase: MemberPhase }) {
+export function MemberBadge({ phase, also = "" }: { phase: MemberPhase; also?: string }) {
   const [word, tone] = MEMBER[phase] ?? MEMBER[MemberPhase.UNSPECIFIED];
-  return <span class={`badge ${tone}`}>{word}</span>;
+  return (
+    <>
+      <span class={`badge ${tone}`}>{word}</span>
+      {also ? <span class="badge warn">{also}</span> : null}
+    </>
+  );
 }
 
 /** Says aloud that what is shown is old. */

@@ -4,9 +4,13 @@ import type { ComponentChildren } from "preact";
 
 export interface Column<Row> {
   name: string;
+  /** Shown at its head in place of the name. */
+  label?: ComponentChildren;
   cell: (row: Row) => ComponentChildren;
   /** Numbers are set to the right. */
   number?: boolean;
+  /** Words, which take the room that is left. */
+  wide?: boolean;
 }
 
 interface Props<Row> {
@@ -25,9 +29,9 @@ export function Table<Row>({ caption, columns, rows, rowKey, empty }: Props<Row>
         <caption class="unseen">{caption}</caption>
         <thead>
           <tr>
-            {columns.map(({ name, number }) => (
-              <th scope="col" class={number ? "number" : undefined}>
-                {name}
+            {columns.map(({ name, label, number }) => (
+              <th key={name} scope="col" class={number ? "number" : undefined}>
+                {label ?? name}
               </th>
             ))}
           </tr>
@@ -35,8 +39,8 @@ export function Table<Row>({ caption, columns, rows, rowKey, empty }: Props<Row>
         <tbody>
           {rows.map((row) => (
             <tr key={rowKey(row)}>
-              {columns.map(({ name, cell, number }) => (
-                <td data-name={name} class={number ? "number" : undefined}>
+              {columns.map(({ name, cell, number, wide }) => (
+                <td key={name} data-name={name} class={number ? "number" : wide ? "words" : undefined}>
                   {cell(row)}
                 </td>
               ))}

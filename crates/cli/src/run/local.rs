@@ -25,6 +25,7 @@ use super::{
 use crate::{
     client::{Client, wire},
     commands::worker::devices,
+    dashboard,
     error::Error,
     failure::{CommandResult, Exit, Failure},
     job_file::{JobFile, short},
@@ -111,6 +112,7 @@ impl LocalRun<'_> {
         interrupted: &CancellationToken,
     ) -> CommandResult<End> {
         self.store.write_address(host.address())?;
+        dashboard::tell(self.ui, host.address(), host.key());
         let client = host.connect().await?;
         let (job_id, from) = self.begin(&client).await?;
         let mut watcher = Watcher::new(&client, &job_id);

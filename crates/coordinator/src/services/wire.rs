@@ -8,8 +8,8 @@ use shanty_proto::{
 use crate::{
     error::{Error, Result},
     machine::{
-        Announcement, Attachment, JobView, KeptSum, MemberPhase, MemberView, Message, Said, StepReport,
-        Timings, Within, WorkerInfo,
+        AdapterFacts, Announcement, Attachment, Configuration, JobView, KeptSum, MemberPhase, MemberView,
+        Message, Said, StepReport, Timings, Within, WorkerInfo,
         ledger::Ledger,
         record::{
             CheckpointRecord, EvaluationRecord, EventRecord, GenerationRecord, JobState, RankRows, Source,
@@ -90,8 +90,12 @@ pub(crate) fn said(message: In) -> Result<Said> {
             job: job_id(&ready.job_id)?,
             attempt: Attempt(ready.attempt),
             base_hash: ready.base_hash,
-            seconds: ready.seconds,
-            trainable_parameters: ready.trainable_parameters,
+            facts: AdapterFacts {
+                trainable_parameters: ready.trainable_parameters,
+                total_parameters: ready.total_parameters,
+                matched_modules: u32::try_from(ready.matched_modules.len()).unwrap_or(u32::MAX),
+                load_seconds: finite("the time that loading took", ready.seconds)?,
+            },
             part: ready.shard_part,
         },
         In::Failure(failure) => {
@@ -254,6 +258,9 @@ pub(crate) fn message_out(message: Message, terms: Terms) -> v1::CoordinatorMess
             generation: generation.0,
             step: step.0,
         }),
+        Message::Save { job, attempt, generation } => {
+            Out::Save(v1::Save { job_id: job.into(), attempt: attempt.0, generation: generation.0 })
+        }
         Message::Release { job, attempt, succeeded, reason } => {
             Out::Release(v1::Release { job_id: job.into(), attempt: attempt.0, succeeded, reason })
         }
@@ -447,6 +454,7 @@ fn member_out(from: &MemberView) -> v1::Member {
         }),
         spare: from.spare,
         draining: from.draining,
+        restarts: from.restarts,
     }
 }
 
@@ -490,7 +498,43 @@ pub(crate) fn status_out(from: &JobView) -> v1::JobStatus {
         ended_unix_ms: from.ended_unix_ms,
         error: failure.as_ref().map(shanty_proto::to_detail),
         crew: Some(super::wire_crew::health_out(&from.crew)),
+        goodput: Some(super::wire_crew::goodput_out(&from.time)),
     }
+}
+
+/// What moves between two whole statuses.
+pub(crate) fn pulse_out(from: &JobView, unix_ms: u64) -> v1::Pulse {
+    v1::Pulse {
+        unix_ms,
+        members: from.members.iter().map(member_out).collect(),
+        ledger: Some(ledger_out(&from.ledger)),
+        crew: Some(super::wire_crew::health_out(&from.crew)),
+        goodput: Some(super::wire_crew::goodput_out(&from.time)),
+        tokens_per_second: from.tokens_per_second,
+        eta_seconds: from.eta_seconds,
+        epoch: from.epoch,
+    }
+}
+
+/// A job as it was submitted, and what was learnt of it.
+pub(crate) fn configuration_out(from: &Configuration) -> v1::GetConfigurationResponse {
+    let data = from.data.as_ref().map(|facts| v1::PreparedData {
+        hash: facts.hash.clone(),
+        train_rows: facts.train_rows,
+        eval_rows: facts.eval_rows,
+        train_tokens: facts.train_tokens,
+        train_trained_tokens: facts.train_trained_tokens,
+        steps: from.steps.0,
+        steps_per_epoch: from.steps_per_epoch,
+        warnings: facts.warnings.clone(),
+    });
+    let adapter = from.adapter.map(|facts| v1::AdapterFacts {
+        trainable_parameters: facts.trainable_parameters,
+        total_parameters: facts.total_parameters,
+        matched_modules: facts.matched_modules,
+        load_seconds: facts.load_seconds,
+    });
+    v1::GetConfigurationResponse { spec_json: from.spec_json.to_string(), data, adapter }
 }
 
 pub(crate) fn summary_out(from: &JobView) -> v1::JobSummary {
