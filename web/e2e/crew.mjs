@@ -1,13 +1,13 @@
 // A real coordinator and real workers for the browser's tests: processes of the program, a tiny base, a job of some hundred steps.
 
 import { spawn } from "node:child_process";
-import { cpSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { cpSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import { createInterface } from "node:readline";
 
 const ROOT = resolve(import.meta.dirname, "../..");
-const BASE = join(ROOT, "crates/testkit/fixtures/reference/models/llama");
+const FIXTURES = join(ROOT, "crates/testkit/fixtures/reference");
 
 /** Waits for a condition, never for a time. */
 export async function until(what, check, limitMs = 60_000) {
@@ -31,11 +31,13 @@ export class Crew {
   #processes = new Map();
   #workers = 0;
   address = "";
+  token = "";
+  every = 0;
 
   constructor(program) {
     this.#program = resolve(program);
     mkdirSync(join(this.#folder, "state"));
-    cpSync(BASE, join(this.#folder, "base"), { recursive: true });
+    for (const part of ["models/llama", "tokenizer"]) cpSync(join(FIXTURES, part), join(this.#folder, "base"), { recursive: true });
   }
 
   async start(listen = "127.0.0.1:0") {
@@ -44,16 +46,20 @@ export class Crew {
       const event = JSON.parse(line);
       if (event.event === "listening") {
         this.address = event.address;
-        this.localKey = event.local_key;
+        this.token = readFileSync(event.local_key, "utf8").trim();
         return;
       }
     }
     throw new Error("the coordinator ended before it listened");
   }
 
-  /** kill -9, and the same address and state again. */
+  /** An address of the dashboard as `shanty` prints it. */
+  link(path) {
+    return `${this.address}${path}#token=${this.token}`;
+  }
+
+  /** The same address and state again, after a kill. */
   async restart() {
-    await this.kill("coordinator");
     await this.start(this.address.replace(/^https?:\/\//, ""));
   }
 
@@ -63,7 +69,14 @@ export class Crew {
     return name;
   }
 
+  /** A token of a role, named after whoever has it. */
+  async makeToken(role) {
+    const answer = await this.run(["token", "create", "--role", role, "--name", `${role}er`, "--coordinator", this.address, "--output", "json"]);
+    return JSON.parse(answer).token;
+  }
+
   async submit(settings) {
+    this.every = Math.ceil(settings.steps / 10);
     const lines = Array.from({ length: settings.lines }, (_, index) => JSON.stringify({ text: `the crew hauls row ${index}, and row ${index * 7} after it, until the anchor is up` }));
     writeFileSync(join(this.#folder, "train.jsonl"), lines.join("\n"));
     writeFileSync(join(this.#folder, "eval.jsonl"), lines.slice(0, 4).join("\n"));
@@ -87,7 +100,7 @@ learning_rate = 5e-3
 eval_every_steps = ${Math.ceil(settings.steps / 6)}
 [checkpoint]
 store = "runs/${settings.name}"
-every_steps = ${Math.ceil(settings.steps / 10)}
+every_steps = ${this.every}
 [cluster]
 workers = { min = ${settings.min ?? 1}, max = 8 }
 device = "cpu"

@@ -28,9 +28,13 @@ export function App() {
             Queue
           </a>
         </nav>
-        <button type="button" onClick={next} aria-label={`Colours: ${theme.value}. Change`}>
-          {theme.value === "system" ? "◐ auto" : theme.value === "dark" ? "● dark" : "○ light"}
+        <button type="button" onClick={next} title="Change colours" aria-describedby="colours">
+          <span aria-hidden="true">{theme.value === "system" ? "◐ " : theme.value === "dark" ? "● " : "○ "}</span>
+          {theme.value === "system" ? "auto" : theme.value}
         </button>
+        <span id="colours" class="unseen">
+          Changes the colours
+        </span>
         {who.value ? (
           <span class="who muted" title={`coordinator ${who.value.coordinatorVersion}`}>
             {who.value.asks ? `${who.value.name}: ${roleWord.value}` : "asks nobody who they are"}

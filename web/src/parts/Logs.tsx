@@ -6,19 +6,25 @@ import { statuses } from "../api/clients";
 import { follow, type Connection } from "../api/stream";
 import type { LogLine, Member } from "../gen/shanty/v1/status_pb";
 import { clock, count, shortId } from "../text/format";
+import { Pace } from "../state/pace";
 import { Freshness } from "./State";
 
 const LEVELS = ["error", "warn", "info", "debug", "trace"] as const;
 /** Lines that a page keeps. */
-const MOST_LINES = 2_000;
+const MOST_LINES = 500;
 /** After the last letter of a text. */
 const PAUSE_MS = 250;
+
+/** A line, and what tells it from all others. */
+interface Line extends LogLine {
+  key: number;
+}
 
 export function Logs({ job, members, ended }: { job: string; members: readonly Member[]; ended: boolean }) {
   const [worker, setWorker] = useState("");
   const [level, setLevel] = useState<(typeof LEVELS)[number]>("info");
   const [text, setText] = useState("");
-  const [lines, setLines] = useState<readonly LogLine[]>([]);
+  const [lines, setLines] = useState<readonly Line[]>([]);
   const [connection, setConnection] = useState<Connection>({ state: "connecting", reason: "" });
   const [wanted, setWanted] = useState("");
   const [missed, setMissed] = useState(0n);
@@ -28,20 +34,22 @@ export function Logs({ job, members, ended }: { job: string; members: readonly M
   useEffect(() => {
     setLines([]);
     setMissed(0n);
-    let fresh = true;
+    let [kept, next, lost, fresh] = [[] as Line[], 0, 0n, true];
+    const pace = new Pace(() => (setLines(kept), setMissed(lost)));
     const stream = follow(
       (signal) => ((fresh = true), statuses.tailLogs({ jobId: job, workerId: worker, level, text: wanted, follow: !ended }, { signal })),
       (message) => {
+        const lines = message.lines.map((line): Line => ({ ...line, key: next++ }));
         // A stream that begins again brings the past again.
-        const before = fresh;
+        kept = [...(fresh ? [] : kept), ...lines].slice(-MOST_LINES);
         fresh = false;
-        setLines((lines) => [...(before ? [] : lines), ...message.lines].slice(-MOST_LINES));
-        if (message.missed > 0n) setMissed((missed) => missed + message.missed);
+        lost += message.missed;
+        pace.ask();
       },
       () => ended,
     );
     const stop = stream.connection.subscribe(setConnection);
-    return () => (stop(), stream.stop());
+    return () => (stop(), stream.stop(), pace.stop());
   }, [job, worker, level, wanted, ended]);
 
   // The coordinator looks through all that it keeps, not every letter that is typed.
@@ -95,8 +103,8 @@ export function Logs({ job, members, ended }: { job: string; members: readonly M
         onScroll={({ currentTarget: box }) => (following.current = box.scrollHeight - box.scrollTop - box.clientHeight < 24)}
       >
         {lines.length === 0 ? <p class="muted">No line matches.</p> : null}
-        {lines.map((line, index) => (
-          <div class={`line ${line.level}`} key={`${line.unixMs}-${index}`}>
+        {lines.map((line) => (
+          <div class={`line ${line.level}`} key={line.key}>
             <time>{clock(line.unixMs)}</time> <span class="level">{line.level}</span> <code title={line.workerId}>{shortId(line.workerId)}</code> <span>{line.text}</span>
           </div>
         ))}

@@ -1,13 +1,15 @@
 // One job as its page shows it: the past from the coordinator's store, then every update as it comes.
 //
+// Steps may come by the hundred a second. What comes is taken at once and shown at a pace that leaves the browser time for people.
 // What moves with every step, with every pulse and with every change of state are signals of their own: a crew of hundreds is not
 // drawn anew because a loss came in.
 
-import { signal } from "@preact/signals";
+import { batch, signal } from "@preact/signals";
 
 import { statuses } from "../api/clients";
 import { follow, wait, type Following } from "../api/stream";
 import { Series } from "../chart/series";
+import { Pace } from "./pace";
 import { JobState } from "../gen/shanty/v1/common_pb";
 import type { Checkpoint } from "../gen/shanty/v1/job_pb";
 import type { CrewHealth, Event, Goodput, JobStatus, Ledger, Member, Pulse, StepRecord, WatchJobResponse } from "../gen/shanty/v1/status_pb";
@@ -64,7 +66,10 @@ export class JobModel {
   readonly drawn = signal(0);
   readonly #following: Following;
   readonly #stopping = new AbortController();
-  #redraw: number | null = null;
+  readonly #pace = new Pace(() => this.#show());
+  /** What came since it was last shown. */
+  #newest: StepRecord | null = null;
+  #news: Event[] = [];
   #catchingUp = false;
   #zoomed = new AbortController();
 
@@ -84,7 +89,7 @@ export class JobModel {
     this.#following.stop();
     this.#stopping.abort();
     this.#zoomed.abort();
-    if (this.#redraw !== null) cancelAnimationFrame(this.#redraw);
+    this.#pace.stop();
   }
 
   /** The curves as they are to be drawn: in more detail where somebody looks closer. */
@@ -97,7 +102,7 @@ export class JobModel {
     this.range.value = range;
     this.#zoomed.abort();
     this.detail.clear();
-    this.#changed();
+    this.#pace.ask();
     if (range && this.oneOf.peek() > 1) {
       this.#zoomed = new AbortController();
       void this.#fetchDetail(range, this.#zoomed.signal);
@@ -111,7 +116,7 @@ export class JobModel {
       if (signal.aborted || answer.steps.length < 2) return;
       this.detail.clear();
       for (const step of answer.steps) this.detail.add(Number(step.step), valuesOf(step));
-      this.#changed();
+      this.#pace.ask();
     } catch {
       // The coarse curve stays; the banner says that the coordinator is away.
     }
@@ -124,7 +129,7 @@ export class JobModel {
     if (first.done) return;
     yield first.value;
     const [, events] = await Promise.all([this.#fetchPast(stop), statuses.listEvents({ jobId: this.id }, { signal: stop })]);
-    this.events.value = events.events.slice(-MOST_EVENTS);
+    [this.#news, this.events.value] = [[], events.events.slice(-MOST_EVENTS)];
     for (let next = await live.next(); !next.done; next = await live.next()) yield next.value;
   }
 
@@ -133,7 +138,7 @@ export class JobModel {
     this.training.clear();
     for (const step of past.steps) this.training.add(Number(step.step), valuesOf(step));
     this.oneOf.value = Number(past.oneOf);
-    this.#changed();
+    this.#pace.ask();
   }
 
   /** Steps that this page was too slow for are in the store. */
@@ -159,7 +164,7 @@ export class JobModel {
         this.training.add(Number(update.value.step), valuesOf(update.value));
         this.training.bound(MOST_POINTS);
         if (this.detail.length > 0) this.detail.add(Number(update.value.step), valuesOf(update.value));
-        this.#follow(update.value);
+        this.#newest = update.value;
         break;
       case "evaluation":
         this.evaluation.add(Number(update.value.step), { loss: update.value.loss });
@@ -170,10 +175,11 @@ export class JobModel {
         return;
       }
       case "event":
-        this.events.value = [...this.events.peek(), update.value].slice(-MOST_EVENTS);
-        return;
+        // A page in the background is not shown, and keeps no more than it would show.
+        if (this.#news.push(update.value) > MOST_EVENTS) this.#news.shift();
+        break;
     }
-    this.#changed();
+    this.#pace.ask();
   }
 
   #takeStatus(status: JobStatus): void {
@@ -204,12 +210,14 @@ export class JobModel {
     if (figures && step > figures.step) this.figures.value = { ...figures, step, loss, learningRate, gradientNorm };
   }
 
-  /** At most one drawing a frame, however fast steps come. */
-  #changed(): void {
-    this.#redraw ??= requestAnimationFrame(() => {
-      this.#redraw = null;
+  /** Shows what came. */
+  #show(): void {
+    batch(() => {
+      if (this.#newest) this.#follow(this.#newest);
+      if (this.#news.length > 0) this.events.value = [...this.events.peek(), ...this.#news].slice(-MOST_EVENTS);
       this.drawn.value++;
     });
+    [this.#newest, this.#news] = [null, []];
   }
 }
 
