@@ -95,7 +95,7 @@ impl<'a> Watcher<'a> {
     }
 
     async fn follow_stream(&mut self, reporter: &mut Reporter) -> Result<Option<JobStatus>, Break> {
-        let request = WatchJobRequest { job_id: self.job_id.to_owned() };
+        let request = WatchJobRequest { job_id: self.job_id.to_owned(), ..WatchJobRequest::default() };
         let mut stream = self.client.status().watch_job(request).await?.into_inner();
         while let Some(message) = stream.message().await? {
             match message.update {
@@ -115,7 +115,8 @@ impl<'a> Watcher<'a> {
                 Some(Update::Evaluation(evaluation)) => self.show_evaluation(&evaluation, reporter)?,
                 Some(Update::Checkpoint(checkpoint)) => self.show_checkpoint(&checkpoint, reporter)?,
                 Some(Update::Event(event)) => self.show_event(&event, reporter)?,
-                None => {}
+                // Nobody asked for pulses, and a newer coordinator may know more.
+                Some(Update::Pulse(_)) | None => {}
             }
         }
         Ok(None)
@@ -151,7 +152,8 @@ impl<'a> Watcher<'a> {
     }
 
     async fn list(&self, from_step: u64, limit: u32) -> Result<Vec<StepRecord>, Break> {
-        let request = ListStepsRequest { job_id: self.job_id.to_owned(), from_step, limit };
+        let to_step = Some(from_step.saturating_add(u64::from(limit)) - 1);
+        let request = ListStepsRequest { job_id: self.job_id.to_owned(), from_step, to_step, limit };
         Ok(self.client.status().list_steps(request).await?.into_inner().steps)
     }
 

@@ -14,6 +14,7 @@ mod leases;
 mod listen;
 pub mod machine;
 pub mod outside;
+mod pages;
 pub mod prepare;
 mod server;
 mod services;

@@ -15,6 +15,7 @@ use shanty_proto::v1::{
 use tokio::{net::TcpListener, time::Instant};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
+use tonic_web::GrpcWebLayer;
 
 use crate::{
     access::{Access, Limits, guard::Guard},
@@ -23,6 +24,7 @@ use crate::{
     listen::{self, Tls, TlsFiles},
     machine::{self, Change},
     outside::Files,
+    pages::Pages,
     services::{Jobs, Statuses, Workers},
     store::{Closing, Store},
 };
@@ -270,6 +272,10 @@ async fn serve(
         .http2_max_header_list_size(LONGEST_HEADERS)
         .http2_keepalive_interval(Some(limits.ping_every()))
         .http2_keepalive_timeout(Some(limits.answer_within()))
+        // Browsers: pages over HTTP/1.1 or 2, and calls over gRPC-web, which pass the same guard as all others.
+        .accept_http1(true)
+        .layer(Pages)
+        .layer(GrpcWebLayer::new())
         .layer(Guard { access })
         .add_service(health)
         .add_service(reflection)

@@ -26,6 +26,7 @@ use super::{
 use crate::{
     client::{Client, wire},
     commands::worker::devices,
+    dashboard,
     error::Error,
     failure::{CommandResult, Exit, Failure},
     job_file::{JobFile, short},
@@ -112,6 +113,7 @@ impl LocalRun<'_> {
         interrupted: &CancellationToken,
     ) -> CommandResult<End> {
         self.store.write_address(host.address())?;
+        dashboard::tell(self.ui, host.address(), host.key());
         let client = host.connect().await?;
         let (job_id, from) = self.begin(&client).await?;
         let mut watcher = Watcher::new(&client, &job_id);

@@ -115,6 +115,14 @@ impl Jobs {
         }
     }
 
+    async fn checkpoint_now(&self, request: CheckpointNowRequest) -> Result<CheckpointNowResponse> {
+        let job = wire::job_id(&request.job_id)?;
+        match self.engine.ask(move |request| Event::CheckpointNow { request, job }).await? {
+            Reply::CheckpointAsked(after) => Ok(CheckpointNowResponse { after_step: after.0 }),
+            other => Err(Error::bad(format!("an answer to something else: {other:?}"))),
+        }
+    }
+
     async fn checkpoints(&self, request: ListCheckpointsRequest) -> Result<ListCheckpointsResponse> {
         let job = wire::job_id(&request.job_id)?;
         let known = self.engine.look({
@@ -162,6 +170,13 @@ impl JobService for Jobs {
         request: Request<ListCheckpointsRequest>,
     ) -> Result<Response<ListCheckpointsResponse>, Status> {
         self.checkpoints(request.into_inner()).await.map(Response::new).map_err(refuse)
+    }
+
+    async fn checkpoint_now(
+        &self,
+        request: Request<CheckpointNowRequest>,
+    ) -> Result<Response<CheckpointNowResponse>, Status> {
+        Jobs::checkpoint_now(self, request.into_inner()).await.map(Response::new).map_err(refuse)
     }
 
     async fn drain_worker(

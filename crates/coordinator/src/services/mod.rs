@@ -3,6 +3,7 @@
 mod access;
 mod job;
 mod status;
+mod watch;
 pub(crate) mod wire;
 mod wire_crew;
 mod wire_view;

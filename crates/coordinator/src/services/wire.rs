@@ -8,8 +8,8 @@ use shanty_proto::{
 use crate::{
     error::{Error, Result},
     machine::{
-        Announcement, Attachment, KeptSum, MemberPhase, Message, Said, StepReport, Timings, Within,
-        WorkerInfo,
+        AdapterFacts, Announcement, Attachment, KeptSum, MemberPhase, Message, Said, StepReport, Timings,
+        Within, WorkerInfo,
         record::{GenerationRecord, RankRows, Source, StartPoint},
     },
     store::LogLine,
@@ -86,8 +86,12 @@ pub(crate) fn said(message: In) -> Result<Said> {
             job: job_id(&ready.job_id)?,
             attempt: Attempt(ready.attempt),
             base_hash: ready.base_hash,
-            seconds: ready.seconds,
-            trainable_parameters: ready.trainable_parameters,
+            facts: AdapterFacts {
+                trainable_parameters: ready.trainable_parameters,
+                total_parameters: ready.total_parameters,
+                matched_modules: u32::try_from(ready.matched_modules.len()).unwrap_or(u32::MAX),
+                load_seconds: finite("the time that loading took", ready.seconds)?,
+            },
             part: ready.shard_part,
         },
         In::Failure(failure) => {
@@ -246,6 +250,9 @@ pub(crate) fn message_out(message: Message, terms: Terms) -> v1::CoordinatorMess
             generation: generation.0,
             step: step.0,
         }),
+        Message::Save { job, attempt, generation } => {
+            Out::Save(v1::Save { job_id: job.into(), attempt: attempt.0, generation: generation.0 })
+        }
         Message::Release { job, attempt, succeeded, reason } => {
             Out::Release(v1::Release { job_id: job.into(), attempt: attempt.0, succeeded, reason })
         }

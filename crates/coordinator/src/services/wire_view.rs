@@ -2,9 +2,10 @@
 
 use shanty_proto::v1;
 
+use super::wire_crew;
 use crate::{
     machine::{
-        JobView, MemberPhase, MemberView,
+        Configuration, JobView, MemberPhase, MemberView,
         ledger::Ledger,
         record::{CheckpointRecord, EvaluationRecord, EventRecord, JobState, StepRecord},
     },
@@ -104,6 +105,7 @@ fn member_out(from: &MemberView) -> v1::Member {
         }),
         spare: from.spare,
         draining: from.draining,
+        restarts: from.restarts,
     }
 }
 
@@ -146,8 +148,44 @@ pub(crate) fn status_out(from: &JobView) -> v1::JobStatus {
         started_unix_ms: from.started_unix_ms,
         ended_unix_ms: from.ended_unix_ms,
         error: failure.as_ref().map(shanty_proto::to_detail),
-        crew: Some(super::wire_crew::health_out(&from.crew)),
+        crew: Some(wire_crew::health_out(&from.crew)),
+        goodput: Some(wire_crew::goodput_out(&from.time)),
     }
+}
+
+/// What moves between two whole statuses.
+pub(crate) fn pulse_out(from: &JobView, unix_ms: u64) -> v1::Pulse {
+    v1::Pulse {
+        unix_ms,
+        members: from.members.iter().map(member_out).collect(),
+        ledger: Some(ledger_out(&from.ledger)),
+        crew: Some(wire_crew::health_out(&from.crew)),
+        goodput: Some(wire_crew::goodput_out(&from.time)),
+        tokens_per_second: from.tokens_per_second,
+        eta_seconds: from.eta_seconds,
+        epoch: from.epoch,
+    }
+}
+
+/// A job as it was submitted, and what was learnt of it.
+pub(crate) fn configuration_out(from: &Configuration) -> v1::GetConfigurationResponse {
+    let data = from.data.as_ref().map(|facts| v1::PreparedData {
+        hash: facts.hash.clone(),
+        train_rows: facts.train_rows,
+        eval_rows: facts.eval_rows,
+        train_tokens: facts.train_tokens,
+        train_trained_tokens: facts.train_trained_tokens,
+        steps: from.steps.0,
+        steps_per_epoch: from.steps_per_epoch,
+        warnings: facts.warnings.clone(),
+    });
+    let adapter = from.adapter.map(|facts| v1::AdapterFacts {
+        trainable_parameters: facts.trainable_parameters,
+        total_parameters: facts.total_parameters,
+        matched_modules: facts.matched_modules,
+        load_seconds: facts.load_seconds,
+    });
+    v1::GetConfigurationResponse { spec_json: from.spec_json.to_string(), data, adapter }
 }
 
 pub(crate) fn summary_out(from: &JobView) -> v1::JobSummary {
