@@ -29,6 +29,11 @@ export class Checks {
     await this.#browser.close();
   }
 
+  /** Closes all pages: what they asked is over before the coordinator is. */
+  async close() {
+    for (const context of this.#browser.contexts()) await context.close();
+  }
+
   /** Makes a check; says whether it holds. */
   async check(name, act) {
     const began = performance.now();

@@ -95,7 +95,7 @@ eval = "eval.jsonl"
 max_length = 32
 [train]
 steps = ${settings.steps}
-global_batch_size = 4
+global_batch_size = ${settings.batch ?? 4}
 learning_rate = 5e-3
 eval_every_steps = ${Math.ceil(settings.steps / 6)}
 [checkpoint]

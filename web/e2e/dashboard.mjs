@@ -6,7 +6,9 @@ import { client } from "./wire.mjs";
 
 /** What a browser itself logs of requests that a coordinator that is away does not answer. */
 const AWAY = /net::ERR_|Failed to load resource/;
-const STEPS_WATCHED = 60;
+/** Steps may come faster than the page shows figures: some are seen. */
+const STEPS_WATCHED = 200;
+const LEAST_SEEN = 30;
 const LATEST_POINT_MS = 500;
 const LATEST_RECOVERY_MS = 2_000;
 
@@ -36,7 +38,7 @@ export async function dashboard(checks, program) {
 
     const begun = await check("a job that is submitted shows its first step", async () => {
       const began = performance.now();
-      job = await crew.submit({ name: "browser", lines: 4_000, steps: 4_000, min: 2 });
+      job = await crew.submit({ name: "browser", lines: 4_000, steps: 6_000, batch: 48, min: 2 });
       await page.getByRole("link", { name: job }).click();
       await until("the first step on the page", async () => (await stepOf(page)) > 0);
       return `${Math.round(performance.now() - began)} ms after submission`;
@@ -69,7 +71,7 @@ export async function dashboard(checks, program) {
       const seen = await page.evaluate(() => globalThis.seen);
       const { steps: records } = await client("StatusService", crew.address, crew.token).listSteps({ jobId: job, fromStep: BigInt(from), limit: 100_000 });
       const late = records.filter(({ step }) => seen[step] !== undefined).map(({ step, unixMs }) => seen[step] - Number(unixMs));
-      assert(late.length >= STEPS_WATCHED / 2, `${late.length} of ${STEPS_WATCHED} steps were seen one by one`);
+      assert(late.length >= LEAST_SEEN, `${late.length} of ${STEPS_WATCHED} steps were seen`);
       const { median, p99, most } = spread(late);
       assert(median <= LATEST_POINT_MS, `median ${median} ms`);
       return `median ${median} ms, 99 of 100 within ${p99} ms, at most ${most} ms, over ${late.length} steps`;
@@ -102,7 +104,7 @@ export async function dashboard(checks, program) {
     });
 
     await check("a checkpoint that is asked for is written", async () => {
-      const table = page.getByRole("region", { name: "Checkpoints" });
+      const table = page.getByRole("region", { name: "Checkpoints, table" });
       const known = async () => ((await table.count()) > 0 ? await table.locator("tbody tr").count() : 0);
       const asked = client("StatusService", crew.address, crew.token);
       await page.getByRole("button", { name: "Checkpoint now…" }).click();
@@ -120,7 +122,7 @@ export async function dashboard(checks, program) {
     });
 
     await check(`a worker that is killed appears as a recovery within ${LATEST_RECOVERY_MS} ms`, async () => {
-      const table = page.getByRole("region", { name: "Recoveries" });
+      const table = page.getByRole("region", { name: "Recoveries, table" });
       const rows = async () => ((await table.count()) > 0 ? table.locator("tbody tr").count() : 0);
       const before = await rows();
       const began = performance.now();
@@ -184,8 +186,8 @@ export async function dashboard(checks, program) {
     await check("a second job waits in the queue", async () => {
       const second = await crew.submit({ name: "second", lines: 200, steps: 30, min: 2 });
       const queue = await open("/queue");
-      await queue.getByRole("region", { name: "Jobs that wait" }).getByRole("link", { name: second }).waitFor();
-      await queue.getByRole("region", { name: "Jobs at work" }).getByRole("link", { name: job }).waitFor();
+      await queue.getByRole("region", { name: "Jobs that wait, table" }).getByRole("link", { name: second }).waitFor();
+      await queue.getByRole("region", { name: "Jobs at work, table" }).getByRole("link", { name: job }).waitFor();
       await checks.audit(queue, "queue");
       await checks.picture(queue, "queue");
     });
@@ -198,7 +200,7 @@ export async function dashboard(checks, program) {
           ["list", "/", (at) => at.getByRole("link", { name: job }).waitFor()],
           ["queue", "/queue", (at) => at.getByRole("link", { name: job }).waitFor()],
           ["job", `/jobs/${job}`, (at) => at.getByRole("region", { name: "Job file" }).waitFor()],
-          ["compare", `/compare?job=${job}&job=second`, (at) => at.getByRole("row", { name: /second/ }).waitFor()],
+          ["compare", `/compare?job=${job}&job=second`, (at) => at.getByRole("link", { name: "second" }).waitFor()],
           ["missing", "/jobs/a/b", (at) => at.getByText("No such page").waitFor()],
         ]) {
           const at = await open(path, options);
@@ -244,6 +246,7 @@ export async function dashboard(checks, program) {
       checks.complaints.splice(before, Infinity, ...checks.complaints.slice(before).filter((text) => !AWAY.test(text)));
     });
   } finally {
+    await checks.close();
     await crew.stop();
   }
 }

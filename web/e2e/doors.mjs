@@ -9,7 +9,7 @@ export async function doors(checks, program) {
   try {
     await crew.start();
     crew.addWorker();
-    const job = await crew.submit({ name: "guarded", lines: 2_000, steps: 2_000 });
+    const job = await crew.submit({ name: "guarded", lines: 2_000, steps: 4_000, batch: 48 });
     const reader = await crew.makeToken("read");
 
     await check("without a token the page asks for one, and shows nothing", async () => {
@@ -38,7 +38,7 @@ export async function doors(checks, program) {
       const page = await checks.open(`${crew.address}/jobs/${job}#token=${reader}`);
       await page.getByTestId("step").waitFor();
       await page.getByText(/may look/).waitFor();
-      await page.getByRole("region", { name: "Members" }).waitFor();
+      await page.getByRole("region", { name: "Members, table" }).waitFor();
       assert((await page.getByRole("button", { name: /Cancel|Checkpoint now|Drain/ }).count()) === 0, "actions are offered");
       assert(!page.url().includes("token"), page.url());
     });
@@ -64,6 +64,7 @@ export async function doors(checks, program) {
       });
     });
   } finally {
+    await checks.close();
     await crew.stop();
   }
 }

@@ -227,7 +227,7 @@ function options(lines: readonly Line[], width: number, sync: string | undefined
     scales: { x: { time: false }, y: logarithmic ? { distr: 3 } : {} },
     axes: [
       { ...axis, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? `${tick}` : "")) },
-      { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : figure(tick, 3))) },
+      { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : figure(tick, 4))) },
     ],
     series: [{ label: "step", value: (_, raw) => (raw === null ? "–" : `${Math.round(raw)}`) }, ...series],
   };

@@ -24,7 +24,7 @@ interface Props<Row> {
 export function Table<Row>({ caption, columns, rows, rowKey, empty }: Props<Row>) {
   if (rows.length === 0) return <p class="muted">{empty}</p>;
   return (
-    <div class="scroll" tabIndex={0} role="region" aria-label={caption}>
+    <div class="scroll" tabIndex={0} role="region" aria-label={`${caption}, table`}>
       <table>
         <caption class="unseen">{caption}</caption>
         <thead>

@@ -63,7 +63,7 @@ export function clock(unixMs: bigint | number): string {
   return then === 0 ? NONE : new Date(then).toTimeString().slice(0, 8);
 }
 
-/** The first part of a long id, enough to tell workers apart. */
+/** Both ends of a long id: those of one moment begin alike, and only their ends tell them apart. */
 export function shortId(id: string): string {
-  return id.length > 14 ? id.slice(0, 13) + "…" : id;
+  return id.length > 15 ? `${id.slice(0, 2)}…${id.slice(-8)}` : id;
 }

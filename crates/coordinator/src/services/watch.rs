@@ -179,6 +179,8 @@ pub(super) async fn tail(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use shanty_proto::{Attempt, Generation, Step};
 
     use super::*;
