@@ -364,7 +364,7 @@ async fn a_job_is_shown_as_it_was_submitted_with_what_was_learnt_of_it() {
     let asked = CheckpointNowRequest { job_id: job.clone() };
     assert_eq!(server.jobs().await.checkpoint_now(asked).await.unwrap().into_inner().after_step, 0);
     loop {
-        if let Out::Save(save) = a.hear().await {
+        if let coordinator_message::Message::Save(save) = a.hear().await {
             assert_eq!((save.job_id, save.generation), (job, form.generation));
             break;
         }
