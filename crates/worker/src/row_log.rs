@@ -80,11 +80,19 @@ impl RowLog {
         }
     }
 
-    /// Writes one entry with a single write, past every buffer of this process.
+    /// Writes one entry with a single write, past every buffer of this process. Of one that the disk has no room for
+    /// nothing stays.
     pub(crate) fn write(&mut self, entry: &Entry) -> Result<(), Error> {
         let mut line = serde_json::to_vec(entry).expect("numbers and lists of numbers are always JSON");
         line.push(b'\n');
-        self.file.write_all(&line).map_err(|source| Error::RowLog { path: self.path.clone(), source })
+        let before = self.file.metadata().map(|metadata| metadata.len());
+        let write = before.and_then(|before| {
+            self.file.write_all(&line).inspect_err(|_| {
+                // Should that fail, too, the next line is read as a part of this one, and both are lost.
+                let _ = self.file.set_len(before);
+            })
+        });
+        write.map_err(|source| Error::RowLog { path: self.path.clone(), source })
     }
 }
 

@@ -15,7 +15,7 @@ use tonic::{Request, Response, Status};
 use super::{
     refuse,
     watch::{self, Pulses},
-    wire,
+    wire, wire_view,
 };
 use crate::{
     engine::Engine,
@@ -77,7 +77,7 @@ impl StatusService for Statuses {
         request: Request<GetStatusRequest>,
     ) -> Result<Response<GetStatusResponse>, Status> {
         let view = self.view(&request.get_ref().job_id).await.map_err(refuse)?;
-        Ok(Response::new(GetStatusResponse { status: Some(wire::status_out(&view)) }))
+        Ok(Response::new(GetStatusResponse { status: Some(wire_view::status_out(&view)) }))
     }
 
     async fn watch_job(
@@ -110,7 +110,10 @@ impl StatusService for Statuses {
         let limit = if request.limit == 0 { STEPS } else { request.limit.min(MOST_STEPS) };
         let range = request.from_step..=request.to_step.unwrap_or(u64::MAX);
         let (steps, one_of) = self.store.steps(view.id, range, limit).await.map_err(refuse)?;
-        Ok(Response::new(ListStepsResponse { steps: steps.iter().map(wire::step_out).collect(), one_of }))
+        Ok(Response::new(ListStepsResponse {
+            steps: steps.iter().map(wire_view::step_out).collect(),
+            one_of,
+        }))
     }
 
     async fn list_events(
@@ -119,7 +122,7 @@ impl StatusService for Statuses {
     ) -> Result<Response<ListEventsResponse>, Status> {
         let view = self.view(&request.get_ref().job_id).await.map_err(refuse)?;
         let events = self.store.events(view.id, EVENTS).await.map_err(refuse)?;
-        Ok(Response::new(ListEventsResponse { events: events.iter().map(wire::event_out).collect() }))
+        Ok(Response::new(ListEventsResponse { events: events.iter().map(wire_view::event_out).collect() }))
     }
 
     async fn tail_logs(
@@ -135,7 +138,7 @@ impl StatusService for Statuses {
         let (sender, receiver) = mpsc::channel(WATCHER_QUEUE);
         let shutdown = self.shutdown.clone();
         tokio::spawn(async move {
-            let lines = past.into_iter().map(wire::log_line_out).collect();
+            let lines = past.into_iter().map(wire_view::log_line_out).collect();
             let sent = sender.send(Ok(TailLogsResponse { lines, missed: 0 })).await.is_ok();
             if !(sent && follow) {
                 return;
@@ -159,6 +162,6 @@ impl StatusService for Statuses {
             self.engine.look(move |machine, _| machine.configuration(&job))
         };
         let known = look.await.map_err(refuse)?.ok_or_else(|| refuse(Error::NoSuchJob { job }))?;
-        Ok(Response::new(wire::configuration_out(&known)))
+        Ok(Response::new(wire_view::configuration_out(&known)))
     }
 }

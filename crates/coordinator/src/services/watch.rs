@@ -12,7 +12,7 @@ use tokio::{
 };
 use tonic::Status;
 
-use super::wire;
+use super::wire_view;
 use crate::{
     engine::Engine,
     hub::Watch,
@@ -72,7 +72,7 @@ impl Pulses {
         }
         let job = pulses.job.clone();
         let look = pulses.engine.look(move |machine, now| {
-            machine.view(now, &job).map(|view| wire::pulse_out(&view, now.unix_ms))
+            machine.view(now, &job).map(|view| wire_view::pulse_out(&view, now.unix_ms))
         });
         let pulse = look.await;
         pulses.due = false;
@@ -82,10 +82,10 @@ impl Pulses {
 
 fn update(point: &Point) -> Update {
     match point {
-        Point::Step(step) => Update::Step(wire::step_out(step)),
-        Point::Evaluation(evaluation) => Update::Evaluation(wire::evaluation_out(evaluation)),
-        Point::Checkpoint(checkpoint) => Update::Checkpoint(wire::checkpoint_out(checkpoint)),
-        Point::Event(event) => Update::Event(wire::event_out(event)),
+        Point::Step(step) => Update::Step(wire_view::step_out(step)),
+        Point::Evaluation(evaluation) => Update::Evaluation(wire_view::evaluation_out(evaluation)),
+        Point::Checkpoint(checkpoint) => Update::Checkpoint(wire_view::checkpoint_out(checkpoint)),
+        Point::Event(event) => Update::Event(wire_view::event_out(event)),
     }
 }
 
@@ -101,7 +101,7 @@ async fn follow_to_the_end(
     mut listener: Listener<'_>,
 ) -> Option<()> {
     let mut last = watch.status.borrow_and_update().clone();
-    listener.say(Update::Status(wire::status_out(&last))).await?;
+    listener.say(Update::Status(wire_view::status_out(&last))).await?;
     while !last.state.is_final() {
         tokio::select! {
             biased;
@@ -112,7 +112,7 @@ async fn follow_to_the_end(
                     listener.missed += missed;
                     last = watch.status.borrow_and_update().clone();
                     if !last.state.is_final() {
-                        listener.say(Update::Status(wire::status_out(&last))).await?;
+                        listener.say(Update::Status(wire_view::status_out(&last))).await?;
                     }
                 }
                 Err(RecvError::Closed) => return None,
@@ -123,7 +123,7 @@ async fn follow_to_the_end(
                 let is_news = gist(&now) != gist(&last);
                 last = now;
                 if is_news && !last.state.is_final() {
-                    listener.say(Update::Status(wire::status_out(&last))).await?;
+                    listener.say(Update::Status(wire_view::status_out(&last))).await?;
                 }
             }
             pulse = Pulses::next(&mut pulses) => listener.say(Update::Pulse(pulse?)).await?,
@@ -136,7 +136,7 @@ async fn follow_to_the_end(
             Err(TryRecvError::Empty | TryRecvError::Closed) => break,
         }
     }
-    listener.say(Update::Status(wire::status_out(&last))).await
+    listener.say(Update::Status(wire_view::status_out(&last))).await
 }
 
 /// Sends a job's log lines until it has ended, or the watcher is gone.
@@ -166,7 +166,7 @@ pub(super) async fn tail(
             },
         };
         let wanted = lines.iter().filter(|line| filter.lets_through(line));
-        let lines: Vec<_> = wanted.cloned().map(wire::log_line_out).collect();
+        let lines: Vec<_> = wanted.cloned().map(wire_view::log_line_out).collect();
         if lines.is_empty() {
             continue;
         }
