@@ -11,9 +11,12 @@ fn read(variables: &[(&str, &str)]) -> Result<Surroundings, Error> {
 /// What a case expects: engine, node, nodes, process, coordinator's host, devices.
 type Expected = (Engine, Option<u32>, Option<u32>, Option<u32>, Option<&'static str>, Devices);
 
+/// Names and values.
+type Variables = &'static [(&'static str, &'static str)];
+
 #[test]
 fn every_convention_says_who_where_and_with_what() {
-    let cases: [(&str, &[(&str, &str)], Expected); 9] = [
+    let cases: [(&str, Variables, Expected); 9] = [
         (
             "torchrun, a process a device",
             &[
