@@ -12,7 +12,6 @@ mod commands;
 mod error;
 mod failure;
 mod flags;
-mod format;
 mod job_file;
 mod model;
 mod preflight;
@@ -24,6 +23,8 @@ mod score;
 mod stream;
 mod ui;
 mod watch;
+
+pub(crate) use shanty_tui::format;
 
 fn main() -> ExitCode {
     ui::install_panic_hook();

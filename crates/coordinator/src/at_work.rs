@@ -16,6 +16,7 @@ use crate::{
     hub::Hub,
     leases::Leases,
     machine::{self, Event, Machine, StoredJob},
+    metrics::Meter,
     outside::Outside,
     services::{Jobs, Statuses, Tokens, Workers},
     store::Store,
@@ -116,6 +117,11 @@ impl Services {
     /// Jobs, in stores below `runs` where they name none.
     pub fn jobs(&self, runs: PathBuf) -> Jobs {
         Jobs { engine: self.engine.clone(), runs }
+    }
+
+    /// What stands before all services, and times them.
+    pub fn meter(&self) -> Meter {
+        Meter { engine: self.engine.clone(), hub: Arc::clone(&self.hub) }
     }
 
     pub fn tokens(&self) -> Tokens {

@@ -5,11 +5,13 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use shanty_proto::JobId;
+use shanty_proto::{JobId, WorkerId, v1};
 use tokio::sync::{broadcast, watch};
 
 use crate::{
     machine::{JobView, Point},
+    metrics::Recorder,
+    services::wire,
     store::LogLine,
 };
 
@@ -36,6 +38,10 @@ pub(crate) struct Watch {
 #[derive(Debug, Default)]
 pub(crate) struct Hub {
     topics: Mutex<HashMap<JobId, Topic>>,
+    /// What workers say of their devices; the machine has no use for it.
+    facts: Mutex<HashMap<WorkerId, v1::DeviceFacts>>,
+    /// Counts what passes.
+    pub recorder: Recorder,
 }
 
 impl Hub {
@@ -46,6 +52,7 @@ impl Hub {
 
     /// Sets a job's newest status.
     pub fn set_status(&self, view: JobView) {
+        self.recorder.status(&view);
         let view = Arc::new(view);
         self.with(|topics| match topics.get(&view.id) {
             Some(topic) => drop(topic.status.send_replace(view)),
@@ -63,7 +70,32 @@ impl Hub {
 
     /// Tells a job's watchers; nobody may be there.
     pub fn publish(&self, job: &JobId, point: Point) {
+        self.recorder.point(job, &point);
         self.with(|topics| topics.get(job).map(|topic| topic.points.send(Arc::new(point))));
+    }
+
+    /// What all workers say of their devices.
+    pub fn facts(&self) -> HashMap<WorkerId, v1::DeviceFacts> {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes what a worker says of its device; none when it is gone.
+    pub fn set_facts(&self, worker: &WorkerId, facts: Option<v1::DeviceFacts>) {
+        let mut all = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
+        match facts {
+            Some(facts) => drop(all.insert(worker.clone(), facts)),
+            None => drop(all.remove(worker)),
+        }
+    }
+
+    /// A job's status as it travels, with what its members say of their devices.
+    pub fn status_out(&self, view: &JobView) -> v1::JobStatus {
+        let mut status = wire::status_out(view);
+        let facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
+        for (member, of) in status.members.iter_mut().zip(&view.members) {
+            member.facts = facts.get(&of.worker).cloned();
+        }
+        status
     }
 
     /// Passes log lines to those who follow.

@@ -2,7 +2,7 @@
 //!
 //! [`machine`] decides, and does nothing; `engine` tells it what happens and carries out what it wants, durable
 //! things first; [`store`] is what outlives a crash; `services` turns wire messages into events and back.
-//! [`access`] says who may ask; `listen` lets connections in. [`Coordinator`] puts all of it on a port.
+//! [`metrics`] is what Prometheus reads; [`access`] says who may ask; `listen` lets connections in. [`Coordinator`] puts all of it on a port.
 
 pub mod access;
 mod at_work;
@@ -13,6 +13,7 @@ mod hub;
 mod leases;
 mod listen;
 pub mod machine;
+pub mod metrics;
 pub mod outside;
 pub mod prepare;
 mod server;

@@ -246,6 +246,7 @@ async fn serve(
 ) -> Result<()> {
     let limits = &options.limits;
     let (access, stop) = (Arc::clone(&services.access), services.stop.clone());
+    let meter = services.meter();
     let jobs = JobServiceServer::new(services.jobs(options.runs_folder.clone()))
         .max_decoding_message_size(LONGEST_MESSAGE);
     let tokens = AccessServiceServer::new(services.tokens()).max_decoding_message_size(LONGEST_MESSAGE);
@@ -270,7 +271,10 @@ async fn serve(
         .http2_max_header_list_size(LONGEST_HEADERS)
         .http2_keepalive_interval(Some(limits.ping_every()))
         .http2_keepalive_timeout(Some(limits.answer_within()))
+        // Prometheus speaks no HTTP/2 in clear.
+        .accept_http1(true)
         .layer(Guard { access })
+        .layer(meter)
         .add_service(health)
         .add_service(reflection)
         .add_service(tokens)

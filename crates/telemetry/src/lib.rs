@@ -1,11 +1,15 @@
-//! Logs: structured, to the terminal, to one file a process, and to whoever listens.
+//! What a process tells of itself: logs ([`init`]), what it takes ([`process`]), what its card says ([`card`]).
+//!
+//! Logs are structured; they go to the terminal, to one file a process, and to whoever listens.
 //!
 //! [`init`] once at the start of a program; keep the [`Guard`] until its end. Events are `tracing` events: a short,
 //! constant message and fields. Nothing is ever written to stdout, and nothing that is written can stop the work:
 //! a full queue drops lines and counts them ([`Guard::dropped`]).
 
+pub mod card;
 mod error;
 mod forward;
+pub mod process;
 mod rotate;
 
 use std::{

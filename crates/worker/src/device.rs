@@ -21,6 +21,7 @@ use crate::{
     Error,
     control::Control,
     engine::EngineLoader,
+    facts::Facts,
     failpoint::Failpoints,
     rows::RowClient,
     session::Session,
@@ -123,6 +124,7 @@ pub async fn run_worker(
     let control = Arc::new(Control::default());
     let (commands, commanded) = channel();
     let (reports, reported) = unbounded_channel();
+    let facts = Some(Facts::of(&options.device));
     let around = Surroundings {
         worker_id: options.worker_id.clone(),
         threads: options.threads,
@@ -152,6 +154,7 @@ pub async fn run_worker(
         commands: commands.clone(),
         reports: reported,
         logs,
+        facts,
         drain: options.drain.clone(),
     };
     let shutdown = end_after_drain(shutdown, options.drain);

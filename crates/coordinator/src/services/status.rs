@@ -69,7 +69,7 @@ impl StatusService for Statuses {
         request: Request<GetStatusRequest>,
     ) -> Result<Response<GetStatusResponse>, Status> {
         let view = self.view(&request.get_ref().job_id).await.map_err(refuse)?;
-        Ok(Response::new(GetStatusResponse { status: Some(wire::status_out(&view)) }))
+        Ok(Response::new(GetStatusResponse { status: Some(self.hub.status_out(&view)) }))
     }
 
     async fn watch_job(
@@ -78,11 +78,11 @@ impl StatusService for Statuses {
     ) -> Result<Response<Self::WatchJobStream>, Status> {
         let (_, watch) = self.begin_watch(&request.get_ref().job_id).map_err(refuse)?;
         let (sender, receiver) = mpsc::channel(WATCHER_QUEUE);
-        let shutdown = self.shutdown.clone();
+        let (shutdown, hub) = (self.shutdown.clone(), Arc::clone(&self.hub));
         tokio::spawn(async move {
             tokio::select! {
                 // Its end of the stream is closed when the watcher goes.
-                () = follow(watch, &sender) => {}
+                () = follow(&hub, watch, &sender) => {}
                 () = shutdown.cancelled() => drop(sender.try_send(Err(refuse(Error::Stopping)))),
                 () = sender.closed() => {}
             }
@@ -163,13 +163,13 @@ fn update(point: &Point) -> Update {
 
 /// Sends a job's status and points until it has ended, or the watcher is gone. A watcher that reads slowly misses
 /// points (the channel of points overwrites its oldest), never the last status.
-async fn follow(watch: Watch, sender: &Watcher) {
-    let _ = follow_to_the_end(watch, sender).await;
+async fn follow(hub: &Hub, watch: Watch, sender: &Watcher) {
+    let _ = follow_to_the_end(hub, watch, sender).await;
 }
 
-async fn follow_to_the_end(mut watch: Watch, sender: &Watcher) -> Option<()> {
+async fn follow_to_the_end(hub: &Hub, mut watch: Watch, sender: &Watcher) -> Option<()> {
     let mut last = watch.status.borrow_and_update().clone();
-    say(sender, Update::Status(wire::status_out(&last))).await?;
+    say(sender, Update::Status(hub.status_out(&last))).await?;
     while !last.state.is_final() {
         tokio::select! {
             biased;
@@ -179,7 +179,7 @@ async fn follow_to_the_end(mut watch: Watch, sender: &Watcher) -> Option<()> {
                 Err(RecvError::Lagged(_)) => {
                     last = watch.status.borrow_and_update().clone();
                     if !last.state.is_final() {
-                        say(sender, Update::Status(wire::status_out(&last))).await?;
+                        say(sender, Update::Status(hub.status_out(&last))).await?;
                     }
                 }
                 Err(RecvError::Closed) => return None,
@@ -190,7 +190,7 @@ async fn follow_to_the_end(mut watch: Watch, sender: &Watcher) -> Option<()> {
                 let is_news = gist(&now) != gist(&last);
                 last = now;
                 if is_news && !last.state.is_final() {
-                    say(sender, Update::Status(wire::status_out(&last))).await?;
+                    say(sender, Update::Status(hub.status_out(&last))).await?;
                 }
             }
         }
@@ -202,7 +202,7 @@ async fn follow_to_the_end(mut watch: Watch, sender: &Watcher) -> Option<()> {
             Err(TryRecvError::Empty | TryRecvError::Closed) => break,
         }
     }
-    say(sender, Update::Status(wire::status_out(&last))).await
+    say(sender, Update::Status(hub.status_out(&last))).await
 }
 
 /// Sends a job's log lines until it has ended, or the watcher is gone.
@@ -269,12 +269,15 @@ mod tests {
 
     #[tokio::test]
     async fn a_slow_watcher_misses_points_but_never_the_end() {
-        let hub = Hub::default();
+        let hub = Arc::new(Hub::default());
         let running = view();
         hub.set_status(running.clone());
         let (sender, mut receiver) = mpsc::channel(1);
         let watch = hub.watch(&running.id).expect("the job is there");
-        let following = tokio::spawn(async move { follow(watch, &sender).await });
+        let following = tokio::spawn({
+            let hub = Arc::clone(&hub);
+            async move { follow(&hub, watch, &sender).await }
+        });
         for number in 1..=5000 {
             hub.publish(&running.id, step(number));
             // The watcher's task runs, and waits for somebody to read.

@@ -447,6 +447,8 @@ fn member_out(from: &MemberView) -> v1::Member {
         }),
         spare: from.spare,
         draining: from.draining,
+        // Known to the hub alone.
+        facts: None,
     }
 }
 

@@ -170,6 +170,7 @@ impl Workers {
             Err(error) => error.to_string(),
         };
         tracing::info!(%worker, reason, "worker disconnected");
+        self.hub.set_facts(&worker, None);
         // When the coordinator stops, nobody hears it, and nobody has to.
         let _ = self.engine.tell(Event::Down { worker, session, reason }).await;
         ended.map(drop)
@@ -201,6 +202,12 @@ impl Workers {
                     report.leased = self.leases.announcement(&report.within.job, report.step).await?;
                     Said::Step(report)
                 }
+                Some(In::Beat(mut beat)) => {
+                    if let Some(facts) = beat.facts.take() {
+                        self.hub.set_facts(worker, Some(facts));
+                    }
+                    wire::said(In::Beat(beat))?
+                }
                 Some(other) => wire::said(other)?,
             };
             self.engine.tell(Event::Said { worker: worker.clone(), session, message }).await?;
@@ -231,6 +238,7 @@ impl Workers {
         Ok(LeaseRowsResponse {
             announcement: Some(wire::announcement_out(announcement)),
             rows: rows.into_iter().map(wire::row_out).collect(),
+            traceparent: String::new(),
         })
     }
 }
