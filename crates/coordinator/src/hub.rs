@@ -13,6 +13,7 @@ use crate::{
     metrics::Recorder,
     services::wire,
     store::LogLine,
+    traces::Traces,
 };
 
 /// Points that a slow watcher may be behind before it misses some.
@@ -42,9 +43,16 @@ pub(crate) struct Hub {
     facts: Mutex<HashMap<WorkerId, v1::DeviceFacts>>,
     /// Counts what passes.
     pub recorder: Recorder,
+    /// Traces it, where somebody wants that.
+    pub traces: Traces,
 }
 
 impl Hub {
+    /// Passes things on, and traces them.
+    pub fn new(traces: Traces) -> Self {
+        Self { traces, ..Self::default() }
+    }
+
     fn with<T>(&self, act: impl FnOnce(&mut HashMap<JobId, Topic>) -> T) -> T {
         // A map of senders is whole after any panic.
         act(&mut self.topics.lock().unwrap_or_else(PoisonError::into_inner))
@@ -71,6 +79,7 @@ impl Hub {
     /// Tells a job's watchers; nobody may be there.
     pub fn publish(&self, job: &JobId, point: Point) {
         self.recorder.point(job, &point);
+        self.traces.point(job, &point);
         self.with(|topics| topics.get(job).map(|topic| topic.points.send(Arc::new(point))));
     }
 

@@ -20,6 +20,7 @@ mod server;
 mod services;
 pub mod simulation;
 pub mod store;
+mod traces;
 
 pub use error::{Error, Result};
 pub use listen::TlsFiles;

@@ -12,6 +12,7 @@ use shanty_proto::v1::{
     FILE_DESCRIPTOR_SET, access_service_server::AccessServiceServer, job_service_server::JobServiceServer,
     status_service_server::StatusServiceServer, worker_service_server::WorkerServiceServer,
 };
+use shanty_telemetry::trace::Tracer;
 use tokio::{net::TcpListener, time::Instant};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
@@ -58,6 +59,8 @@ pub struct Options {
     pub prepare_command: Vec<OsString>,
     /// Time-outs and bounds of the step protocol.
     pub protocol: machine::Options,
+    /// Where the spans of steps go.
+    pub tracer: Tracer,
 }
 
 impl Options {
@@ -73,6 +76,7 @@ impl Options {
             runs_folder,
             prepare_command,
             protocol: machine::Options::default(),
+            tracer: Tracer::off(),
         }
     }
 }
@@ -183,6 +187,7 @@ impl Coordinator {
             outside: Arc::new(Files { prepare_command: options.prepare_command.clone() }),
             access: Arc::clone(&access),
             encrypted: tls.is_some(),
+            tracer: options.tracer.clone(),
             started,
             stop: stop.clone(),
         };

@@ -1,4 +1,5 @@
-//! What a process tells of itself: logs ([`init`]), what it takes ([`process`]), what its card says ([`card`]).
+//! What a process tells of itself: logs ([`init`]), traces
+//! ([`trace`]), what it takes ([`process`]), what its card says ([`card`]).
 //!
 //! Logs are structured; they go to the terminal, to one file a process, and to whoever listens.
 //!
@@ -11,6 +12,7 @@ mod error;
 mod forward;
 pub mod process;
 mod rotate;
+pub mod trace;
 
 use std::{
     env, io,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use shanty_access::Credentials;
 use shanty_proto::v1::LogLine;
-use shanty_telemetry::Forward;
+use shanty_telemetry::{Forward, trace::Tracer};
 use shanty_worker::{
     WorkerOptions,
     engine::PeftEngines,
@@ -47,6 +47,9 @@ pub(crate) struct Args {
     bind: String,
     #[arg(long, value_name = "HOST")]
     advertise: Option<String>,
+    /// Where spans of steps go
+    #[arg(long, value_name = "URL")]
+    otlp: Option<String>,
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
     /// What stderr gets: nothing where the parent shows a live region
@@ -99,6 +102,9 @@ pub(crate) fn execute(args: Args, _: &Ui) -> CommandResult<Exit> {
         .build()
         .map_err(|source| Error::Start { what: "the runtime", source })?;
     runtime.block_on(async {
+        if let Some(otlp) = &args.otlp {
+            options.tracer = Tracer::to(otlp, "shanty-worker", &options.worker_id)?;
+        }
         let asked = signals()?;
         options.drain = asked.first;
         Box::pin(run_worker(options, Box::new(PeftEngines), logs, asked.again)).await?;

@@ -17,6 +17,7 @@ mod run;
 mod secure;
 mod support;
 mod tools;
+mod top;
 mod using;
 mod virtual_tokens;
 mod worker_death;

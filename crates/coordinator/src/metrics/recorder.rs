@@ -83,7 +83,7 @@ impl Recorder {
     }
 
     /// Writes the counts; those of jobs that are not `shown` are left out.
-    pub fn write(&self, page: &mut Page, shown: impl Fn(&JobId) -> bool) {
+    pub(super) fn write(&self, page: &mut Page, shown: impl Fn(&JobId) -> bool) {
         let counts = self.lock();
         for (job, of_job) in counts.jobs.iter().filter(|(job, _)| shown(job)) {
             let job = job.as_str();

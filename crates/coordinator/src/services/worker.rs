@@ -7,7 +7,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use futures::{Stream, StreamExt};
@@ -234,11 +234,13 @@ impl Workers {
             step: request.step,
             row_ids: request.row_ids,
         };
+        let (began, asked) = (SystemTime::now(), request.clone());
         let (announcement, rows) = self.leases.lease(request).await?;
+        let traceparent = self.hub.traces.leased(&asked, rows.len(), began);
         Ok(LeaseRowsResponse {
             announcement: Some(wire::announcement_out(announcement)),
             rows: rows.into_iter().map(wire::row_out).collect(),
-            traceparent: String::new(),
+            traceparent,
         })
     }
 }

@@ -36,6 +36,15 @@ pub(super) fn draw(frame: &mut Frame<'_>, area: Rect, app: &App, theme: Theme) {
     say(frame, area, shown.collect());
 }
 
+/// Members, and as many as are the job's by the rules of the queue, where those say a number.
+fn crew(job: &JobSummary, over: bool) -> String {
+    match job.share {
+        _ if over => "-".to_owned(),
+        u32::MAX => job.members.to_string(),
+        share => format!("{}/{share}", job.members),
+    }
+}
+
 fn row(app: &App, job: &JobSummary, chosen: bool, theme: Theme) -> Vec<(String, Style)> {
     let over = is_over(job.state());
     let queue = match job.place {
@@ -48,7 +57,7 @@ fn row(app: &App, job: &JobSummary, chosen: bool, theme: Theme) -> Vec<(String, 
         (state_name(job.state()).to_owned(), theme.state(job.state())),
         plain(format!("{}/{}", job.step, job.steps)),
         plain(job.loss.map_or("-".to_owned(), |loss| format!("{loss:.4}"))),
-        plain(if over { "-".to_owned() } else { format!("{}/{}", job.members, job.share) }),
+        plain(crew(job, over)),
         plain(queue),
         plain(if job.owner.is_empty() { "-" } else { job.owner.as_str() }),
         plain(since(app.now, job.submitted_unix_ms)),

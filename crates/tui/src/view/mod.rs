@@ -30,7 +30,7 @@ pub fn draw(frame: &mut Frame<'_>, app: &App, theme: Theme) {
         frame.render_widget(Paragraph::new(text), area);
         return;
     }
-    let body = self::frame::draw(frame, app, theme);
+    let body = frame::draw(frame, app, theme);
     if app.help {
         help::draw(frame, body, theme);
         return;

@@ -20,7 +20,9 @@ use crate::{
 };
 
 /// Lines of a chart, at least and at most.
-const CHART: (u16, u16) = (5, 14);
+const CHART: (u16, u16) = (5, 20);
+/// Lines of log that are left room for, where there is some.
+const LOG: u16 = 8;
 
 pub(super) fn draw(
     frame: &mut Frame<'_>,
@@ -34,7 +36,7 @@ pub(super) fn draw(
     let crew = crew_lines(app, job, status, area, theme);
     let foot = facts(app, status, area.width, theme);
     let fixed = (head.len() + crew.len() + foot.len()) as u16;
-    let charts = (area.height.saturating_sub(fixed + 2)).clamp(CHART.0, CHART.1);
+    let charts = area.height.saturating_sub(fixed + LOG.min(area.height / 10)).clamp(CHART.0, CHART.1);
     let [top, middle, below, bottom, rest] = Layout::vertical([
         Constraint::Length(head.len() as u16),
         Constraint::Length(charts),
