@@ -110,15 +110,17 @@ impl Terminal {
         !self.parser().screen().hide_cursor()
     }
 
-    /// Whether the terminal collects lines and echoes, as a shell expects it to.
+    /// Waits until the terminal collects lines and echoes, as a shell expects it to, on the screen that it began with.
     ///
     /// # Errors
-    /// If its state cannot be read.
-    pub fn is_as_it_was(&self) -> anyhow::Result<bool> {
-        let modes = tcgetattr(&self.slave)?.local_modes;
-        Ok(modes.contains(LocalModes::ICANON | LocalModes::ECHO)
-            && !self.is_on_other_screen()
-            && self.shows_cursor())
+    /// With the screen as it was last, if it does not come to that.
+    pub fn wait_until_as_it_was(&mut self) -> anyhow::Result<()> {
+        let found = wait::until("the terminal as it was", PATIENCE, || {
+            let modes = tcgetattr(&self.slave)?.local_modes;
+            let reads_lines = modes.contains(LocalModes::ICANON | LocalModes::ECHO);
+            Ok((reads_lines && !self.is_on_other_screen() && self.shows_cursor()).then_some(()))
+        });
+        found.with_context(|| format!("the screen was:\n{}", self.text()))
     }
 
     /// Waits until the screen is as wanted; gives it.

@@ -22,7 +22,7 @@ fn a_panic_leaves_the_terminal_as_it_was_and_is_told_there() {
     let status = terminal.wait_for_end().unwrap();
     assert!(!status.success(), "it panicked");
     terminal.wait_for("what went wrong", |text| text.contains("the plank broke")).unwrap();
-    assert!(terminal.is_as_it_was().unwrap(), "{}", terminal.text());
+    terminal.wait_until_as_it_was().unwrap();
     assert!(
         !terminal.text().contains("asks for the jobs"),
         "nothing of the page is left: {}",

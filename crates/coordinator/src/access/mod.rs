@@ -325,3 +325,33 @@ fn now() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::Semaphore;
+
+    use super::*;
+
+    fn peer(address: &str) -> Peer {
+        let permit = || Arc::new(Semaphore::new(1)).try_acquire_owned().expect("nobody else asks");
+        Peer::new(address.parse().ok(), None, (permit(), permit()))
+    }
+
+    #[test]
+    fn figures_are_for_this_machine_and_for_readers_alone() {
+        let access = Access::new(false, &Limits::default());
+        let asks = |address: &str, call: &str, headers: &HeaderMap| {
+            access.admit(call, headers, Some(&peer(address))).map(|pass| pass.caller.role)
+        };
+        let nothing = HeaderMap::new();
+        assert_eq!(asks("127.0.0.1:9", metrics::PATH, &nothing).ok(), Some(Role::Read));
+        assert_eq!(asks("[::1]:9", metrics::PATH, &nothing).ok(), Some(Role::Read));
+        let stranger = asks("10.0.0.7:9", metrics::PATH, &nothing);
+        assert!(matches!(stranger, Err(Error::Unauthenticated { .. })), "{stranger:?}");
+        let list = "/shanty.v1.JobService/ListJobs";
+        assert!(asks("127.0.0.1:9", list, &nothing).is_err(), "figures alone are open here");
+        let mut wrong = HeaderMap::new();
+        wrong.insert(http::header::AUTHORIZATION, "Bearer nonsense".parse().expect("a header"));
+        assert!(asks("127.0.0.1:9", metrics::PATH, &wrong).is_err(), "a token that is shown must be good");
+    }
+}

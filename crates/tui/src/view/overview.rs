@@ -78,12 +78,13 @@ fn numbers(app: &App, job: &Job, status: &JobStatus, width: u16, theme: Theme) -
         far.push_str(&format!("  ETA {eta}"));
     }
     lines.push(Line::from(far));
+    // Of what does not fit, the end is the least missed.
     let mut last = Vec::new();
     last.extend(status.loss.map(|loss| format!("loss {loss:.4}")));
-    last.extend(status.evaluations.last().map(|it| format!("held-out {:.4} (step {})", it.loss, it.step)));
-    last.extend(status.learning_rate.map(|rate| format!("rate {rate:.2e}")));
-    last.extend(status.gradient_norm.map(|norm| format!("gradient {norm:.3}")));
+    last.extend(status.evaluations.last().map(|it| format!("held-out {:.4} ({})", it.loss, it.step)));
     last.push(format!("{} tokens/s", format::count(status.tokens_per_second.max(0.0).round() as u64)));
+    last.extend(status.learning_rate.map(|rate| format!("rate {rate:.1e}")));
+    last.extend(status.gradient_norm.map(|norm| format!("norm {norm:.3}")));
     lines.push(Line::from(last.join("  ")));
     lines.push(Line::from(goodput(app, job, status)));
     if !status.adapter.is_empty() {
@@ -175,13 +176,13 @@ fn facts(app: &App, status: &JobStatus, width: u16, theme: Theme) -> Vec<Line<'s
 
 fn rows_of(ledger: &Ledger) -> String {
     format!(
-        "{} committed, {} leased, {} left, {} requeued, {} again, {} skipped, {} double",
+        "{} committed, {} leased, {} left, {} requeued, {} again, {} double, {} skipped",
         format::count(ledger.committed),
         format::count(ledger.leased),
         format::count(ledger.remaining),
         format::count(ledger.requeued),
         format::count(ledger.recomputed),
-        format::count(ledger.skipped),
-        format::count(ledger.duplicates)
+        format::count(ledger.duplicates),
+        format::count(ledger.skipped)
     )
 }
