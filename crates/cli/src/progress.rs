@@ -145,6 +145,10 @@ impl Reporter {
                     self.unrecovered.insert(event.worker_id.clone(), event.clone());
                 }
                 self.notice("worker lost", Paint::Red, event);
+                for line in &event.log {
+                    let said = format!("  {:<5} {}", line.level, line.text);
+                    self.note(&paint(self.ui.color_on_stderr(), Paint::Dim, &said));
+                }
             }
             "recovered" => {
                 self.settle(event.stall_ms)?;
@@ -184,6 +188,7 @@ impl Reporter {
         self.ui.json(&json!({
             "event": "member_lost", "worker": event.worker_id, "reason": event.text, "step": event.step,
             "detection_ms": event.detection_ms, "stall_ms": event.stall_ms,
+            "log": event.log.iter().map(|line| format!("{} {}", line.level, line.text)).collect::<Vec<_>>(),
         }))
     }
 

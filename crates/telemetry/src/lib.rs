@@ -28,6 +28,7 @@ use tracing_subscriber::{EnvFilter, Layer, Registry, layer::SubscriberExt, util:
 
 pub use error::Error;
 pub use forward::{Forward, Level, LogLine};
+pub use rotate::keep_newest;
 
 /// Names of environment variables are declared in `shanty-config`; this crate depends on nothing of ours.
 const SHANTY_LOG: &str = "SHANTY_LOG";

@@ -74,6 +74,7 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     if let Some(advertise) = args.advertise {
         add("--advertise", advertise.into());
     }
+    add("--log-folder", worker.logs_dir().into());
     if let Some(otlp) = &worker.telemetry.otlp {
         add("--otlp", otlp.into());
     }

@@ -275,6 +275,20 @@ fn a_lost_worker_and_a_restarted_coordinator_are_seen_as_they_happen() {
     let told = cluster.status(&job).unwrap();
     let newest = &told["crew"]["recoveries"][0];
     assert!(recoveries.contains("CAUSE") && newest["cause"] == "lost", "{recoveries}\n{told}");
+    // What the lost worker said last stands below its event, and in a file of its own.
+    app.page = Page::Job(Tab::Events);
+    until(&mut app, "its last words", &|app| {
+        let text = view::text(app, PLAIN, (120, 40));
+        text.contains("member_lost") && text.contains("it said")
+    });
+    println!("{}", view::text(&app, PLAIN, (120, 40)));
+    let logs: Vec<_> = std::fs::read_dir(place.path(".shanty/worker/logs")).unwrap().flatten().collect();
+    assert_eq!(logs.len(), 2, "one file a worker: {logs:?}");
+    for log in logs {
+        let text = std::fs::read_to_string(log.path()).unwrap();
+        let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert!(lines.iter().any(|line| line["message"] == "worker started"), "{text}");
+    }
     app.page = Page::Job(Tab::Overview);
     println!("{}", view::text(&app, PLAIN, (80, 24)));
 

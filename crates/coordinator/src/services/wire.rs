@@ -12,8 +12,8 @@ use crate::{
         Timings, Within, WorkerInfo,
         ledger::Ledger,
         record::{
-            CheckpointRecord, EvaluationRecord, EventRecord, GenerationRecord, JobState, RankRows, Source,
-            StartPoint, StepRecord,
+            CheckpointRecord, EvaluationRecord, EventRecord, GenerationRecord, JobState, RankRows, SaidLine,
+            Source, StartPoint, StepRecord,
         },
     },
     store::LogLine,
@@ -424,6 +424,16 @@ pub(crate) fn event_out(from: &EventRecord) -> v1::Event {
         step: from.step.0,
         detection_ms: from.detection_ms,
         stall_ms: from.stall_ms,
+        log: from.log.iter().map(|line| said_line_out(line, from.worker.as_ref())).collect(),
+    }
+}
+
+fn said_line_out(from: &SaidLine, worker: Option<&WorkerId>) -> v1::LogLine {
+    v1::LogLine {
+        unix_ms: from.unix_ms,
+        worker_id: worker.map(ToString::to_string).unwrap_or_default(),
+        level: from.level.clone(),
+        text: from.text.clone(),
     }
 }
 

@@ -150,6 +150,11 @@ impl Job {
             |event: &Event| (event.unix_ms, event.kind.clone(), event.text.clone(), event.worker_id.clone());
         let is_known = self.events.iter().rev().take_while(|known| known.unix_ms >= event.unix_ms);
         if is_known.into_iter().any(|known| key(known) == key(&event)) {
+            // A status tells of it without what a lost worker said; the event itself comes with it.
+            let known = self.events.iter_mut().rev().find(|known| key(known) == key(&event));
+            if let Some(known) = known.filter(|known| known.log.is_empty()) {
+                known.log = event.log;
+            }
             return;
         }
         // The order of arrival is the order of time but for what is told again after a reconnection.

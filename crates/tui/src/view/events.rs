@@ -5,7 +5,7 @@ use ratatui::{
     layout::Rect,
     text::{Line, Span},
 };
-use shanty_proto::v1::Event;
+use shanty_proto::v1::{Event, LogLine};
 
 use super::{
     Theme, say,
@@ -21,11 +21,32 @@ pub(super) fn draw(frame: &mut Frame<'_>, area: Rect, app: &App, job: &Job, them
     say(frame, area, newest(job, usize::from(area.height), app.scroll, area.width, theme));
 }
 
-/// As many as there is room for, up to the newest but `scroll`.
-pub(super) fn newest(job: &Job, room: usize, scroll: usize, width: u16, theme: Theme) -> Vec<Line<'static>> {
-    let end = job.events.len() - scroll.min(job.events.len().saturating_sub(room));
-    let start = end.saturating_sub(room);
-    job.events.range(start..end).map(|event| line(event, width, theme)).collect()
+/// As many lines as there is room for, up to the newest but `scroll`: each event, below it what a lost worker said last.
+fn newest(job: &Job, room: usize, scroll: usize, width: u16, theme: Theme) -> Vec<Line<'static>> {
+    let mut lines: Vec<Line<'static>> = Vec::new();
+    // From the newest back: a long history is not drawn for its end.
+    for event in job.events.iter().rev() {
+        if lines.len() >= room + scroll {
+            break;
+        }
+        lines.extend(event.log.iter().rev().map(|said| said_line(said, width, theme)));
+        lines.push(line(event, width, theme));
+    }
+    let skipped = scroll.min(lines.len().saturating_sub(room));
+    let mut shown: Vec<Line<'static>> = lines.into_iter().skip(skipped).take(room).collect();
+    shown.reverse();
+    shown
+}
+
+fn said_line(said: &LogLine, width: u16, theme: Theme) -> Line<'static> {
+    let head = format!("{}    it said  ", clock(said.unix_ms));
+    let level = format!("{:<5} ", said.level);
+    let room = usize::from(width).saturating_sub(head.len() + level.len());
+    Line::from(vec![
+        Span::styled(head, theme.faint()),
+        Span::styled(level, theme.level(&said.level)),
+        Span::styled(cut(&theme.text(&said.text), room, theme), theme.faint()),
+    ])
 }
 
 fn line(event: &Event, width: u16, theme: Theme) -> Line<'static> {
