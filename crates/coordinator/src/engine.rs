@@ -302,7 +302,7 @@ impl Task {
                 self.changed.insert(job);
             }
             Effect::Publish(job, point) => {
-                if let crate::machine::Point::Event(event) = &point {
+                if let Point::Event(event) = &point {
                     let worker = event.worker.as_ref().map(WorkerId::as_str).unwrap_or_default();
                     tracing::info!(%job, kind = event.kind, worker, text = event.text, "job event");
                 }
