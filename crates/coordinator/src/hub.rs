@@ -5,16 +5,16 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use shanty_proto::{JobId, WorkerId, v1};
+use shanty_proto::JobId;
 use tokio::sync::{broadcast, watch};
 
 use crate::{
+    facts::Facts,
     machine::{
         JobView, Point,
         record::{EventRecord, SaidLine},
     },
     metrics::Recorder,
-    services::wire,
     store::LogLine,
     traces::Traces,
 };
@@ -40,14 +40,16 @@ pub(crate) struct Watch {
     pub status: watch::Receiver<Arc<JobView>>,
     pub points: broadcast::Receiver<Arc<Point>>,
     pub logs: broadcast::Receiver<Arc<Vec<LogLine>>>,
+    /// What its members say of their devices.
+    pub facts: Facts,
 }
 
 /// The topics of all jobs.
 #[derive(Debug, Default)]
 pub(crate) struct Hub {
     topics: Mutex<HashMap<JobId, Topic>>,
-    /// What workers say of their devices; the machine has no use for it.
-    facts: Mutex<HashMap<WorkerId, v1::DeviceFacts>>,
+    /// What workers say of their devices.
+    pub facts: Facts,
     /// What workers said last, by the worker.
     said: Mutex<HashMap<String, VecDeque<LogLine>>>,
     /// Counts what passes.
@@ -90,30 +92,6 @@ impl Hub {
         self.recorder.point(job, &point);
         self.traces.point(job, &point);
         self.with(|topics| topics.get(job).map(|topic| topic.points.send(Arc::new(point))));
-    }
-
-    /// What all workers say of their devices.
-    pub fn facts(&self) -> HashMap<WorkerId, v1::DeviceFacts> {
-        self.facts.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Takes what a worker says of its device; none when it is gone.
-    pub fn set_facts(&self, worker: &WorkerId, facts: Option<v1::DeviceFacts>) {
-        let mut all = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
-        match facts {
-            Some(facts) => drop(all.insert(worker.clone(), facts)),
-            None => drop(all.remove(worker)),
-        }
-    }
-
-    /// A job's status as it travels, with what its members say of their devices.
-    pub fn status_out(&self, view: &JobView) -> v1::JobStatus {
-        let mut status = wire::status_out(view);
-        let facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
-        for (member, of) in status.members.iter_mut().zip(&view.members) {
-            member.facts = facts.get(&of.worker).cloned();
-        }
-        status
     }
 
     /// Passes log lines to those who follow.
@@ -162,6 +140,7 @@ impl Hub {
                 points: topic.points.subscribe(),
                 logs: topic.logs.subscribe(),
                 status: topic.status.subscribe(),
+                facts: self.facts.clone(),
             })
         })
     }

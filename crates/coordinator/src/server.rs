@@ -16,6 +16,7 @@ use shanty_telemetry::trace::Tracer;
 use tokio::{net::TcpListener, time::Instant};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
+use tonic_web::GrpcWebLayer;
 
 use crate::{
     access::{Access, Limits, guard::Guard},
@@ -23,7 +24,9 @@ use crate::{
     error::{Error, Result},
     listen::{self, Tls, TlsFiles},
     machine::{self, Change},
+    metrics::Scraped,
     outside::Files,
+    pages::Pages,
     services::{Jobs, Statuses, Workers},
     store::{Closing, Store},
 };
@@ -276,8 +279,11 @@ async fn serve(
         .http2_max_header_list_size(LONGEST_HEADERS)
         .http2_keepalive_interval(Some(limits.ping_every()))
         .http2_keepalive_timeout(Some(limits.answer_within()))
-        // Prometheus speaks no HTTP/2 in clear.
+        // Prometheus, which speaks no HTTP/2 in clear; and browsers: pages over HTTP/1.1 or 2, and calls over gRPC-web, which pass the same guard as all others.
         .accept_http1(true)
+        .layer(Scraped { access: Arc::clone(&access), meter: meter.clone() })
+        .layer(Pages)
+        .layer(GrpcWebLayer::new())
         .layer(Guard { access })
         .layer(meter)
         .add_service(health)

@@ -13,7 +13,7 @@ use shanty_coordinator::{
             JobState, MemberRecord, RankRows, Source, StartPoint, StepRecord,
         },
     },
-    store::{FILE, LogLine, Store},
+    store::{FILE, LogFilter, LogLine, Store},
 };
 use shanty_diagnostic::{Diagnose, Diagnostic, Kind};
 use shanty_proto::{Attempt, Generation, JobId, Rank, Step, WorkerId};
@@ -161,7 +161,7 @@ async fn the_highest_generation_has_the_step_and_what_left_the_lineage_is_gone()
             Change::Truncate(job(), Step(2)),
         ];
         store.persist(changes).await.unwrap();
-        store.steps(job(), 1, 100).await.unwrap()
+        store.steps(job(), 1..=u64::MAX, 100).await.unwrap().0
     })
     .await;
     assert_eq!(steps.iter().map(|step| step.loss).collect::<Vec<_>>(), [3.0, 1.5]);
@@ -173,14 +173,18 @@ async fn a_long_history_is_answered_evenly_spaced_and_thinned() {
     with_store(folder.path(), async |store| {
         let changes = (1..=1000).map(|number| Change::Step(job(), step(number, 1, 1.0))).collect();
         store.persist(changes).await.unwrap();
-        let steps = store.steps(job(), 1, 10).await.unwrap();
+        let steps = store.steps(job(), 1..=u64::MAX, 10).await.unwrap().0;
         let numbers: Vec<u64> = steps.iter().map(|step| step.step.0).collect();
         assert_eq!(numbers, [100, 200, 300, 400, 500, 600, 700, 800, 900, 1000]);
-        let steps = store.steps(job(), 995, 100).await.unwrap();
+        let steps = store.steps(job(), 995..=u64::MAX, 100).await.unwrap().0;
         assert_eq!(steps.len(), 6);
+        let (steps, one_of) = store.steps(job(), 101..=300, 20).await.unwrap();
+        assert_eq!((steps.len(), one_of, steps[0].step), (20, 10, Step(110)), "a part, in more detail");
+        let (steps, one_of) = store.steps(job(), 101..=119, 20).await.unwrap();
+        assert_eq!((steps.len(), one_of), (19, 1), "all there is");
         let changes = (1001..=41_000).map(|number| Change::Step(job(), step(number, 1, 1.0))).collect();
         store.persist(changes).await.unwrap();
-        let steps = store.steps(job(), 1, 100_000).await.unwrap();
+        let steps = store.steps(job(), 1..=u64::MAX, 100_000).await.unwrap().0;
         assert!((20_000..40_001).contains(&steps.len()), "{}", steps.len());
         assert_eq!(steps.last().unwrap().step, Step(41_000));
         assert!(
@@ -235,14 +239,39 @@ async fn logs_and_events_keep_their_newest() {
                 .collect();
             store.log(job(), lines).await.unwrap();
         }
-        let all = store.logs(job(), String::new(), 100_000).await.unwrap();
+        let all = store.logs(job(), LogFilter::all(100_000)).await.unwrap();
         assert!((5000..5300).contains(&all.len()), "{}", all.len());
         assert_eq!(all.last().unwrap().text, "699.9");
-        let of_a = store.logs(job(), "a".to_owned(), 3).await.unwrap();
+        let of_a = store.logs(job(), LogFilter::new("a".to_owned(), "", "", 3).unwrap()).await.unwrap();
         assert_eq!(
             of_a.iter().map(|line| line.text.as_str()).collect::<Vec<_>>(),
             ["699.4", "699.6", "699.8"]
         );
+        let line = |level: &str, text: &str| LogLine {
+            unix_ms: 1,
+            worker: "c".to_owned(),
+            level: level.to_owned(),
+            text: text.to_owned(),
+        };
+        let odd =
+            [line("error", "No MEMORY left"), line("info", "memory is fine"), line("warn", "100% full")];
+        store.log(job(), odd.to_vec()).await.unwrap();
+        for (level, text, found) in [
+            ("", "memory", vec![0, 1]),
+            ("warn", "", vec![0, 2]),
+            ("warn", "Memory", vec![0]),
+            ("trace", "0% f", vec![2]),
+            ("error", "fine", vec![]),
+        ] {
+            let filter = LogFilter::new("c".to_owned(), level, text, 100).unwrap();
+            let lines = store.logs(job(), filter.clone()).await.unwrap();
+            let expected: Vec<LogLine> = found.iter().map(|at| odd[*at].clone()).collect();
+            assert_eq!(lines, expected, "{level:?} {text:?}");
+            let of_those_to_come: Vec<LogLine> =
+                odd.iter().filter(|line| filter.lets_through(line)).cloned().collect();
+            assert_eq!(of_those_to_come, expected, "what is stored and what comes follow one rule");
+        }
+        assert!(LogFilter::new(String::new(), "loud", "", 1).is_err());
         let event = EventRecord {
             unix_ms: 1,
             kind: "formed".to_owned(),

@@ -12,6 +12,7 @@ mod error;
 mod forward;
 pub mod process;
 mod rotate;
+pub mod tensorboard;
 pub mod trace;
 
 use std::{

@@ -163,7 +163,7 @@ impl Asking {
     async fn follow(&self, job: &str, mut at_work: watch::Receiver<bool>) -> Result<(), End> {
         loop {
             // Begun before the past is asked for, so that nothing falls between the two.
-            let request = WatchJobRequest { job_id: job.to_owned() };
+            let request = WatchJobRequest { job_id: job.to_owned(), ..WatchJobRequest::default() };
             let Some(mut stream) = found(in_time(self.status().watch_job(request)).await)? else {
                 return std::future::pending().await;
             };
@@ -181,6 +181,8 @@ impl Asking {
                     Update::Evaluation(evaluation) => News::Evaluation(evaluation),
                     Update::Checkpoint(checkpoint) => News::Checkpoint(checkpoint),
                     Update::Event(event) => News::Event(event),
+                    // Not asked for: whole statuses are asked for as often.
+                    Update::Pulse(_) => continue,
                 };
                 self.news.send(news).await?;
             }

@@ -18,7 +18,8 @@ fn a_panic_leaves_the_terminal_as_it_was_and_is_told_there() {
     let itself = std::env::current_exe().unwrap();
     let name = "a_panic_leaves_the_terminal_as_it_was_and_is_told_there";
     let arguments = ["--exact", name, "--nocapture", "--test-threads", "1"];
-    let mut terminal = Terminal::start(&itself, &arguments, &[(CHILD, "1")], (80, 24)).unwrap();
+    let mut terminal =
+        Terminal::start(&itself, &arguments, &[(CHILD, "1"), ("RUST_BACKTRACE", "0")], (80, 24)).unwrap();
     let status = terminal.wait_for_end().unwrap();
     assert!(!status.success(), "it panicked");
     terminal.wait_for("what went wrong", |text| text.contains("the plank broke")).unwrap();

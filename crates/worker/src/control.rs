@@ -74,6 +74,8 @@ struct Membership {
     step: u64,
     /// The generation is left after this step.
     stop_after: Option<u64>,
+    /// A checkpoint is wanted.
+    save: bool,
 }
 
 impl Membership {
@@ -123,6 +125,7 @@ impl Control {
             interrupted: false,
             step: 0,
             stop_after: None,
+            save: false,
         });
         inner.phase = MemberPhase::Forming;
         self.changed.notify_all();
@@ -154,6 +157,15 @@ impl Control {
             }
         }
         self.changed.notify_all();
+    }
+
+    /// A checkpoint is wanted after the step that is made now.
+    pub(crate) fn want_save(&self, generation: u64) {
+        if let Some(membership) = &mut self.lock().membership
+            && membership.attachment.generation == generation
+        {
+            membership.save = true;
+        }
     }
 
     /// The worker belongs to no generation any more.
@@ -252,6 +264,16 @@ impl Control {
                 Ok(true)
             }
             _ => Err(Interrupted),
+        }
+    }
+
+    /// Whether a checkpoint was wanted since this was last asked.
+    pub(crate) fn take_save(&self, generation: u64) -> bool {
+        match &mut self.lock().membership {
+            Some(membership) if membership.attachment.generation == generation => {
+                std::mem::take(&mut membership.save)
+            }
+            _ => false,
         }
     }
 

@@ -299,6 +299,7 @@ impl Session {
                 self.command(Command::Release(release));
             }
             FromCoordinator::Keep(keep) => self.command(Command::Keep(keep)),
+            FromCoordinator::Save(save) => self.control.want_save(save.generation),
             FromCoordinator::Drain(drain) => {
                 info!(reason = %drain.reason, "the coordinator asks this worker to end");
                 self.drain.cancel();

@@ -160,7 +160,7 @@ impl Stage {
     /// The bits of each step's loss.
     async fn losses(&self) -> Vec<u64> {
         let mut client = StatusServiceClient::connect(format!("http://{}", self.address)).await.unwrap();
-        let request = ListStepsRequest { job_id: self.job.clone(), from_step: 0, limit: 0 };
+        let request = ListStepsRequest { job_id: self.job.clone(), ..ListStepsRequest::default() };
         let steps = client.list_steps(request).await.unwrap().into_inner().steps;
         steps.iter().map(|record| record.loss.to_bits()).collect()
     }
@@ -171,7 +171,7 @@ impl Stage {
 
     async fn recorded_steps(&self) -> Vec<u64> {
         let mut client = StatusServiceClient::connect(format!("http://{}", self.address)).await.unwrap();
-        let request = ListStepsRequest { job_id: self.job.clone(), from_step: 0, limit: 0 };
+        let request = ListStepsRequest { job_id: self.job.clone(), ..ListStepsRequest::default() };
         let steps = client.list_steps(request).await.unwrap().into_inner().steps;
         steps.iter().map(|record| record.step).collect()
     }

@@ -10,6 +10,7 @@ use shanty_telemetry::trace::Tracer;
 use shanty_worker::supervisor::shutdown_on_signals;
 
 use crate::{
+    dashboard,
     error::Error,
     failure::{CommandResult, Exit},
     job_file::all,
@@ -99,6 +100,7 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
             "local_key": key.as_ref().map(|key| key.path()), "health_address": handle.health_address,
         });
         ui.data(&event, |_| format!("listening on {address}"))?;
+        dashboard::tell(ui, &address, key.as_ref().map(LocalKey::secret));
         if !asks {
             ui.warn("asks nobody who it is: everybody who reaches that address can run jobs, and read along");
         }

@@ -30,7 +30,12 @@ pub(crate) struct Args {
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     block_on(async {
         let (connection, job_id) = args.target.connect_for(&args.job).await?;
-        let request = TailLogsRequest { job_id, worker_id: args.worker, follow: args.follow };
+        let request = TailLogsRequest {
+            job_id,
+            worker_id: args.worker,
+            follow: args.follow,
+            ..TailLogsRequest::default()
+        };
         let mut stream = connection.client.status().tail_logs(request).await.map_err(wire)?.into_inner();
         loop {
             let message = tokio::select! {

@@ -21,6 +21,7 @@ pub(crate) mod drain;
 pub(crate) mod eval;
 pub(crate) mod explain;
 pub(crate) mod export;
+pub(crate) mod export_history;
 pub(crate) mod generate;
 pub(crate) mod jobs;
 pub(crate) mod logits;

@@ -70,6 +70,11 @@ impl Host {
         Client::connect(&self.address, &credentials).await
     }
 
+    /// The key that other programs of this user are let in by, where one could be left.
+    pub(crate) fn key(&self) -> Option<&Secret> {
+        self.left.as_ref().map(LocalKey::secret)
+    }
+
     /// Where it listens.
     pub(crate) fn address(&self) -> &str {
         &self.address

@@ -15,7 +15,7 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use super::{Access, Pass};
-use crate::{error::Error, listen::Peer, metrics, services::refuse};
+use crate::{error::Error, listen::Peer, services::refuse};
 
 /// Puts a [`Guarded`] before a service.
 #[derive(Debug, Clone)]
@@ -61,12 +61,7 @@ where
             Err(error) => {
                 let address = peer.and_then(|peer| peer.address());
                 tracing::debug!(?address, call = request.uri().path(), %error, "refused");
-                // A page is no call: whoever reads it knows no gRPC status.
-                let refused = match request.uri().path() {
-                    metrics::PATH => metrics::refused(&error),
-                    _ => refuse(error).into_http(),
-                };
-                return Box::pin(std::future::ready(Ok(refused)));
+                return Box::pin(std::future::ready(Ok(refuse(error).into_http())));
             }
         };
         request.extensions_mut().insert(pass.caller.clone());

@@ -124,6 +124,11 @@ impl Access {
         gone
     }
 
+    /// Whether nobody is asked who it is.
+    pub fn is_open(&self) -> bool {
+        self.open
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<TokenId, Entry>> {
         // A map of whole entries is whole after any panic.
         self.tokens.lock().unwrap_or_else(PoisonError::into_inner)

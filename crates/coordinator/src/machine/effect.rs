@@ -174,6 +174,15 @@ pub enum Message {
         /// Updates applied.
         step: Step,
     },
+    /// Write a checkpoint after the step that is made now.
+    Save {
+        /// The job.
+        job: JobId,
+        /// Its attempt.
+        attempt: Attempt,
+        /// The generation.
+        generation: Generation,
+    },
     /// The job needs the worker no longer.
     Release {
         /// The job.
@@ -226,6 +235,8 @@ pub enum Reply {
     },
     /// The worker is asked to end; the job that it is at work for.
     Draining(Option<JobId>),
+    /// A checkpoint beyond this step will be written.
+    CheckpointAsked(Step),
 }
 
 /// Why a user's request is refused.

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use serde::{Deserialize, Serialize};
 use shanty_config::JobSpec;
 use shanty_diagnostic::Diagnostic;
 use shanty_proto::{Attempt, Generation, JobId, Rank, Step, WorkerId};
@@ -112,6 +113,13 @@ pub enum Event {
         /// The worker.
         worker: WorkerId,
     },
+    /// A user wants a checkpoint of what a job has trained so far.
+    CheckpointNow {
+        /// Names the answer.
+        request: u64,
+        /// The job.
+        job: JobId,
+    },
     /// A worker's stream ended.
     Down {
         /// The worker.
@@ -194,6 +202,19 @@ pub struct Timings {
     pub update_seconds: f64,
     /// Tokens that the worker computed.
     pub tokens: u64,
+}
+
+/// What is trained, as a worker that loaded the base counted it.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct AdapterFacts {
+    /// Numbers that are trained.
+    pub trainable_parameters: u64,
+    /// Numbers in all.
+    pub total_parameters: u64,
+    /// Modules that the adapter is at.
+    pub matched_modules: u32,
+    /// How long loading took.
+    pub load_seconds: f64,
 }
 
 /// What a member does.
@@ -285,10 +306,8 @@ pub enum Said {
         attempt: Attempt,
         /// What was loaded.
         base_hash: String,
-        /// How long it took.
-        seconds: f64,
-        /// Numbers that are trained.
-        trainable_parameters: u64,
+        /// What is trained of it.
+        facts: AdapterFacts,
         /// The part that was loaded, where workers share a base.
         part: Option<u32>,
     },

@@ -298,6 +298,7 @@ impl Machine {
         self.save(job);
         for worker in members {
             self.announce_to(job, worker);
+            self.ask_to_save(job, worker);
         }
     }
 

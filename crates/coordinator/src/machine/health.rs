@@ -7,7 +7,7 @@ use shanty_config::UsualLoss;
 use shanty_data::order::Order;
 use shanty_proto::{Generation, Step, WorkerId};
 
-use super::pace::Pace;
+use super::{event::AdapterFacts, pace::Pace, time::TimeRecord};
 
 /// Recoveries that are kept.
 const RECOVERIES: usize = 32;
@@ -61,6 +61,10 @@ pub struct HealthRecord {
     pub lineage_from: Generation,
     /// No member holds the state: it is in a checkpoint.
     pub handed_over: bool,
+    /// What became of its time.
+    pub time: TimeRecord,
+    /// What is trained, once a worker has loaded the base.
+    pub adapter: Option<AdapterFacts>,
 }
 
 /// What a job's crew went through.
@@ -79,6 +83,8 @@ pub(crate) struct Health {
     pub keeper: Option<WorkerId>,
     /// It could not write one.
     pub keep_failed: bool,
+    /// A user wants a checkpoint of a step beyond this one.
+    pub save_after: Option<Step>,
 }
 
 impl Health {

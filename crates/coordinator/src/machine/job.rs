@@ -374,6 +374,7 @@ impl Job {
         if let Some(over) = &mut self.broken {
             over.steps_lost += self.watermark.0.saturating_sub(step.0);
         }
+        self.health.record.time.return_to(step, self.watermark);
         self.watermark = step;
         self.health.return_to(step);
         self.recorded.retain(|recorded| *recorded <= step);

@@ -6,7 +6,7 @@
 //! follows from that, [`retry`] what is tried again; `sessions` what workers say; `reports` what members report;
 //! `breakup` how a generation ends early, `part` how it does so at a step's boundary; `form` how one begins; `hang`,
 //! `straggler`, `diverge` and `spoilt` what is done about members and steps that are not as they should be, `drain` about
-//! members that are to go;
+//! members that are to go; `save` a checkpoint that a user wants; `time` what became of a job's time;
 //! [`deal()`] and [`ledger`] the arithmetic of rows; `view` what status shows.
 
 mod breakup;
@@ -30,10 +30,12 @@ pub mod record;
 mod reports;
 mod restore;
 pub mod retry;
+mod save;
 mod sessions;
 mod shard;
 mod spoilt;
 mod straggler;
+mod time;
 mod turns;
 mod users;
 mod view;
@@ -51,12 +53,13 @@ pub use self::{
     edits::Ignored,
     effect::{Change, CreditGiven, Effect, Message, Point, Refusal, Reply},
     event::{
-        Announcement, Attachment, Event, KeptSum, MemberPhase, Moment, Said, StepReport, Timings, Within,
-        WorkerInfo,
+        AdapterFacts, Announcement, Attachment, Event, KeptSum, MemberPhase, Moment, Said, StepReport,
+        Timings, Within, WorkerInfo,
     },
     options::Options,
     restore::StoredJob,
     straggler::Straggler,
+    time::{TimeRecord, TimeView},
     view::{CrewView, JobView, MemberView},
 };
 use self::{
@@ -73,6 +76,8 @@ pub struct Machine {
     seed: [u8; 32],
     jobs: BTreeMap<JobId, Job>,
     sessions: BTreeMap<WorkerId, Session>,
+    /// How often workers have come back; of the newest that did.
+    returns: BTreeMap<WorkerId, u32>,
     /// Ended jobs whose members may still hold a credit: few, however many have ended.
     fading: BTreeSet<JobId>,
     next_sequence: u64,
@@ -92,6 +97,7 @@ impl Machine {
             seed,
             jobs: BTreeMap::new(),
             sessions: BTreeMap::new(),
+            returns: BTreeMap::new(),
             fading: BTreeSet::new(),
             next_sequence: 1,
             last_applied: None,
@@ -129,6 +135,7 @@ impl Machine {
             }
             Event::Said { worker, session, message } => self.said(now, &worker, session, message),
             Event::Drain { request, worker } => self.drain(request, &worker),
+            Event::CheckpointNow { request, job } => self.checkpoint_now(now, request, &job),
             Event::Down { worker, session, reason } => {
                 if self.is_current(&worker, session) {
                     self.lose(now, &worker, reason);
@@ -285,11 +292,38 @@ impl Machine {
     }
 }
 
+/// A job as it was submitted, and what was learnt of it before its first step.
+#[derive(Debug, Clone)]
+pub struct Configuration {
+    /// The job file as JSON.
+    pub spec_json: std::sync::Arc<str>,
+    /// Its data, once it is prepared.
+    pub data: Option<record::DataFacts>,
+    /// Updates in all; 0 before its data is prepared.
+    pub steps: Step,
+    /// Updates in one pass over its data; 0 before it is prepared.
+    pub steps_per_epoch: u64,
+    /// What is trained, once a worker has loaded the base.
+    pub adapter: Option<AdapterFacts>,
+}
+
 /// What the server needs to know to carry effects out.
 impl Machine {
     /// A job's job file.
     pub fn spec(&self, job: &JobId) -> Option<std::sync::Arc<shanty_config::JobSpec>> {
         self.jobs.get(job).map(|job| std::sync::Arc::clone(&job.spec))
+    }
+
+    /// A job as it was submitted, as JSON, and what was learnt of it.
+    pub fn configuration(&self, job: &JobId) -> Option<Configuration> {
+        let job = self.jobs.get(job)?;
+        Some(Configuration {
+            spec_json: std::sync::Arc::clone(&job.spec_json),
+            data: job.facts.clone(),
+            steps: job.steps(),
+            steps_per_epoch: job.order.as_ref().map_or(0, |order| order.steps_per_epoch()),
+            adapter: job.health.record.adapter,
+        })
     }
 
     /// Hash of a job's prepared data.

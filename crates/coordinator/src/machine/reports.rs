@@ -7,7 +7,7 @@ use super::{
     Machine,
     crew::Credit,
     effect::{Change, Effect, Point},
-    event::{Moment, StepReport, Within},
+    event::{AdapterFacts, Moment, StepReport, Within},
     job::{Job, Phase},
     record::{CheckpointRecord, EvaluationRecord, JobState, RecoveryRecord, StepRecord},
 };
@@ -26,8 +26,7 @@ impl Machine {
         job: &JobId,
         attempt: Attempt,
         base_hash: &str,
-        seconds: f64,
-        trainable_parameters: u64,
+        facts: AdapterFacts,
         part: Option<u32>,
     ) {
         let _ = self.with_job(job, |machine, job| {
@@ -48,8 +47,10 @@ impl Machine {
                 return;
             }
             session.ready_since = Some(now.monotonic);
+            job.health.record.adapter.get_or_insert(facts);
+            let AdapterFacts { load_seconds, trainable_parameters, .. } = facts;
             let text = format!(
-                "{worker} loaded its base in {seconds:.1} s; {trainable_parameters} parameters train"
+                "{worker} loaded its base in {load_seconds:.1} s; {trainable_parameters} parameters train"
             );
             job.event(now, "worker_ready", text).worker = Some(worker.clone());
             machine.publish_event(job);
@@ -147,6 +148,7 @@ impl Machine {
         let smooth = |old: f64, new: f64| if old > 0.0 { old + SMOOTHING * (new - old) } else { new };
         job.tokens_per_second = smooth(job.tokens_per_second, rate);
         job.seconds_per_step = smooth(job.seconds_per_step, report.seconds);
+        job.health.record.time.trained(report.step, report.seconds);
         job.advanced = true;
         job.fruitless = 0;
         if let Some(reason) = &report.skipped {
@@ -171,6 +173,7 @@ impl Machine {
             && let Some(over) = job.broken.take()
         {
             let stall = now.monotonic.saturating_sub(over.noticed);
+            job.health.record.time.stalled(stall.as_secs_f64(), report.seconds);
             let text =
                 format!("step {} after {:.2} s; {}", report.step, stall.as_secs_f64(), over.cause.text);
             let event = job.event(now, "recovered", text);
@@ -236,6 +239,7 @@ impl Machine {
                 loss: loss.map(|evaluation| evaluation.loss),
             };
             job.checkpoint = Some(job.checkpoint.unwrap_or_default().max(step));
+            job.health.save_after = job.health.save_after.filter(|after| step <= *after);
             job.checkpoints.retain(|known| known.path != record.path && !removed.contains(&known.path));
             job.checkpoints.push(record.clone());
             job.checkpoints.sort_by_key(|known| (known.step, known.attempt, known.generation));
@@ -274,6 +278,8 @@ impl Machine {
             job.event(now, "checkpoint_failed", text).worker = Some(worker.clone());
             machine.publish_event(job);
             machine.cannot_give_way(now, job, worker);
+            // Whoever wanted it is told by the event, and may ask again.
+            job.health.save_after = job.health.save_after.filter(|after| step <= *after);
             // Others may fail meanwhile that nobody waits for.
             if job.health.keeper.as_ref() == Some(worker) {
                 job.health.keep_failed = true;

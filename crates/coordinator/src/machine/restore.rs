@@ -64,6 +64,7 @@ impl Machine {
         job.started_unix_ms = record.started_unix_ms;
         job.ended_unix_ms = record.ended_unix_ms;
         job.health.record = record.health;
+        job.health.record.time.catch_up(&steps);
         job.health.pace.least = self.options.hang_least;
         for pair in steps.windows(2) {
             let step = &pair[1];

@@ -12,6 +12,9 @@ use super::{
     job::{Job, Phase},
 };
 
+/// Workers whose returns are counted; beyond them, those that are not connected are forgotten.
+const MOST_RETURNS: usize = 4096;
+
 /// A worker whose stream is up.
 #[derive(Debug, Clone)]
 pub(crate) struct Session {
@@ -109,12 +112,18 @@ impl Machine {
             slow: false,
         };
         self.sessions.insert(worker.clone(), session);
+        self.count_return(&worker);
         let outcome = self.reattach(now, &worker, attachment.as_ref());
         let refused = matches!(outcome, Reattached::No | Reattached::WithoutState { .. });
         let attached = attachment.is_some() && !refused;
         self.send(&worker, Message::Welcome { attached });
         match outcome {
-            Reattached::No | Reattached::Yes => {}
+            Reattached::No => {}
+            Reattached::Yes => {
+                let of = attachment.map(|attachment| attachment.job);
+                let _ =
+                    of.and_then(|job| self.with_job(&job, |machine, job| machine.ask_to_save(job, &worker)));
+            }
             Reattached::Leave { job, attempt, generation, reason } => {
                 self.send(&worker, Message::Leave { job, attempt, generation, reason, after: None });
             }
@@ -124,6 +133,7 @@ impl Machine {
             Reattached::Form { job } => {
                 let _ = self.with_job(&job, |machine, job| {
                     machine.announce_to(job, &worker);
+                    machine.ask_to_save(job, &worker);
                     machine.ask_to_leave(job, &worker);
                 });
             }
@@ -132,6 +142,15 @@ impl Machine {
                 let _ =
                     self.with_job(&job, |machine, job| machine.member_gone(now, job, &worker, reason, None));
             }
+        }
+    }
+
+    /// Counts how often a worker has come back. Of those that are gone for good, not many are remembered.
+    fn count_return(&mut self, worker: &WorkerId) {
+        let returns = self.returns.entry(worker.clone()).and_modify(|count| *count += 1).or_insert(0);
+        if *returns == 0 && self.returns.len() > MOST_RETURNS {
+            let sessions = &self.sessions;
+            self.returns.retain(|worker, _| sessions.contains_key(worker));
         }
     }
 
@@ -239,8 +258,8 @@ impl Machine {
             Said::Beat { sequence, phase, attachment, progress } => {
                 self.beat(now, worker, sequence, (phase, progress), attachment);
             }
-            Said::BaseReady { job, attempt, base_hash, seconds, trainable_parameters, part } => {
-                self.base_ready(now, worker, &job, attempt, &base_hash, seconds, trainable_parameters, part);
+            Said::BaseReady { job, attempt, base_hash, facts, part } => {
+                self.base_ready(now, worker, &job, attempt, &base_hash, facts, part);
             }
             Said::Failure { job, attempt, error } => self.failure(now, worker, &job, attempt, error),
             Said::Step(report) => self.step(now, worker, report),

@@ -11,6 +11,7 @@ use super::{
         CheckpointRecord, EvaluationRecord, EventRecord, FailureRecord, JobState, RecoveryRecord, StepRecord,
     },
     straggler::Straggler,
+    time::{self, TimeView},
 };
 
 /// A job as status shows it.
@@ -68,6 +69,8 @@ pub struct JobView {
     pub ended_unix_ms: u64,
     /// How the crew fares.
     pub crew: CrewView,
+    /// What became of its time.
+    pub time: TimeView,
 }
 
 /// How a crew fares.
@@ -116,6 +119,8 @@ pub struct MemberView {
     pub spare: bool,
     /// Whether it was asked to end.
     pub draining: bool,
+    /// How often it has come back.
+    pub restarts: u32,
 }
 
 impl Machine {
@@ -152,7 +157,12 @@ impl Machine {
             submitted_unix_ms: job.submitted_unix_ms,
             started_unix_ms: job.started_unix_ms,
             ended_unix_ms: job.ended_unix_ms,
+            time: time::view_of(now, job),
         }
+    }
+
+    fn returns_of(&self, worker: &WorkerId) -> u32 {
+        self.returns.get(worker).copied().unwrap_or_default()
     }
 
     fn members_of(&self, now: Moment, job: &Job) -> Vec<MemberView> {
@@ -180,6 +190,7 @@ impl Machine {
                 timings: member.timings,
                 spare: false,
                 draining: self.is_draining(&member.worker),
+                restarts: self.returns_of(&member.worker),
             });
         }
         for (worker, session) in &self.sessions {
@@ -201,6 +212,7 @@ impl Machine {
                 timings: Timings::default(),
                 spare: session.ready_since.is_some() && !session.draining && job.is_stepping(),
                 draining: session.draining,
+                restarts: self.returns_of(worker),
             });
         }
         views

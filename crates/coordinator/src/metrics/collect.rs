@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use shanty_proto::{WorkerId, v1::DeviceFacts};
+use shanty_proto::v1::DeviceFacts;
 use shanty_telemetry::process;
 
 use super::{table::*, text::Page};
@@ -28,7 +28,7 @@ pub(super) fn is_told(view: &JobView, now: u64) -> bool {
 }
 
 /// Writes what can be looked up.
-pub(super) fn write(page: &mut Page, views: &[JobView], facts: &HashMap<WorkerId, DeviceFacts>, now: u64) {
+pub(super) fn write(page: &mut Page, views: &[JobView], facts: &HashMap<String, DeviceFacts>, now: u64) {
     page.set(&BUILD, &[env!("CARGO_PKG_VERSION")], 1.0);
     for state in STATES {
         let count = views.iter().filter(|view| view.state == state).count();
@@ -41,7 +41,7 @@ pub(super) fn write(page: &mut Page, views: &[JobView], facts: &HashMap<WorkerId
         checkpoints(page, view, now);
         if !view.state.is_final() {
             for member in &view.members {
-                worker(page, view, member, facts.get(&member.worker));
+                worker(page, view, member, facts.get(member.worker.as_str()));
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Times calls, and answers the page.
+//! Two layers: one answers the page, one times calls.
 
 use std::{
     future::Future,
@@ -16,12 +16,14 @@ use tower_service::Service;
 
 use super::{PATH, collect, text::Page};
 use crate::{
+    access::Access,
     engine::Engine,
     error::{Error, Result},
     hub::Hub,
+    listen::Peer,
 };
 
-/// Puts a [`Metered`] before a service.
+/// Puts a [`Metered`] before a service, and knows the page.
 #[derive(Clone)]
 pub(crate) struct Meter {
     pub engine: Engine,
@@ -34,7 +36,7 @@ impl Meter {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let now = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
         let mut page = Page::default();
-        collect::write(&mut page, &views, &self.hub.facts(), now);
+        collect::write(&mut page, &views, &self.hub.facts.all(), now);
         let told = |job: &shanty_proto::JobId| {
             views.iter().any(|view| view.id == *job && collect::is_told(view, now))
         };
@@ -54,7 +56,7 @@ impl Meter {
 }
 
 /// The page for whoever may not see it.
-pub(crate) fn refused(error: &Error) -> Response<Body> {
+fn refused(error: &Error) -> Response<Body> {
     let status = match error {
         Error::Unauthenticated { .. } => StatusCode::UNAUTHORIZED,
         Error::NotAllowed { .. } => StatusCode::FORBIDDEN,
@@ -83,7 +85,7 @@ impl<S> Layer<S> for Meter {
     }
 }
 
-/// A service whose calls are timed, with the page beside it.
+/// A service whose calls are timed.
 #[derive(Clone)]
 pub(crate) struct Metered<S> {
     inner: S,
@@ -108,10 +110,6 @@ where
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         let meter = self.meter.clone();
-        if request.uri().path() == PATH {
-            let method = request.method().clone();
-            return Box::pin(async move { Ok(meter.answer(method).await) });
-        }
         // A call that nobody declared is counted under one name: whoever asks must not make up series.
         let call = crate::access::known_call(request.uri().path()).unwrap_or("other");
         let (began, answer) = (Instant::now(), self.inner.call(request));
@@ -123,6 +121,59 @@ where
             });
             meter.hub.recorder.call(call, is_good, began.elapsed());
             answer
+        })
+    }
+}
+
+/// Puts a [`WithPage`] before a service.
+#[derive(Clone)]
+pub(crate) struct Scraped {
+    pub access: Arc<Access>,
+    pub meter: Meter,
+}
+
+impl<S> Layer<S> for Scraped {
+    type Service = WithPage<S>;
+
+    fn layer(&self, inner: S) -> WithPage<S> {
+        WithPage { inner, scraped: self.clone() }
+    }
+}
+
+/// A service, and the page beside it.
+#[derive(Clone)]
+pub(crate) struct WithPage<S> {
+    inner: S,
+    scraped: Scraped,
+}
+
+impl<S> Service<http::Request<Body>> for WithPage<S>
+where
+    S: Service<http::Request<Body>, Response = Response<Body>>,
+    S::Future: Send + 'static,
+    S::Error: Send + 'static,
+{
+    type Response = Response<Body>;
+    type Error = S::Error;
+    type Future = Answer<S::Error>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<std::result::Result<(), S::Error>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        if request.uri().path() != PATH {
+            return Box::pin(self.inner.call(request));
+        }
+        let peer = request.extensions().get::<Peer>().cloned();
+        let admitted = self.scraped.access.admit(PATH, request.headers(), peer.as_ref());
+        let (meter, method) = (self.scraped.meter.clone(), request.method().clone());
+        Box::pin(async move {
+            match admitted {
+                // It counts as one of the caller's calls until it is answered.
+                Ok(_pass) => Ok(meter.answer(method).await),
+                Err(error) => Ok(refused(&error)),
+            }
         })
     }
 }

@@ -1,7 +1,8 @@
 //! Prometheus' page at `/metrics`, on the coordinator's port.
 //!
 //! [`table`] declares every metric; `recorder` counts what happens, `collect` looks up the rest when somebody asks, `text`
-//! writes. [`Metered`] stands behind the door ([`Guard`](crate::access::guard::Guard)): it times calls, and answers the page.
+//! writes. `Meter` times calls behind the door ([`Guard`](crate::access::guard::Guard)); `Scraped` answers the page, in front of
+//! what speaks gRPC alone, and asks for the same rights.
 
 mod collect;
 mod layer;
@@ -10,7 +11,7 @@ pub mod table;
 mod text;
 
 pub(crate) use self::{
-    layer::{Meter, refused},
+    layer::{Meter, Scraped},
     recorder::Recorder,
 };
 

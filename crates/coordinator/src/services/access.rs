@@ -8,7 +8,7 @@ use tonic::{Request, Response, Status};
 
 use super::{refuse, wire};
 use crate::{
-    access::{Access, TokenRecord, Wanted},
+    access::{Access, Caller, RIGHTS, TokenRecord, Wanted},
     engine::Engine,
     error::{Error, Result},
     store::Store,
@@ -73,6 +73,20 @@ impl AccessService for Tokens {
         Ok(Response::new(ListTokensResponse { tokens }))
     }
 
+    async fn who_am_i(&self, request: Request<WhoAmIRequest>) -> Result<Response<WhoAmIResponse>, Status> {
+        let caller = request.extensions().get::<Caller>();
+        let caller =
+            caller.ok_or_else(|| refuse(Error::Unauthenticated { what: "nobody asked who it is" }))?;
+        let calls = RIGHTS.iter().filter(|(_, least)| caller.role.may(*least));
+        Ok(Response::new(WhoAmIResponse {
+            name: caller.identity.to_string(),
+            role: role_out(caller.role).into(),
+            calls: calls.map(|(call, _)| (*call).to_owned()).collect(),
+            asks: !self.access.is_open(),
+            coordinator_version: env!("CARGO_PKG_VERSION").to_owned(),
+        }))
+    }
+
     async fn revoke_token(
         &self,
         request: Request<RevokeTokenRequest>,
@@ -81,16 +95,19 @@ impl AccessService for Tokens {
     }
 }
 
-fn token_out(record: &TokenRecord) -> Token {
-    let role = match record.role {
+fn role_out(role: Role) -> v1::Role {
+    match role {
         Role::Read => v1::Role::Read,
         Role::Submit => v1::Role::Submit,
         Role::Worker => v1::Role::Worker,
         Role::Admin => v1::Role::Admin,
-    };
+    }
+}
+
+fn token_out(record: &TokenRecord) -> Token {
     Token {
         id: record.id.to_string(),
-        role: role.into(),
+        role: role_out(record.role).into(),
         name: record.name.clone(),
         job_id: record.job.clone().map(String::from).unwrap_or_default(),
         created_unix_ms: record.created_unix_ms,

@@ -7,7 +7,7 @@ use shanty_config::JobSpec;
 use shanty_proto::v1::{job_service_server::JobService, *};
 use tonic::{Request, Response, Status};
 
-use super::{refuse, wire};
+use super::{refuse, wire, wire_view};
 use crate::{
     access::Caller,
     engine::Engine,
@@ -74,13 +74,13 @@ impl Jobs {
 
     async fn list(&self) -> Result<ListJobsResponse> {
         let views = self.engine.look(|machine, now| machine.views(now)).await?;
-        Ok(ListJobsResponse { jobs: views.iter().map(wire::summary_out).collect() })
+        Ok(ListJobsResponse { jobs: views.iter().map(wire_view::summary_out).collect() })
     }
 
     async fn cancel(&self, request: CancelJobRequest) -> Result<CancelJobResponse> {
         let job = wire::job_id(&request.job_id)?;
         match self.engine.ask(move |request| Event::Cancel { request, job }).await? {
-            Reply::Cancelled(state) => Ok(CancelJobResponse { state: wire::state_out(state).into() }),
+            Reply::Cancelled(state) => Ok(CancelJobResponse { state: wire_view::state_out(state).into() }),
             other => Err(Error::bad(format!("an answer to something else: {other:?}"))),
         }
     }
@@ -115,6 +115,14 @@ impl Jobs {
         }
     }
 
+    async fn checkpoint_now(&self, request: CheckpointNowRequest) -> Result<CheckpointNowResponse> {
+        let job = wire::job_id(&request.job_id)?;
+        match self.engine.ask(move |request| Event::CheckpointNow { request, job }).await? {
+            Reply::CheckpointAsked(after) => Ok(CheckpointNowResponse { after_step: after.0 }),
+            other => Err(Error::bad(format!("an answer to something else: {other:?}"))),
+        }
+    }
+
     async fn checkpoints(&self, request: ListCheckpointsRequest) -> Result<ListCheckpointsResponse> {
         let job = wire::job_id(&request.job_id)?;
         let known = self.engine.look({
@@ -123,7 +131,9 @@ impl Jobs {
         });
         let spec = known.await?.ok_or(Error::NoSuchJob { job })?;
         let checkpoints = find::list(&spec).await?;
-        Ok(ListCheckpointsResponse { checkpoints: checkpoints.iter().map(wire::checkpoint_out).collect() })
+        Ok(ListCheckpointsResponse {
+            checkpoints: checkpoints.iter().map(wire_view::checkpoint_out).collect(),
+        })
     }
 }
 
@@ -160,6 +170,13 @@ impl JobService for Jobs {
         request: Request<ListCheckpointsRequest>,
     ) -> Result<Response<ListCheckpointsResponse>, Status> {
         self.checkpoints(request.into_inner()).await.map(Response::new).map_err(refuse)
+    }
+
+    async fn checkpoint_now(
+        &self,
+        request: Request<CheckpointNowRequest>,
+    ) -> Result<Response<CheckpointNowResponse>, Status> {
+        Jobs::checkpoint_now(self, request.into_inner()).await.map(Response::new).map_err(refuse)
     }
 
     async fn drain_worker(

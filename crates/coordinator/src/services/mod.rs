@@ -3,8 +3,10 @@
 mod access;
 mod job;
 mod status;
+mod watch;
 pub(crate) mod wire;
 mod wire_crew;
+pub(crate) mod wire_view;
 mod worker;
 
 pub(crate) use self::{access::Tokens, job::Jobs, status::Statuses, worker::Workers};

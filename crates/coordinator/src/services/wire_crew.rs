@@ -2,7 +2,7 @@
 
 use shanty_proto::v1;
 
-use crate::machine::{CrewView, Straggler, record::RecoveryRecord};
+use crate::machine::{CrewView, Straggler, TimeView, record::RecoveryRecord};
 
 pub(super) fn health_out(from: &CrewView) -> v1::CrewHealth {
     v1::CrewHealth {
@@ -42,5 +42,14 @@ fn recovery_out(from: &RecoveryRecord) -> v1::Recovery {
         stall_ms: from.stall_ms,
         steps_lost: from.steps_lost,
         rows_requeued: from.rows_requeued,
+    }
+}
+
+pub(super) fn goodput_out(from: &TimeView) -> v1::Goodput {
+    v1::Goodput {
+        productive_seconds: from.productive_seconds,
+        stalled_seconds: from.stalled_seconds,
+        recomputed_seconds: from.recomputed_seconds,
+        elapsed_seconds: from.elapsed_seconds,
     }
 }

@@ -170,7 +170,7 @@ impl Workers {
             Err(error) => error.to_string(),
         };
         tracing::info!(%worker, reason, "worker disconnected");
-        self.hub.set_facts(&worker, None);
+        self.hub.facts.set(&worker, None);
         // When the coordinator stops, nobody hears it, and nobody has to.
         let _ = self.engine.tell(Event::Down { worker, session, reason }).await;
         ended.map(drop)
@@ -204,7 +204,7 @@ impl Workers {
                 }
                 Some(In::Beat(mut beat)) => {
                     if let Some(facts) = beat.facts.take() {
-                        self.hub.set_facts(worker, Some(facts));
+                        self.hub.facts.set(worker, Some(facts));
                     }
                     wire::said(In::Beat(beat))?
                 }

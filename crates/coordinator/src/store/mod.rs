@@ -4,6 +4,7 @@
 //! one commit. A lock is held for as long as the store is open: a second coordinator is refused.
 //! A failed write stops the coordinator: what is not durable must not be announced.
 
+mod filter;
 mod inline;
 mod read;
 mod schema;
@@ -12,6 +13,7 @@ mod write;
 use std::{
     fs::{File, TryLockError},
     io::{Read, Write},
+    ops::RangeInclusive,
     path::{Path, PathBuf},
     thread::JoinHandle,
 };
@@ -29,7 +31,7 @@ use crate::{
     },
 };
 
-pub use inline::Database;
+pub use self::{filter::LogFilter, inline::Database};
 
 /// The store's file in the state folder.
 pub const FILE: &str = "coordinator.sqlite";
@@ -125,12 +127,17 @@ impl Store {
         self.request(Request::Logs { job, lines }).await
     }
 
-    /// At most `limit` committed steps of a job from `from` on, evenly spaced.
+    /// At most `limit` committed steps of a job, evenly spaced over a range of them, and of how many each stands.
     ///
     /// # Errors
     /// [`Error::Store`], [`Error::Record`], [`Error::Stopping`]
-    pub async fn steps(&self, job: JobId, from: u64, limit: u32) -> Result<Vec<StepRecord>> {
-        self.query(move |connection| read::steps(connection, job.as_str(), from, limit)).await
+    pub async fn steps(
+        &self,
+        job: JobId,
+        range: RangeInclusive<u64>,
+        limit: u32,
+    ) -> Result<(Vec<StepRecord>, u64)> {
+        self.query(move |connection| read::steps(connection, job.as_str(), &range, limit)).await
     }
 
     /// A job's newest events, oldest first.
@@ -149,12 +156,12 @@ impl Store {
         self.query(read::tokens).await
     }
 
-    /// A job's newest log lines, oldest first; of one worker, if it is named.
+    /// A job's newest log lines that are wanted, oldest first.
     ///
     /// # Errors
     /// As [`Store::steps`].
-    pub async fn logs(&self, job: JobId, worker: String, limit: u32) -> Result<Vec<LogLine>> {
-        self.query(move |connection| read::logs(connection, job.as_str(), &worker, limit)).await
+    pub async fn logs(&self, job: JobId, filter: LogFilter) -> Result<Vec<LogLine>> {
+        self.query(move |connection| read::logs(connection, job.as_str(), &filter)).await
     }
 
     /// Returns once a write has failed, with the reason. Never, if none does.

@@ -1,10 +1,12 @@
 //! Reading the store.
 
+use std::ops::RangeInclusive;
+
 use rusqlite::{Connection, params};
 use serde::de::DeserializeOwned;
 use shanty_proto::Step;
 
-use super::LogLine;
+use super::{LogFilter, LogLine};
 use crate::{
     access::TokenRecord,
     error::{Error, Result},
@@ -95,23 +97,38 @@ pub(super) fn events(connection: &Connection, job: &str, limit: u32) -> Result<V
     records(connection, "an event", query, params![job, limit])
 }
 
-/// At most `limit` steps from `from` on, evenly spaced, the last among them.
-pub(super) fn steps(connection: &Connection, job: &str, from: u64, limit: u32) -> Result<Vec<StepRecord>> {
+/// At most `limit` steps of a range, evenly spaced, the last among them; and of how many the store has each stands.
+pub(super) fn steps(
+    connection: &Connection,
+    job: &str,
+    range: &RangeInclusive<u64>,
+    limit: u32,
+) -> Result<(Vec<StepRecord>, u64)> {
+    let bound = |step: u64| i64::try_from(step).unwrap_or(i64::MAX);
+    let (from, to) = (bound(*range.start()), bound(*range.end()));
+    let known: i64 = connection
+        .prepare_cached("SELECT count(*) FROM steps WHERE job = ?1 AND step BETWEEN ?2 AND ?3")
+        .and_then(|mut count| count.query_row(params![job, from, to], |row| row.get(0)))
+        .map_err(failed)?;
+    let one_of = known.unsigned_abs().div_ceil(u64::from(limit.max(1))).max(1);
     let query = "SELECT record FROM (
-        SELECT step, record, row_number() OVER (ORDER BY step DESC) - 1 AS place, count(*) OVER () AS n
-        FROM steps WHERE job = ?1 AND step >= ?2
-    ) WHERE place % ((n + ?3 - 1) / ?3) = 0 ORDER BY step";
-    let from = i64::try_from(from).unwrap_or(i64::MAX);
-    records(connection, "a step", query, params![job, from, limit.max(1)])
+        SELECT step, record, row_number() OVER (ORDER BY step DESC) - 1 AS place
+        FROM steps WHERE job = ?1 AND step BETWEEN ?2 AND ?3
+    ) WHERE place % ?4 = 0 ORDER BY step";
+    let found = records(connection, "a step", query, params![job, from, to, bound(one_of)])?;
+    Ok((found, one_of))
 }
 
-/// The newest `limit` lines, oldest first; of one worker, if it is named.
-pub(super) fn logs(connection: &Connection, job: &str, worker: &str, limit: u32) -> Result<Vec<LogLine>> {
+/// The newest lines that a filter lets through, oldest first.
+pub(super) fn logs(connection: &Connection, job: &str, filter: &LogFilter) -> Result<Vec<LogLine>> {
     let query = "SELECT unix_ms, worker, level, text FROM (
-        SELECT * FROM logs WHERE job = ?1 AND (?2 = '' OR worker = ?2) ORDER BY number DESC LIMIT ?3) ORDER BY number";
+        SELECT * FROM logs WHERE job = ?1 AND (?2 = '' OR worker = ?2) AND (?3 = '' OR instr(?3, ',' || level || ',') > 0)
+            AND (?4 = '' OR instr(lower(text), ?4) > 0)
+        ORDER BY number DESC LIMIT ?5) ORDER BY number";
     let mut statement = connection.prepare_cached(query).map_err(failed)?;
+    let (worker, levels, text) = (&filter.worker, filter.levels(), &filter.text);
     let rows = statement
-        .query_map(params![job, worker, limit], |row| {
+        .query_map(params![job, worker, levels, text, filter.limit], |row| {
             let unix_ms: i64 = row.get(0)?;
             Ok(LogLine {
                 unix_ms: unix_ms.unsigned_abs(),

@@ -25,7 +25,7 @@ async fn a_job_from_submission_to_adapter_with_a_lost_worker_in_between() {
     let mut watch = server
         .statuses()
         .await
-        .watch_job(WatchJobRequest { job_id: job.clone() })
+        .watch_job(WatchJobRequest { job_id: job.clone(), ..WatchJobRequest::default() })
         .await
         .unwrap()
         .into_inner();
@@ -119,7 +119,7 @@ async fn a_job_from_submission_to_adapter_with_a_lost_worker_in_between() {
             Update::Step(step) => steps.push(step.step),
             Update::Event(event) => kinds.push(event.kind),
             Update::Status(status) => last = Some(status),
-            Update::Evaluation(_) | Update::Checkpoint(_) => {}
+            Update::Evaluation(_) | Update::Checkpoint(_) | Update::Pulse(_) => {}
         }
     }
     assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
@@ -137,7 +137,7 @@ async fn a_job_from_submission_to_adapter_with_a_lost_worker_in_between() {
     let listed = server
         .statuses()
         .await
-        .list_steps(ListStepsRequest { job_id: job.clone(), from_step: 2, limit: 0 })
+        .list_steps(ListStepsRequest { job_id: job.clone(), from_step: 2, ..ListStepsRequest::default() })
         .await;
     assert_eq!(listed.unwrap().into_inner().steps.len(), 5);
     server.stop().await;
@@ -240,7 +240,7 @@ async fn a_watcher_that_reads_late_gets_the_end() {
     let mut watch = server
         .statuses()
         .await
-        .watch_job(WatchJobRequest { job_id: job.clone() })
+        .watch_job(WatchJobRequest { job_id: job.clone(), ..WatchJobRequest::default() })
         .await
         .unwrap()
         .into_inner();
@@ -287,7 +287,7 @@ async fn logs_are_kept_and_followed() {
     };
     a.say(log("first")).await;
     let mut statuses = server.statuses().await;
-    let request = |follow| TailLogsRequest { job_id: job.clone(), worker_id: String::new(), follow };
+    let request = |follow| TailLogsRequest { job_id: job.clone(), follow, ..TailLogsRequest::default() };
     let mut past = Vec::new();
     while past.is_empty() {
         let mut tail = statuses.tail_logs(request(false)).await.unwrap().into_inner();

@@ -130,8 +130,8 @@ impl World {
         worker.ready_said = true;
         worker.loaded = worker.part;
         let base_hash = "b".to_owned();
-        let (seconds, trainable_parameters, part) = (0.1, 1, worker.part);
-        worker.say(late, Said::BaseReady { job, attempt, base_hash, seconds, trainable_parameters, part });
+        let (facts, part) = (Default::default(), worker.part);
+        worker.say(late, Said::BaseReady { job, attempt, base_hash, facts, part });
     }
 
     fn compute(&mut self, at: usize) {

@@ -239,6 +239,8 @@ impl Worker {
             }
             Message::Drain { .. } => self.draining = true,
             Message::Drained { .. } => self.drained = true,
+            // Nobody asks for checkpoints here.
+            Message::Save { .. } => {}
             Message::Keep { .. } => self.keep = self.within(),
         }
     }

@@ -74,8 +74,7 @@ fn a_worker_with_another_base_takes_no_part() {
         job: job(),
         attempt: shanty_proto::Attempt(1),
         base_hash: "other".to_owned(),
-        seconds: 1.0,
-        trainable_parameters: 5,
+        facts: Default::default(),
         part: None,
     };
     stage.say("b", message);

@@ -3,8 +3,9 @@
 use std::{sync::Arc, time::Duration};
 
 use shanty_coordinator::machine::{
-    Announcement, Attachment, Change, Effect, Event, JobView, KeptSum, Machine, MemberPhase, Message, Moment,
-    Options, Point, Refusal, Reply, Said, StepReport, StoredJob, Timings, Within, WorkerInfo,
+    AdapterFacts, Announcement, Attachment, Change, Effect, Event, JobView, KeptSum, Machine, MemberPhase,
+    Message, Moment, Options, Point, Refusal, Reply, Said, StepReport, StoredJob, Timings, Within,
+    WorkerInfo,
     record::{CheckpointRecord, DataFacts, GenerationRecord, JobRecord, JobState},
 };
 use shanty_data::order::{self, Order};
@@ -203,16 +204,18 @@ impl Stage {
     pub fn ready_with(&mut self, name: &str, part: Option<u32>) {
         let (job, attempt) = (job(), Attempt(self.attempt));
         let base_hash = "base".to_owned();
-        let (seconds, trainable_parameters) = (1.0, 5);
-        self.say(name, Said::BaseReady { job, attempt, base_hash, seconds, trainable_parameters, part });
+        let facts = AdapterFacts { trainable_parameters: 5, load_seconds: 1.0, ..AdapterFacts::default() };
+        self.say(name, Said::BaseReady { job, attempt, base_hash, facts, part });
     }
 
     /// A worker has loaded the base of a job other than the pirate's.
     pub fn ready_for(&mut self, name: &str, job: &str) {
         let (job, attempt) = (JobId::new(job).unwrap(), Attempt(1));
         let base_hash = "base".to_owned();
-        let (seconds, trainable_parameters, part) = (1.0, 5, None);
-        self.say(name, Said::BaseReady { job, attempt, base_hash, seconds, trainable_parameters, part });
+        self.say(
+            name,
+            Said::BaseReady { job, attempt, base_hash, facts: AdapterFacts::default(), part: None },
+        );
     }
 
     pub fn view_of(&self, job: &str) -> JobView {

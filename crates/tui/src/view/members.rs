@@ -134,6 +134,7 @@ fn note(member: &Member, crew: Option<&CrewHealth>, theme: Theme) -> Cell {
         notes.push(format!("STRAGGLER ({})", straggler.cause));
     }
     notes.extend(member.draining.then(|| "drains".to_owned()));
+    notes.extend((member.restarts > 0).then(|| format!("came back {} times", member.restarts)));
     notes.extend(member.spare.then(|| "spare".to_owned()));
     notes.extend((!member.reason.is_empty()).then(|| member.reason.clone()));
     let style = if member.phase() == MemberPhase::Lost { theme.bad() } else { theme.warning() };

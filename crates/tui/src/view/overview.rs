@@ -32,7 +32,7 @@ pub(super) fn draw(
     status: &JobStatus,
     theme: Theme,
 ) {
-    let head = numbers(app, job, status, area.width, theme);
+    let head = numbers(status, area.width, theme);
     let crew = crew_lines(app, job, status, area, theme);
     let foot = facts(app, status, area.width, theme);
     let fixed = (head.len() + crew.len() + foot.len()) as u16;
@@ -53,7 +53,7 @@ pub(super) fn draw(
 }
 
 /// State and reason, how far it is, what the last step was like, how much of the time was of use.
-fn numbers(app: &App, job: &Job, status: &JobStatus, width: u16, theme: Theme) -> Vec<Line<'static>> {
+fn numbers(status: &JobStatus, width: u16, theme: Theme) -> Vec<Line<'static>> {
     let state = state_name(status.state());
     let room = usize::from(width).saturating_sub(state.len() + 2);
     let mut lines = vec![Line::from(vec![
@@ -86,7 +86,7 @@ fn numbers(app: &App, job: &Job, status: &JobStatus, width: u16, theme: Theme) -
     last.extend(status.learning_rate.map(|rate| format!("rate {rate:.1e}")));
     last.extend(status.gradient_norm.map(|norm| format!("norm {norm:.3}")));
     lines.push(Line::from(last.join("  ")));
-    lines.push(Line::from(goodput(app, job, status)));
+    lines.push(Line::from(goodput(status)));
     if !status.adapter.is_empty() {
         lines.push(Line::from(theme.text(&format!("adapter {}", status.adapter))));
     }
@@ -94,24 +94,16 @@ fn numbers(app: &App, job: &Job, status: &JobStatus, width: u16, theme: Theme) -
 }
 
 /// How much of the time since the start went into steps that count.
-fn goodput(app: &App, job: &Job, status: &JobStatus) -> String {
+fn goodput(status: &JobStatus) -> String {
     let place = format!("attempt {}, generation {}", status.attempt, status.generation);
-    let now = if status.ended_unix_ms > 0 { status.ended_unix_ms } else { app.now.min(job.received) };
-    let ran = now.saturating_sub(status.started_unix_ms) as f64 / 1000.0;
-    let recoveries = status.crew.as_ref().map(|crew| crew.recoveries.as_slice()).unwrap_or_default();
-    let stalled: f64 = recoveries.iter().map(|one| one.stall_ms / 1000.0).sum();
-    let ledger = status.ledger.unwrap_or_default();
-    if status.started_unix_ms == 0 || ran <= 0.0 || status.step == 0 {
+    let Some(it) = status.goodput.filter(|it| it.elapsed_seconds > 0.0) else {
         return format!("{place}, nothing trained yet");
-    }
-    // Rows that had to be trained again took their share of the time that was not stalled.
-    let again = ledger.recomputed as f64 / (ledger.recomputed + ledger.committed).max(1) as f64;
-    let recomputed = again * (ran - stalled).max(0.0);
-    let productive = (100.0 * (ran - stalled - recomputed) / ran).clamp(0.0, 100.0);
+    };
     format!(
-        "goodput {productive:.1} %  stalled {}  recomputed {}  {place}",
-        format::seconds(stalled),
-        format::seconds(recomputed)
+        "goodput {:.1} %  stalled {}  recomputed {}  {place}",
+        (100.0 * it.productive_seconds / it.elapsed_seconds).clamp(0.0, 100.0),
+        format::seconds(it.stalled_seconds),
+        format::seconds(it.recomputed_seconds)
     )
 }
 

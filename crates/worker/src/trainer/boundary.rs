@@ -21,7 +21,9 @@ impl Generation<'_> {
     pub(super) fn boundary(&mut self) -> Result<(), Stop> {
         let applied = self.applied();
         let evaluation = self.job.plan.evaluation_is_due(applied, self.job.evaluated_step);
-        let checkpoint = self.job.plan.checkpoint_is_due(applied, self.checkpoint_step);
+        let is_new = applied > 0 && self.checkpoint_step.is_none_or(|written| written < applied);
+        let wanted = std::mem::take(&mut self.save_wanted) && is_new;
+        let checkpoint = wanted || self.job.plan.checkpoint_is_due(applied, self.checkpoint_step);
         let comparison =
             self.compared_step != applied && self.job.plan.comparison_is_due(applied, checkpoint);
         if !evaluation && !checkpoint && !comparison {

@@ -17,23 +17,25 @@ pub(crate) struct Check {
     loss: u64,
     /// Micro-batches whose loss is not a finite number.
     pub(crate) not_finite: u64,
+    /// Ranks that were told to save a checkpoint after this step.
+    pub(crate) saves: u64,
 }
 
 impl Check {
     /// The integers of one rank.
     pub(crate) fn new(tokens: u64, rows: u64, row_hash: u64, loss: f64, not_finite: u64) -> Self {
         let loss = (loss / LOSS_UNIT).round() as i64;
-        Self { tokens, rows, row_hash, loss: loss.cast_unsigned(), not_finite }
+        Self { tokens, rows, row_hash, loss: loss.cast_unsigned(), not_finite, saves: 0 }
     }
 
     /// As it is reduced.
-    pub(crate) fn to_words(self) -> [u64; 5] {
-        [self.tokens, self.rows, self.row_hash, self.loss, self.not_finite]
+    pub(crate) fn to_words(self) -> [u64; 6] {
+        [self.tokens, self.rows, self.row_hash, self.loss, self.not_finite, self.saves]
     }
 
     /// As it was reduced.
-    pub(crate) fn from_words([tokens, rows, row_hash, loss, not_finite]: [u64; 5]) -> Self {
-        Self { tokens, rows, row_hash, loss, not_finite }
+    pub(crate) fn from_words([tokens, rows, row_hash, loss, not_finite, saves]: [u64; 6]) -> Self {
+        Self { tokens, rows, row_hash, loss, not_finite, saves }
     }
 
     /// Summed loss, nats.
@@ -69,8 +71,9 @@ mod tests {
 
     #[test]
     fn losses_of_ranks_add_up_whatever_their_sign() {
-        let ranks = [Check::new(1, 1, 5, 6.25, 0), Check::new(2, 1, u64::MAX, -0.5, 0)];
-        let mut words = [0u64; 5];
+        let told = Check { saves: 1, ..Check::new(1, 1, 5, 6.25, 0) };
+        let ranks = [told, Check::new(2, 1, u64::MAX, -0.5, 0)];
+        let mut words = [0u64; 6];
         for rank in ranks {
             for (sum, word) in words.iter_mut().zip(rank.to_words()) {
                 *sum = sum.wrapping_add(word);
@@ -78,6 +81,7 @@ mod tests {
         }
         let total = Check::from_words(words);
         assert_eq!((total.tokens, total.rows, total.row_hash), (3, 2, 4));
+        assert_eq!(total.saves, 1, "one that was told is enough, and all hear of it");
         assert!((total.loss() - 5.75).abs() < 1e-12, "both are multiples of 2^-20: {}", total.loss());
     }
 

@@ -54,6 +54,8 @@ pub(super) struct Generation<'a> {
     pub(super) group: Option<Group>,
     pub(super) pipeline: Pipeline,
     pub(super) checkpoint_step: Option<u64>,
+    /// A checkpoint is wanted though none is due: the reduction of the last step said so to all ranks.
+    pub(super) save_wanted: bool,
     /// The step after which the ranks compared their adapters last.
     pub(super) compared_step: u64,
     /// What a loss spike is measured by: the same on all ranks.
@@ -136,6 +138,7 @@ impl<'a> Generation<'a> {
             group,
             pipeline,
             checkpoint_step,
+            save_wanted: false,
             compared_step,
             usual_loss,
             trace: None,
@@ -197,6 +200,7 @@ impl<'a> Generation<'a> {
         let total = self.reduce(step, begun)?;
         let reduce_seconds = reducing.elapsed().as_secs_f64();
         total.compare(step, &leased.announcement)?;
+        self.save_wanted |= total.saves > 0;
         self.reach(Point::AfterReduction, step)?;
 
         let updating = Instant::now();
@@ -367,13 +371,14 @@ impl<'a> Generation<'a> {
             engine.reduce(&mut Members::new(&mut *self.collective, begun, &advance))?;
         }
         let rows = sum.rows();
-        let own = Check::new(
+        let mut own = Check::new(
             sum.tokens(),
             rows.len() as u64,
             hash_of_rows(rows.iter().copied()),
             sum.loss(),
             sum.not_finite().0,
         );
+        own.saves = self.around.control.take_save(self.formation.generation).into();
         let mut words = own.to_words();
         self.collective.all_reduce_u64(&mut words)?;
         Ok(Check::from_words(words))

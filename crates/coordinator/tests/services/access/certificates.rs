@@ -17,12 +17,12 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use super::{Server, closed, connect, start};
 
-fn issue(authority: &Authority, name: &str, purpose: Purpose) -> IssuedFiles {
+pub(super) fn issue(authority: &Authority, name: &str, purpose: Purpose) -> IssuedFiles {
     let hosts = if purpose == Purpose::Coordinator { vec!["127.0.0.1".to_owned()] } else { Vec::new() };
     authority.issue(&Request { name: name.to_owned(), purpose, hosts, days: 30 }).unwrap()
 }
 
-fn encrypted(folder: &Path, authority: &Authority, head: &IssuedFiles) -> Options {
+pub(super) fn encrypted(folder: &Path, authority: &Authority, head: &IssuedFiles) -> Options {
     let tls = TlsFiles {
         certificate: head.certificate.clone(),
         key: head.key.clone(),

@@ -199,7 +199,7 @@ async fn one_identity_has_so_many_connections_and_calls_and_no_more() {
 
     let read = keys.of(Role::Read);
     let mut first = StatusServiceClient::new(connect(&server, &read).await.unwrap());
-    let watch = || WatchJobRequest { job_id: job.clone() };
+    let watch = || WatchJobRequest { job_id: job.clone(), ..WatchJobRequest::default() };
     let mut open = Vec::new();
     for _ in 0..3 {
         let mut stream = first.watch_job(watch()).await.unwrap().into_inner();

@@ -1,5 +1,6 @@
 //! Who may do what, from outside.
 
+mod browsers;
 mod certificates;
 mod doors;
 mod rights;
