@@ -167,7 +167,12 @@ impl Asking {
             let Some(mut stream) = found(in_time(self.status().watch_job(request)).await)? else {
                 return std::future::pending().await;
             };
-            let request = ListStepsRequest { job_id: job.to_owned(), from_step: 0, limit: STEPS };
+            let request = ListStepsRequest {
+                job_id: job.to_owned(),
+                from_step: 0,
+                limit: STEPS,
+                ..ListStepsRequest::default()
+            };
             let steps = in_time(self.status().list_steps(request)).await?.into_inner().steps;
             self.news.send(News::History(steps)).await?;
             let request = ListEventsRequest { job_id: job.to_owned() };
@@ -248,7 +253,12 @@ async fn ask_once(channel: Channel, job: Option<&str>) -> Result<Vec<News>, Stat
     let request = GetStatusRequest { job_id: job_id.clone() };
     let now = in_time(status.get_status(request)).await?.into_inner().status.unwrap_or_default();
     news.push(News::Status(Box::new(now)));
-    let request = ListStepsRequest { job_id: job_id.clone(), from_step: 0, limit: STEPS };
+    let request = ListStepsRequest {
+        job_id: job_id.clone(),
+        from_step: 0,
+        limit: STEPS,
+        ..ListStepsRequest::default()
+    };
     news.push(News::History(in_time(status.list_steps(request)).await?.into_inner().steps));
     let request = ListEventsRequest { job_id: job_id.clone() };
     news.push(News::Events(in_time(status.list_events(request)).await?.into_inner().events));

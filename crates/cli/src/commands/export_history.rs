@@ -109,7 +109,12 @@ async fn all_steps(client: &Client, job_id: &str, last: u64) -> CommandResult<Ve
     let mut from_step = 1;
     while from_step <= last {
         let limit = u32::try_from(last - from_step + 1).unwrap_or(u32::MAX);
-        let request = ListStepsRequest { job_id: job_id.to_owned(), from_step, limit: limit.max(STEPS) };
+        let request = ListStepsRequest {
+            job_id: job_id.to_owned(),
+            from_step,
+            limit: limit.max(STEPS),
+            ..ListStepsRequest::default()
+        };
         let part = client.status().list_steps(request).await.map_err(wire)?.into_inner().steps;
         let Some(newest) = part.last().map(|step| step.step) else { break };
         steps.extend(part);

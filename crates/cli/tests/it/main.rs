@@ -7,6 +7,7 @@ mod chaos;
 mod coordinator;
 mod data;
 mod drain;
+mod exports;
 mod help;
 mod interop;
 mod methods;
