@@ -13,6 +13,10 @@ use shanty_config::reference;
 
 use crate::{say, tree::Tree};
 
+/// The table that the coordinator answers by; it needs nothing of the coordinator.
+#[path = "../../crates/coordinator/src/metrics/table.rs"]
+mod metrics;
+
 /// Ranges of codes and whose they are, as `shanty-diagnostic` says.
 const RANGES: &[(&str, &str)] = &[
     ("SH01", "Job and service files, logs"),
@@ -63,6 +67,7 @@ fn pages(root: &Path) -> Result<Vec<(String, String)>> {
         ("docs/reference/job.md".to_owned(), reference::job_page()),
         ("docs/reference/services.md".to_owned(), reference::services_page()),
         ("docs/reference/environment.md".to_owned(), reference::environment_page()),
+        ("docs/reference/metrics.md".to_owned(), metrics::reference()),
         ("docs/errors/README.md".to_owned(), error_index(&tree)),
     ];
     let cli_offers = tree.sources().any(|source| {

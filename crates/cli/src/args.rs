@@ -63,6 +63,7 @@ pub(crate) enum Command {
     Submit(commands::submit::Args),
     Jobs(commands::jobs::Args),
     Status(commands::status::Args),
+    Top(commands::top::Args),
     Logs(commands::logs::Args),
     Cancel(commands::cancel::Args),
     Drain(commands::drain::Args),

@@ -106,6 +106,11 @@ impl Client {
         &self.address
     }
 
+    /// For clients that make themselves.
+    pub(crate) fn channel(&self) -> Channel {
+        self.channel.clone()
+    }
+
     pub(crate) fn access(&self) -> AccessServiceClient<Channel> {
         AccessServiceClient::new(self.channel.clone())
     }
@@ -198,6 +203,23 @@ impl Target {
             }
         }
         Err(last.unwrap_or_else(|| Error::NoCoordinator.into()))
+    }
+
+    /// Connects to the one coordinator that is meant; where none runs, to what the first run left.
+    pub(crate) async fn connect_any(&self) -> CommandResult<Connection> {
+        let failure = match self.connect().await {
+            Ok(client) => return Ok(client.into()),
+            Err(failure) => failure,
+        };
+        match self.stores().first() {
+            Some(store) if self.coordinator.is_none() => Connection::to_run(store).await,
+            _ => Err(failure),
+        }
+    }
+
+    /// What is shown to the coordinator: a local run's left a key for this user.
+    pub(crate) fn credentials(&self) -> Credentials {
+        if self.coordinator.is_some() { self.identity.credentials() } else { Credentials::default() }
     }
 
     /// Connects to all coordinators that may be meant. Runs that have ended answer from what they left.

@@ -47,6 +47,11 @@ impl Failure {
         &self.diagnostics
     }
 
+    /// What the first error says.
+    pub(crate) fn message(&self) -> String {
+        self.diagnostics.first().map(|first| first.message.clone()).unwrap_or_default()
+    }
+
     /// The exit code that goes with it.
     pub(crate) fn exit(&self) -> Exit {
         self.exit

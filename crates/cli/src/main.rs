@@ -13,7 +13,6 @@ mod dashboard;
 mod error;
 mod failure;
 mod flags;
-mod format;
 mod job_file;
 mod model;
 mod preflight;
@@ -25,6 +24,8 @@ mod score;
 mod stream;
 mod ui;
 mod watch;
+
+pub(crate) use shanty_tui::format;
 
 fn main() -> ExitCode {
     ui::install_panic_hook();

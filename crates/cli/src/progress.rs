@@ -8,6 +8,7 @@ use std::{
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use shanty_proto::v1::{Checkpoint, Evaluation, Event, JobState, JobStatus, Member, MemberPhase, StepRecord};
+pub(crate) use shanty_tui::words::{is_over, phase_name, state_name};
 
 use crate::{
     failure::CommandResult,
@@ -17,43 +18,6 @@ use crate::{
 
 /// Without a terminal, step lines come no more often than this.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(2);
-
-/// The name of a state, as scripts and people see it.
-pub(crate) fn state_name(state: JobState) -> &'static str {
-    match state {
-        JobState::Unspecified => "unknown",
-        JobState::Queued => "queued",
-        JobState::Preparing => "preparing",
-        JobState::Forming => "forming",
-        JobState::Running => "running",
-        JobState::Recovering => "recovering",
-        JobState::Succeeded => "succeeded",
-        JobState::Failed => "failed",
-        JobState::Cancelled => "cancelled",
-    }
-}
-
-/// Whether a job in this state does nothing more by itself.
-pub(crate) fn is_over(state: JobState) -> bool {
-    matches!(state, JobState::Succeeded | JobState::Failed | JobState::Cancelled)
-}
-
-/// The name of a member's phase.
-pub(crate) fn phase_name(phase: MemberPhase) -> &'static str {
-    match phase {
-        MemberPhase::Unspecified => "unknown",
-        MemberPhase::Idle => "idle",
-        MemberPhase::Loading => "loading",
-        MemberPhase::Ready => "ready",
-        MemberPhase::Forming => "forming",
-        MemberPhase::Computing => "computing",
-        MemberPhase::Reducing => "reducing",
-        MemberPhase::Evaluating => "evaluating",
-        MemberPhase::Waiting => "waiting",
-        MemberPhase::Lost => "lost",
-        MemberPhase::Writing => "writing",
-    }
-}
 
 /// Shows a job as it goes along.
 pub(crate) struct Reporter {
@@ -181,6 +145,10 @@ impl Reporter {
                     self.unrecovered.insert(event.worker_id.clone(), event.clone());
                 }
                 self.notice("worker lost", Paint::Red, event);
+                for line in &event.log {
+                    let said = format!("  {:<5} {}", line.level, line.text);
+                    self.note(&paint(self.ui.color_on_stderr(), Paint::Dim, &said));
+                }
             }
             "recovered" => {
                 self.settle(event.stall_ms)?;
@@ -220,6 +188,7 @@ impl Reporter {
         self.ui.json(&json!({
             "event": "member_lost", "worker": event.worker_id, "reason": event.text, "step": event.step,
             "detection_ms": event.detection_ms, "stall_ms": event.stall_ms,
+            "log": event.log.iter().map(|line| format!("{} {}", line.level, line.text)).collect::<Vec<_>>(),
         }))
     }
 

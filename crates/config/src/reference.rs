@@ -56,11 +56,20 @@ pub fn services_page() -> String {
     );
     let coordinator = serde_json::to_value(CoordinatorFile::default()).expect("it can be written as JSON");
     let _ = write!(page, "\n## Coordinator\n\nVariables: `SHANTY_COORDINATOR__LISTEN` and so on.\n");
-    key_table(&mut page, &CoordinatorFile::shape(), "", &coordinator, &[]);
+    service_tables(&mut page, &CoordinatorFile::shape(), &coordinator);
     let worker = serde_json::to_value(WorkerFile::default()).expect("it can be written as JSON");
     let _ = write!(page, "\n## Worker\n\nVariables: `SHANTY_WORKER__THREADS` and so on.\n");
-    key_table(&mut page, &WorkerFile::shape(), "", &worker, &[]);
+    service_tables(&mut page, &WorkerFile::shape(), &worker);
     page
+}
+
+/// The keys of a service's file, then those of each table in it.
+fn service_tables(page: &mut String, shape: &Shape, defaults: &Value) {
+    key_table(page, shape, "", defaults, &[]);
+    for field in shape.fields().iter().filter(|field| is_section(field)) {
+        let _ = write!(page, "\n### `[{}]`\n\n{}\n", field.key, paragraph(field.doc));
+        key_table(page, &field.shape, field.key, &defaults[field.key], &[]);
+    }
 }
 
 /// `docs/reference/environment.md`.

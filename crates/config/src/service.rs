@@ -57,6 +57,16 @@ described! {
         pub max_jobs: u32,
         /// How many jobs of one owner may run at a time; 0: any number.
         pub max_jobs_per_owner: u32,
+        /// What goes to others about steps.
+        pub telemetry: TelemetrySpec,
+    }
+
+    /// What goes to others about steps.
+    #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields, default)]
+    pub struct TelemetrySpec {
+        /// A collector that takes the traces of steps, OTLP over gRPC, such as `http://127.0.0.1:4317`; no traces when absent.
+        pub otlp: Option<String>,
     }
 
     /// The worker's file.
@@ -85,6 +95,8 @@ described! {
         pub bind: String,
         /// Host or address that other workers are told, where it is not `bind`.
         pub advertise: Option<String>,
+        /// What goes to others about steps.
+        pub telemetry: TelemetrySpec,
     }
 }
 
@@ -106,6 +118,7 @@ impl Default for CoordinatorFile {
             steps_ahead: 12,
             max_jobs: 0,
             max_jobs_per_owner: 0,
+            telemetry: TelemetrySpec::default(),
         }
     }
 }
@@ -124,6 +137,7 @@ impl Default for WorkerFile {
             logs: None,
             bind: "127.0.0.1".to_owned(),
             advertise: None,
+            telemetry: TelemetrySpec::default(),
         }
     }
 }
@@ -273,8 +287,20 @@ fn impossible(
     }
 }
 
+fn telemetry_errors(spec: &TelemetrySpec, place: impl Fn(&str) -> Place) -> Option<Error> {
+    let otlp = spec.otlp.as_ref()?;
+    let is_good = url::Url::parse(otlp).is_ok_and(|url| url.scheme() == "http" && url.host().is_some());
+    let hint = Some(
+        "write it as `http://127.0.0.1:4317`; for one beyond this machine, run a collector here that passes on",
+    );
+    let key = "telemetry.otlp";
+    (!is_good).then(|| {
+        impossible(place(key), key, format!("`{otlp}`"), "must be a URL that begins with http://", hint)
+    })
+}
+
 fn coordinator_errors(file: &CoordinatorFile, place: impl Fn(&str) -> Place) -> Vec<Error> {
-    let mut errors = Vec::new();
+    let mut errors: Vec<Error> = telemetry_errors(&file.telemetry, &place).into_iter().collect();
     let listen = format!("`{}`", file.listen);
     match file.address() {
         Err(_) => {
@@ -345,7 +371,7 @@ fn coordinator_errors(file: &CoordinatorFile, place: impl Fn(&str) -> Place) -> 
 }
 
 fn worker_errors(file: &WorkerFile, place: impl Fn(&str) -> Place) -> Vec<Error> {
-    let mut errors = Vec::new();
+    let mut errors: Vec<Error> = telemetry_errors(&file.telemetry, &place).into_iter().collect();
     let is_url = url::Url::parse(&file.coordinator)
         .is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.host().is_some());
     if !is_url {

@@ -6,6 +6,7 @@ use std::{
 };
 
 use shanty_proto::JobId;
+use shanty_telemetry::trace::Tracer;
 use tokio::{task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -16,9 +17,11 @@ use crate::{
     hub::Hub,
     leases::Leases,
     machine::{self, Event, Machine, StoredJob},
+    metrics::Meter,
     outside::Outside,
     services::{Jobs, Statuses, Tokens, Workers},
     store::Store,
+    traces::Traces,
 };
 
 /// The machine as it was left: with the jobs that the store knows.
@@ -43,6 +46,8 @@ pub(crate) struct Beginning {
     pub access: Arc<Access>,
     /// Whether connections are encrypted.
     pub encrypted: bool,
+    /// Where spans go.
+    pub tracer: Tracer,
     /// When the machine's clock began.
     pub started: Instant,
     /// Ends the work; also given when the work ends by itself.
@@ -52,8 +57,9 @@ pub(crate) struct Beginning {
 impl Beginning {
     /// Opens the data of jobs that were at work and starts the machine's task, which ends with `stop`.
     pub async fn begin(self) -> Result<(Services, JoinHandle<Result<()>>)> {
-        let Self { machine, store, outside, access, encrypted, started, stop } = self;
-        let (hub, leases) = (Arc::new(Hub::default()), Arc::new(Leases::new(Arc::clone(&outside))));
+        let Self { machine, store, outside, access, encrypted, tracer, started, stop } = self;
+        let (hub, leases) =
+            (Arc::new(Hub::new(Traces::new(tracer))), Arc::new(Leases::new(Arc::clone(&outside))));
         let broken = open_data(&machine, &leases).await;
         for job in machine.views(engine::now(started)) {
             hub.set_status(job);
@@ -73,10 +79,11 @@ impl Beginning {
             engine.tell(Event::DataLost { job, error }).await?;
         }
         let running = tokio::spawn({
-            let stop = stop.clone();
+            let (stop, hub) = (stop.clone(), Arc::clone(&hub));
             async move {
                 let outcome = task.run(stop.clone()).await;
                 stop.cancel();
+                hub.traces.flush().await;
                 outcome
             }
         });
@@ -116,6 +123,11 @@ impl Services {
     /// Jobs, in stores below `runs` where they name none.
     pub fn jobs(&self, runs: PathBuf) -> Jobs {
         Jobs { engine: self.engine.clone(), runs }
+    }
+
+    /// What stands before all services, and times them.
+    pub fn meter(&self) -> Meter {
+        Meter { engine: self.engine.clone(), hub: Arc::clone(&self.hub) }
     }
 
     pub fn tokens(&self) -> Tokens {

@@ -19,7 +19,7 @@ use crate::{
     error::{Error, Result},
     hub::Hub,
     leases::Leases,
-    machine::{Effect, Event, Machine, Moment, Reply},
+    machine::{Change, Effect, Event, Machine, Moment, Point, Reply},
     outside::{Outside, Progress},
     services::wire,
     store::Store,
@@ -238,7 +238,13 @@ impl Task {
         let mut durable = Vec::new();
         let mut records = Vec::new();
         let mut others = Vec::new();
-        for effect in effects {
+        for mut effect in effects {
+            if let Effect::Persist(Change::Event(_, event))
+            | Effect::Record(Change::Event(_, event))
+            | Effect::Publish(_, Point::Event(event)) = &mut effect
+            {
+                self.works.hub.with_last_words(event);
+            }
             match effect {
                 Effect::Persist(change) => durable.push(change),
                 Effect::Record(change) => records.push(change),
@@ -296,7 +302,7 @@ impl Task {
                 self.changed.insert(job);
             }
             Effect::Publish(job, point) => {
-                if let crate::machine::Point::Event(event) = &point {
+                if let Point::Event(event) = &point {
                     let worker = event.worker.as_ref().map(WorkerId::as_str).unwrap_or_default();
                     tracing::info!(%job, kind = event.kind, worker, text = event.text, "job event");
                 }

@@ -2,17 +2,19 @@
 //!
 //! [`machine`] decides, and does nothing; `engine` tells it what happens and carries out what it wants, durable
 //! things first; [`store`] is what outlives a crash; `services` turns wire messages into events and back.
-//! [`access`] says who may ask; `listen` lets connections in. [`Coordinator`] puts all of it on a port.
+//! [`metrics`] is what Prometheus reads; [`access`] says who may ask; `listen` lets connections in. [`Coordinator`] puts all of it on a port.
 
 pub mod access;
 mod at_work;
 mod engine;
 mod error;
+mod facts;
 mod find;
 mod hub;
 mod leases;
 mod listen;
 pub mod machine;
+pub mod metrics;
 pub mod outside;
 mod pages;
 pub mod prepare;
@@ -20,6 +22,7 @@ mod server;
 mod services;
 pub mod simulation;
 pub mod store;
+mod traces;
 
 pub use error::{Error, Result};
 pub use listen::TlsFiles;

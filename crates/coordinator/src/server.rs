@@ -12,6 +12,7 @@ use shanty_proto::v1::{
     FILE_DESCRIPTOR_SET, access_service_server::AccessServiceServer, job_service_server::JobServiceServer,
     status_service_server::StatusServiceServer, worker_service_server::WorkerServiceServer,
 };
+use shanty_telemetry::trace::Tracer;
 use tokio::{net::TcpListener, time::Instant};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
@@ -23,6 +24,7 @@ use crate::{
     error::{Error, Result},
     listen::{self, Tls, TlsFiles},
     machine::{self, Change},
+    metrics::Scraped,
     outside::Files,
     pages::Pages,
     services::{Jobs, Statuses, Workers},
@@ -60,6 +62,8 @@ pub struct Options {
     pub prepare_command: Vec<OsString>,
     /// Time-outs and bounds of the step protocol.
     pub protocol: machine::Options,
+    /// Where the spans of steps go.
+    pub tracer: Tracer,
 }
 
 impl Options {
@@ -75,6 +79,7 @@ impl Options {
             runs_folder,
             prepare_command,
             protocol: machine::Options::default(),
+            tracer: Tracer::off(),
         }
     }
 }
@@ -185,6 +190,7 @@ impl Coordinator {
             outside: Arc::new(Files { prepare_command: options.prepare_command.clone() }),
             access: Arc::clone(&access),
             encrypted: tls.is_some(),
+            tracer: options.tracer.clone(),
             started,
             stop: stop.clone(),
         };
@@ -248,6 +254,7 @@ async fn serve(
 ) -> Result<()> {
     let limits = &options.limits;
     let (access, stop) = (Arc::clone(&services.access), services.stop.clone());
+    let meter = services.meter();
     let jobs = JobServiceServer::new(services.jobs(options.runs_folder.clone()))
         .max_decoding_message_size(LONGEST_MESSAGE);
     let tokens = AccessServiceServer::new(services.tokens()).max_decoding_message_size(LONGEST_MESSAGE);
@@ -272,11 +279,13 @@ async fn serve(
         .http2_max_header_list_size(LONGEST_HEADERS)
         .http2_keepalive_interval(Some(limits.ping_every()))
         .http2_keepalive_timeout(Some(limits.answer_within()))
-        // Browsers: pages over HTTP/1.1 or 2, and calls over gRPC-web, which pass the same guard as all others.
+        // Prometheus, which speaks no HTTP/2 in clear; and browsers: pages over HTTP/1.1 or 2, and calls over gRPC-web, which pass the same guard as all others.
         .accept_http1(true)
+        .layer(Scraped { access: Arc::clone(&access), meter: meter.clone() })
         .layer(Pages)
         .layer(GrpcWebLayer::new())
         .layer(Guard { access })
+        .layer(meter)
         .add_service(health)
         .add_service(reflection)
         .add_service(tokens)

@@ -8,6 +8,7 @@ use shanty_proto::v1::{
     job_service_server::JobServiceServer, status_service_server::StatusServiceServer,
     worker_service_server::WorkerServiceServer,
 };
+use shanty_telemetry::trace::Tracer;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     time::Instant,
@@ -55,6 +56,7 @@ where
         // Who may do what is no matter of schedules: everybody is let in.
         access: Arc::new(Access::new(true, &Limits::default())),
         encrypted: false,
+        tracer: Tracer::off(),
         started,
         stop: shutdown.child_token(),
     };

@@ -280,6 +280,7 @@ async fn logs_and_events_keep_their_newest() {
             step: Step(1),
             detection_ms: Some(1.5),
             stall_ms: None,
+            log: Vec::new(),
         };
         store.persist(vec![Change::Event(job(), event.clone())]).await.unwrap();
         assert_eq!(store.events(job(), 10).await.unwrap(), [event]);

@@ -25,6 +25,14 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// Spans cannot be sent there (SH0982).
+    #[error("failed to send traces to `{endpoint}`: {reason}")]
+    Trace {
+        /// Where to.
+        endpoint: String,
+        /// Why not.
+        reason: String,
+    },
     /// The process logs already (SH0117).
     #[error("failed to start logging: this process logs already")]
     Twice,
@@ -38,6 +46,8 @@ impl Diagnose for Error {
             Self::File { .. } => Diagnostic::new("SH0116", self)
                 .hint("name a folder that this user may write to")
                 .kind(Kind::Transient),
+            Self::Trace { .. } => Diagnostic::new("SH0982", self)
+                .hint("write it as `http://127.0.0.1:4317`: a collector's port for OTLP over gRPC"),
             Self::Twice => Diagnostic::new("SH0117", self).kind(Kind::Internal),
         }
     }

@@ -1,12 +1,19 @@
-//! Logs: structured, to the terminal, to one file a process, and to whoever listens.
+//! What a process tells of itself: logs ([`init`]), traces
+//! ([`trace`]), what it takes ([`process`]), what its card says ([`card`]).
+//!
+//! Logs are structured; they go to the terminal, to one file a process, and to whoever listens.
 //!
 //! [`init`] once at the start of a program; keep the [`Guard`] until its end. Events are `tracing` events: a short,
 //! constant message and fields. Nothing is ever written to stdout, and nothing that is written can stop the work:
 //! a full queue drops lines and counts them ([`Guard::dropped`]).
 
+pub mod card;
 mod error;
 mod forward;
+pub mod process;
 mod rotate;
+pub mod tensorboard;
+pub mod trace;
 
 use std::{
     env, io,
@@ -22,6 +29,7 @@ use tracing_subscriber::{EnvFilter, Layer, Registry, layer::SubscriberExt, util:
 
 pub use error::Error;
 pub use forward::{Forward, Level, LogLine};
+pub use rotate::keep_newest;
 
 /// Names of environment variables are declared in `shanty-config`; this crate depends on nothing of ours.
 const SHANTY_LOG: &str = "SHANTY_LOG";

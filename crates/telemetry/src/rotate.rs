@@ -73,6 +73,24 @@ impl Write for Rotating {
     }
 }
 
+/// Removes the log files of a folder but the `newest`: those of processes that are long gone.
+pub fn keep_newest(folder: &Path, newest: usize) {
+    let is_log = |path: &Path| path.to_str().is_some_and(|path| path.contains(".jsonl"));
+    let mut files: Vec<_> = fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| is_log(&entry.path()))
+        .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
+        .collect();
+    files.sort();
+    let over = files.len().saturating_sub(newest);
+    for (_, file) in files.into_iter().take(over) {
+        // Another process may have removed it a moment ago.
+        let _ = fs::remove_file(file);
+    }
+}
+
 fn append_to(path: &Path) -> io::Result<File> {
     OpenOptions::new().create(true).append(true).open(path)
 }
@@ -80,6 +98,22 @@ fn append_to(path: &Path) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_oldest_logs_of_a_folder_make_room_and_other_files_stay() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let at = |name: &str| folder.path().join(name);
+        for (age, name) in ["w-4.jsonl", "w-3.jsonl.1", "w-2.jsonl", "w-1.jsonl", "notes"].iter().enumerate()
+        {
+            let file = File::create(at(name)).expect("create");
+            let then = std::time::SystemTime::now() - std::time::Duration::from_secs(60 * age as u64);
+            file.set_modified(then).expect("set the time");
+        }
+        keep_newest(folder.path(), 2);
+        let left =
+            ["w-4.jsonl", "w-3.jsonl.1", "w-2.jsonl", "w-1.jsonl", "notes"].map(|name| at(name).exists());
+        assert_eq!(left, [true, true, false, false, true]);
+    }
 
     #[test]
     fn full_files_move_on_and_the_oldest_goes() {

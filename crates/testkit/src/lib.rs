@@ -8,6 +8,7 @@ pub mod cluster;
 pub mod fixtures;
 pub mod job;
 pub mod process;
+pub mod pty;
 pub mod rows;
 pub mod s3;
 pub mod wait;

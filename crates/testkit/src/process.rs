@@ -310,7 +310,8 @@ fn stat(pid: u32) -> Option<(char, u32)> {
     Some((fields.next()?.chars().next()?, fields.next()?.parse().ok()?))
 }
 
-fn signal(pid: u32, signal: Signal) {
+/// Sends a signal. A process that is gone already is no error.
+pub fn signal(pid: u32, signal: Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
         // Gone already: then there is nothing to stop.
         let _ = kill_process(pid, signal);

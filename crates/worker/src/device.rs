@@ -9,6 +9,7 @@ use std::{
 use shanty_access::Credentials;
 use shanty_collective::tcp::Listener;
 use shanty_proto::v1::{Hello, LogLine, worker_service_client::WorkerServiceClient};
+use shanty_telemetry::trace::Tracer;
 use tokio::sync::{
     mpsc::{Receiver, unbounded_channel},
     oneshot,
@@ -21,10 +22,11 @@ use crate::{
     Error,
     control::Control,
     engine::EngineLoader,
+    facts::Facts,
     failpoint::Failpoints,
     rows::RowClient,
     session::Session,
-    trainer::{Command, Surroundings, Trainer},
+    trainer::{Command, Surroundings, Trainer, trace::Traces},
 };
 
 /// How long an attempt to connect may take.
@@ -61,6 +63,8 @@ pub struct WorkerOptions {
     pub memory_limit_bytes: Option<u64>,
     /// Armed failpoints.
     pub failpoints: Failpoints,
+    /// Where the spans of steps go.
+    pub tracer: Tracer,
     /// Cancelled to have the worker hand back what it holds and end then.
     pub drain: CancellationToken,
 }
@@ -81,6 +85,7 @@ impl WorkerOptions {
             advertise: None,
             memory_limit_bytes: None,
             failpoints: Failpoints::from_environment()?,
+            tracer: Tracer::off(),
             drain: CancellationToken::new(),
         })
     }
@@ -123,6 +128,13 @@ pub async fn run_worker(
     let control = Arc::new(Control::default());
     let (commands, commanded) = channel();
     let (reports, reported) = unbounded_channel();
+    let tracer = options.tracer.clone();
+    let facts = Some(Facts::of(&options.device));
+    let traces = Traces {
+        tracer: options.tracer.clone(),
+        worker_id: options.worker_id.clone(),
+        device: options.device.clone(),
+    };
     let around = Surroundings {
         worker_id: options.worker_id.clone(),
         threads: options.threads,
@@ -133,6 +145,7 @@ pub async fn run_worker(
         rows: RowClient::new(client.clone(), tokio::runtime::Handle::current()),
         listener,
         failpoints: options.failpoints,
+        traces,
     };
     let (ended, mut end) = oneshot::channel();
     let trainer = Trainer::new(around, loader, commanded);
@@ -152,6 +165,7 @@ pub async fn run_worker(
         commands: commands.clone(),
         reports: reported,
         logs,
+        facts,
         drain: options.drain.clone(),
     };
     let shutdown = end_after_drain(shutdown, options.drain);
@@ -169,6 +183,7 @@ pub async fn run_worker(
     // A trainer that has ended needs no command.
     let _ = commands.send(Command::Close);
     let _ = tokio::time::timeout(END_WITHIN, end).await;
+    let _ = tokio::task::spawn_blocking(move || tracer.flush()).await;
     result
 }
 

@@ -16,6 +16,7 @@ mod control;
 mod device;
 pub mod engine;
 mod error;
+mod facts;
 pub mod failpoint;
 pub mod logs;
 mod plan;

@@ -11,6 +11,7 @@ use shanty_proto::error::UNREACHABLE;
 use shanty_proto::v1::{
     Announcement, LeaseRowsRequest, LeaseRowsResponse, worker_service_client::WorkerServiceClient,
 };
+use shanty_telemetry::trace::Context;
 use tokio::{runtime::Handle, time::sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
@@ -43,6 +44,8 @@ pub(crate) struct RowClient {
 pub(crate) struct Leased {
     pub(crate) announcement: Announcement,
     pub(crate) rows: Vec<Row>,
+    /// The trace that the step is a part of, where one is kept.
+    pub(crate) trace: Option<Context>,
 }
 
 /// Rows that are on their way.
@@ -105,7 +108,7 @@ async fn lease_all(
     request: LeaseRowsRequest,
 ) -> Result<Leased, Error> {
     let mut rows = Vec::with_capacity(request.row_ids.len());
-    let mut announcement = None;
+    let (mut announcement, mut trace) = (None, None);
     let parts: Vec<&[u64]> = match request.row_ids.as_slice() {
         // A rank without rows asks all the same: for the announcement.
         [] => vec![&[]],
@@ -120,10 +123,11 @@ async fn lease_all(
         if announcement.get_or_insert(announced) != &announced {
             return Err(wrong("two announcements of one step differ".to_owned()));
         }
+        trace = trace.or_else(|| Context::parse(&response.traceparent));
         rows.extend(check(request.step, ids, response.rows)?);
     }
     let announcement = announcement.expect("there is at least one part, and each sets it");
-    Ok(Leased { announcement, rows })
+    Ok(Leased { announcement, rows, trace })
 }
 
 async fn lease_part(

@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
 use tracing::{debug, info, warn};
 
-use crate::{Error, control::Control, trainer::Command};
+use crate::{Error, control::Control, facts::Facts, trainer::Command};
 
 use outbox::Outbox;
 
@@ -52,6 +52,8 @@ pub(crate) struct Session {
     pub(crate) commands: Sender<Command>,
     pub(crate) reports: UnboundedReceiver<Message>,
     pub(crate) logs: Receiver<LogLine>,
+    /// What device and process say; none where nobody measures.
+    pub(crate) facts: Option<Facts>,
     /// Cancelled when the process is asked to end once what it holds is in other hands.
     pub(crate) drain: CancellationToken,
 }
@@ -343,7 +345,8 @@ impl Session {
     fn beat(&self, memory: &mut Memory, wire: &mut Wire) {
         if let Some(sequence) = memory.outbox.beat(Instant::now()) {
             let ((phase, progress), attachment) = (self.control.phase(), self.control.attachment());
-            wire.send(Message::Beat(Beat { sequence, phase: phase.into(), attachment, progress }));
+            let facts = self.facts.as_ref().and_then(Facts::take);
+            wire.send(Message::Beat(Beat { sequence, phase: phase.into(), attachment, progress, facts }));
         }
     }
 

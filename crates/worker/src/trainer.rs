@@ -20,6 +20,7 @@ mod start;
 mod state;
 mod step;
 mod sum;
+pub(crate) mod trace;
 
 use std::{
     path::{Path, PathBuf},
@@ -48,6 +49,7 @@ use crate::{
 use formation::Formation;
 use job::Job;
 use step::{Generation, Links};
+use trace::Traces;
 
 /// How long a failed collective waits for the coordinator to say why, before the worker says that it broke: the
 /// coordinator notices a lost member as well, and its reason is better than "connection reset".
@@ -111,6 +113,7 @@ pub(crate) struct Surroundings {
     pub(crate) rows: RowClient,
     pub(crate) listener: tcp::Listener,
     pub(crate) failpoints: Failpoints,
+    pub(crate) traces: Traces,
 }
 
 impl Surroundings {

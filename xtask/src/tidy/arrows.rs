@@ -36,7 +36,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
-    ("tui", &["proto"]),
+    ("tui", &["access", "proto"]),
     (
         "cli",
         &[

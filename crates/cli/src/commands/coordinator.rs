@@ -6,6 +6,7 @@ use serde_json::json;
 use shanty_access::{Role, local_key::LocalKey};
 use shanty_config::CoordinatorFile;
 use shanty_coordinator::{Coordinator, Options, TlsFiles};
+use shanty_telemetry::trace::Tracer;
 use shanty_worker::supervisor::shutdown_on_signals;
 
 use crate::{
@@ -70,7 +71,7 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
         flags.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect();
     let file =
         shanty_config::load_coordinator(args.config.as_deref(), &overrides).map_err(|errors| all(&errors))?;
-    let options = options(&file.value)?;
+    let mut options = options(&file.value)?;
     let _guard = shanty_telemetry::init(shanty_telemetry::Options {
         format: if ui.is_json() {
             shanty_telemetry::Format::Json
@@ -84,6 +85,9 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
         .build()
         .map_err(|source| Error::Start { what: "the runtime", source })?;
     runtime.block_on(async {
+        if let Some(otlp) = &file.value.telemetry.otlp {
+            options.tracer = Tracer::to(otlp, "shanty-coordinator", &options.listen.to_string())?;
+        }
         let shutdown = shutdown_on_signals()?;
         let any_port = options.listen.port() == 0;
         let asks = !options.insecure;

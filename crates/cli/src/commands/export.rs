@@ -1,4 +1,4 @@
-//! `shanty export gguf`: models and adapters for llama.cpp.
+//! `shanty export`: models and adapters for llama.cpp, the history of a job for other programs.
 
 use std::path::PathBuf;
 
@@ -13,6 +13,7 @@ use shanty_peft_core::{
 
 use crate::{
     bar::Bar,
+    commands::export_history::{TensorBoard, Wandb},
     failure::{CommandResult, Exit},
     flags::AdapterFlag,
     format,
@@ -20,7 +21,7 @@ use crate::{
     ui::Ui,
 };
 
-/// Write models and adapters in the formats of other programs
+/// Write models, adapters and histories in the formats of other programs
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -30,6 +31,9 @@ pub(crate) struct Args {
 #[derive(Debug, clap::Subcommand)]
 enum Format {
     Gguf(Gguf),
+    #[command(name = "tensorboard")]
+    TensorBoard(TensorBoard),
+    Wandb(Wandb),
 }
 
 /// Write a GGUF file for llama.cpp: a model with its adapter folded in, or the adapter alone
@@ -82,7 +86,14 @@ enum EncodingFlag {
 }
 
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
-    let Format::Gguf(args) = args.format;
+    match args.format {
+        Format::Gguf(args) => gguf(args, ui),
+        Format::TensorBoard(args) => args.execute(ui),
+        Format::Wandb(args) => args.execute(ui),
+    }
+}
+
+fn gguf(args: Gguf, ui: &Ui) -> CommandResult<Exit> {
     let encoding = match args.encoding {
         EncodingFlag::F32 => Encoding::F32,
         EncodingFlag::F16 => Encoding::F16,

@@ -21,6 +21,7 @@ pub(crate) mod drain;
 pub(crate) mod eval;
 pub(crate) mod explain;
 pub(crate) mod export;
+pub(crate) mod export_history;
 pub(crate) mod generate;
 pub(crate) mod jobs;
 pub(crate) mod logits;
@@ -33,6 +34,7 @@ pub(crate) mod run;
 pub(crate) mod status;
 pub(crate) mod submit;
 pub(crate) mod token;
+pub(crate) mod top;
 pub(crate) mod worker;
 pub(crate) mod worker_device;
 
@@ -45,6 +47,7 @@ pub(crate) fn dispatch(command: Command, ui: &Ui) -> CommandResult<Exit> {
         Command::Submit(args) => submit::execute(args, ui),
         Command::Jobs(args) => jobs::execute(args, ui),
         Command::Status(args) => status::execute(args, ui),
+        Command::Top(args) => top::execute(args, ui),
         Command::Logs(args) => logs::execute(args, ui),
         Command::Cancel(args) => cancel::execute(args, ui),
         Command::Drain(args) => drain::execute(args, ui),

@@ -74,6 +74,10 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     if let Some(advertise) = args.advertise {
         add("--advertise", advertise.into());
     }
+    add("--log-folder", worker.logs_dir().into());
+    if let Some(otlp) = &worker.telemetry.otlp {
+        add("--otlp", otlp.into());
+    }
     // Files alone: a token that the environment holds is inherited, and stands in no argument.
     let files = [
         ("--ca", &worker.ca),

@@ -1,10 +1,10 @@
 //! `shanty worker-device`: the process of one device, started by `shanty worker` and `shanty run`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use shanty_access::Credentials;
 use shanty_proto::v1::LogLine;
-use shanty_telemetry::Forward;
+use shanty_telemetry::{Forward, trace::Tracer};
 use shanty_worker::{
     WorkerOptions,
     engine::PeftEngines,
@@ -22,6 +22,8 @@ use crate::{
 
 /// Log lines that wait for the coordinator at most; more are dropped and counted.
 const QUEUE: usize = 1024;
+/// Log files that stay in a folder; each process that works begins one.
+const LOG_FILES: usize = 64;
 
 /// Work for a coordinator on one device, as long as the parent lives
 #[derive(Debug, clap::Args)]
@@ -47,8 +49,14 @@ pub(crate) struct Args {
     bind: String,
     #[arg(long, value_name = "HOST")]
     advertise: Option<String>,
+    /// Where spans of steps go
+    #[arg(long, value_name = "URL")]
+    otlp: Option<String>,
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
+    /// Folder of a log file that is named after the worker
+    #[arg(long, value_name = "DIR", conflicts_with = "log_file")]
+    log_folder: Option<PathBuf>,
     /// What stderr gets: nothing where the parent shows a live region
     #[arg(long)]
     log_to_stderr: bool,
@@ -81,16 +89,23 @@ pub(crate) fn execute(args: Args, _: &Ui) -> CommandResult<Exit> {
         // What the transport logs while it sends lines must not become a line.
         sender.try_send(line).is_ok()
     });
+    let (log_file, no_file) = match &args.log_folder {
+        Some(folder) => log_file_in(folder, &options.worker_id),
+        None => (args.log_file, None),
+    };
     let _guard = shanty_telemetry::init(shanty_telemetry::Options {
         format: if args.log_to_stderr {
             shanty_telemetry::Format::Terminal
         } else {
             shanty_telemetry::Format::None
         },
-        file: args.log_file,
+        file: log_file,
         forward: Some(forward),
         ..Default::default()
     })?;
+    if let Some(reason) = no_file {
+        tracing::warn!(reason, "this worker writes no log file");
+    }
     end_with_parent()?;
     // The session, its transport and the lease of rows; training has a thread of its own.
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -99,9 +114,27 @@ pub(crate) fn execute(args: Args, _: &Ui) -> CommandResult<Exit> {
         .build()
         .map_err(|source| Error::Start { what: "the runtime", source })?;
     runtime.block_on(async {
+        if let Some(otlp) = &args.otlp {
+            options.tracer = Tracer::to(otlp, "shanty-worker", &options.worker_id)?;
+        }
         let asked = signals()?;
         options.drain = asked.first;
         Box::pin(run_worker(options, Box::new(PeftEngines), logs, asked.again)).await?;
         Ok(Exit::Done)
     })
+}
+
+/// The log file of a worker in the folder of all of them, where the oldest make room; or why there is none. A folder that
+/// cannot be written to keeps nobody from work: stderr and the coordinator have the lines too.
+fn log_file_in(folder: &Path, worker_id: &str) -> (Option<PathBuf>, Option<String>) {
+    let file = folder.join(format!("{worker_id}.jsonl"));
+    let opened = std::fs::create_dir_all(folder)
+        .and_then(|()| std::fs::File::options().create(true).append(true).open(&file));
+    match opened {
+        Ok(_) => {
+            shanty_telemetry::keep_newest(folder, LOG_FILES);
+            (Some(file), None)
+        }
+        Err(error) => (None, Some(format!("`{}`: {error}", file.display()))),
+    }
 }

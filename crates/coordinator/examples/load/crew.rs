@@ -237,7 +237,13 @@ impl Sailor {
         });
         // It gets something done between any two beats.
         let (sequence, progress) = (self.beats, self.beats);
-        self.say(In::Beat(Beat { sequence, phase: MemberPhase::Computing.into(), attachment, progress }));
+        self.say(In::Beat(Beat {
+            sequence,
+            phase: MemberPhase::Computing.into(),
+            attachment,
+            progress,
+            facts: None,
+        }));
         self.beats
     }
 

@@ -17,18 +17,22 @@ use std::{
 
 use http::HeaderMap;
 use shanty_access::{
-    NewToken, Role, Secret, TokenId,
+    Least, NewToken, Role, Secret, TokenId,
     token::{self, TokenHash},
 };
 use shanty_proto::JobId;
 use tokio_util::sync::CancellationToken;
 
-pub(crate) use self::limits::{Claim, Counts};
 pub use self::{limits::Limits, record::TokenRecord, rights::RIGHTS};
+pub(crate) use self::{
+    limits::{Claim, Counts},
+    rights::known_call,
+};
 use crate::{
     error::{Error, Result},
     listen::Peer,
     machine::Change,
+    metrics,
     store::Store,
 };
 
@@ -230,7 +234,13 @@ impl Access {
 
     /// Lets a call in, or not.
     pub fn admit(&self, call: &str, headers: &HeaderMap, peer: Option<&Peer>) -> Result<Pass> {
-        let caller = if self.open { self.anyone() } else { self.entitled(call, headers, peer)? };
+        let caller = if self.open {
+            self.anyone()
+        } else if call == metrics::PATH && is_of_this_machine(headers, peer) {
+            self.scraper()
+        } else {
+            self.entitled(call, headers, peer)?
+        };
         if let Some(peer) = peer {
             peer.identified(&caller.identity, &self.connections)?;
         }
@@ -240,7 +250,9 @@ impl Access {
 
     fn entitled(&self, call: &str, headers: &HeaderMap, peer: Option<&Peer>) -> Result<Caller> {
         let caller = self.authenticate(headers, peer)?;
-        let Some(least) = rights::least(call) else {
+        // No call, but a page; whoever reads may read it.
+        let page = (call == metrics::PATH).then_some(Least::Read);
+        let Some(least) = page.or_else(|| rights::least(call)) else {
             // Closed by default: what the table does not know, nobody may.
             return Err(not_allowed(&caller, call, "a row in the table of rights, which there is none of"));
         };
@@ -249,6 +261,12 @@ impl Access {
 
     fn anyone(&self) -> Caller {
         Caller { identity: "anyone".into(), role: Role::Admin, job: None, ended: self.never.clone() }
+    }
+
+    /// Whoever scrapes metrics on this machine: figures alone, and nothing that a user of the machine may not see.
+    fn scraper(&self) -> Caller {
+        let identity = "metrics of this machine".into();
+        Caller { identity, role: Role::Read, job: None, ended: self.never.clone() }
     }
 
     /// Who asks. A token counts before a certificate; one that is wrong is not made good by a certificate.
@@ -288,6 +306,13 @@ impl Access {
     }
 }
 
+/// Whether somebody on this machine asks, and shows nothing. A token that is shown must be good.
+fn is_of_this_machine(headers: &HeaderMap, peer: Option<&Peer>) -> bool {
+    let address = peer.and_then(Peer::address);
+    !headers.contains_key(http::header::AUTHORIZATION)
+        && address.is_some_and(|address| address.ip().is_loopback())
+}
+
 fn not_allowed(caller: &Caller, call: &str, least: &'static str) -> Error {
     Error::NotAllowed { caller: caller.identity.to_string(), role: caller.role, call: call.to_owned(), least }
 }
@@ -304,4 +329,34 @@ pub(crate) struct Wanted {
 fn now() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::Semaphore;
+
+    use super::*;
+
+    fn peer(address: &str) -> Peer {
+        let permit = || Arc::new(Semaphore::new(1)).try_acquire_owned().expect("nobody else asks");
+        Peer::new(address.parse().ok(), None, (permit(), permit()))
+    }
+
+    #[test]
+    fn figures_are_for_this_machine_and_for_readers_alone() {
+        let access = Access::new(false, &Limits::default());
+        let asks = |address: &str, call: &str, headers: &HeaderMap| {
+            access.admit(call, headers, Some(&peer(address))).map(|pass| pass.caller.role)
+        };
+        let nothing = HeaderMap::new();
+        assert_eq!(asks("127.0.0.1:9", metrics::PATH, &nothing).ok(), Some(Role::Read));
+        assert_eq!(asks("[::1]:9", metrics::PATH, &nothing).ok(), Some(Role::Read));
+        let stranger = asks("10.0.0.7:9", metrics::PATH, &nothing);
+        assert!(matches!(stranger, Err(Error::Unauthenticated { .. })), "{stranger:?}");
+        let list = "/shanty.v1.JobService/ListJobs";
+        assert!(asks("127.0.0.1:9", list, &nothing).is_err(), "figures alone are open here");
+        let mut wrong = HeaderMap::new();
+        wrong.insert(http::header::AUTHORIZATION, "Bearer nonsense".parse().expect("a header"));
+        assert!(asks("127.0.0.1:9", metrics::PATH, &wrong).is_err(), "a token that is shown must be good");
+    }
 }

@@ -34,6 +34,11 @@ pub(crate) fn least(call: &str) -> Option<Least> {
     RIGHTS.binary_search_by_key(&call, |(path, _)| path).ok().map(|at| RIGHTS[at].1)
 }
 
+/// A call of the table, by its path.
+pub(crate) fn known_call(call: &str) -> Option<&'static str> {
+    RIGHTS.binary_search_by_key(&call, |(path, _)| path).ok().map(|at| RIGHTS[at].0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

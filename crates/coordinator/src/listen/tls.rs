@@ -208,7 +208,7 @@ fn load(files: &TlsFiles) -> Result<Loaded, Error> {
         }
     };
     let mut config = builder.with_single_cert(chain, key).map_err(|error| bad(&error))?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     // A session that is taken up again would pass by the list of what is revoked.
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;

@@ -399,6 +399,7 @@ impl Job {
             step: self.watermark,
             detection_ms: None,
             stall_ms: None,
+            log: Vec::new(),
         });
         self.events.last_mut().expect("one was just pushed")
     }

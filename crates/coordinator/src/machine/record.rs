@@ -303,4 +303,18 @@ pub struct EventRecord {
     pub detection_ms: Option<f64>,
     /// From the moment a break was noticed to the next committed step.
     pub stall_ms: Option<f64>,
+    /// What the worker that it is about said last, oldest line first; the machine leaves it empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub log: Vec<SaidLine>,
+}
+
+/// A line of a worker's log, beside an event.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SaidLine {
+    /// When, the worker's clock.
+    pub unix_ms: u64,
+    /// How bad it is.
+    pub level: String,
+    /// What it said.
+    pub text: String,
 }

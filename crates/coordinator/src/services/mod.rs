@@ -6,7 +6,7 @@ mod status;
 mod watch;
 pub(crate) mod wire;
 mod wire_crew;
-mod wire_view;
+pub(crate) mod wire_view;
 mod worker;
 
 pub(crate) use self::{access::Tokens, job::Jobs, status::Statuses, worker::Workers};

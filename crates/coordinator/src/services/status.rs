@@ -77,7 +77,7 @@ impl StatusService for Statuses {
         request: Request<GetStatusRequest>,
     ) -> Result<Response<GetStatusResponse>, Status> {
         let view = self.view(&request.get_ref().job_id).await.map_err(refuse)?;
-        Ok(Response::new(GetStatusResponse { status: Some(wire_view::status_out(&view)) }))
+        Ok(Response::new(GetStatusResponse { status: Some(self.hub.facts.status_out(&view)) }))
     }
 
     async fn watch_job(
@@ -86,7 +86,12 @@ impl StatusService for Statuses {
     ) -> Result<Response<Self::WatchJobStream>, Status> {
         let (job, watch) = self.begin_watch(&request.get_ref().job_id).map_err(refuse)?;
         let pulses = request.get_ref().pulse_every_ms.map(|every| {
-            Pulses::new(self.engine.clone(), job, Duration::from_millis(every.max(LEAST_PULSE_MS).into()))
+            Pulses::new(
+                self.engine.clone(),
+                job,
+                watch.facts.clone(),
+                Duration::from_millis(every.max(LEAST_PULSE_MS).into()),
+            )
         });
         let (sender, receiver) = mpsc::channel(WATCHER_QUEUE);
         let shutdown = self.shutdown.clone();

@@ -15,6 +15,7 @@ use tonic::Status;
 use super::wire_view;
 use crate::{
     engine::Engine,
+    facts::Facts,
     hub::Watch,
     machine::{JobView, Point, record::JobState},
     store::LogFilter,
@@ -50,17 +51,18 @@ impl Listener<'_> {
 pub(super) struct Pulses {
     engine: Engine,
     job: JobId,
+    facts: Facts,
     ticks: Interval,
     /// A tick has passed, and its pulse was not sent yet.
     due: bool,
 }
 
 impl Pulses {
-    pub fn new(engine: Engine, job: JobId, every: Duration) -> Self {
+    pub fn new(engine: Engine, job: JobId, facts: Facts, every: Duration) -> Self {
         let mut ticks = interval(every);
         // One that fell behind is not made up for.
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Self { engine, job, ticks, due: false }
+        Self { engine, job, facts, ticks, due: false }
     }
 
     /// The next. May be dropped half-way and asked for again: nothing is lost.
@@ -70,9 +72,9 @@ impl Pulses {
             pulses.ticks.tick().await;
             pulses.due = true;
         }
-        let job = pulses.job.clone();
+        let (job, facts) = (pulses.job.clone(), pulses.facts.clone());
         let look = pulses.engine.look(move |machine, now| {
-            machine.view(now, &job).map(|view| wire_view::pulse_out(&view, now.unix_ms))
+            machine.view(now, &job).map(|view| facts.pulse_out(&view, now.unix_ms))
         });
         let pulse = look.await;
         pulses.due = false;
@@ -101,7 +103,7 @@ async fn follow_to_the_end(
     mut listener: Listener<'_>,
 ) -> Option<()> {
     let mut last = watch.status.borrow_and_update().clone();
-    listener.say(Update::Status(wire_view::status_out(&last))).await?;
+    listener.say(Update::Status(watch.facts.status_out(&last))).await?;
     while !last.state.is_final() {
         tokio::select! {
             biased;
@@ -112,7 +114,7 @@ async fn follow_to_the_end(
                     listener.missed += missed;
                     last = watch.status.borrow_and_update().clone();
                     if !last.state.is_final() {
-                        listener.say(Update::Status(wire_view::status_out(&last))).await?;
+                        listener.say(Update::Status(watch.facts.status_out(&last))).await?;
                     }
                 }
                 Err(RecvError::Closed) => return None,
@@ -123,7 +125,7 @@ async fn follow_to_the_end(
                 let is_news = gist(&now) != gist(&last);
                 last = now;
                 if is_news && !last.state.is_final() {
-                    listener.say(Update::Status(wire_view::status_out(&last))).await?;
+                    listener.say(Update::Status(watch.facts.status_out(&last))).await?;
                 }
             }
             pulse = Pulses::next(&mut pulses) => listener.say(Update::Pulse(pulse?)).await?,
@@ -136,7 +138,7 @@ async fn follow_to_the_end(
             Err(TryRecvError::Empty | TryRecvError::Closed) => break,
         }
     }
-    listener.say(Update::Status(wire_view::status_out(&last))).await
+    listener.say(Update::Status(watch.facts.status_out(&last))).await
 }
 
 /// Sends a job's log lines until it has ended, or the watcher is gone.

@@ -1,13 +1,13 @@
 //! What views show, as it travels.
 
-use shanty_proto::v1;
+use shanty_proto::{WorkerId, v1};
 
 use super::wire_crew;
 use crate::{
     machine::{
         Configuration, JobView, MemberPhase, MemberView,
         ledger::Ledger,
-        record::{CheckpointRecord, EvaluationRecord, EventRecord, JobState, StepRecord},
+        record::{CheckpointRecord, EvaluationRecord, EventRecord, JobState, SaidLine, StepRecord},
     },
     store::LogLine,
 };
@@ -82,6 +82,16 @@ pub(crate) fn event_out(from: &EventRecord) -> v1::Event {
         step: from.step.0,
         detection_ms: from.detection_ms,
         stall_ms: from.stall_ms,
+        log: from.log.iter().map(|line| said_line_out(line, from.worker.as_ref())).collect(),
+    }
+}
+
+fn said_line_out(from: &SaidLine, worker: Option<&WorkerId>) -> v1::LogLine {
+    v1::LogLine {
+        unix_ms: from.unix_ms,
+        worker_id: worker.map(ToString::to_string).unwrap_or_default(),
+        level: from.level.clone(),
+        text: from.text.clone(),
     }
 }
 
@@ -106,6 +116,8 @@ fn member_out(from: &MemberView) -> v1::Member {
         spare: from.spare,
         draining: from.draining,
         restarts: from.restarts,
+        // Added where they are known: the machine has no use for them.
+        facts: None,
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use futures::{Stream, StreamExt};
@@ -170,6 +170,7 @@ impl Workers {
             Err(error) => error.to_string(),
         };
         tracing::info!(%worker, reason, "worker disconnected");
+        self.hub.facts.set(&worker, None);
         // When the coordinator stops, nobody hears it, and nobody has to.
         let _ = self.engine.tell(Event::Down { worker, session, reason }).await;
         ended.map(drop)
@@ -201,6 +202,12 @@ impl Workers {
                     report.leased = self.leases.announcement(&report.within.job, report.step).await?;
                     Said::Step(report)
                 }
+                Some(In::Beat(mut beat)) => {
+                    if let Some(facts) = beat.facts.take() {
+                        self.hub.facts.set(worker, Some(facts));
+                    }
+                    wire::said(In::Beat(beat))?
+                }
                 Some(other) => wire::said(other)?,
             };
             self.engine.tell(Event::Said { worker: worker.clone(), session, message }).await?;
@@ -227,10 +234,13 @@ impl Workers {
             step: request.step,
             row_ids: request.row_ids,
         };
+        let (began, asked) = (SystemTime::now(), request.clone());
         let (announcement, rows) = self.leases.lease(request).await?;
+        let traceparent = self.hub.traces.leased(&asked, rows.len(), began);
         Ok(LeaseRowsResponse {
             announcement: Some(wire::announcement_out(announcement)),
             rows: rows.into_iter().map(wire::row_out).collect(),
+            traceparent,
         })
     }
 }

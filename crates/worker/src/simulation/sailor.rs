@@ -46,6 +46,7 @@ pub(super) async fn run(sea: Shared) -> turmoil::Result {
         commands,
         reports: reported,
         logs,
+        facts: None,
         drain: CancellationToken::new(),
     };
     tokio::select! {

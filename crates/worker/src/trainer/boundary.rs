@@ -1,6 +1,9 @@
 //! What is due between two steps: evaluation, checkpoint, and the end.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
 
 use shanty_checkpoint::Key;
 use shanty_proto::v1::{EvaluationReport, Finished, MemberPhase, worker_message::Message};
@@ -31,7 +34,11 @@ impl Generation<'_> {
         let credited = self.around.control.credited_step(self.formation.generation);
         self.pipeline.ask_up_to(credited, &self.job.plan);
         if evaluation {
+            let began = SystemTime::now();
             self.evaluate(applied)?;
+            if let Some(trace) = &self.trace {
+                trace.record("evaluate", began, None);
+            }
             self.job.evaluated_step = Some(applied);
         }
         if comparison {
@@ -118,6 +125,7 @@ impl Generation<'_> {
             store: self.job.plan.location.clone(),
             keep: keep::rule(&self.job.plan),
             held: began.elapsed(),
+            trace: self.trace.clone(),
         };
         self.job.checkpoints.begin(ticket, draft)?;
         Ok(())

@@ -8,7 +8,7 @@
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use shanty_checkpoint::{Blocking, Keep, Snapshot, WritePoint};
@@ -23,7 +23,7 @@ use crate::{
     failpoint::{Failpoints, Place, Point},
 };
 
-use super::{Stop, Surroundings, keep::Draft};
+use super::{Stop, Surroundings, keep::Draft, trace::Trace};
 
 /// How often a wait for the writer looks whether the generation was left.
 const LOOK: Duration = Duration::from_millis(20);
@@ -79,6 +79,8 @@ pub(super) struct Ticket {
     pub(super) keep: Keep,
     /// How long the step was held up for the copy.
     pub(super) held: Duration,
+    /// The step that it is of, in its trace.
+    pub(super) trace: Option<Trace>,
 }
 
 impl Checkpoints {
@@ -194,18 +196,29 @@ enum Outcome {
 impl Ticket {
     /// Tries until it is written, or until no try helps. An error is a failpoint's death.
     fn work_on(&self, tray: &Tray, draft: Draft) -> Result<(), Error> {
+        let began = SystemTime::now();
+        let (outcome, failed) = self.work_through(tray, draft);
+        if let Some(trace) = &self.trace {
+            trace.record("checkpoint", began, failed);
+        }
+        outcome
+    }
+
+    /// With what failed for good, in words.
+    fn work_through(&self, tray: &Tray, draft: Draft) -> (Result<(), Error>, Option<String>) {
         let snapshot = match draft.finish() {
             Ok(snapshot) => snapshot,
             Err(error) => {
-                self.tell_failed(&error.diagnostic());
-                return Ok(());
+                let error = error.diagnostic();
+                self.tell_failed(&error);
+                return (Ok(()), Some(error.message));
             }
         };
         let mut pause = PAUSE;
         for tried in 1.. {
             let error = match self.write(&snapshot) {
-                Outcome::Over => return Ok(()),
-                Outcome::Died(error) => return Err(error),
+                Outcome::Over => return (Ok(()), None),
+                Outcome::Died(error) => return (Err(error), None),
                 Outcome::Failed(error) => error,
             };
             let papers = tray.lock();
@@ -213,14 +226,14 @@ impl Ticket {
             if error.kind != Kind::Transient || tried >= TRIES || papers.next.is_some() || papers.closed {
                 drop(papers);
                 self.tell_failed(&error);
-                return Ok(());
+                return (Ok(()), Some(error.message));
             }
             warn!(step = self.place.step, error = error.message, "a checkpoint is tried again");
             let waiting = |papers: &mut Papers| papers.next.is_none() && !papers.closed;
             drop(tray.changed.wait_timeout_while(papers, pause, waiting));
             pause *= 2;
         }
-        Ok(())
+        (Ok(()), None)
     }
 
     /// Tries once; tells, and applies retention. A checkpoint that was given up or that exists already is no failure.
@@ -355,6 +368,7 @@ mod tests {
             store: store.clone(),
             keep: Keep { newest: 2, best: 0 },
             held: Duration::ZERO,
+            trace: None,
         };
         (ticket, reported)
     }

@@ -35,6 +35,7 @@ use super::{
     spoilt::{Fault, Skipped},
     start,
     state::{Applied, State},
+    trace::Trace,
 };
 
 /// What ties this worker to the others of a generation.
@@ -59,6 +60,8 @@ pub(super) struct Generation<'a> {
     pub(super) compared_step: u64,
     /// What a loss spike is measured by: the same on all ranks.
     pub(super) usual_loss: UsualLoss,
+    /// Where the last step stands in its trace, for what follows from it.
+    pub(super) trace: Option<Trace>,
     hops: Arc<Hops>,
 }
 
@@ -138,6 +141,7 @@ impl<'a> Generation<'a> {
             save_wanted: false,
             compared_step,
             usual_loss,
+            trace: None,
             hops,
         })
     }
@@ -208,6 +212,10 @@ impl<'a> Generation<'a> {
         let tokens = leased.rows.iter().map(|row| row.token_ids.len() as u64).sum();
         let timings = StepTimings { data_seconds, compute_seconds, reduce_seconds, update_seconds, tokens };
         let seconds = began.elapsed().as_secs_f64();
+        self.trace = leased
+            .trace
+            .as_ref()
+            .and_then(|parent| self.around.traces.step(parent, &self.formation, step, seconds, &timings));
         self.reach(Point::AfterUpdate, step)?;
         self.report_step(step, total, applied, skipped, seconds, timings);
         Ok(())

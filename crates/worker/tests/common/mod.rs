@@ -55,6 +55,7 @@ impl Crew {
     ) {
         let worker_id = format!("w{number}");
         let options = WorkerOptions {
+            tracer: shanty_telemetry::trace::Tracer::off(),
             credentials: shanty_access::Credentials::default(),
             coordinator: address.to_owned(),
             worker_id: worker_id.clone(),

@@ -210,7 +210,7 @@ impl WorkerService for Service {
             row_hash: all.iter().map(|id| row_hash(*id)).fold(0, u64::wrapping_add),
         };
         let rows = request.row_ids.iter().map(|id| row(split, *id)).collect();
-        Ok(Response::new(LeaseRowsResponse { announcement: Some(announcement), rows }))
+        Ok(Response::new(LeaseRowsResponse { announcement: Some(announcement), rows, ..Default::default() }))
     }
 }
 

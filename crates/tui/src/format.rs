@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 /// `1,234,567`.
-pub(crate) fn count(number: u64) -> String {
+pub fn count(number: u64) -> String {
     let digits = number.to_string();
     let mut out = String::with_capacity(digits.len() + digits.len() / 3);
     for (position, digit) in digits.chars().enumerate() {
@@ -16,7 +16,7 @@ pub(crate) fn count(number: u64) -> String {
 }
 
 /// `3.4 GiB`, `120 MiB`, `512 B`.
-pub(crate) fn bytes(bytes: u64) -> String {
+pub fn bytes(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut value = bytes as f64;
     let mut unit = 0;
@@ -32,7 +32,7 @@ pub(crate) fn bytes(bytes: u64) -> String {
 }
 
 /// `4 s`, `2 min 05 s`, `3 h 10 min`.
-pub(crate) fn duration(duration: Duration) -> String {
+pub fn duration(duration: Duration) -> String {
     let seconds = duration.as_secs_f64();
     if seconds < 10.0 {
         return format!("{seconds:.1} s");
@@ -46,18 +46,18 @@ pub(crate) fn duration(duration: Duration) -> String {
 }
 
 /// Seconds as they come over the wire.
-pub(crate) fn seconds(seconds: f64) -> String {
+pub fn seconds(seconds: f64) -> String {
     duration(Duration::try_from_secs_f64(seconds).unwrap_or_default())
 }
 
 /// `1.25 %` with as many digits as a small share needs.
-pub(crate) fn percent(part: u64, whole: u64) -> String {
+pub fn percent(part: u64, whole: u64) -> String {
     let share = if whole == 0 { 0.0 } else { 100.0 * part as f64 / whole as f64 };
     if share < 1.0 { format!("{share:.3} %") } else { format!("{share:.2} %") }
 }
 
 /// Module names with their layers drawn together: `model.layers.{0-6}.self_attn.q_proj`, in order of appearance.
-pub(crate) fn modules(names: &[String]) -> Vec<String> {
+pub fn modules(names: &[String]) -> Vec<String> {
     let mut groups: Vec<(String, String, Vec<u64>)> = Vec::new();
     for name in names {
         let parts: Vec<&str> = name.split('.').collect();
@@ -97,7 +97,7 @@ fn ranges(numbers: &[u64]) -> String {
 }
 
 /// Rows of cells in columns as wide as their widest cell; the last column is left as it is.
-pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     let mut widths: Vec<usize> = header.iter().map(|cell| cell.chars().count()).collect();
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
