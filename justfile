@@ -30,3 +30,15 @@ deny:
 # trains the example
 example:
     cargo run --release -- run examples/shakespeare/job.toml
+
+# 100,000 random schedules of the coordinator's rules, 1,000 of the crew over a simulated network; ten minutes
+simulate:
+    cargo xtask simulate
+
+# 1,000 faults on real processes; the better part of an hour, as root with links cut and a disk filled
+chaos:
+    cargo xtask chaos
+
+# the coordinator under 8 to 1,024 simulated workers
+load:
+    cargo xtask load

@@ -6,8 +6,8 @@ use prost::Message;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let root = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR")?).join("../../proto");
-    let files =
-        ["common", "job", "status", "worker"].map(|name| root.join(format!("shanty/v1/{name}.proto")));
+    let files = ["access", "common", "job", "status", "worker"]
+        .map(|name| root.join(format!("shanty/v1/{name}.proto")));
     for file in &files {
         println!("cargo:rerun-if-changed={}", file.display());
     }

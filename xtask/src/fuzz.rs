@@ -50,10 +50,7 @@ fn parse(arguments: &[&str]) -> Result<Options> {
     let mut options = Options { seconds: 300, seed: 1, targets: Vec::new() };
     let mut rest = arguments.iter();
     while let Some(argument) = rest.next() {
-        let mut number = || -> Result<u64> {
-            let value = rest.next().with_context(|| format!("{argument} needs a number"))?;
-            value.parse().with_context(|| format!("{argument} needs a number, not `{value}`"))
-        };
+        let mut number = || crate::number_after(argument, &mut rest);
         match *argument {
             "--seconds" => options.seconds = number()?,
             "--seed" => options.seed = number()?,

@@ -3,11 +3,17 @@
 //! - `cargo xtask tidy`: checks the house rules; each rule is a function with a test of its own.
 //! - `cargo xtask fuzz`: fuzzes every reader of files that others wrote.
 //! - `cargo xtask gpu-check`: packs the check of the GPU engine for a machine with a card.
+//! - `cargo xtask chaos`: a thousand random faults on real processes.
+//! - `cargo xtask load`: the coordinator under simulated workers.
+//! - `cargo xtask simulate`: random schedules against the machine, and over a simulated network.
 //! - `cargo xtask docs`: writes the pages that are made from the source; `--check` fails where one is stale.
 
+mod chaos;
 mod docs;
 mod fuzz;
 mod gpu_check;
+mod load;
+mod simulate;
 mod tidy;
 mod tree;
 
@@ -17,7 +23,7 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 const USAGE: &str = "\
 usage: cargo xtask COMMAND
@@ -27,6 +33,12 @@ usage: cargo xtask COMMAND
   docs --check    fails where such a page is stale
   fuzz [--seconds N] [--seed N] [TARGET…]
                   fuzzes the readers of foreign files, 300 seconds each
+  load [--workers N,…] [--steps N] [--step-ms N] [--release]
+                  the coordinator under 8, 64, 256 and 1,024 simulated workers: latency, CPU, memory
+  chaos [--faults N] [--pause-ms N] [--kinds KIND,…] [--seed N] [--steps N] [--workers N] [--shanty PROGRAM] [--keep]
+                  1,000 random faults on real processes: detection, stall, steps lost, duplicates, omissions
+  simulate [--pure N] [--network N] [--first SEED] [--seed SEED]
+                  100,000 random schedules against the pure machine, 1,000 of the crew over a simulated network
   gpu-check       packs the check of the GPU engine into .gpu/, for a machine with a card";
 
 fn main() -> ExitCode {
@@ -49,6 +61,9 @@ fn run(arguments: &[&str]) -> Result<bool> {
         ["docs"] => docs::write(&root),
         ["docs", "--check"] => docs::check(&root),
         ["fuzz", asked @ ..] => fuzz::run(&root, asked),
+        ["chaos", asked @ ..] => chaos::run(&root, asked),
+        ["load", asked @ ..] => load::run(&root, asked),
+        ["simulate", asked @ ..] => simulate::run(&root, asked),
         ["gpu-check"] => {
             say(&gpu_check::pack(&root)?);
             Ok(true)
@@ -59,6 +74,12 @@ fn run(arguments: &[&str]) -> Result<bool> {
         }
         other => bail!("unknown arguments {other:?}\n{USAGE}"),
     }
+}
+
+/// The number that follows an argument.
+pub(crate) fn number_after(argument: &str, rest: &mut std::slice::Iter<'_, &str>) -> Result<u64> {
+    let value = rest.next().with_context(|| format!("{argument} needs a number"))?;
+    value.parse().with_context(|| format!("{argument} needs a number, not `{value}`"))
 }
 
 fn workspace_root() -> PathBuf {

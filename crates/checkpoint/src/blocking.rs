@@ -6,7 +6,7 @@ use crate::{
     error::{Error, Result},
     manifest::{Expectations, Key, Manifest},
     read::{Found, Verified},
-    retention::Removed,
+    retention::{Keep, Removed},
     snapshot::Snapshot,
     store::{Listing, Store},
     write::{WritePoint, Written},
@@ -26,7 +26,7 @@ impl Blocking {
     /// [`Error::Runtime`] when the system gives no runtime.
     pub fn new(store: Store) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_time()
+            .enable_all()
             .build()
             .map_err(|source| Error::Runtime { reason: source.to_string() })?;
         Ok(Self { store, runtime })
@@ -117,8 +117,21 @@ impl Blocking {
     ///
     /// # Errors
     /// As there.
-    pub fn apply_retention(&self, keep: usize, pinned: &[Key]) -> Result<Removed> {
+    pub fn apply_retention(&self, keep: Keep, pinned: &[Key]) -> Result<Removed> {
         self.wait(self.store.apply_retention(keep, pinned))
+    }
+
+    /// [`Store::put_folder`]
+    ///
+    /// # Errors
+    /// As there.
+    pub fn put_folder(
+        &self,
+        name: &str,
+        files: &[(String, bytes::Bytes)],
+        may_go_on: &(dyn Fn() -> bool + Sync),
+    ) -> Result<String> {
+        self.wait(self.store.put_folder(name, files, may_go_on))
     }
 
     fn wait<T>(&self, work: impl Future<Output = T>) -> T {

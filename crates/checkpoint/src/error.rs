@@ -52,6 +52,24 @@ pub enum Error {
         /// What the store said.
         source: object_store::Error,
     },
+    /// There is no room.
+    #[error("failed to write `{path}`: the store is full ({reason})")]
+    Full {
+        /// On what.
+        path: String,
+        /// What the system said.
+        reason: String,
+    },
+    /// The store lets nobody in, or not this one.
+    #[error("failed to {action} `{path}`: the store refuses ({reason})")]
+    Denied {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: String,
+        /// What the store said.
+        reason: String,
+    },
     /// A checkpoint is not what its manifest says, or the manifest itself is not whole.
     #[error("checkpoint `{path}` is damaged: {reason}")]
     Damaged {
@@ -139,6 +157,8 @@ impl Error {
             Self::BadSnapshot { .. } => "SH0509",
             Self::GivenUp { .. } => "SH0510",
             Self::Runtime { .. } => "SH0511",
+            Self::Full { .. } => "SH0530",
+            Self::Denied { .. } => "SH0531",
         }
     }
 }
@@ -146,8 +166,22 @@ impl Error {
 impl Diagnose for Error {
     fn diagnostic(&self) -> Diagnostic {
         let (kind, hint) = match self {
-            Self::UnsupportedScheme { .. } => (Kind::User, Some("use a local folder or a file:// URL")),
-            Self::BadLocation { .. } => (Kind::User, Some("give a folder in `checkpoint.store`")),
+            Self::UnsupportedScheme { .. } => {
+                (Kind::User, Some("use a folder, or a URL of `s3://`, `gs://` or `az://`"))
+            }
+            Self::BadLocation { .. } => {
+                (Kind::User, Some("give a folder, or the URL of an object store, in `checkpoint.store`"))
+            }
+            Self::Full { .. } => (
+                Kind::Transient,
+                Some("make room; the job goes on meanwhile, and the newest whole checkpoint stays"),
+            ),
+            Self::Denied { .. } => (
+                Kind::User,
+                Some(
+                    "set the store's credentials for the coordinator and for every worker (`AWS_…`, `GOOGLE_…`, `AZURE_…`)",
+                ),
+            ),
             Self::Store { .. } => {
                 (Kind::Transient, Some("check that the store exists, is writable and has room"))
             }

@@ -8,7 +8,7 @@
 //!     optimizer.safetensors          parameters, exp_avg, exp_avg_sq: flat f32
 //!     manifest.json                  sizes and hashes of the others, and the state; written last
 //! ```
-//! Only a manifest makes a checkpoint exist. Its name is unique to (step, attempt, generation) and it is
+//! The store is a folder, or a prefix of a bucket. Only a manifest makes a checkpoint exist. Its name is unique to (step, attempt, generation) and it is
 //! created only if absent, so of two writers one wins and a reader never sees half of each. A folder
 //! without a manifest is the leftover of a writer that died; retention removes it once it is old.
 //!
@@ -24,14 +24,15 @@ mod read;
 mod retention;
 mod snapshot;
 mod store;
+mod transfer;
 mod write;
 
 pub use crate::{
     blocking::Blocking,
     error::{Error, Result, Skipped},
-    manifest::{Expectations, FORMAT, FileEntry, Key, Manifest, State},
+    manifest::{Expectations, FORMAT, FileEntry, Key, Loss, Manifest, State},
     read::{Found, Verified},
-    retention::{Candidate, Health, Removed, retain},
+    retention::{Candidate, Health, Keep, Removed, best, retain},
     snapshot::{Optimizer, Snapshot},
     store::{Listing, Store},
     write::{WritePoint, Written},

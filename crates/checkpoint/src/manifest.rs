@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// The newest manifest format, the one that is written.
-pub const FORMAT: u32 = 1;
+/// The newest manifest format that is read and written. 2 knows the loss of the held-out rows.
+pub const FORMAT: u32 = 2;
 
 /// What names a checkpoint within a job. The order is that of progress: step, attempt, generation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -119,6 +119,9 @@ pub struct State {
     pub seed: u64,
     /// The last step that was evaluated in this lineage.
     pub evaluated_step: Option<u64>,
+    /// Mean loss of the held-out rows with this very state, where they were evaluated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss: Option<Loss>,
     /// Hash of the base model.
     pub base_hash: String,
     /// Hash of the tokenizer's files.
@@ -129,6 +132,37 @@ pub struct State {
     pub adapter_hash: String,
     /// The version of shanty that wrote it.
     pub shanty_version: String,
+}
+
+/// A loss, kept to the last bit: as text, since a manifest's hash is over its text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Loss(u64);
+
+impl Loss {
+    /// The loss as a number.
+    pub fn value(self) -> f64 {
+        f64::from_bits(self.0)
+    }
+}
+
+impl From<f64> for Loss {
+    fn from(value: f64) -> Self {
+        Self(value.to_bits())
+    }
+}
+
+impl Serialize for Loss {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        // Rust writes the shortest text that reads back as the same number.
+        serializer.serialize_str(&self.value().to_string())
+    }
+}
+
+impl<'de> Deserialize<'de> for Loss {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse::<f64>().map(Self::from).map_err(serde::de::Error::custom)
+    }
 }
 
 /// What a checkpoint must have been made from to be of use. `None` is not checked.
@@ -209,6 +243,11 @@ impl Manifest {
             }
         }
         Ok(())
+    }
+
+    /// The oldest format that can say what it says, so that older versions read what they can.
+    pub(crate) fn format_of(state: &State) -> u32 {
+        if state.loss.is_some() { FORMAT } else { 1 }
     }
 
     /// The content of its file.

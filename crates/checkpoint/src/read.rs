@@ -2,9 +2,9 @@
 
 use std::collections::HashSet;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures::TryStreamExt;
-use object_store::{GetResult, ObjectStoreExt};
+use object_store::ObjectStoreExt;
 use tracing::warn;
 
 use crate::{
@@ -12,6 +12,7 @@ use crate::{
     manifest::{Expectations, FileEntry, Key, Manifest},
     snapshot::{OPTIMIZER, Optimizer, Snapshot, is_plain_name},
     store::{Store, failed, file_path, reason_of},
+    transfer,
 };
 
 /// A checkpoint that was checked, with its content.
@@ -45,9 +46,9 @@ impl Store {
         let damaged = |reason: String| Error::Damaged { path: key.path(), reason };
         let (mut files, mut optimizer) = (Vec::with_capacity(manifest.files.len()), None);
         for entry in &manifest.files {
-            let path = file_path(key, &entry.name);
-            let found = self.get_file(key, entry).await?;
-            let content = found.bytes().await.map_err(failed("read", path.as_ref()))?;
+            let mut whole = BytesMut::with_capacity(usize::try_from(entry.bytes).unwrap_or_default());
+            self.read_file(key, entry, |chunk| whole.extend_from_slice(chunk)).await?;
+            let content = whole.freeze();
             let found = hash(content.clone()).await?;
             check_content(key, entry, content.len() as u64, &found)?;
             if entry.name == OPTIMIZER {
@@ -135,28 +136,39 @@ impl Store {
 
     /// Checks one file, chunk by chunk.
     pub(crate) async fn verify_file(&self, key: Key, entry: &FileEntry) -> Result<()> {
-        let path = file_path(key, &entry.name);
-        let mut chunks = self.get_file(key, entry).await?.into_stream();
         let (mut hasher, mut bytes) = (blake3::Hasher::new(), 0);
-        while let Some(chunk) = chunks.try_next().await.map_err(failed("read", path.as_ref()))? {
-            hasher.update(&chunk);
+        let read = |chunk: &[u8]| {
+            hasher.update(chunk);
             bytes += chunk.len() as u64;
-        }
+        };
+        self.read_file(key, entry, read).await?;
         check_content(key, entry, bytes, &hasher.finalize().to_hex())
     }
 
-    /// Opens a file of the size that the manifest says.
-    async fn get_file(&self, key: Key, entry: &FileEntry) -> Result<GetResult> {
+    /// Reads a file of the size that the manifest says, chunk by chunk.
+    async fn read_file(&self, key: Key, entry: &FileEntry, mut take: impl FnMut(&[u8])) -> Result<()> {
         let missing = || Error::Damaged { path: key.path(), reason: format!("{} is missing", entry.name) };
         let path = file_path(key, &entry.name);
         let objects = self.objects()?.ok_or_else(missing)?;
-        let found = match objects.get(&path).await {
-            Ok(found) => found,
-            Err(object_store::Error::NotFound { .. }) => return Err(missing()),
-            Err(error) => return Err(failed("read", path.as_ref())(error)),
+        let said = |error: object_store::Error| match error {
+            object_store::Error::NotFound { .. } => missing(),
+            error => failed("read", path.as_ref())(error),
         };
+        if self.is_remote() {
+            check_size(key, entry, objects.head(&path).await.map_err(said)?.size)?;
+            let mut chunks = transfer::in_ranges(&objects, &path, entry.bytes);
+            while let Some(chunk) = chunks.try_next().await.map_err(said)? {
+                take(&chunk);
+            }
+            return Ok(());
+        }
+        let found = objects.get(&path).await.map_err(said)?;
         check_size(key, entry, found.meta.size)?;
-        Ok(found)
+        let mut chunks = found.into_stream();
+        while let Some(chunk) = chunks.try_next().await.map_err(said)? {
+            take(&chunk);
+        }
+        Ok(())
     }
 }
 

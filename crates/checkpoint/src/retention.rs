@@ -7,7 +7,7 @@ use object_store::{ObjectStore, ObjectStoreExt, path::Path};
 
 use crate::{
     error::{Error, Result},
-    manifest::{Key, MANIFEST, Manifest},
+    manifest::{Key, Loss, MANIFEST, Manifest},
     store::{Store, failed, file_path},
 };
 
@@ -18,6 +18,17 @@ pub struct Candidate {
     pub key: Key,
     /// What is known of its files.
     pub health: Health,
+    /// Mean loss of the held-out rows with it, where it is known.
+    pub loss: Option<Loss>,
+}
+
+/// How many checkpoints are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Keep {
+    /// The newest; at least one.
+    pub newest: usize,
+    /// Those with the lowest loss, beside them.
+    pub best: usize,
 }
 
 /// What is known of a checkpoint's files.
@@ -40,12 +51,27 @@ pub struct Removed {
     pub unfinished: Vec<Key>,
 }
 
+/// The `count` checkpoints of the lowest loss, best first; of equals the older. Neither damaged ones nor those whose loss
+/// is unknown or no number are among them.
+pub fn best(list: &[Candidate], count: usize) -> Vec<Key> {
+    let mut known: Vec<(f64, Key)> = list
+        .iter()
+        .filter(|entry| entry.health != Health::Damaged)
+        .filter_map(|entry| Some((entry.loss?.value(), entry.key)))
+        .filter(|(loss, _)| !loss.is_nan())
+        .collect();
+    known.sort_by(|(one, key), (other, other_key)| one.total_cmp(other).then(key.cmp(other_key)));
+    known.truncate(count);
+    known.into_iter().map(|(_, key)| key).collect()
+}
+
 /// Says which checkpoints to delete, oldest first.
 ///
 /// Only what is older than the newest that is known to be good is ever deleted; with none, nothing. Of those,
-/// kept are the ones in `pinned` and the ones among the `keep` newest (at least one) that are not known to be
+/// kept are the ones in `pinned`, the [`best`], and the ones among the newest (at least one) that are not known to be
 /// damaged.
-pub fn retain(list: &[Candidate], keep: usize, pinned: &[Key]) -> Vec<Key> {
+pub fn retain(list: &[Candidate], keep: Keep, pinned: &[Key]) -> Vec<Key> {
+    let best = best(list, keep.best);
     let mut newest_first = list.to_vec();
     newest_first.sort_unstable_by_key(|entry| Reverse(entry.key));
     let Some(newest_good) = newest_first.iter().find(|entry| entry.health == Health::Good) else {
@@ -56,9 +82,10 @@ pub fn retain(list: &[Candidate], keep: usize, pinned: &[Key]) -> Vec<Key> {
     let mut kept = 0;
     let mut delete = Vec::new();
     for entry in newest_first {
-        let within = entry.health != Health::Damaged && kept < keep.max(1);
+        let within = entry.health != Health::Damaged && kept < keep.newest.max(1);
         kept += usize::from(within);
-        if !within && entry.key < newest_good && !pinned.contains(&entry.key) {
+        let is_kept = pinned.contains(&entry.key) || best.contains(&entry.key);
+        if !within && entry.key < newest_good && !is_kept {
             delete.push(entry.key);
         }
     }
@@ -73,17 +100,19 @@ impl Store {
     ///
     /// # Errors
     /// [`Error::Store`]
-    pub async fn apply_retention(&self, keep: usize, pinned: &[Key]) -> Result<Removed> {
+    pub async fn apply_retention(&self, keep: Keep, pinned: &[Key]) -> Result<Removed> {
         let (mut candidates, mut manifests) = (Vec::new(), Vec::new());
         let mut unfinished = Vec::new();
         for key in self.keys().await? {
             match self.read_manifest(key).await {
                 Ok(Some(manifest)) => {
-                    candidates.push(Candidate { key, health: Health::Unknown });
+                    candidates.push(Candidate { key, health: Health::Unknown, loss: manifest.state.loss });
                     manifests.push(manifest);
                 }
                 Ok(None) => unfinished.push(key),
-                Err(Error::Damaged { .. }) => candidates.push(Candidate { key, health: Health::Damaged }),
+                Err(Error::Damaged { .. }) => {
+                    candidates.push(Candidate { key, health: Health::Damaged, loss: None });
+                }
                 Err(Error::FutureFormat { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -142,7 +171,8 @@ impl Store {
             gone(objects.delete(&file.location).await, &file.location)?;
         }
         // What a killed writer was in the middle of is no object, and keeps the folder.
-        match tokio::fs::remove_dir_all(self.folder_of(key)).await {
+        let Some(on_disk) = self.folder_of(key) else { return Ok(()) };
+        match tokio::fs::remove_dir_all(on_disk).await {
             Err(error) if error.kind() != ErrorKind::NotFound => {
                 let source =
                     object_store::Error::Generic { store: "LocalFileSystem", source: Box::new(error) };
@@ -154,7 +184,7 @@ impl Store {
 }
 
 /// Whether anything would go if the newest were good: checking reads whole files.
-fn is_worth_a_check(candidates: &[Candidate], unfinished: &[Key], keep: usize, pinned: &[Key]) -> bool {
+fn is_worth_a_check(candidates: &[Candidate], unfinished: &[Key], keep: Keep, pinned: &[Key]) -> bool {
     let mut hoped = candidates.to_vec();
     let Some(newest) = hoped.iter_mut().find(|candidate| candidate.health == Health::Unknown) else {
         return false;

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use object_store::{ObjectStore, ObjectStoreExt, local::LocalFileSystem, path::Path};
+use object_store::{ObjectStore, ObjectStoreExt, local::LocalFileSystem, path::Path, prefix::PrefixStore};
 use url::Url;
 
 use crate::{
@@ -23,9 +23,18 @@ pub struct Store {
 #[derive(Debug)]
 struct Inner {
     location: String,
-    folder: PathBuf,
-    /// Set once the folder is there.
-    objects: OnceLock<Arc<LocalFileSystem>>,
+    place: Place,
+}
+
+/// Where the objects are.
+#[derive(Debug)]
+enum Place {
+    Folder {
+        folder: PathBuf,
+        /// Set once the folder is there.
+        objects: OnceLock<Arc<LocalFileSystem>>,
+    },
+    Remote(Arc<dyn ObjectStore>),
 }
 
 /// What lies in a store.
@@ -40,7 +49,8 @@ pub struct Listing {
 }
 
 impl Store {
-    /// Names a store: a folder, or a `file://` URL. Nothing is made, and the folder may not exist yet.
+    /// Names a store: a folder, or a URL (`file://`, `s3://`, `gs://`, `az://`). Nothing is made, nobody is asked, and
+    /// the folder may not exist yet. Credentials and endpoints of object stores come from the environment, as for data.
     ///
     /// # Errors
     /// [`Error::UnsupportedScheme`], [`Error::BadLocation`]
@@ -55,6 +65,10 @@ impl Store {
                 .map_err(|error| bad(error.to_string()))?
                 .to_file_path()
                 .map_err(|()| bad("it is not a file URL of this machine".to_owned()))?,
+            Some(("s3" | "gs" | "az", _)) => {
+                let remote = shanty_remote::open_store(location).map_err(|error| bad(error.to_string()))?;
+                return Ok(Self::of_objects(location, Arc::new(PrefixStore::new(remote.store, remote.path))));
+            }
             Some((scheme, _)) => {
                 let (location, scheme) = (location.to_owned(), scheme.to_owned());
                 return Err(Error::UnsupportedScheme { location, scheme });
@@ -64,8 +78,19 @@ impl Store {
         if folder.exists() && !folder.is_dir() {
             return Err(bad("it is a file".to_owned()));
         }
-        let inner = Inner { location: location.to_owned(), folder, objects: OnceLock::new() };
-        Ok(Self { inner: Arc::new(inner) })
+        let place = Place::Folder { folder, objects: OnceLock::new() };
+        Ok(Self { inner: Arc::new(Inner { location: location.to_owned(), place }) })
+    }
+
+    /// A store over objects that the caller has; `location` is its name for people.
+    pub fn of_objects(location: &str, objects: Arc<dyn ObjectStore>) -> Self {
+        let inner = Inner { location: location.to_owned(), place: Place::Remote(objects) };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Whether it is an object store, and no folder of this machine.
+    pub fn is_remote(&self) -> bool {
+        matches!(self.inner.place, Place::Remote(_))
     }
 
     /// The store as it was given to [`Store::open`].
@@ -134,10 +159,14 @@ impl Store {
     }
 
     /// What does the work, if the store's folder is there.
-    pub(crate) fn objects(&self) -> Result<Option<Arc<LocalFileSystem>>> {
-        let Inner { location, folder, objects } = &*self.inner;
+    pub(crate) fn objects(&self) -> Result<Option<Arc<dyn ObjectStore>>> {
+        let (folder, objects) = match &self.inner.place {
+            Place::Remote(objects) => return Ok(Some(Arc::clone(objects))),
+            Place::Folder { folder, objects } => (folder, objects),
+        };
+        let location = &self.inner.location;
         if let Some(objects) = objects.get() {
-            return Ok(Some(Arc::clone(objects)));
+            return Ok(Some(Arc::<LocalFileSystem>::clone(objects)));
         }
         if !folder.exists() {
             return Ok(None);
@@ -147,21 +176,34 @@ impl Store {
             .map_err(failed("open", location))?
             .with_fsync(true)
             .with_automatic_cleanup(true);
-        Ok(Some(Arc::clone(objects.get_or_init(|| Arc::new(opened)))))
+        Ok(Some(Arc::<LocalFileSystem>::clone(objects.get_or_init(|| Arc::new(opened)))))
     }
 
     /// As [`Store::objects`], making the folder.
-    pub(crate) fn objects_to_write(&self) -> Result<Arc<LocalFileSystem>> {
-        let Inner { location, folder, .. } = &*self.inner;
+    pub(crate) fn objects_to_write(&self) -> Result<Arc<dyn ObjectStore>> {
+        let location = &self.inner.location;
         let bad = |reason: String| Error::BadLocation { location: location.clone(), reason };
-        std::fs::create_dir_all(folder).map_err(|error| bad(error.to_string()))?;
+        if let Place::Folder { folder, .. } = &self.inner.place {
+            std::fs::create_dir_all(folder).map_err(|source| made(folder, source, &bad))?;
+        }
         self.objects()?.ok_or_else(|| bad("it vanished".to_owned()))
     }
 
-    /// A checkpoint's folder on disk.
-    pub(crate) fn folder_of(&self, key: Key) -> PathBuf {
-        self.inner.folder.join(FilePath::new(&key.path()))
+    /// A checkpoint's folder on disk, if the store is on disk.
+    pub(crate) fn folder_of(&self, key: Key) -> Option<PathBuf> {
+        match &self.inner.place {
+            Place::Folder { folder, .. } => Some(folder.join(FilePath::new(&key.path()))),
+            Place::Remote(_) => None,
+        }
     }
+}
+
+/// Why a folder cannot be made: a full disk is no wrong name.
+fn made(folder: &FilePath, source: std::io::Error, bad: &impl Fn(String) -> Error) -> Error {
+    if is_full(&source) {
+        return Error::Full { path: folder.display().to_string(), reason: source.to_string() };
+    }
+    bad(source.to_string())
 }
 
 /// A file of a checkpoint.
@@ -172,7 +214,46 @@ pub(crate) fn file_path(key: Key, name: &str) -> Path {
 /// Wraps what the store says.
 pub(crate) fn failed(action: &'static str, path: &str) -> impl FnOnce(object_store::Error) -> Error {
     let path = path.to_owned();
-    move |source| Error::Store { action, path, source }
+    move |source| {
+        let denied = matches!(
+            source,
+            object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. }
+        );
+        if denied {
+            return Error::Denied { action, path, reason: line_of(&source) };
+        }
+        match full(&source) {
+            Some(reason) => Error::Full { path, reason },
+            None => Error::Store { action, path, source },
+        }
+    }
+}
+
+/// What the system said, if an error is about room.
+fn full(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(found) = error.downcast_ref::<std::io::Error>().filter(|error| is_full(error)) {
+            return Some(found.to_string());
+        }
+        cause = error.source();
+    }
+    None
+}
+
+fn is_full(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge)
+}
+
+/// Object stores answer in XML: one line of it is enough.
+fn line_of(error: &object_store::Error) -> String {
+    const MOST: usize = 240;
+    let text = error.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+    match text.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
 }
 
 /// Why a checkpoint is not used, without its name.

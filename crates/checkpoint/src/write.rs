@@ -10,7 +10,7 @@ use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, path::Path}
 
 use crate::{
     error::{Error, Result},
-    manifest::{FORMAT, FileEntry, MANIFEST, Manifest},
+    manifest::{FileEntry, MANIFEST, Manifest},
     read::hash,
     snapshot::{OPTIMIZER, Snapshot, is_plain_name},
     store::{Store, failed, file_path},
@@ -72,9 +72,8 @@ impl Store {
         for (name, content) in files {
             let blake3 = hash(content.clone()).await?;
             let entry = FileEntry { name, bytes: content.len() as u64, blake3 };
-            if !create(&*objects, &file_path(snapshot.key, &entry.name), content).await?
-                && !self.has(snapshot, &entry).await?
-            {
+            let file = file_path(snapshot.key, &entry.name);
+            if !self.create_file(&*objects, &file, content).await? && !self.has(snapshot, &entry).await? {
                 return Err(Error::Exists { path });
             }
             entries.push(entry);
@@ -82,7 +81,7 @@ impl Store {
 
         hook(WritePoint::BeforeManifest).map_err(|reason| Error::GivenUp { path: path.clone(), reason })?;
         let manifest = Manifest {
-            format: FORMAT,
+            format: Manifest::format_of(&snapshot.state),
             job: snapshot.job.clone(),
             attempt: snapshot.key.attempt,
             step: snapshot.key.step,
@@ -91,8 +90,14 @@ impl Store {
             files: entries,
             state: snapshot.state.clone(),
         };
-        if !create(&*objects, &manifest_path, manifest.seal().into()).await? {
-            return Err(Error::Exists { path });
+        let sealed = Bytes::from(manifest.seal());
+        if !create(&*objects, &manifest_path, sealed.clone()).await? {
+            // A server may have taken it and lost the answer; the repeat then finds its own.
+            let there = objects.get(&manifest_path).await.map_err(failed("read", manifest_path.as_ref()))?;
+            let there = there.bytes().await.map_err(failed("read", manifest_path.as_ref()))?;
+            if there != sealed {
+                return Err(Error::Exists { path });
+            }
         }
         // It exists now, whatever the hook says.
         let _ = hook(WritePoint::AfterManifest);
@@ -126,7 +131,7 @@ fn contents(snapshot: &Snapshot) -> Result<Vec<(String, Bytes)>, String> {
 }
 
 /// Creates a file whole or not at all. Says `false` when there is one.
-async fn create(objects: &dyn ObjectStore, path: &Path, content: Bytes) -> Result<bool> {
+pub(crate) async fn create(objects: &dyn ObjectStore, path: &Path, content: Bytes) -> Result<bool> {
     let options = PutOptions::from(PutMode::Create);
     match objects.put_opts(path, content.into(), options).await {
         Ok(_) => Ok(true),

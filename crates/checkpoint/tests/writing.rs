@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use common::{file, key, open, snapshot, store, write_steps};
+use common::{file, keep_newest, key, open, snapshot, store, write_steps};
 use shanty_checkpoint::{Blocking, Error, Expectations, Snapshot, WritePoint};
 
 #[test]
@@ -76,7 +76,7 @@ fn an_empty_or_missing_store_has_nothing_and_stays_untouched() {
     let store = Blocking::new(open(&location)).unwrap();
     assert_eq!(store.list().unwrap(), []);
     assert_eq!(store.newest_good(&Expectations::default()).unwrap(), None);
-    assert_eq!(store.apply_retention(1, &[]).unwrap(), Default::default());
+    assert_eq!(store.apply_retention(keep_newest(1), &[]).unwrap(), Default::default());
     assert!(!location.exists());
     // It is made by the first write, and found by the same handle.
     write_steps(&store, [1]);
@@ -183,7 +183,8 @@ fn of_racing_writers_one_wins_and_the_checkpoint_is_whole() {
             }
         });
         let wins = wins.into_inner().unwrap();
-        assert_eq!(wins.len(), 1, "same content: {same_content}");
+        // One who finds the very bytes that it would write takes them for its own, whose answer was lost.
+        assert!(wins.len() == 1 || same_content && !wins.is_empty(), "same content: {same_content}");
         let found = store.newest_good(&Expectations::default()).unwrap().unwrap();
         assert_eq!(found.snapshot, wins[0]);
     }

@@ -65,9 +65,12 @@ pub(crate) enum Command {
     Status(commands::status::Args),
     Logs(commands::logs::Args),
     Cancel(commands::cancel::Args),
+    Drain(commands::drain::Args),
     Checkpoints(commands::checkpoints::Args),
     Coordinator(commands::coordinator::Args),
     Worker(commands::worker::Args),
+    Certs(commands::certs::Args),
+    Token(commands::token::Args),
     #[command(hide = true)]
     WorkerDevice(commands::worker_device::Args),
     #[command(hide = true)]
@@ -82,6 +85,7 @@ pub(crate) enum Command {
     Logits(commands::logits::Args),
     Bench(commands::bench::Args),
     Doctor(commands::doctor::Args),
+    Chaos(commands::chaos::Args),
     Explain(commands::explain::Args),
     Completions(commands::completions::Args),
 }

@@ -6,10 +6,12 @@ use std::{
     time::Duration,
 };
 
+use shanty_access::{Channel, Credentials, Secret};
 use shanty_proto::v1::{
-    self, job_service_client::JobServiceClient, status_service_client::StatusServiceClient,
+    self, access_service_client::AccessServiceClient, job_service_client::JobServiceClient,
+    status_service_client::StatusServiceClient,
 };
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Endpoint;
 
 use crate::{error::Error, failure::CommandResult, prepared::Scratch, run::host::Host};
 
@@ -18,6 +20,42 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Below a run folder: where the coordinator of `shanty run` says that it listens.
 pub(crate) const ADDRESS_FILE: &str = "coordinator/address";
+
+/// What is shown to a coordinator, and by what it is known.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[command(next_help_heading = "Identity")]
+pub(crate) struct Identity {
+    /// Certificate of the authority that the coordinator is known by; the system's authorities when absent
+    #[arg(long, env = "SHANTY_CA", value_name = "FILE")]
+    pub(crate) ca: Option<PathBuf>,
+    /// The certificate to show
+    #[arg(long, env = "SHANTY_CERT", value_name = "FILE")]
+    pub(crate) cert: Option<PathBuf>,
+    /// Its key
+    #[arg(long, env = "SHANTY_KEY", value_name = "FILE")]
+    pub(crate) key: Option<PathBuf>,
+    /// File of the token to show; `-` reads it from stdin. SHANTY_TOKEN holds one without a file
+    #[arg(long, env = "SHANTY_TOKEN_FILE", value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+}
+
+impl Identity {
+    pub(crate) fn credentials(&self) -> Credentials {
+        Credentials {
+            ca: self.ca.clone(),
+            certificate: self.cert.clone(),
+            key: self.key.clone(),
+            token_file: self.token_file.clone(),
+            token: token_of_environment(),
+        }
+    }
+}
+
+/// The token that the environment holds.
+pub(crate) fn token_of_environment() -> Option<Secret> {
+    let text = std::env::var(shanty_config::env_vars::SHANTY_TOKEN).ok()?;
+    Some(Secret::new(&text)).filter(|token| !token.expose().is_empty())
+}
 
 /// Which coordinator is meant.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -29,6 +67,9 @@ pub(crate) struct Target {
     /// The run folder whose coordinator is meant; all below ./runs are tried when absent
     #[arg(long, value_name = "DIR", conflicts_with = "coordinator")]
     pub(crate) store: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) identity: Identity,
 }
 
 /// A connection to a coordinator.
@@ -40,7 +81,7 @@ pub(crate) struct Client {
 
 impl Client {
     /// Connects, or says why not.
-    pub(crate) async fn connect(address: &str) -> CommandResult<Self> {
+    pub(crate) async fn connect(address: &str, credentials: &Credentials) -> CommandResult<Self> {
         let unreachable = |reason: String| Error::Unreachable { address: address.to_owned(), reason };
         let endpoint = Endpoint::from_shared(address.to_owned())
             .ok()
@@ -48,13 +89,25 @@ impl Client {
             .ok_or_else(|| Error::Address { address: address.to_owned() })?
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true);
+        let url = url::Url::parse(address).map_err(|_| Error::Address { address: address.to_owned() })?;
+        let (endpoint, bearer) = credentials.prepare(&url, endpoint)?;
         let channel = endpoint.connect().await.map_err(|error| unreachable(innermost(&error)))?;
+        let channel = Channel::new(channel, bearer);
         Ok(Self { channel, address: address.to_owned() })
+    }
+
+    /// Connects to a coordinator of a local run, which left a key for this user.
+    pub(crate) async fn connect_here(address: &str) -> CommandResult<Self> {
+        Self::connect(address, &Credentials::default()).await
     }
 
     /// The address that was connected to.
     pub(crate) fn address(&self) -> &str {
         &self.address
+    }
+
+    pub(crate) fn access(&self) -> AccessServiceClient<Channel> {
+        AccessServiceClient::new(self.channel.clone())
     }
 
     pub(crate) fn jobs(&self) -> JobServiceClient<Channel> {
@@ -100,14 +153,14 @@ impl Connection {
     /// changed, and no worker can find it.
     async fn to_run(store: &Path) -> CommandResult<Self> {
         if let Some(address) = read_address(store)
-            && let Ok(client) = Client::connect(&address).await
+            && let Ok(client) = Client::connect_here(&address).await
         {
             return Ok(client.into());
         }
         let copy = Scratch::new();
         copy_folder(&store.join("coordinator"), copy.path())?;
         let host = Host::start_to_look(copy.path()).await?;
-        let client = Client::connect(host.address()).await?;
+        let client = host.connect().await?;
         Ok(Self { client, past: Some(PastRun { _host: host, _copy: copy }) })
     }
 
@@ -135,11 +188,11 @@ impl Target {
     /// Connects to the one coordinator that is meant: the named one, or the first that runs below here.
     pub(crate) async fn connect(&self) -> CommandResult<Client> {
         if let Some(url) = &self.coordinator {
-            return Client::connect(url).await;
+            return Client::connect(url, &self.identity.credentials()).await;
         }
         let mut last = None;
         for address in self.stores().iter().filter_map(|store| read_address(store)) {
-            match Client::connect(&address).await {
+            match Client::connect_here(&address).await {
                 Ok(client) => return Ok(client),
                 Err(failure) => last = Some(failure),
             }
@@ -150,7 +203,7 @@ impl Target {
     /// Connects to all coordinators that may be meant. Runs that have ended answer from what they left.
     pub(crate) async fn connect_all(&self) -> CommandResult<Vec<Connection>> {
         if let Some(url) = &self.coordinator {
-            return Ok(vec![Client::connect(url).await?.into()]);
+            return Ok(vec![Client::connect(url, &self.identity.credentials()).await?.into()]);
         }
         let mut connections = Vec::new();
         for store in self.stores() {

@@ -56,9 +56,9 @@ impl JobFile {
     }
 }
 
-/// The run folder of a job: its checkpoint store.
+/// The run folder of a job on this machine.
 pub(crate) fn store_of(spec: &JobSpec) -> PathBuf {
-    spec.checkpoint.store.clone().unwrap_or_else(|| Path::new("runs").join(&spec.name))
+    spec.checkpoint.folder(&spec.name)
 }
 
 /// A path as it is shortest from here.

@@ -51,6 +51,7 @@ pub(crate) fn phase_name(phase: MemberPhase) -> &'static str {
         MemberPhase::Evaluating => "evaluating",
         MemberPhase::Waiting => "waiting",
         MemberPhase::Lost => "lost",
+        MemberPhase::Writing => "writing",
     }
 }
 

@@ -98,6 +98,76 @@ pub enum Error {
         /// What does not fit.
         reason: String,
     },
+    /// A part of an encrypted link was not made by the neighbour, or was changed on its way.
+    #[error("what came from {peer} during {operation} {sequence} is not what it sent")]
+    Forged {
+        /// Rank and address.
+        peer: String,
+        /// What was going on.
+        operation: Operation,
+        /// The number of that operation in the generation.
+        sequence: u64,
+    },
+    /// A library of CUDA is not there.
+    #[error("failed to load lib{library}: {reason} (looked in {})", looked_in.join(", "))]
+    NoLibrary {
+        /// Its name without prefix.
+        library: &'static str,
+        /// Folders or files.
+        looked_in: Vec<String>,
+        /// What the loader said last.
+        reason: String,
+    },
+    /// A library lacks a function.
+    #[error("`{file}` has no `{symbol}`")]
+    NoSymbol {
+        /// The library.
+        file: String,
+        /// The function.
+        symbol: &'static str,
+    },
+    /// NCCL is older than what can be used.
+    #[error("`{file}` is NCCL {version}, 2.14 or newer is needed")]
+    TooOld {
+        /// The library.
+        file: String,
+        /// Its version.
+        version: String,
+    },
+    /// A call of the CUDA driver failed.
+    #[error("{operation} failed: {reason}")]
+    Device {
+        /// The call.
+        operation: &'static str,
+        /// What it said.
+        reason: String,
+    },
+    /// A call of NCCL failed, or something that it does by itself.
+    #[error("{call} failed: {reason}")]
+    Nccl {
+        /// The call.
+        call: &'static str,
+        /// What NCCL said.
+        reason: String,
+        /// Whether NCCL says that it is used wrongly, as it does when two ranks share a device.
+        is_usage: bool,
+    },
+    /// Two members compute on one device.
+    #[error("ranks {first} and {second} share one GPU, which NCCL cannot reduce between")]
+    SharedDevice {
+        /// The lower rank.
+        first: u32,
+        /// The other.
+        second: u32,
+    },
+    /// The collective that is asked for cannot be had with these members.
+    #[error("the members cannot reduce with {wish}: {reason}")]
+    Refused {
+        /// What is asked for.
+        wish: &'static str,
+        /// Who cannot and why.
+        reason: String,
+    },
     /// An earlier call failed; the generation is over.
     #[error("the collective broke earlier: {first}")]
     Broken {
@@ -119,6 +189,14 @@ impl Error {
             Self::Deadline { .. } => "SH0786",
             Self::Argument { .. } => "SH0787",
             Self::Broken { .. } => "SH0788",
+            Self::NoLibrary { .. } => "SH0720",
+            Self::NoSymbol { .. } => "SH0721",
+            Self::TooOld { .. } => "SH0722",
+            Self::Device { .. } => "SH0723",
+            Self::Nccl { .. } => "SH0724",
+            Self::SharedDevice { .. } => "SH0725",
+            Self::Refused { .. } => "SH0726",
+            Self::Forged { .. } => "SH0727",
         }
     }
 }
@@ -142,6 +220,27 @@ impl Diagnose for Error {
                 (Kind::Internal, Some("check that all workers run the same version of shanty"))
             }
             Self::Argument { .. } => (Kind::Internal, None),
+            Self::Forged { .. } => {
+                (Kind::Transient, Some("somebody or something changes data between these two machines"))
+            }
+            Self::NoLibrary { .. } | Self::NoSymbol { .. } | Self::TooOld { .. } => (
+                Kind::User,
+                Some(
+                    "install NCCL 2.14 or newer (it is in the wheel `nvidia-nccl-cu13`) and name its folder in \
+                     SHANTY_CUDA_LIBRARIES, or set `collective = \"tcp\"` in [cluster]",
+                ),
+            ),
+            Self::Device { .. } => (Kind::Transient, Some("`shanty doctor` looks at driver and card")),
+            Self::Nccl { is_usage: true, .. } | Self::SharedDevice { .. } | Self::Refused { .. } => (
+                Kind::User,
+                Some(
+                    "set `collective = \"auto\"` or \"tcp\" in [cluster], or give each worker a GPU of its own",
+                ),
+            ),
+            Self::Nccl { .. } => (
+                Kind::Transient,
+                Some("NCCL_DEBUG=WARN in the workers' environment makes NCCL say more on standard error"),
+            ),
         };
         let diagnostic = Diagnostic::new(self.code(), self).kind(kind);
         match hint {

@@ -1,4 +1,4 @@
-//! All-reduce, all-gather and broadcast: in one process and over TCP, behind one trait.
+//! All-reduce, all-gather and broadcast: in one process, over TCP and with NCCL, behind one trait.
 //!
 //! A *generation* is one fixed membership. Its members hold one [`Collective`] each and make the same
 //! calls in the same order. When a member is lost, every call of the others fails and the collective is
@@ -36,14 +36,19 @@
 
 mod abort;
 mod check;
+mod device;
 mod error;
+mod feedback;
 pub mod local;
+pub mod nccl;
 pub mod sum;
 pub mod tcp;
 
 pub use crate::{
     abort::AbortHandle,
+    device::DeviceCollective,
     error::{Error, Result},
+    feedback::{Compression, Feedback},
 };
 
 /// One member's end of a generation's collective operations.
@@ -97,6 +102,23 @@ pub trait Collective: Send {
     /// Limits how long each later call may take; `None` (the start) is no limit. A call that runs out of
     /// time ends with [`Error::Deadline`], and the generation with it.
     fn set_call_deadline(&mut self, deadline: Option<std::time::Duration>);
+
+    /// Gives the member what it owes to sums that travel rounded, and returns what it had. While a round of it is under
+    /// way, [`Self::all_reduce_f32`] rounds as the members agreed when they joined; otherwise, and where they agreed on
+    /// nothing, sums are exact.
+    fn set_feedback(&mut self, _feedback: Option<Feedback>) -> Option<Feedback> {
+        None
+    }
+
+    /// What it owes, to begin and commit rounds; none unless the members agreed on a way to round.
+    fn feedback(&mut self) -> Option<&mut Feedback> {
+        None
+    }
+
+    /// The same over memory of this member's device, where the implementation reaches it.
+    fn on_device(&mut self) -> Option<&mut dyn DeviceCollective> {
+        None
+    }
 }
 
 /// Called at every hop of an operation; see [`Collective::set_hop_hook`].
@@ -129,6 +151,25 @@ pub enum Operation {
     AllGather,
     /// [`Collective::broadcast`]
     Broadcast,
+}
+
+impl Operation {
+    /// Its number on the wire: never reused.
+    pub(crate) fn number(self) -> u32 {
+        match self {
+            Self::Barrier => 1,
+            Self::AllReduceF32 => 2,
+            Self::AllReduceU64 => 3,
+            Self::AllGather => 4,
+            Self::Broadcast => 5,
+        }
+    }
+
+    /// The operation of a number.
+    pub(crate) fn of_number(number: u32) -> Option<Self> {
+        let all = [Self::Barrier, Self::AllReduceF32, Self::AllReduceU64, Self::AllGather, Self::Broadcast];
+        all.into_iter().find(|operation| operation.number() == number)
+    }
 }
 
 impl std::fmt::Display for Operation {

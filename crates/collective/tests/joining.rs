@@ -13,7 +13,7 @@ use std::{
 
 use common::{HANGS, join_all, listeners, options};
 use shanty_collective::{
-    AbortHandle, Collective, Error,
+    AbortHandle, Collective, Compression, Error,
     tcp::{JoinOptions, Listener, Token},
 };
 
@@ -51,6 +51,21 @@ fn another_job_is_turned_away() {
 }
 
 #[test]
+fn ranks_that_disagree_on_encryption_or_compression_are_turned_away_and_told_why() {
+    let changes: [fn(&mut JoinOptions); 2] = [
+        |options| options.encrypted = options.rank == 1,
+        |options| options.compression = [Compression::Bf16, Compression::Int8][options.rank as usize],
+    ];
+    for change in changes {
+        for result in join_pair(change) {
+            let error = result.unwrap_err();
+            assert_eq!(error.code(), "SH0781");
+            assert!(error.to_string().contains("encrypts or compresses otherwise"), "{error}");
+        }
+    }
+}
+
+#[test]
 fn a_stale_generation_is_turned_away_and_told_why() {
     let [stale, current] = join_pair(|options| options.generation += u64::from(options.rank));
     let (stale, current) = (stale.unwrap_err(), current.unwrap_err());
@@ -84,7 +99,7 @@ fn strangers_do_not_disturb() {
         nonsense.write_all(&[b'x'; 4096]).unwrap();
         strangers.push(nonsense);
         let mut half = TcpStream::connect(member).unwrap();
-        half.write_all(b"shanty/1").unwrap();
+        half.write_all(b"shanty/2").unwrap();
         strangers.push(half);
         drop(TcpStream::connect(member).unwrap());
     }

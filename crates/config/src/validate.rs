@@ -1,6 +1,6 @@
 //! What a job may say: every check that needs no file.
 
-use crate::job::{JobSpec, Method, PrefixInit, PromptTuningInit, TrainData};
+use crate::job::{BadStep, JobSpec, Method, PrefixInit, PromptTuningInit, TrainData};
 
 /// A value that cannot be, or looks wrong.
 #[derive(Debug, Clone, PartialEq)]
@@ -66,6 +66,7 @@ pub fn findings(spec: &JobSpec) -> Vec<Finding> {
     batches(spec, &mut findings);
     optimizer(spec, &mut findings);
     cluster(spec, &mut findings);
+    shard(spec, &mut findings);
     findings.0
 }
 
@@ -241,12 +242,44 @@ fn optimizer(spec: &JobSpec, findings: &mut Findings) {
     let norm = train.max_grad_norm;
     let off = Some("0 turns clipping off");
     findings.require_hinted(norm.is_finite() && norm >= 0.0, "train.max_grad_norm", norm, not_negative, off);
+    bad_steps(spec, findings);
+}
+
+fn bad_steps(spec: &JobSpec, findings: &mut Findings) {
+    let train = &spec.train;
+    let spike = train.loss_spike;
+    findings.require_hinted(
+        spike == 0.0 || spike.is_finite() && spike > 1.0,
+        "train.loss_spike",
+        spike,
+        "must be above 1, or 0",
+        Some("3 takes a loss of three times the usual one for a spike; 0 looks for none"),
+    );
+    findings.require_hinted(
+        train.rollback_steps == 0 || train.on_bad_step == BadStep::Skip,
+        "train.rollback_steps",
+        train.rollback_steps,
+        "goes with `on_bad_step = \"skip\"` alone",
+        Some("with `stop` the job fails, and `shanty resume` goes on from its last checkpoint"),
+    );
 }
 
 fn cluster(spec: &JobSpec, findings: &mut Findings) {
     let workers = spec.cluster.workers;
     findings.require(workers.min >= 1, "cluster.workers.min", workers.min, "must be at least 1");
     findings.require(workers.max >= 1, "cluster.workers.max", workers.max, "must be at least 1");
+    let priority = spec.cluster.priority;
+    findings.require(priority <= 100, "cluster.priority", priority, "must be from 0 to 100");
+    let checkpoint = &spec.checkpoint;
+    if let Some(store) = checkpoint.store.as_ref().filter(|_| checkpoint.is_remote()) {
+        let store = store.to_string_lossy();
+        let known = ["s3://", "gs://", "az://"].iter().any(|scheme| {
+            store.strip_prefix(scheme).is_some_and(|rest| !rest.is_empty() && !rest.starts_with('/'))
+        });
+        let rule =
+            "must be a folder, or `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`";
+        findings.require(known, "checkpoint.store", &store, rule);
+    }
     if workers.min >= 1 && workers.max >= 1 {
         let rule = format!("must be at least `min`, which is {}", workers.min);
         let hint = "write `workers = { min = 1, max = 8 }`; `max` is 1 where it is left out";
@@ -258,6 +291,20 @@ fn cluster(spec: &JobSpec, findings: &mut Findings) {
             Some(hint),
         );
     }
+}
+
+/// A base that several workers share.
+fn shard(spec: &JobSpec, findings: &mut Findings) {
+    let crate::job::Shard::Parts(parts) = spec.base.shard else { return };
+    let alone = Some("`replicate` gives each worker a base of its own");
+    findings.require_hinted(parts >= 2, "base.shard", parts, "must be at least 2", alone);
+    let max = spec.cluster.workers.max;
+    let rule = format!("must be at most `cluster.workers.max`, which is {max}");
+    let hint = Some("workers train in whole groups: raise `cluster.workers.max` to a multiple of it");
+    findings.require_hinted(parts <= max, "base.shard", parts, &rule, hint);
+    let dense = spec.base.quantization == crate::job::Quantization::None;
+    let rule = "must be `replicate` where `base.quantization` is `none`";
+    findings.require_hinted(!dense, "base.shard", parts, rule, Some("only weights in 4 bits are shared"));
 }
 
 /// Values that are allowed and look wrong. `named` tells whether the user wrote a key.
@@ -307,6 +354,15 @@ pub fn warnings(spec: &JobSpec, named: impl Fn(&str) -> bool) -> Vec<Warning> {
             key: "train.global_batch_size".to_owned(),
             message: format!("{rows} rows a step leave some of {workers} workers without work"),
             hint: format!("set `global_batch_size` to {workers} or a multiple of it"),
+        });
+    }
+    let parts = spec.base.shard.parts();
+    if parts > 1 && !workers.is_multiple_of(parts) && workers >= parts {
+        warnings.push(Warning {
+            code: "SH0121",
+            key: "base.shard".to_owned(),
+            message: format!("of {workers} workers in groups of {parts}, {} wait as spares", workers % parts),
+            hint: format!("set `cluster.workers.max` to a multiple of {parts}"),
         });
     }
     warnings.extend(crate::validate_adapter::warnings(spec));

@@ -1,24 +1,26 @@
 //! The task that runs the machine: one event at a time, what must be durable first, then everything else.
 
 use std::{
-    collections::{HashMap, VecDeque},
-    ffi::OsString,
+    collections::{BTreeSet, HashMap, VecDeque},
     sync::Arc,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use shanty_diagnostic::Diagnose;
-use shanty_proto::{Attempt, JobId, WorkerId, v1::CoordinatorMessage};
-use tokio::sync::{mpsc, oneshot};
+use shanty_proto::{Attempt, JobId, Step, WorkerId, v1::CoordinatorMessage};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    access::Access,
     error::{Error, Result},
-    find,
     hub::Hub,
-    leases::{self, Leases},
+    leases::Leases,
     machine::{Effect, Event, Machine, Moment, Reply},
-    prepare,
+    outside::{Outside, Progress},
     services::wire,
     store::Store,
 };
@@ -29,7 +31,23 @@ const QUEUE: usize = 4096;
 const TICK: Duration = Duration::from_millis(20);
 
 /// Where a worker's messages go. Bounded: a worker that does not read is as good as gone.
-pub(crate) type Outgoing = mpsc::Sender<std::result::Result<CoordinatorMessage, tonic::Status>>;
+///
+/// What is told is written out as a wire message only when the worker's stream is ready for it: an announcement names
+/// all members, and as many of them as there are members are not to lie in memory at once.
+pub(crate) type Outgoing = mpsc::Sender<std::result::Result<Told, tonic::Status>>;
+
+/// What a worker is told.
+#[derive(Debug)]
+pub(crate) struct Told {
+    message: crate::machine::Message,
+    terms: wire::Terms,
+}
+
+impl From<Told> for CoordinatorMessage {
+    fn from(told: Told) -> Self {
+        wire::message_out(told.message, told.terms)
+    }
+}
 
 type Look = Box<dyn FnOnce(&Machine, Moment) + Send>;
 
@@ -95,7 +113,10 @@ pub(crate) struct Works {
     pub store: Store,
     pub hub: Arc<Hub>,
     pub leases: Arc<Leases>,
-    pub prepare_command: Vec<OsString>,
+    pub outside: Arc<dyn Outside>,
+    pub access: Arc<Access>,
+    /// Whether collectives are encrypted.
+    pub encrypted: bool,
     pub started: Instant,
 }
 
@@ -117,6 +138,7 @@ pub(crate) fn build(works: Works) -> (Engine, Task) {
         next_request: 1,
         preparing: HashMap::new(),
         pending: VecDeque::new(),
+        changed: BTreeSet::new(),
         helpers: TaskTracker::new(),
     };
     (engine, task)
@@ -133,6 +155,8 @@ pub(crate) struct Task {
     preparing: HashMap<JobId, CancellationToken>,
     /// Events that follow from carrying out effects.
     pending: VecDeque<Event>,
+    /// Jobs whose watchers are not yet told of their newest status.
+    changed: BTreeSet<JobId>,
     helpers: TaskTracker,
 }
 
@@ -170,6 +194,11 @@ impl Task {
     }
 
     async fn take(&mut self, input: Input) -> Result<()> {
+        // A status holds the whole crew, and while a crew gathers each member's every word changes it: watchers get the
+        // newest at the next tick, not each one.
+        if matches!(input, Input::Event(Event::Tick)) {
+            self.tell_statuses();
+        }
         match input {
             Input::Event(event) => self.pending.push_back(event),
             Input::Session { number, outgoing, hello } => {
@@ -194,6 +223,17 @@ impl Task {
         Ok(())
     }
 
+    fn tell_statuses(&mut self) {
+        for job in std::mem::take(&mut self.changed) {
+            if let Some(view) = self.works.machine.view(now(self.works.started), &job) {
+                if view.state.is_final() {
+                    self.works.access.job_ended(&job);
+                }
+                self.works.hub.set_status(view);
+            }
+        }
+    }
+
     async fn carry_out(&mut self, effects: Vec<Effect>) -> Result<()> {
         let mut durable = Vec::new();
         let mut records = Vec::new();
@@ -214,7 +254,13 @@ impl Task {
         // Whoever is answered may look at once: what the answer tells of must be there to be seen.
         let (answers, others): (Vec<_>, Vec<_>) =
             others.into_iter().partition(|effect| matches!(effect, Effect::Reply { .. }));
-        for effect in others.into_iter().chain(answers) {
+        for effect in others {
+            self.carry_out_one(effect);
+        }
+        if !answers.is_empty() {
+            self.tell_statuses();
+        }
+        for effect in answers {
             self.carry_out_one(effect);
         }
         Ok(())
@@ -229,7 +275,7 @@ impl Task {
                 if let Some(outgoing) = self.sessions.remove(&session) {
                     tracing::warn!(%worker, reason, "the worker's stream is ended");
                     // Best effort: the stream ends with the sender either way.
-                    let _ = outgoing.try_send(Err(shanty_proto::to_status(&Error::bad(reason))));
+                    let _ = outgoing.try_send(Err(shanty_proto::to_status(&Error::StreamEnded { reason })));
                 }
             }
             Effect::Prepare { job, attempt, known } => self.prepare(job, attempt, known),
@@ -238,7 +284,7 @@ impl Task {
                     stop.cancel();
                 }
             }
-            Effect::FindCheckpoint { job, attempt } => self.find_checkpoint(job, attempt),
+            Effect::FindCheckpoint { job, attempt, up_to } => self.find_checkpoint(job, attempt, up_to),
             Effect::Reply { request, outcome } => {
                 if let Some(answer) = self.requests.remove(&request) {
                     // Whoever asked may have gone; what was asked for is done all the same.
@@ -247,9 +293,7 @@ impl Task {
             }
             Effect::StatusChanged(job) => {
                 self.works.leases.allow(&job, self.works.machine.leasable(&job));
-                if let Some(view) = self.works.machine.view(now(self.works.started), &job) {
-                    self.works.hub.set_status(view);
-                }
+                self.changed.insert(job);
             }
             Effect::Publish(job, point) => {
                 if let crate::machine::Point::Event(event) = &point {
@@ -269,9 +313,12 @@ impl Task {
         }
         let options = self.works.machine.options();
         let milliseconds = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
-        let message =
-            wire::message_out(message, milliseconds(options.beat_interval), milliseconds(options.credit));
-        if let Err(error) = outgoing.try_send(Ok(message)) {
+        let terms = wire::Terms {
+            beat_ms: milliseconds(options.beat_interval),
+            credit_ms: milliseconds(options.credit),
+            encrypted: self.works.encrypted,
+        };
+        if let Err(error) = outgoing.try_send(Ok(Told { message, terms })) {
             let reason = match error {
                 mpsc::error::TrySendError::Full(_) => "it does not read what it is told",
                 mpsc::error::TrySendError::Closed(_) => "its stream broke",
@@ -287,10 +334,8 @@ impl Task {
             before.cancel();
         }
         let (engine, leases) = (self.engine.clone(), Arc::clone(&self.works.leases));
-        let command = self.works.prepare_command.clone();
+        let outside = Arc::clone(&self.works.outside);
         self.helpers.spawn(async move {
-            let folder = leases::prepared_folder(&spec);
-            let request = prepare::options(&spec, folder);
             let reused = match known {
                 Some(hash) => leases.open(&job, &spec, Some(hash)).await.ok(),
                 None => None,
@@ -298,12 +343,13 @@ impl Task {
             let outcome = match reused {
                 Some(facts) => Ok(facts),
                 None => {
-                    let progress = |text| {
-                        let event = Event::PrepareProgress { job: job.clone(), attempt, text };
+                    let (inputs, named) = (engine.inputs.clone(), job.clone());
+                    let progress: Progress = Box::new(move |text| {
+                        let event = Event::PrepareProgress { job: named.clone(), attempt, text };
                         // Words for people; the next ones come soon.
-                        let _ = engine.inputs.try_send(Input::Event(event));
-                    };
-                    match prepare::run(&command, &request, &stop, progress).await {
+                        let _ = inputs.try_send(Input::Event(event));
+                    });
+                    match outside.prepare(Arc::clone(&spec), stop.clone(), progress).await {
                         // What was written is opened and looked at before anybody relies on it.
                         Ok(facts) => leases
                             .open(&job, &spec, Some(facts.hash))
@@ -320,12 +366,13 @@ impl Task {
         });
     }
 
-    fn find_checkpoint(&mut self, job: JobId, attempt: Attempt) {
+    fn find_checkpoint(&mut self, job: JobId, attempt: Attempt, up_to: Option<Step>) {
         let Some(spec) = self.works.machine.spec(&job) else { return };
         let data_hash = self.works.machine.data_hash(&job);
         let engine = self.engine.clone();
+        let found = self.works.outside.newest_good(job.clone(), spec, data_hash, up_to);
         self.helpers.spawn(async move {
-            let found = find::newest_good(&job, &spec, data_hash).await;
+            let found = found.await;
             let (outcome, damaged) = match found {
                 Ok((checkpoint, damaged)) => (Ok(checkpoint), damaged),
                 Err(error) => (Err(error.diagnostic()), Vec::new()),

@@ -20,17 +20,67 @@ pub enum Error {
         job: JobId,
     },
     /// Another coordinator has the state folder.
-    #[error("another coordinator uses the state folder {}", folder.display())]
+    #[error("another coordinator uses the state folder {}{}", folder.display(), named(holder))]
     StateInUse {
         /// The folder.
         folder: PathBuf,
+        /// Which process, if it is known.
+        holder: String,
     },
     /// The address is not loopback.
-    #[error("refuses to listen on {address}: everybody who reaches that address could run jobs here")]
+    #[error(
+        "refuses to listen on {address} without TLS: everybody on that network could read along and run jobs here"
+    )]
     NotLoopback {
         /// The address.
         address: SocketAddr,
     },
+    /// Neither a token nor a certificate says who asks.
+    #[error("who asks is not known: {what}")]
+    Unauthenticated {
+        /// What was shown, or not.
+        what: &'static str,
+    },
+    /// Whoever asks may not do that.
+    #[error("{caller} has the role `{role}`; `{call}` takes {least}")]
+    NotAllowed {
+        /// Who asks.
+        caller: String,
+        /// The role.
+        role: shanty_access::Role,
+        /// What was asked for.
+        call: String,
+        /// The least role that may.
+        least: &'static str,
+    },
+    /// The rights on which a call was let in are over.
+    #[error("the token or certificate that this was allowed by is expired or revoked")]
+    RightsEnded,
+    /// A worker reaches beyond what its identity is for.
+    #[error("{what}")]
+    NotYours {
+        /// What for.
+        what: String,
+    },
+    /// Too much of something at once.
+    #[error("{caller} has {count} {what}: more are not let in")]
+    TooMany {
+        /// Who.
+        caller: String,
+        /// How many are there.
+        count: usize,
+        /// Of what.
+        what: &'static str,
+    },
+    /// There is no such token.
+    #[error("no token has the number or the name `{token}`")]
+    NoSuchToken {
+        /// What was asked for.
+        token: String,
+    },
+    /// Certificates or tokens cannot be used.
+    #[error(transparent)]
+    Access(#[from] shanty_access::Error),
     /// The address cannot be had.
     #[error("failed to listen on {address}: {source}")]
     Listen {
@@ -96,6 +146,18 @@ pub enum Error {
         /// The job that has it.
         job: JobId,
     },
+    /// No such worker is connected.
+    #[error("no worker `{worker}` is connected")]
+    NoSuchWorker {
+        /// The worker.
+        worker: shanty_proto::WorkerId,
+    },
+    /// The coordinator ended a worker's stream; the worker may come again.
+    #[error("the coordinator ended the stream: {reason}")]
+    StreamEnded {
+        /// Why.
+        reason: String,
+    },
     /// A message makes no sense.
     #[error("{what}")]
     BadMessage {
@@ -125,6 +187,10 @@ pub enum Error {
     Checkpoint(#[from] shanty_checkpoint::Error),
 }
 
+fn named(holder: &str) -> String {
+    if holder.is_empty() { String::new() } else { format!(" ({holder})") }
+}
+
 impl Error {
     pub(crate) fn bad(what: impl std::fmt::Display) -> Self {
         Self::BadMessage { what: what.to_string() }
@@ -136,11 +202,29 @@ impl Diagnose for Error {
         let say = |code: &str, kind: Kind| Diagnostic::new(code, self).kind(kind);
         match self {
             Self::NoSuchJob { .. } => say("SH0770", Kind::User).hint("`shanty jobs` lists them"),
-            Self::StateInUse { folder } => say("SH0771", Kind::User)
+            Self::StateInUse { folder, .. } => say("SH0771", Kind::User)
                 .in_file(folder)
                 .hint("stop the other one, or give this one a folder of its own"),
-            Self::NotLoopback { .. } => say("SH0772", Kind::User)
-                .hint("listen on 127.0.0.1, or say --insecure if the network is yours alone"),
+            Self::NotLoopback { .. } => say("SH0772", Kind::User).hint(
+                "give it a certificate (`shanty certs init`, then --cert and --key), or say --insecure if the network \
+                 is yours alone",
+            ),
+            Self::Unauthenticated { .. } => say("SH0740", Kind::User).hint(
+                "show a token (--token-file, SHANTY_TOKEN_FILE, SHANTY_TOKEN) or a certificate (--cert, --key); an \
+                 admin makes one with `shanty token create`",
+            ),
+            Self::NotAllowed { .. } => {
+                say("SH0741", Kind::User).hint("ask an admin for a token of a role that may")
+            }
+            Self::RightsEnded => {
+                say("SH0742", Kind::User).hint("ask an admin for another: `shanty token create`")
+            }
+            Self::NotYours { .. } => say("SH0743", Kind::User),
+            Self::TooMany { .. } => {
+                say("SH0744", Kind::Transient).hint("close some, or give each machine a token of its own")
+            }
+            Self::NoSuchToken { .. } => say("SH0747", Kind::User).hint("`shanty token list` shows them"),
+            Self::Access(error) => error.diagnostic(),
             Self::Listen { .. } => say("SH0772", Kind::User).hint("port 0 takes any that is free"),
             Self::Serve(_) => say("SH0776", Kind::Transient),
             Self::StateFolder { folder, .. } => say("SH0773", Kind::User).in_file(folder),
@@ -159,6 +243,10 @@ impl Diagnose for Error {
             Self::StoreTaken { job } => say("SH0774", Kind::User).hint(format!(
                 "`shanty resume {job}` goes on with it; a new job takes another `checkpoint.store`"
             )),
+            Self::NoSuchWorker { .. } => {
+                say("SH0760", Kind::User).hint("`shanty status JOB` names the workers of a job")
+            }
+            Self::StreamEnded { .. } => say("SH0761", Kind::Transient),
             Self::BadMessage { .. } => say("SH0775", Kind::User),
             Self::StaleLease { .. } => say("SH0775", Kind::Transient),
             Self::Stopping => say("SH0776", Kind::Transient),
@@ -179,6 +267,7 @@ impl From<Refusal> for Error {
             Refusal::BadName(name) => Self::bad(format!("no job id can be made of the name `{name}`")),
             Refusal::StoreTaken(job) => Self::StoreTaken { job },
             Refusal::OtherSpec(job) => Self::OtherSpec { job },
+            Refusal::NoSuchWorker(worker) => Self::NoSuchWorker { worker },
         }
     }
 }

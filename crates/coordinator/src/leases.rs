@@ -8,7 +8,7 @@ use std::{
 
 use shanty_config::JobSpec;
 use shanty_data::{
-    Prepared, Row, Split,
+    Row, Split,
     order::{self, Order},
 };
 use shanty_proto::{Attempt, Generation, JobId, Step};
@@ -16,25 +16,34 @@ use shanty_proto::{Attempt, Generation, JobId, Step};
 use crate::{
     error::{Error, Result},
     machine::{Announcement, record::DataFacts},
-    prepare,
+    outside::{Outside, Rows},
 };
 
-/// Announcements that are remembered, a job.
+/// Steps whose rows are remembered, a job.
 const REMEMBERED: usize = 64;
 /// Rows in one lease.
 const MOST_ROWS: usize = 65_536;
 
 /// Where a job's prepared data lies.
 pub(crate) fn prepared_folder(spec: &JobSpec) -> PathBuf {
-    spec.checkpoint.store.clone().unwrap_or_default().join("prepared")
+    spec.checkpoint.folder(&spec.name).join("prepared")
 }
 
 /// A job's prepared data, open.
-#[derive(Debug)]
 struct Open {
-    prepared: Prepared,
+    rows: Box<dyn Rows>,
+    eval_rows: u64,
     order: Order,
-    announcements: Mutex<BTreeMap<(bool, u64), Announcement>>,
+    steps: Mutex<BTreeMap<(bool, u64), Arc<StepRows>>>,
+    /// Held while a step's rows are looked up: its whole crew asks at the same time, one looks.
+    looking: Mutex<()>,
+}
+
+/// The rows of a step, and what they amount to.
+#[derive(Debug)]
+struct StepRows {
+    announcement: Announcement,
+    ids: HashSet<u64>,
 }
 
 /// What is asked for.
@@ -51,13 +60,18 @@ pub(crate) struct LeaseRequest {
 type Allowed = (Attempt, Generation, Step);
 
 /// The prepared data of jobs, and to which generation their rows are leased.
-#[derive(Debug, Default)]
 pub(crate) struct Leases {
+    outside: Arc<dyn Outside>,
     open: Mutex<HashMap<JobId, Arc<Open>>>,
     allowed: Mutex<HashMap<JobId, Allowed>>,
 }
 
 impl Leases {
+    /// Leases rows that `outside` opens.
+    pub fn new(outside: Arc<dyn Outside>) -> Self {
+        Self { outside, open: Mutex::default(), allowed: Mutex::default() }
+    }
+
     /// Sets the generation that a job's rows are leased to.
     pub fn allow(&self, job: &JobId, to: Option<Allowed>) {
         let mut allowed = self.allowed.lock().unwrap_or_else(PoisonError::into_inner);
@@ -70,16 +84,12 @@ impl Leases {
     /// Opens a job's prepared data; fails if it is not what `hash` says. Opens anew where it is open already:
     /// it may have been prepared again.
     pub async fn open(&self, job: &JobId, spec: &JobSpec, hash: Option<String>) -> Result<DataFacts> {
-        let folder = prepared_folder(spec);
         let (seed, batch) = (spec.train.seed, spec.train.global_batch_size as u64);
-        let open = blocking(move || {
-            let prepared = Prepared::open(&folder)?;
-            let mix = prepared.summary().train.mix();
-            let order = Order::mixed(seed, prepared.rows(Split::Train), &mix, batch)?;
-            Ok(Open { prepared, order, announcements: Mutex::new(BTreeMap::new()) })
-        })
-        .await?;
-        let facts = prepare::facts(open.prepared.summary());
+        let rows = self.outside.open(spec).await?;
+        let facts = rows.facts();
+        let order = Order::mixed(seed, facts.train_rows, &facts.train_mix, batch)?;
+        let eval_rows = facts.eval_rows;
+        let open = Open { rows, eval_rows, order, steps: Mutex::default(), looking: Mutex::new(()) };
         if let Some(expected) = hash.filter(|expected| *expected != facts.hash) {
             let what =
                 format!("the prepared data of job {job} has hash {}, expected was {expected}", facts.hash);
@@ -97,10 +107,11 @@ impl Leases {
     /// What a training step must amount to; from memory, if it was leased before.
     pub async fn announcement(&self, job: &JobId, step: Step) -> Result<Announcement> {
         let open = self.opened(job)?;
-        match open.remembered(Split::Train, step.0) {
-            Some(known) => Ok(known),
-            None => blocking(move || open.announce(Split::Train, step.0)).await,
-        }
+        let known = match open.remembered(Split::Train, step.0) {
+            Some(known) => known,
+            None => open.off_the_path(move |open| open.step(Split::Train, step.0)).await?,
+        };
+        Ok(known.announcement)
     }
 
     /// The rows of a lease, and what their step must amount to.
@@ -132,23 +143,19 @@ impl Leases {
             return Err(Error::bad(format!("step {} of {steps} is leased to nobody", request.step)));
         }
         let open = self.opened(&request.job)?;
-        blocking(move || {
-            let announcement = match open.remembered(request.split, request.step) {
-                Some(known) => known,
-                None => open.announce(request.split, request.step)?,
-            };
-            let rows_of_step: HashSet<u64> = open.rows_of(request.split, request.step).into_iter().collect();
-            if let Some(foreign) = request.row_ids.iter().find(|id| !rows_of_step.contains(id)) {
+        let look = move |open: &Open| {
+            let step = open.step(request.split, request.step)?;
+            if let Some(foreign) = request.row_ids.iter().find(|id| !step.ids.contains(id)) {
                 return Err(Error::bad(format!(
                     "row {foreign} is not of {} step {}",
                     request.split, request.step
                 )));
             }
             let rows: Result<Vec<Row>, _> =
-                request.row_ids.iter().map(|id| open.prepared.row(request.split, *id)).collect();
-            Ok((announcement, rows?))
-        })
-        .await
+                request.row_ids.iter().map(|id| open.rows.row(request.split, *id)).collect();
+            Ok((step.announcement, rows?))
+        };
+        open.off_the_path(look).await
     }
 }
 
@@ -157,7 +164,7 @@ impl Open {
     fn rows_of(&self, split: Split, step: u64) -> Vec<u64> {
         match split {
             Split::Train => self.order.step_rows(step),
-            Split::Eval => (0..self.prepared.rows(Split::Eval)).collect(),
+            Split::Eval => (0..self.eval_rows).collect(),
         }
     }
 
@@ -166,32 +173,53 @@ impl Open {
         if split == Split::Eval { (true, 0) } else { (false, step) }
     }
 
-    fn remembered(&self, split: Split, step: u64) -> Option<Announcement> {
-        let announcements = self.announcements.lock().unwrap_or_else(PoisonError::into_inner);
-        announcements.get(&Self::key(split, step)).copied()
+    fn remembered(&self, split: Split, step: u64) -> Option<Arc<StepRows>> {
+        let steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
+        steps.get(&Self::key(split, step)).cloned()
     }
 
-    fn announce(&self, split: Split, step: u64) -> Result<Announcement> {
+    /// A step's rows; from memory, if anybody asked before.
+    fn step(&self, split: Split, step: u64) -> Result<Arc<StepRows>> {
+        if let Some(known) = self.remembered(split, step) {
+            return Ok(known);
+        }
+        let _looking = self.looking.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.remembered(split, step) {
+            Some(known) => Ok(known),
+            None => self.look_up(split, step),
+        }
+    }
+
+    fn look_up(&self, split: Split, step: u64) -> Result<Arc<StepRows>> {
         let mut announcement = Announcement::default();
+        let mut ids = HashSet::new();
         for id in self.rows_of(split, step) {
-            announcement.tokens += u64::from(self.prepared.trained_tokens(split, id)?);
+            announcement.tokens += u64::from(self.rows.trained_tokens(split, id)?);
             announcement.rows += 1;
             announcement.row_hash = announcement.row_hash.wrapping_add(order::row_hash(id));
+            ids.insert(id);
         }
-        let mut announcements = self.announcements.lock().unwrap_or_else(PoisonError::into_inner);
-        if announcements.len() >= REMEMBERED {
+        let rows = Arc::new(StepRows { announcement, ids });
+        let mut steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
+        if steps.len() >= REMEMBERED {
             // The lowest training step is the one that is over longest.
-            announcements.pop_first();
+            steps.pop_first();
         }
-        announcements.insert(Self::key(split, step), announcement);
-        Ok(announcement)
+        steps.insert(Self::key(split, step), Arc::clone(&rows));
+        Ok(rows)
     }
-}
 
-/// Runs what reads files where it holds nobody up.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(outcome) => outcome,
-        Err(_) => Err(Error::Stopping),
+    /// Runs what reads files where it holds nobody up.
+    async fn off_the_path<T: Send + 'static>(
+        self: Arc<Self>,
+        look: impl FnOnce(&Self) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        if self.rows.are_at_hand() {
+            return look(&self);
+        }
+        match tokio::task::spawn_blocking(move || look(&self)).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(Error::Stopping),
+        }
     }
 }

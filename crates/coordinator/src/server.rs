@@ -3,44 +3,53 @@
 use std::{
     ffi::OsString,
     net::SocketAddr,
-    path::PathBuf,
-    sync::{Arc, atomic::AtomicU64},
-    time::{Duration, Instant},
+    path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use shanty_proto::{
-    JobId,
-    v1::{
-        FILE_DESCRIPTOR_SET, job_service_server::JobServiceServer,
-        status_service_server::StatusServiceServer, worker_service_server::WorkerServiceServer,
-    },
+use shanty_access::{Role, Secret};
+use shanty_proto::v1::{
+    FILE_DESCRIPTOR_SET, access_service_server::AccessServiceServer, job_service_server::JobServiceServer,
+    status_service_server::StatusServiceServer, worker_service_server::WorkerServiceServer,
 };
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, time::Instant};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    engine::{self, Works},
+    access::{Access, Limits, guard::Guard},
+    at_work::{self, Beginning, Services},
     error::{Error, Result},
-    hub::Hub,
-    leases::Leases,
-    machine::{self, Event, Machine},
+    listen::{self, Tls, TlsFiles},
+    machine::{self, Change},
+    outside::Files,
     services::{Jobs, Statuses, Workers},
     store::{Closing, Store},
 };
 
-/// Longest message, either way. Rows of a large step are the longest.
-pub const LONGEST_MESSAGE: usize = 256 * 1024 * 1024;
-/// Longest message of a user: a job file.
-const LONGEST_JOB: usize = 4 * 1024 * 1024;
+/// Longest answer. Rows of a large step are the longest.
+pub const LONGEST_ANSWER: usize = 256 * 1024 * 1024;
+/// Longest message that is taken: a job file, or the numbers of a lease's rows.
+pub const LONGEST_MESSAGE: usize = 4 * 1024 * 1024;
+/// Longest block of headers that is taken.
+const LONGEST_HEADERS: u32 = 16 * 1024;
+/// The file of the machine's secret in the state folder.
+const SEED_FILE: &str = "seed.key";
 
 /// How a coordinator runs.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Where it listens; port 0 takes any.
     pub listen: SocketAddr,
-    /// Whether it may listen beyond loopback, with neither encryption nor tokens.
+    /// Whether nobody is asked who it is. Without it everybody needs a token or a certificate, and nothing but loopback is
+    /// listened on without TLS.
     pub insecure: bool,
+    /// Certificates; none for connections in clear.
+    pub tls: Option<TlsFiles>,
+    /// Where health alone is answered, in clear and to everybody: probes speak no TLS.
+    pub health_listen: Option<SocketAddr>,
+    /// How much one may have at once.
+    pub limits: Limits,
     /// Its state.
     pub state_folder: PathBuf,
     /// Where the stores of jobs lie that name none.
@@ -52,11 +61,14 @@ pub struct Options {
 }
 
 impl Options {
-    /// Defaults: 127.0.0.1:7070, loopback only.
+    /// Defaults: 127.0.0.1:7070, loopback only, closed to all but those who are given a key or a token.
     pub fn new(state_folder: PathBuf, runs_folder: PathBuf, prepare_command: Vec<OsString>) -> Self {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 7070)),
             insecure: false,
+            tls: None,
+            health_listen: None,
+            limits: Limits::default(),
             state_folder,
             runs_folder,
             prepare_command,
@@ -70,12 +82,16 @@ impl Options {
 pub struct Handle {
     /// Where it listens.
     pub address: SocketAddr,
+    /// Whether it speaks TLS.
+    pub encrypted: bool,
+    /// Where it answers for its health, in clear.
+    pub health_address: Option<SocketAddr>,
 }
 
 impl Handle {
     /// The address as clients write it.
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        format!("{}://{}", if self.encrypted { "https" } else { "http" }, self.address)
     }
 }
 
@@ -83,6 +99,10 @@ impl Handle {
 pub struct Coordinator {
     options: Options,
     listener: TcpListener,
+    health: Option<TcpListener>,
+    tls: Option<Arc<Tls>>,
+    access: Access,
+    seed: [u8; 32],
     handle: Handle,
     store: Store,
     closing: Closing,
@@ -96,19 +116,33 @@ impl Coordinator {
     /// [`Error::NotLoopback`], [`Error::Listen`], and those of [`Store::open`].
     pub async fn bind(options: Options) -> Result<Self> {
         let address = options.listen;
-        if !address.ip().is_loopback() {
-            if !options.insecure {
-                return Err(Error::NotLoopback { address });
-            }
-            tracing::warn!(%address, "listens beyond loopback without encryption or tokens: everybody there can run jobs");
+        if !address.ip().is_loopback() && options.tls.is_none() && !options.insecure {
+            return Err(Error::NotLoopback { address });
+        }
+        if options.insecure {
+            tracing::warn!(%address, "asks nobody who it is: everybody who reaches this address can run jobs");
         }
         let folder = options.state_folder.clone();
-        let opened = tokio::task::spawn_blocking(move || Store::open(&folder)).await;
-        let (store, stored, closing) = opened.map_err(|_| Error::Stopping)??;
-        let listener =
-            TcpListener::bind(address).await.map_err(|source| Error::Listen { address, source })?;
-        let address = listener.local_addr().map_err(|source| Error::Listen { address, source })?;
-        Ok(Self { options, listener, handle: Handle { address }, store, closing, stored })
+        let tls_files = options.tls.clone();
+        let opened = tokio::task::spawn_blocking(move || -> Result<_> {
+            let tls = tls_files.map(Tls::load).transpose()?.map(Arc::new);
+            let store = Store::open(&folder)?;
+            Ok((tls, store, seed(&folder)?))
+        });
+        let (tls, (store, stored, closing), seed) = opened.await.map_err(|_| Error::Stopping)??;
+        let (listener, address) = listen_on(address).await?;
+        let (health, health_address) = match options.health_listen {
+            Some(address) => listen_on(address).await.map(|(listener, at)| (Some(listener), Some(at)))?,
+            None => (None, None),
+        };
+        let handle = Handle { address, encrypted: tls.is_some(), health_address };
+        let access = Access::new(options.insecure, &options.limits);
+        Ok(Self { options, listener, health, tls, access, seed, handle, store, closing, stored })
+    }
+
+    /// Lets in whoever shows this token, as long as the coordinator lives; it is not stored.
+    pub fn add_key(&mut self, secret: &Secret, name: &str, role: Role) {
+        self.access.add_key(secret, name, role);
     }
 
     /// What others may know of it.
@@ -135,97 +169,91 @@ impl Coordinator {
     /// # Errors
     /// [`Error::Serve`], or what made the store fail.
     pub async fn serve(self, shutdown: CancellationToken) -> Result<()> {
-        let Self { options, listener, handle, store, closing, stored } = self;
+        let Self { options, listener, health, tls, access, seed, handle, store, closing, stored } = self;
         let started = Instant::now();
-        let mut machine = Machine::new(options.protocol.clone(), seed());
-        let (hub, leases) = (Arc::new(Hub::default()), Arc::new(Leases::default()));
-        for job in stored {
-            machine.restore(engine::now(started), job);
-        }
-        let broken = open_data(&machine, &leases).await;
-        for job in machine.views(engine::now(started)) {
-            hub.set_status(job);
-        }
+        let machine = at_work::restored(options.protocol.clone(), seed, stored, started);
+        let unfinished = machine.unfinished();
+        let gone = access.restore(store.tokens().await?, |job| !unfinished.contains(job));
+        store.record(gone.into_iter().map(Change::TokenGone).collect()).await?;
+        let access = Arc::new(access);
         let stop = shutdown.child_token();
-        let works = Works {
+        let beginning = Beginning {
             machine,
             store: store.clone(),
-            hub: Arc::clone(&hub),
-            leases: Arc::clone(&leases),
-            prepare_command: options.prepare_command.clone(),
+            outside: Arc::new(Files { prepare_command: options.prepare_command.clone() }),
+            access: Arc::clone(&access),
+            encrypted: tls.is_some(),
             started,
+            stop: stop.clone(),
         };
-        let (engine, task) = engine::build(works);
-        for (job, error) in broken {
-            engine.tell(Event::DataLost { job, error }).await?;
-        }
-        let machine_task = tokio::spawn({
+        let (services, machine_task) = beginning.begin().await?;
+        let watching = tokio::spawn({
             let stop = stop.clone();
-            async move {
-                let outcome = task.run(stop.clone()).await;
-                stop.cancel();
-                outcome
-            }
+            async move { access.watch(&store, &stop).await }
         });
-        tracing::info!(address = %handle.address, "coordinator listens");
-        let served = serve_grpc(listener, &options, engine, store, hub, leases, stop.clone()).await;
+        if let Some(tls) = &tls {
+            tokio::spawn(Arc::clone(tls).watch(stop.clone()));
+        }
+        tracing::info!(address = %handle.address, encrypted = handle.encrypted, "coordinator listens");
+        let served = match health {
+            None => serve(services, listener, tls, &options).await,
+            Some(health) => {
+                let (served, probed) = tokio::join!(
+                    serve(services, listener, tls, &options),
+                    serve_health(health, &options.limits, stop.clone())
+                );
+                served.and(probed)
+            }
+        };
         stop.cancel();
-        let ran = machine_task.await.unwrap_or(Err(Error::Stopping));
+        let _ = watching.await;
+        let ran = at_work::ended(machine_task).await;
         // Every handle on the store is gone with the services and the task; the lock is free after this.
         let _ = tokio::task::spawn_blocking(move || closing.join()).await;
         ran.and(served)
     }
 }
 
-/// Opens the prepared data of jobs that were at work; those whose data cannot be opened are given back.
-async fn open_data(machine: &Machine, leases: &Leases) -> Vec<(JobId, shanty_diagnostic::Diagnostic)> {
-    let mut broken = Vec::new();
-    for job in machine.unfinished() {
-        let (Some(spec), Some(hash)) = (machine.spec(&job), machine.data_hash(&job)) else { continue };
-        leases.allow(&job, machine.leasable(&job));
-        if let Err(error) = leases.open(&job, &spec, Some(hash)).await {
-            broken.push((job, shanty_diagnostic::Diagnose::diagnostic(&error)));
-        }
+/// The machine's secret: kept beside the store, not in it, so that whoever reads the store cannot join a collective.
+fn seed(folder: &Path) -> Result<[u8; 32]> {
+    let path = folder.join(SEED_FILE);
+    if !path.exists() {
+        let seed = blake3::derive_key(
+            "shanty 2026-11-24 seed of a coordinator",
+            shanty_access::NewToken::draw()?.secret.expose().as_bytes(),
+        );
+        shanty_access::files::write_private(&path, &blake3::Hash::from_bytes(seed).to_hex())?;
     }
-    broken
+    let text = Secret::read(&path)?;
+    let damaged = |_| shanty_access::Error::Damaged { path, what: "it is no seed".to_owned() };
+    let seed = blake3::Hash::from_hex(text.expose()).map_err(damaged)?;
+    Ok(*seed.as_bytes())
 }
 
-/// Secret, and new for each process.
-fn seed() -> [u8; 32] {
-    let mut seed = [0; 32];
-    seed[..16].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
-    seed[16..].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
-    seed
+async fn listen_on(address: SocketAddr) -> Result<(TcpListener, SocketAddr)> {
+    let failed = |source| Error::Listen { address, source };
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let bound = listener.local_addr().map_err(failed)?;
+    Ok((listener, bound))
 }
 
-async fn serve_grpc(
+/// Serves everything on one port until the services are to stop.
+async fn serve(
+    services: Services,
     listener: TcpListener,
+    tls: Option<Arc<Tls>>,
     options: &Options,
-    engine: engine::Engine,
-    store: Store,
-    hub: Arc<Hub>,
-    leases: Arc<Leases>,
-    stop: CancellationToken,
 ) -> Result<()> {
-    let jobs = JobServiceServer::new(Jobs { engine: engine.clone(), runs: options.runs_folder.clone() })
-        .max_decoding_message_size(LONGEST_JOB);
-    let statuses = StatusServiceServer::new(Statuses {
-        engine: engine.clone(),
-        store: store.clone(),
-        hub: Arc::clone(&hub),
-        shutdown: stop.clone(),
-    });
+    let limits = &options.limits;
+    let (access, stop) = (Arc::clone(&services.access), services.stop.clone());
+    let jobs = JobServiceServer::new(services.jobs(options.runs_folder.clone()))
+        .max_decoding_message_size(LONGEST_MESSAGE);
+    let tokens = AccessServiceServer::new(services.tokens()).max_decoding_message_size(LONGEST_MESSAGE);
+    let statuses = StatusServiceServer::new(services.statuses()).max_decoding_message_size(LONGEST_MESSAGE);
     // No compression: packed token ids hardly shrink, and rows are on the way of every step.
-    let workers = WorkerServiceServer::new(Workers {
-        engine,
-        store,
-        hub,
-        leases,
-        sessions: Arc::new(AtomicU64::new(0)),
-        shutdown: stop.clone(),
-    })
-    .max_decoding_message_size(LONGEST_MESSAGE)
-    .max_encoding_message_size(LONGEST_MESSAGE);
+    let workers = WorkerServiceServer::new(services.into_workers())
+        .max_decoding_message_size(LONGEST_MESSAGE)
+        .max_encoding_message_size(LONGEST_ANSWER);
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_serving::<JobServiceServer<Jobs>>().await;
     reporter.set_serving::<StatusServiceServer<Statuses>>().await;
@@ -235,15 +263,37 @@ async fn serve_grpc(
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .expect("the descriptors come from the same build");
+    let incoming = listen::accept(listener, tls, limits, stop.clone());
     tonic::transport::Server::builder()
-        .tcp_nodelay(true)
-        .http2_keepalive_interval(Some(Duration::from_secs(2)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(3)))
+        .timeout(limits.call_within)
+        .max_concurrent_streams(limits.calls_per_connection)
+        .http2_max_header_list_size(LONGEST_HEADERS)
+        .http2_keepalive_interval(Some(limits.ping_every()))
+        .http2_keepalive_timeout(Some(limits.answer_within()))
+        .layer(Guard { access })
         .add_service(health)
         .add_service(reflection)
+        .add_service(tokens)
         .add_service(jobs)
         .add_service(statuses)
         .add_service(workers)
+        .serve_with_incoming_shutdown(incoming, stop.cancelled())
+        .await
+        .map_err(Error::Serve)
+}
+
+/// Answers for the coordinator's health, and for nothing else, until `stop`.
+async fn serve_health(listener: TcpListener, limits: &Limits, stop: CancellationToken) -> Result<()> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter.set_serving::<JobServiceServer<Jobs>>().await;
+    tonic::transport::Server::builder()
+        .timeout(limits.call_within)
+        .max_concurrent_streams(limits.calls_per_connection)
+        .http2_max_header_list_size(LONGEST_HEADERS)
+        .http2_keepalive_interval(Some(limits.ping_every()))
+        .http2_keepalive_timeout(Some(limits.answer_within()))
+        .max_connection_age(limits.call_within)
+        .add_service(health)
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled())
         .await
         .map_err(Error::Serve)

@@ -9,8 +9,8 @@ use shanty_coordinator::{
     machine::{
         Change,
         record::{
-            EvaluationRecord, EventRecord, FailureRecord, GenerationRecord, JobRecord, JobState,
-            MemberRecord, RankRows, Source, StartPoint, StepRecord,
+            CheckpointRecord, EvaluationRecord, EventRecord, FailureRecord, GenerationRecord, JobRecord,
+            JobState, MemberRecord, RankRows, Source, StartPoint, StepRecord,
         },
     },
     store::{FILE, LogLine, Store},
@@ -39,13 +39,16 @@ fn record() -> JobRecord {
         generation: Some(GenerationRecord {
             generation: Generation(3),
             members: members.to_vec(),
-            token: [9; 32],
+            // Not stored.
+            token: [0; 32],
             start: StartPoint {
                 applied: Step(5),
                 source: Source::Members { donor: Rank(0), receivers: vec![Rank(1)] },
                 rows: vec![RankRows { kept: vec![1], compute: vec![2, 3] }, RankRows::default()],
                 evaluated: Some(Step(0)),
                 checkpoint: None,
+                skip: Default::default(),
+                usual_loss: Default::default(),
             },
         }),
         evaluated: Some(Step(0)),
@@ -58,6 +61,8 @@ fn record() -> JobRecord {
         submitted_unix_ms: 1,
         started_unix_ms: 2,
         ended_unix_ms: 0,
+        overtaken: 3,
+        health: Default::default(),
     }
 }
 
@@ -73,6 +78,7 @@ fn step(number: u64, generation: u64, loss: f64) -> StepRecord {
         tokens_per_second: 5.0,
         workers: 2,
         unix_ms: 3,
+        skipped: false,
     }
 }
 
@@ -124,6 +130,7 @@ async fn a_second_coordinator_is_refused_until_the_first_is_gone() {
         let error = Store::open(folder.path()).unwrap_err();
         assert!(matches!(error, Error::StateInUse { .. }), "{error}");
         assert_eq!(error.diagnostic().code, "SH0771");
+        assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
     })
     .await;
     with_store(folder.path(), async |_| ()).await;
@@ -137,7 +144,7 @@ async fn a_store_of_a_newer_version_is_left_alone() {
     connection.pragma_update(None, "user_version", 99).unwrap();
     drop(connection);
     let error = Store::open(folder.path()).unwrap_err();
-    assert!(matches!(error, Error::StoreVersion { found: 99, known: 1 }), "{error}");
+    assert!(matches!(error, Error::StoreVersion { found: 99, known: 2 }), "{error}");
 }
 
 #[tokio::test]
@@ -182,6 +189,35 @@ async fn a_long_history_is_answered_evenly_spaced_and_thinned() {
         );
     })
     .await;
+}
+
+#[tokio::test]
+async fn evaluations_and_checkpoints_are_bounded_and_removed_ones_are_gone() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = |step: u64| CheckpointRecord {
+        attempt: Attempt(1),
+        step: Step(step),
+        generation: Generation(1),
+        path: format!("checkpoints/{step}"),
+        size_bytes: 1,
+        seconds: 0.1,
+        unix_ms: 1,
+        loss: Some(2.0),
+    };
+    with_store(folder.path(), async |store| {
+        let mut changes = vec![Change::Job(Box::new(record()))];
+        changes.extend((1..=300).map(|step| Change::Checkpoint(job(), checkpoint(step))));
+        changes.push(Change::CheckpointsRemoved(job(), vec!["checkpoints/299".to_owned()]));
+        let evaluation = |step| EvaluationRecord { step: Step(step), loss: 1.0, tokens: 1 };
+        changes.extend((1..=10_500).map(|step| Change::Evaluation(job(), evaluation(step))));
+        store.persist(changes).await.unwrap();
+    })
+    .await;
+    let (jobs, ()) = with_store(folder.path(), async |_| ()).await;
+    let steps: Vec<u64> = jobs[0].checkpoints.iter().map(|checkpoint| checkpoint.step.0).collect();
+    assert_eq!(steps, (101..=300).filter(|step| *step != 299).collect::<Vec<_>>());
+    assert!((5_000..=10_000).contains(&jobs[0].evaluations.len()), "{}", jobs[0].evaluations.len());
+    assert_eq!(jobs[0].evaluations.last().unwrap().step, Step(10_500));
 }
 
 #[tokio::test]

@@ -194,6 +194,29 @@ pub enum Error {
         /// The tensor.
         tensor: String,
     },
+    /// A base without quantised matrices is to be shared.
+    #[error("the base `{}` has no matrix in 4 bits, and only those can be shared by several workers", folder.display())]
+    ShardNeedsNf4 {
+        /// The base.
+        folder: PathBuf,
+    },
+    /// A base in a GGUF file is to be shared.
+    #[error("the base `{}` is a GGUF file, which cannot be read in parts", file.display())]
+    ShardOfGguf {
+        /// The file.
+        file: PathBuf,
+    },
+    /// A base is to be shared by members that compute on cards.
+    #[error("a base can be shared by workers on processors; on cards it is not supported yet")]
+    ShardOnCard,
+    /// A layer of a shared base is wanted outside of a group, or before the group has agreed on it.
+    #[error("layer {layer} of a shared base is wanted, but {problem}")]
+    NotGathered {
+        /// The layer, from 0.
+        layer: usize,
+        /// Why it cannot be had.
+        problem: String,
+    },
     /// A block size that bitsandbytes does not know.
     #[error("quantisation block size {block_size} is not a power of two from 32 to 4096")]
     BlockSize {
@@ -391,6 +414,10 @@ impl Error {
             Self::QuantState { .. } => "SH0311",
             Self::NonFinite { origin, .. } => origin.code("SH0312", "SH0416"),
             Self::BlockSize { .. } => "SH0313",
+            Self::ShardNeedsNf4 { .. } => "SH0360",
+            Self::ShardOfGguf { .. } => "SH0361",
+            Self::ShardOnCard => "SH0362",
+            Self::NotGathered { .. } => "SH0363",
             Self::AdapterSetting { .. } => "SH0403",
             Self::UnsupportedMethod { .. } => "SH0404",
             Self::UnsupportedOption { .. } => "SH0405",
@@ -434,7 +461,10 @@ impl Error {
             | Self::UnexpectedAdapterTensors { file, .. }
             | Self::AdapterPrefix { file, .. }
             | Self::Write { file, .. } => Some(file),
-            Self::MissingTensor { folder, .. } | Self::OnlyPickles { folder, .. } => Some(folder),
+            Self::ShardOfGguf { file } => Some(file),
+            Self::MissingTensor { folder, .. }
+            | Self::OnlyPickles { folder, .. }
+            | Self::ShardNeedsNf4 { folder } => Some(folder),
             Self::AdapterSetting { file, .. }
             | Self::UnsupportedMethod { file, .. }
             | Self::UnsupportedOption { file, .. } => file.as_ref(),
@@ -453,6 +483,7 @@ impl Error {
                 | io::ErrorKind::UnexpectedEof => Kind::User,
                 _ => Kind::Transient,
             },
+            Self::NotGathered { .. } => Kind::Transient,
             Self::Length { .. } | Self::Network { .. } => Kind::Internal,
             Self::Use(error) => error.kind(),
             Self::Step(error) => error.kind(),

@@ -150,6 +150,8 @@ fn check(family: &str, options: Nf4Options, recompute: Recompute) {
     let request = PlanRequest {
         accelerated: false,
         half_activations: false,
+        reduced_apart: false,
+        host_limit: None,
         embedding_bytes: 0,
         micro_batch_rows: Some(3),
         max_length: 40,

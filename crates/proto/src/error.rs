@@ -19,6 +19,12 @@ const LONGEST_TEXT: usize = 2048;
 
 /// The one table: codes that mean something to a gRPC client beyond their kind.
 const BY_CODE: &[(&str, Code)] = &[
+    ("SH0740", Code::Unauthenticated),
+    ("SH0741", Code::PermissionDenied),
+    ("SH0742", Code::Unauthenticated),
+    ("SH0743", Code::PermissionDenied),
+    ("SH0744", Code::ResourceExhausted),
+    ("SH0747", Code::NotFound),
     ("SH0770", Code::NotFound),
     ("SH0771", Code::AlreadyExists),
     ("SH0774", Code::FailedPrecondition),

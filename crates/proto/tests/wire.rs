@@ -45,6 +45,13 @@ impl JobService for Refuses {
     ) -> Result<Response<ListCheckpointsResponse>, Status> {
         Ok(Response::new(ListCheckpointsResponse::default()))
     }
+
+    async fn drain_worker(
+        &self,
+        _: Request<DrainWorkerRequest>,
+    ) -> Result<Response<DrainWorkerResponse>, Status> {
+        Ok(Response::new(DrainWorkerResponse::default()))
+    }
 }
 
 #[tokio::test]

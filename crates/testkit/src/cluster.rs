@@ -57,6 +57,12 @@ impl LocalCluster {
         &self.workers[number]
     }
 
+    /// Waits until a worker's process has ended.
+    pub fn wait_for_end_of(&mut self, number: usize) -> anyhow::Result<()> {
+        let worker = &mut self.workers[number];
+        wait::until("the worker to end", PATIENCE, || Ok(worker.has_ended().then_some(())))
+    }
+
     /// `kill -9` of the coordinator, which then starts again on the same address and state.
     pub fn restart_coordinator(&mut self) -> anyhow::Result<()> {
         self.kill_coordinator()?;

@@ -3,11 +3,13 @@
 //! Nothing here sleeps for a fixed time: [`wait::until`] waits for conditions, and says what it waited for.
 
 pub mod adapter;
+pub mod chaos;
 pub mod cluster;
 pub mod fixtures;
 pub mod job;
 pub mod process;
 pub mod rows;
+pub mod s3;
 pub mod wait;
 
 pub use cluster::LocalCluster;

@@ -41,6 +41,12 @@ impl Shanty {
         self
     }
 
+    /// Another program in the same folder with the same variables.
+    #[must_use]
+    pub fn of(&self, program: impl Into<PathBuf>) -> Self {
+        Self { program: program.into(), ..self.clone() }
+    }
+
     /// Where the program runs.
     pub fn folder(&self) -> &Path {
         &self.folder
@@ -53,6 +59,8 @@ impl Shanty {
             .current_dir(&self.folder)
             .env_remove("SHANTY_COORDINATOR")
             .env_remove("SHANTY_FAILPOINT")
+            // Keys that coordinators leave for their user lie here, not in the home of whoever runs the tests.
+            .env("XDG_STATE_HOME", std::env::temp_dir().join("shanty-tests"))
             .env("NO_COLOR", "1")
             .env("COLUMNS", "100")
             .envs(self.environment.iter().map(|(key, value)| (key, value)))
@@ -113,6 +121,11 @@ impl Running {
         self.child.id()
     }
 
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        !matches!(self.child.try_wait(), Ok(None))
+    }
+
     /// Process ids of its children, theirs, and so on.
     pub fn descendants(&self) -> Vec<u32> {
         descendants(self.pid())
@@ -160,6 +173,11 @@ impl Running {
     /// Interrupts it, as Ctrl-C does.
     pub fn interrupt(&self) {
         signal(self.pid(), Signal::INT);
+    }
+
+    /// SIGTERM, as an orchestrator sends it before it takes a host away.
+    pub fn terminate(&self) {
+        signal(self.pid(), Signal::TERM);
     }
 
     /// `kill -9` of it and everything that it started.

@@ -76,6 +76,48 @@ pub fn check_exactly_once(store: &Path, steps: u64, belongs: impl Fn(u64) -> Vec
     Ok(())
 }
 
+/// How far the rows that were trained differ from those that belong to the steps.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Steps that were looked for.
+    pub steps: u64,
+    /// Steps that nobody applied, and steps beyond the last.
+    pub steps_lost: u64,
+    /// Rows more often in a step than they belong to it.
+    pub duplicates: u64,
+    /// Rows that belong to a step and are missing in it.
+    pub omissions: u64,
+}
+
+impl Counts {
+    /// Adds another job's.
+    pub fn add(&mut self, other: &Self) {
+        self.steps += other.steps;
+        self.steps_lost += other.steps_lost;
+        self.duplicates += other.duplicates;
+        self.omissions += other.omissions;
+    }
+}
+
+/// Counts what differs from exactly once, where [`check_exactly_once`] stops at the first difference.
+pub fn count(store: &Path, steps: u64, belongs: impl Fn(u64) -> Vec<u64>) -> anyhow::Result<Counts> {
+    let trained = trained(&read(store)?);
+    let beyond = trained.keys().filter(|step| **step > steps).count() as u64;
+    let mut counts = Counts { steps, steps_lost: beyond, ..Counts::default() };
+    for step in 1..=steps {
+        let Some(got) = trained.get(&step) else {
+            counts.steps_lost += 1;
+            continue;
+        };
+        let mut balance: BTreeMap<u64, i64> = BTreeMap::new();
+        got.iter().for_each(|row| *balance.entry(*row).or_default() += 1);
+        belongs(step).iter().for_each(|row| *balance.entry(*row).or_default() -= 1);
+        counts.duplicates += balance.values().filter(|by| **by > 0).sum::<i64>() as u64;
+        counts.omissions += balance.values().filter(|by| **by < 0).map(|by| -by).sum::<i64>() as u64;
+    }
+    Ok(counts)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,5 +161,9 @@ mod tests {
         assert!(check(1).is_err());
         write("[2]");
         assert!(check(1).is_err());
+        let counted = |steps| count(folder.path(), steps, |_| vec![1, 2]).unwrap();
+        assert_eq!(counted(2), Counts { steps: 2, steps_lost: 1, duplicates: 0, omissions: 1 });
+        write("[2,1,2,7]");
+        assert_eq!(counted(1), Counts { steps: 1, steps_lost: 0, duplicates: 2, omissions: 0 });
     }
 }

@@ -4,9 +4,14 @@ use std::{
     fs::{self, File},
     io::{self, Write},
     path::Path,
+    time::Duration,
 };
 
-use crate::Error;
+use bytes::Bytes;
+use shanty_checkpoint::Blocking;
+use shanty_diagnostic::{Diagnose, Kind};
+
+use crate::{Error, engine::AdapterFiles};
 
 /// Writes `files` to a folder beside `folder` and moves it there, in place of an earlier one, if `may_move` says so.
 pub(crate) fn write(
@@ -29,6 +34,37 @@ pub(crate) fn write(
         let _ = fs::remove_dir_all(&partial);
         Error::WriteAdapter { path: folder.to_owned(), source }
     })
+}
+
+/// How often an upload is tried, and the pause after the first try.
+const TRIES: u32 = 5;
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Puts `files` into the folder `name` of an object store, in place of an earlier one; gives its URL.
+pub(crate) fn upload(
+    store: &str,
+    name: &str,
+    files: AdapterFiles,
+    may_go_on: &(dyn Fn() -> bool + Sync),
+) -> Result<String, Error> {
+    let mut files: Vec<(String, Bytes)> =
+        files.into_iter().map(|(name, content)| (name, content.into())).collect();
+    // Whoever reads an adapter needs its settings: they come last, and go first.
+    files.sort_by_key(|(name, _)| name != "adapter_config.json");
+    let part = |error: shanty_checkpoint::Error| Error::part(&error);
+    let store = Blocking::open(store).map_err(part)?;
+    let mut pause = PAUSE;
+    for _ in 1..TRIES {
+        match store.put_folder(name, &files, may_go_on) {
+            Err(error) if error.diagnostic().kind == Kind::Transient && may_go_on() => {
+                tracing::warn!(%error, "the adapter is uploaded again");
+            }
+            other => return other.map_err(part),
+        }
+        std::thread::sleep(pause);
+        pause *= 2;
+    }
+    store.put_folder(name, &files, may_go_on).map_err(part)
 }
 
 fn fill(partial: &Path, files: &[(String, Vec<u8>)]) -> io::Result<()> {

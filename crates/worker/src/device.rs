@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use shanty_access::Credentials;
 use shanty_collective::tcp::Listener;
 use shanty_proto::v1::{Hello, LogLine, worker_service_client::WorkerServiceClient};
 use tokio::sync::{
@@ -14,7 +15,7 @@ use tokio::sync::{
 };
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::{
     Error,
@@ -34,6 +35,8 @@ const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(2);
 const KEEP_ALIVE_WITHIN: Duration = Duration::from_secs(5);
 /// How long the trainer may take to end: a micro-batch, and a checkpoint that is being written.
 const END_WITHIN: Duration = Duration::from_secs(20);
+/// How long a worker that is to end waits for the coordinator to say that it may. Who asked kills it earlier if in a hurry.
+const DRAIN_WITHIN: Duration = Duration::from_secs(600);
 /// The largest message that is taken from the coordinator.
 const LARGEST_MESSAGE_BYTES: usize = 64 << 20;
 
@@ -42,6 +45,8 @@ const LARGEST_MESSAGE_BYTES: usize = 64 << 20;
 pub struct WorkerOptions {
     /// URL of the coordinator.
     pub coordinator: String,
+    /// What is shown to it.
+    pub credentials: Credentials,
     /// Names this process, see [`new_worker_id`].
     pub worker_id: String,
     /// The device as it is shown: `cpu`, `cuda:0`, …
@@ -56,6 +61,8 @@ pub struct WorkerOptions {
     pub memory_limit_bytes: Option<u64>,
     /// Armed failpoints.
     pub failpoints: Failpoints,
+    /// Cancelled to have the worker hand back what it holds and end then.
+    pub drain: CancellationToken,
 }
 
 impl WorkerOptions {
@@ -66,6 +73,7 @@ impl WorkerOptions {
     pub fn new(coordinator: impl Into<String>) -> Result<Self, Error> {
         Ok(Self {
             coordinator: coordinator.into(),
+            credentials: Credentials::default(),
             worker_id: new_worker_id(),
             device: "cpu".to_owned(),
             threads: std::thread::available_parallelism().map_or(1, usize::from),
@@ -73,6 +81,7 @@ impl WorkerOptions {
             advertise: None,
             memory_limit_bytes: None,
             failpoints: Failpoints::from_environment()?,
+            drain: CancellationToken::new(),
         })
     }
 }
@@ -93,15 +102,19 @@ pub async fn run_worker(
     logs: Receiver<LogLine>,
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
-    let connection = Endpoint::from_shared(options.coordinator.clone())
-        .map_err(|_| Error::Address { address: options.coordinator.clone() })?
+    let not_one = || Error::Address { address: options.coordinator.clone() };
+    let address = url::Url::parse(&options.coordinator).map_err(|_| not_one())?;
+    let endpoint = Endpoint::from_shared(options.coordinator.clone())
+        .map_err(|_| not_one())?
         .connect_timeout(CONNECT_WITHIN)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(KEEP_ALIVE_EVERY)
         .keep_alive_timeout(KEEP_ALIVE_WITHIN)
-        .keep_alive_while_idle(true)
-        .connect_lazy();
-    let client = WorkerServiceClient::new(connection).max_decoding_message_size(LARGEST_MESSAGE_BYTES);
+        .keep_alive_while_idle(true);
+    let (endpoint, bearer) =
+        options.credentials.prepare(&address, endpoint).map_err(|error| Error::part(&error))?;
+    let client = WorkerServiceClient::with_interceptor(endpoint.connect_lazy(), bearer)
+        .max_decoding_message_size(LARGEST_MESSAGE_BYTES);
     let bind = Address { host: &options.bind, port: 0 }.to_string();
     let listener = Listener::bind(&bind).map_err(|error| Error::part(&error))?;
     let hello = hello(&options, &listener);
@@ -139,18 +152,44 @@ pub async fn run_worker(
         commands: commands.clone(),
         reports: reported,
         logs,
+        drain: options.drain.clone(),
     };
+    let shutdown = end_after_drain(shutdown, options.drain);
     let result = tokio::select! {
         biased;
         () = control.dead.cancelled() => return Err(Error::Killed),
         result = &mut end => return result.unwrap_or(Err(Error::TrainerGone)),
         result = Box::pin(session.run(shutdown)) => result,
     };
+    if matches!(result, Err(Error::Hung { .. })) {
+        // Nothing that the thread holds can be had back but by the end of the process.
+        return result;
+    }
     control.drop_membership("the worker ends");
     // A trainer that has ended needs no command.
     let _ = commands.send(Command::Close);
     let _ = tokio::time::timeout(END_WITHIN, end).await;
     result
+}
+
+/// Ends with `shutdown`, or when a drain takes too long: whoever asked for it counts on an end.
+fn end_after_drain(shutdown: CancellationToken, drain: CancellationToken) -> CancellationToken {
+    let end = shutdown.child_token();
+    let ended = end.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            () = ended.cancelled() => return,
+            () = drain.cancelled() => {}
+        }
+        tokio::select! {
+            () = ended.cancelled() => {}
+            () = tokio::time::sleep(DRAIN_WITHIN) => {
+                warn!(?DRAIN_WITHIN, "what this worker holds was not taken over in time; it ends");
+                ended.cancel();
+            }
+        }
+    });
+    end
 }
 
 fn hello(options: &WorkerOptions, listener: &Listener) -> Hello {
@@ -170,6 +209,8 @@ fn hello(options: &WorkerOptions, listener: &Listener) -> Hello {
         memory_bytes: memory.totalram.saturating_mul(memory.mem_unit.into()),
         collective_address,
         attachment: None,
+        shard_part: None,
+        draining: false,
     }
 }
 

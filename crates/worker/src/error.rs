@@ -118,6 +118,22 @@ pub enum Error {
         /// The text.
         text: String,
     },
+    /// The trainer does not answer any more.
+    #[error(
+        "the training thread has not answered for {seconds:.0} s: it hangs in the driver, or in a collective"
+    )]
+    Hung {
+        /// For how long.
+        seconds: f64,
+    },
+    /// A loss is out of all proportion.
+    #[error("{reason} in step {step}")]
+    LossSpike {
+        /// The step.
+        step: u64,
+        /// The loss beside the usual one.
+        reason: String,
+    },
     /// A test simulated the death of this worker.
     #[error("killed at a failpoint")]
     Killed,
@@ -164,6 +180,16 @@ impl Diagnose for Error {
                 Some("free the disk, then `shanty resume`: the last checkpoint is whole"),
             ),
             Self::TrainerGone => ("SH0608", Kind::Internal, None),
+            Self::Hung { .. } => (
+                "SH0641",
+                Kind::Transient,
+                Some("the process ends so that its device is free again; look at the driver's log"),
+            ),
+            Self::LossSpike { .. } => (
+                "SH0642",
+                Kind::User,
+                Some("lower `train.learning_rate`, or set `train.on_bad_step = \"skip\"`"),
+            ),
             Self::Failpoint { .. } | Self::Killed => (
                 "SH0609",
                 Kind::User,

@@ -7,6 +7,9 @@
 //! ring_hop_2@step=7,rank=0;before_manifest@step=10
 //! ```
 //!
+//! With `hang:` ahead of the point, the thread stays there for ever instead, as in a driver that does not come back:
+//! `hang:mid_backward@step=5,rank=1`.
+//!
 //! Keys are `step`, `rank` and `generation`; a key that is absent matches everything. The worker that reaches the
 //! place sends itself SIGKILL: no destructor runs, no buffer is flushed, as when a machine loses its process.
 //! Without the variable a failpoint is one branch on a flag that never changes.
@@ -56,6 +59,8 @@ struct Plan {
     generation: Option<u64>,
     step: Option<u64>,
     rank: Option<u32>,
+    /// The place is not passed and not died at: the thread stays there for ever.
+    hangs: bool,
 }
 
 /// What happens at an armed place. Real workers die; tests in one process simulate a death.
@@ -115,10 +120,12 @@ impl Failpoints {
 
     #[cold]
     fn reach_armed(&self, point: Point, place: Place) -> Result<(), Error> {
-        if self.plans.iter().any(|plan| plan.matches(point, place)) {
-            (self.action)(point, place)
-        } else {
-            Ok(())
+        match self.plans.iter().find(|plan| plan.matches(point, place)) {
+            Some(plan) if plan.hangs => loop {
+                std::thread::park();
+            },
+            Some(_) => (self.action)(point, place),
+            None => Ok(()),
         }
     }
 }
@@ -144,7 +151,8 @@ impl FromStr for Plan {
     fn from_str(text: &str) -> Result<Self, Error> {
         let unclear = || Error::Failpoint { text: text.to_owned() };
         let (name, conditions) = text.split_once('@').unwrap_or((text, ""));
-        let mut plan = Self { point: name.parse()?, generation: None, step: None, rank: None };
+        let (name, hangs) = name.strip_prefix("hang:").map_or((name, false), |name| (name, true));
+        let mut plan = Self { point: name.parse()?, generation: None, step: None, rank: None, hangs };
         for condition in conditions.split(',').filter(|condition| !condition.is_empty()) {
             let (key, value) = condition.split_once('=').ok_or_else(unclear)?;
             let value: u64 = value.trim().parse().map_err(|_| unclear())?;

@@ -22,6 +22,8 @@ mod plan;
 pub mod row_log;
 mod rows;
 mod session;
+#[cfg(all(test, feature = "simulation"))]
+mod simulation;
 pub mod supervisor;
 mod trainer;
 

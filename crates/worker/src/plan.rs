@@ -7,6 +7,7 @@ use shanty_data::{
     MixPart,
     order::{self, Order},
 };
+use shanty_peft_core::model::ShardPart;
 use shanty_proto::v1::{Assign, DataSummary};
 
 use crate::Error;
@@ -19,9 +20,13 @@ pub(crate) struct JobPlan {
     /// The specification as it was sent, to notice a changed one.
     pub(crate) spec_json: String,
     pub(crate) spec: JobSpec,
-    /// The folder of the run.
+    /// The folder of the run on this machine: logs, and a start that was computed from the base.
     pub(crate) store: PathBuf,
+    /// Where checkpoints and the finished adapter go: a folder or a URL.
+    pub(crate) location: String,
     pub(crate) data: DataSummary,
+    /// The part of the base that this worker is to hold; none for all of it.
+    pub(crate) part: Option<ShardPart>,
     order: Order,
 }
 
@@ -40,14 +45,31 @@ impl JobPlan {
         let batch = spec.train.global_batch_size as u64;
         let order = Order::mixed(spec.train.seed, data.train_rows, &mix, batch)
             .map_err(|error| Error::part(&error))?;
-        let store = spec.checkpoint.store.clone().unwrap_or_else(|| PathBuf::from("runs").join(&spec.name));
-        let Assign { job_id, attempt, spec_json, .. } = assign;
-        Ok(Self { job_id, attempt, spec_json, spec, store, data, order })
+        let store = spec.checkpoint.folder(&spec.name);
+        let location = spec.checkpoint.location(&spec.name);
+        let Assign { job_id, attempt, spec_json, shard_part, .. } = assign;
+        let parts = spec.base.shard.parts();
+        let part = match shard_part {
+            None if parts == 1 => None,
+            Some(part) if parts > 1 && part < parts => {
+                Some(ShardPart { part: part as usize, parts: parts as usize })
+            }
+            other => {
+                let reason = format!("the base is in {parts} parts, and this worker is given part {other:?}");
+                return Err(unclear(reason));
+            }
+        };
+        Ok(Self { job_id, attempt, spec_json, spec, store, location, data, part, order })
     }
 
     /// Whether an assignment is of the job that is loaded, so that its engine serves for it.
     pub(crate) fn needs_same_engine(&self, other: &Self) -> bool {
         self.job_id == other.job_id && self.spec_json == other.spec_json
+    }
+
+    /// Number of [`Self::part`].
+    pub(crate) fn part(&self) -> Option<u32> {
+        self.part.and_then(|part| u32::try_from(part.part).ok())
     }
 
     /// Updates that the job makes in all.
@@ -91,6 +113,15 @@ impl JobPlan {
     }
 }
 
+impl JobPlan {
+    /// Whether the adapters of all ranks are compared after `applied` updates: every so many steps, and before each
+    /// checkpoint.
+    pub(crate) fn comparison_is_due(&self, applied: u64, checkpoint_is_due: bool) -> bool {
+        let every = self.spec.cluster.compare_every_steps;
+        checkpoint_is_due || applied > 0 && every > 0 && applied.is_multiple_of(every)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -103,7 +134,9 @@ mod tests {
         });
         let data = DataSummary { train_rows: 10, eval_rows: 3, steps: 6, ..DataSummary::default() };
         let spec_json = spec.to_string();
-        JobPlan::new(Assign { job_id: "j-1".to_owned(), attempt: 1, spec_json, data: Some(data) }).unwrap()
+        let assign =
+            Assign { job_id: "j-1".to_owned(), attempt: 1, spec_json, data: Some(data), ..Assign::default() };
+        JobPlan::new(assign).unwrap()
     }
 
     #[test]

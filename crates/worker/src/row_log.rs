@@ -45,6 +45,17 @@ pub enum Entry {
         /// The worker's rank.
         rank: u32,
     },
+    /// The worker passed over the step: nothing of it is in the adapter.
+    Skipped {
+        /// The job's attempt.
+        attempt: u32,
+        /// The generation.
+        generation: u64,
+        /// The step.
+        step: u64,
+        /// The worker's rank.
+        rank: u32,
+    },
 }
 
 /// Appends to a worker's row log.

@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use shanty_access::Channel;
 use shanty_data::order::row_hash;
 use shanty_proto::error::UNREACHABLE;
 use shanty_proto::v1::{
@@ -12,7 +13,7 @@ use shanty_proto::v1::{
 };
 use tokio::{runtime::Handle, time::sleep};
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Code, Status};
 use tracing::{debug, warn};
 
 use crate::{
@@ -57,6 +58,16 @@ impl Lease {
     /// `Err(Interrupted)` if the generation was left, `Ok(Err(…))` if the rows cannot be had or are wrong.
     pub(crate) fn wait(self) -> Result<Result<Leased, Error>, Interrupted> {
         self.receiver.recv().map_err(|_| Interrupted)
+    }
+
+    /// The rows, if they are there; a model of a trainer must not block.
+    #[cfg(all(test, feature = "simulation"))]
+    pub(crate) fn look(&self) -> Result<Option<Result<Leased, Error>>, Interrupted> {
+        match self.receiver.try_recv() {
+            Ok(leased) => Ok(Some(leased)),
+            Err(std::sync::mpsc::TryRecvError::Empty) => Ok(None),
+            Err(std::sync::mpsc::TryRecvError::Disconnected) => Err(Interrupted),
+        }
     }
 }
 
@@ -144,7 +155,8 @@ fn may_pass(status: &Status) -> bool {
     let error = shanty_proto::from_status(status);
     error.code == UNREACHABLE
         || error.kind.is_retryable()
-        || matches!(status.code(), Code::NotFound | Code::FailedPrecondition)
+        // A token that is just being exchanged: if there is no other, the session ends the worker.
+        || matches!(status.code(), Code::NotFound | Code::FailedPrecondition | Code::Unauthenticated)
 }
 
 fn check(step: u64, ids: &[u64], rows: Vec<shanty_proto::v1::Row>) -> Result<Vec<Row>, Error> {

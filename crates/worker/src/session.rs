@@ -8,21 +8,22 @@ mod outbox;
 
 use std::{
     sync::{Arc, mpsc::Sender},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
+use shanty_access::Channel;
 use shanty_proto::v1::{
-    Attachment, Beat, CoordinatorMessage, Goodbye, Hello, LogLine, LogLines, Welcome, WorkerMessage,
-    coordinator_message::Message as FromCoordinator, worker_message::Message,
+    Attachment, Beat, CoordinatorMessage, Draining, Goodbye, Hello, LogLine, LogLines, Welcome,
+    WorkerMessage, coordinator_message::Message as FromCoordinator, worker_message::Message,
     worker_service_client::WorkerServiceClient,
 };
 use tokio::{
     sync::mpsc::{self, Receiver, UnboundedReceiver, UnboundedSender},
-    time::{Interval, MissedTickBehavior, interval, sleep, timeout},
+    time::{Instant, Interval, MissedTickBehavior, interval, sleep, timeout},
 };
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Status, Streaming, transport::Channel};
+use tonic::{Code, Status, Streaming};
 use tracing::{debug, info, warn};
 
 use crate::{Error, control::Control, trainer::Command};
@@ -38,6 +39,9 @@ const WELCOME_WITHIN: Duration = Duration::from_secs(5);
 /// A report of a step this close to the end of the credit is followed by a beat at once.
 const LOW_CREDIT_STEPS: u64 = 3;
 
+/// Code of a stream's end when the rights are over that it was let in by.
+const RIGHTS_ENDED: &str = "SH0742";
+
 /// What a session is made of.
 pub(crate) struct Session {
     pub(crate) client: WorkerServiceClient<Channel>,
@@ -48,6 +52,8 @@ pub(crate) struct Session {
     pub(crate) commands: Sender<Command>,
     pub(crate) reports: UnboundedReceiver<Message>,
     pub(crate) logs: Receiver<LogLine>,
+    /// Cancelled when the process is asked to end once what it holds is in other hands.
+    pub(crate) drain: CancellationToken,
 }
 
 /// How a connection ended.
@@ -67,6 +73,10 @@ struct Memory {
     /// restarted meanwhile, which took the generation for alive.
     parted: Option<Message>,
     credit: Duration,
+    /// Whether this connection's coordinator was told that the worker is to end.
+    draining: bool,
+    /// It was told that it may.
+    drained: bool,
 }
 
 impl Session {
@@ -80,6 +90,8 @@ impl Session {
             assigned: None,
             parted: None,
             credit: Duration::from_secs(1),
+            draining: false,
+            drained: false,
         };
         let mut pause = FIRST_PAUSE;
         let mut told = String::new();
@@ -110,7 +122,14 @@ impl Session {
         let attachment = self.control.attachment();
         let (sender, receiver) = mpsc::unbounded_channel();
         let mut wire = Wire { sender };
-        wire.send(Message::Hello(Hello { attachment: attachment.clone(), ..self.hello.clone() }));
+        let draining = self.drain.is_cancelled();
+        wire.send(Message::Hello(Hello {
+            attachment: attachment.clone(),
+            draining,
+            shard_part: self.control.part(),
+            ..self.hello.clone()
+        }));
+        memory.draining = draining;
 
         let opening = self.open(UnboundedReceiverStream::new(receiver));
         let opened = tokio::select! {
@@ -174,7 +193,20 @@ impl Session {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let control = Arc::clone(&self.control);
         loop {
+            // In this order: a beat that is due waits for nothing, and a simulation can be played again.
             tokio::select! {
+                biased;
+                () = shutdown.cancelled() => {
+                    wire.send(Message::Goodbye(Goodbye { reason: "the worker was asked to end".to_owned() }));
+                    return Ok(say_no_more(wire, inbound).await);
+                }
+                _ = tick.tick() => {
+                    if let Some(silent) = control.hung_for() {
+                        return Err(Error::Hung { seconds: silent.as_secs_f64() });
+                    }
+                    self.beat(memory, &mut wire);
+                }
+                () = control.beat_wanted.notified() => self.beat(memory, &mut wire),
                 message = inbound.message() => match message {
                     Ok(Some(CoordinatorMessage { message: Some(message) })) => {
                         self.receive(memory, &mut wire, message);
@@ -184,18 +216,16 @@ impl Session {
                     Err(status) => return self.lost(&status),
                 },
                 Some(report) = self.reports.recv() => self.report(memory, &mut wire, report),
-                _ = tick.tick() => self.beat(memory, &mut wire),
-                () = control.beat_wanted.notified() => self.beat(memory, &mut wire),
                 Some(line) = self.logs.recv() => self.forward_logs(memory, &mut wire, line),
-                () = shutdown.cancelled() => {
-                    wire.send(Message::Goodbye(Goodbye { reason: "the worker was asked to end".to_owned() }));
-                    drop(wire);
-                    // The stream ends once the coordinator has read the goodbye; not for long if it is stuck.
-                    let _ = timeout(Duration::from_secs(1), async {
-                        while let Ok(Some(_)) = inbound.message().await {}
-                    }).await;
-                    return Ok(End::Shutdown);
+                () = self.drain.cancelled(), if !memory.draining => {
+                    memory.draining = true;
+                    info!("asked to end: hands back what it holds");
+                    wire.send(Message::Draining(Draining { reason: "the worker was asked to end".to_owned() }));
                 }
+            }
+            if memory.drained {
+                wire.send(Message::Goodbye(Goodbye { reason: "drained".to_owned() }));
+                return Ok(say_no_more(wire, inbound).await);
             }
             if wire.sender.is_closed() {
                 return Ok(End::Lost("the stream broke".to_owned()));
@@ -206,14 +236,15 @@ impl Session {
     /// A status that ended the stream: fatal if a repeat cannot help.
     fn lost(&self, status: &Status) -> Result<End, Error> {
         let error = shanty_proto::from_status(status);
-        let refused = matches!(
-            status.code(),
-            Code::InvalidArgument
-                | Code::FailedPrecondition
-                | Code::Unauthenticated
-                | Code::PermissionDenied
-                | Code::Unimplemented
-        );
+        // The token may have been exchanged for another; whoever has none is told so at the next attempt.
+        if error.code == RIGHTS_ENDED {
+            return Ok(End::Lost(error.message));
+        }
+        if matches!(status.code(), Code::Unauthenticated | Code::PermissionDenied) {
+            return Err(Error::part(&error));
+        }
+        let refused =
+            matches!(status.code(), Code::InvalidArgument | Code::FailedPrecondition | Code::Unimplemented);
         if refused && !error.kind.is_retryable() {
             return Err(Error::Refused { address: self.address.clone(), reason: error.message });
         }
@@ -226,6 +257,9 @@ impl Session {
             FromCoordinator::BeatAck(ack) => {
                 let sent = memory.outbox.acknowledged(ack.sequence);
                 if let (Some(sent), Some(credit)) = (sent, ack.credit) {
+                    if credit.deadline_ms > 0 {
+                        self.control.set_deadline(Duration::from_millis(credit.deadline_ms.into()));
+                    }
                     self.control.grant(credit.generation, credit.up_to_step, sent, memory.credit);
                 }
             }
@@ -248,8 +282,11 @@ impl Session {
                 self.beat(memory, wire);
             }
             FromCoordinator::Leave(leave) => {
-                info!(generation = leave.generation, reason = %leave.reason, "leaving the generation");
-                self.control.interrupt(leave.generation, &leave.reason);
+                info!(generation = leave.generation, after = leave.after_step, reason = %leave.reason, "leaving the generation");
+                match leave.after_step {
+                    Some(step) => self.control.leave_after(leave.generation, step, &leave.reason),
+                    None => self.control.interrupt(leave.generation, &leave.reason),
+                }
                 self.command(Command::Leave(leave));
             }
             FromCoordinator::Release(release) => {
@@ -258,6 +295,15 @@ impl Session {
                 memory.assigned = None;
                 self.control.drop_membership(&release.reason);
                 self.command(Command::Release(release));
+            }
+            FromCoordinator::Keep(keep) => self.command(Command::Keep(keep)),
+            FromCoordinator::Drain(drain) => {
+                info!(reason = %drain.reason, "the coordinator asks this worker to end");
+                self.drain.cancel();
+            }
+            FromCoordinator::Drained(drained) => {
+                info!(reason = %drained.reason, "drained");
+                memory.drained = true;
             }
         }
     }
@@ -295,8 +341,8 @@ impl Session {
 
     fn beat(&self, memory: &mut Memory, wire: &mut Wire) {
         if let Some(sequence) = memory.outbox.beat(Instant::now()) {
-            let (phase, attachment) = (self.control.phase(), self.control.attachment());
-            wire.send(Message::Beat(Beat { sequence, phase: phase.into(), attachment }));
+            let ((phase, progress), attachment) = (self.control.phase(), self.control.attachment());
+            wire.send(Message::Beat(Beat { sequence, phase: phase.into(), attachment, progress }));
         }
     }
 
@@ -309,6 +355,14 @@ impl Session {
             wire.send(Message::Logs(LogLines { job_id: job_id.clone(), lines }));
         }
     }
+}
+
+/// The stream ends once the coordinator has read the goodbye; not for long if it is stuck.
+async fn say_no_more(wire: Wire, mut inbound: Streaming<CoordinatorMessage>) -> End {
+    drop(wire);
+    let _ =
+        timeout(Duration::from_secs(1), async { while let Ok(Some(_)) = inbound.message().await {} }).await;
+    End::Shutdown
 }
 
 /// The sending half of a connection. A send after the connection broke goes nowhere; the loop notices.

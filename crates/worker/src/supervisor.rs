@@ -17,6 +17,9 @@ use tracing::{info, warn};
 
 use crate::Error;
 
+/// Signals within this time are one request.
+const SAME_REQUEST: Duration = Duration::from_secs(1);
+
 /// How to start the process of one device: `shanty worker-device …`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceCommand {
@@ -33,14 +36,16 @@ pub struct DeviceCommand {
 pub struct SupervisorOptions {
     /// One entry a device.
     pub devices: Vec<DeviceCommand>,
-    /// How long a child may take to end by itself once it was asked to.
+    /// How long a child may take to end by itself once it was asked to: it hands back what it holds first.
     pub grace: Duration,
+    /// Cancelled to kill children that have not ended yet.
+    pub kill: CancellationToken,
 }
 
 impl SupervisorOptions {
-    /// Runs `devices`, with five seconds to end by themselves.
+    /// Runs `devices`, with two minutes to end by themselves.
     pub fn new(devices: Vec<DeviceCommand>) -> Self {
-        Self { devices, grace: Duration::from_secs(5) }
+        Self { devices, grace: Duration::from_secs(120), kill: CancellationToken::new() }
     }
 }
 
@@ -69,6 +74,7 @@ struct Running {
 pub struct Supervisor {
     children: Vec<Running>,
     grace: Duration,
+    kill: CancellationToken,
 }
 
 impl Supervisor {
@@ -92,7 +98,7 @@ impl Supervisor {
             info!(device, pid, "device process started");
             children.push(Running { device, pid, child, lifeline });
         }
-        Ok(Self { children, grace: options.grace })
+        Ok(Self { children, grace: options.grace, kill: options.kill })
     }
 
     /// Process ids of the children, by device.
@@ -104,7 +110,10 @@ impl Supervisor {
     /// after the grace.
     pub async fn run(self, shutdown: CancellationToken) -> Vec<ChildExit> {
         let grace = self.grace;
-        let ends = self.children.into_iter().map(|running| watch(running, grace, shutdown.clone()));
+        let ends = self
+            .children
+            .into_iter()
+            .map(|running| watch(running, grace, shutdown.clone(), self.kill.clone()));
         let mut exits: Vec<ChildExit> = futures::future::join_all(ends).await.into_iter().flatten().collect();
         exits.sort_by_key(|exit| exit.device);
         exits
@@ -116,7 +125,12 @@ pub fn ended_well(exits: &[ChildExit]) -> bool {
     exits.iter().all(|exit| exit.asked || exit.status.success())
 }
 
-async fn watch(mut running: Running, grace: Duration, shutdown: CancellationToken) -> Option<ChildExit> {
+async fn watch(
+    mut running: Running,
+    grace: Duration,
+    shutdown: CancellationToken,
+    kill: CancellationToken,
+) -> Option<ChildExit> {
     let (device, pid) = (running.device, running.pid);
     let by_itself = tokio::select! {
         status = running.child.wait() => Some(status),
@@ -125,7 +139,7 @@ async fn watch(mut running: Running, grace: Duration, shutdown: CancellationToke
     let asked = by_itself.is_none();
     let status = match by_itself {
         Some(status) => status,
-        None => stop(&mut running, grace).await,
+        None => stop(&mut running, grace, &kill).await,
     };
     match status {
         Ok(status) => {
@@ -143,14 +157,20 @@ async fn watch(mut running: Running, grace: Duration, shutdown: CancellationToke
     }
 }
 
-async fn stop(running: &mut Running, grace: Duration) -> std::io::Result<ExitStatus> {
+async fn stop(
+    running: &mut Running,
+    grace: Duration,
+    kill: &CancellationToken,
+) -> std::io::Result<ExitStatus> {
     let pid = i32::try_from(running.pid).ok().and_then(rustix::process::Pid::from_raw);
     if let Some(pid) = pid.filter(|_| running.child.id().is_some()) {
         // If it ended meanwhile there is nobody to ask: `wait` below tells.
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
     }
-    if let Ok(status) = tokio::time::timeout(grace, running.child.wait()).await {
-        return status;
+    tokio::select! {
+        status = running.child.wait() => return status,
+        () = tokio::time::sleep(grace) => {}
+        () = kill.cancelled() => {}
     }
     running.lifeline = None;
     running.child.start_kill()?;
@@ -181,21 +201,48 @@ pub fn end_with_parent() -> Result<(), Error> {
 /// # Errors
 /// [`Error::Process`] if the signals cannot be listened for.
 pub fn shutdown_on_signals() -> Result<CancellationToken, Error> {
+    Ok(signals()?.first)
+}
+
+/// What the process was asked by SIGINT (ctrl-c) or SIGTERM.
+#[derive(Debug, Clone)]
+pub struct Signals {
+    /// To end, when it has put down what it holds.
+    pub first: CancellationToken,
+    /// To end at once: it was asked again. A terminal asks parent and child together, and the parent asks its child: what
+    /// comes within a second counts as one.
+    pub again: CancellationToken,
+}
+
+/// Tokens that are cancelled when the process is asked to end.
+///
+/// # Errors
+/// [`Error::Process`] if the signals cannot be listened for.
+pub fn signals() -> Result<Signals, Error> {
     use tokio::signal::unix::{SignalKind, signal};
 
     let fail = |source| Error::Process { what: "the signal handler".to_owned(), source };
     let mut interrupt = signal(SignalKind::interrupt()).map_err(fail)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(fail)?;
-    let shutdown = CancellationToken::new();
-    let token = shutdown.clone();
+    let signals = Signals { first: CancellationToken::new(), again: CancellationToken::new() };
+    let Signals { first, again } = signals.clone();
     tokio::spawn(async move {
         tokio::select! {
             _ = interrupt.recv() => info!("interrupted"),
             _ = terminate.recv() => info!("asked to end"),
         }
-        token.cancel();
+        let asked = tokio::time::Instant::now();
+        first.cancel();
+        while asked.elapsed() < SAME_REQUEST {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+        }
+        info!("asked again");
+        again.cancel();
     });
-    Ok(shutdown)
+    Ok(signals)
 }
 
 #[cfg(test)]

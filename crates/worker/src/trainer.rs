@@ -6,9 +6,16 @@
 mod boundary;
 mod check;
 mod checkpoint;
-mod formation;
+mod compare;
+mod debts;
+pub(crate) mod formation;
 mod job;
+mod keep;
+mod link;
 mod pipeline;
+mod reduction;
+mod shard;
+mod spoilt;
 mod start;
 mod state;
 mod step;
@@ -20,9 +27,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use shanty_collective::{Collective, tcp};
+use shanty_collective::tcp;
 use shanty_proto::v1::{
-    Assign, BaseReady, Broken, Form, KeptSum, Leave, Left, MemberPhase, Release, WorkerFailure,
+    Assign, BaseReady, Broken, Form, Keep, KeptSum, Leave, Left, MemberPhase, Release, WorkerFailure,
     worker_message::Message,
 };
 use tokio::sync::mpsc::UnboundedSender;
@@ -40,7 +47,7 @@ use crate::{
 
 use formation::Formation;
 use job::Job;
-use step::Generation;
+use step::{Generation, Links};
 
 /// How long a failed collective waits for the coordinator to say why, before the worker says that it broke: the
 /// coordinator notices a lost member as well, and its reason is better than "connection reset".
@@ -55,6 +62,8 @@ pub(crate) enum Command {
     Form(Form),
     /// Take no further part in it.
     Leave(Leave),
+    /// Write a checkpoint of the state that a generation was left with.
+    Keep(Keep),
     /// The job is over.
     Release(Release),
     /// The coordinator went on without this worker.
@@ -116,8 +125,8 @@ struct Member {
     job_id: String,
     attempt: u32,
     generation: u64,
-    /// Kept open after the last step until the generation is over.
-    _collective: Option<Box<dyn Collective>>,
+    /// Kept after the last step until the generation is over.
+    links: Option<Links>,
 }
 
 /// The trainer.
@@ -145,10 +154,16 @@ impl Trainer {
     pub(crate) fn run(mut self) -> Result<(), Error> {
         self.around.control.set_phase(MemberPhase::Idle);
         while let Ok(command) = self.commands.recv() {
+            self.around.control.set_at_work(true);
             match command {
                 Command::Assign(assign) => self.assign(assign),
                 Command::Form(form) => self.form(form)?,
                 Command::Leave(leave) => self.leave(&leave),
+                Command::Keep(wanted) => {
+                    if let Some(job) = &mut self.job {
+                        keep::keep(&self.around, job, &wanted);
+                    }
+                }
                 Command::Release(release) => self.release(&release),
                 Command::Dropped => {
                     self.member = None;
@@ -157,6 +172,7 @@ impl Trainer {
                 }
                 Command::Close => break,
             }
+            self.around.control.set_at_work(false);
         }
         if let Some(job) = &mut self.job {
             job.checkpoints.wait();
@@ -181,6 +197,7 @@ impl Trainer {
                     total_parameters: facts.total_parameters,
                     matched_modules: facts.matched_modules.clone(),
                     seconds: began.elapsed().as_secs_f64(),
+                    shard_part: job.plan.part(),
                 }));
             }
             Err(error) => {
@@ -196,14 +213,21 @@ impl Trainer {
         let plan = JobPlan::new(assign)?;
         if let Some(job) = &mut self.job
             && job.plan.needs_same_engine(&plan)
+            && job.plan.part == plan.part
         {
             if job.plan.attempt != plan.attempt {
-                job.forget_state();
+                job.forget_state()?;
                 self.around.control.set_applied(0);
             }
             job.plan = plan;
             return Ok(());
         }
+        // Another part of the same base: adapter and optimizer stay.
+        let same_attempt = |job: &&Job| job.plan.needs_same_engine(&plan) && job.plan.attempt == plan.attempt;
+        let carried = match self.job.as_ref().filter(same_attempt) {
+            Some(job) => job.carried()?,
+            None => None,
+        };
         self.drop_job();
         self.around.control.set_phase(MemberPhase::Loading);
         info!(job = %plan.job_id, base = %plan.spec.base.model.display(), "loading the base");
@@ -217,6 +241,7 @@ impl Trainer {
             memory_limit_bytes: self.around.memory_limit_bytes,
             steps: plan.steps(),
             store: &plan.store,
+            part: plan.part,
         };
         let mut told = 0;
         let engine = self.loader.load(request, &mut |share| {
@@ -226,7 +251,13 @@ impl Trainer {
                 info!(percent = quarters * 25, "loading the base");
             }
         })?;
-        self.job = Some(Job::new(plan, engine, row_log));
+        let mut job = Job::new(plan, engine, row_log);
+        if let Some(carried) = carried {
+            self.around.control.set_applied(carried.applied());
+            job.carry(carried)?;
+        }
+        self.around.control.set_part(job.plan.part());
+        self.job = Some(job);
         Ok(())
     }
 
@@ -235,21 +266,22 @@ impl Trainer {
         self.member = None;
         let taken_part = self.take_part(form);
         let stop = match taken_part {
-            Ok(collective) => {
+            Ok(links) => {
                 self.around.control.set_phase(MemberPhase::Waiting);
-                self.member = Some(Member { job_id, attempt, generation, _collective: Some(collective) });
+                self.member = Some(Member { job_id, attempt, generation, links: Some(links) });
                 return Ok(());
             }
             Err(stop) => stop,
         };
         self.around.control.set_phase(MemberPhase::Waiting);
-        self.member = Some(Member { job_id: job_id.clone(), attempt, generation, _collective: None });
+        self.member = Some(Member { job_id: job_id.clone(), attempt, generation, links: None });
         match stop {
             Stop::Interrupted => {}
             Stop::Broken(reason) => self.tell_broken(job_id, attempt, generation, reason),
             Stop::Failed(error) => {
                 if let Some(job) = &mut self.job {
-                    job.sum.clear();
+                    // What failed is told already.
+                    let _ = job.drop_sum();
                 }
                 // The coordinator goes on without this worker; it may be assigned anew.
                 self.member = None;
@@ -264,7 +296,7 @@ impl Trainer {
         Ok(())
     }
 
-    fn take_part(&mut self, form: Form) -> Result<Box<dyn Collective>, Stop> {
+    fn take_part(&mut self, form: Form) -> Result<Links, Stop> {
         let Some(job) = &mut self.job else {
             let reason = "no base is loaded".to_owned();
             return Err(Error::Protocol { message: "Form", reason }.into());
@@ -294,11 +326,22 @@ impl Trainer {
         if member.generation != leave.generation {
             return;
         }
-        member._collective = None;
+        if leave.after_step.is_none() {
+            // Others may still be in the last collective of the step that all left after.
+            member.links = None;
+        }
         let Some(job) = &self.job else { return };
         let (applied_step, state_hash) = match &job.state {
-            Some(state) => (state.applied(), state.hash()),
-            None => (0, String::new()),
+            Some(state) => (state.applied(), state.hash(&*job.engine)),
+            None => (0, Ok(String::new())),
+        };
+        let state_hash = match state_hash {
+            Ok(hash) => hash,
+            Err(error) => {
+                let (job_id, attempt) = (member.job_id.clone(), member.attempt);
+                self.member = None;
+                return self.fail(&job_id, attempt, &error);
+            }
         };
         let kept = job.sum.kept().map(|(step, rows)| KeptSum { step, row_ids: rows.to_vec() });
         let kept_rows = kept.as_ref().map_or(0, |kept| kept.row_ids.len());
@@ -328,6 +371,7 @@ impl Trainer {
             job.checkpoints.wait();
         }
         self.around.control.set_applied(0);
+        self.around.control.set_part(None);
     }
 
     fn fail(&self, job_id: &str, attempt: u32, error: &Error) {

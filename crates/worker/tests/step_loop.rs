@@ -4,7 +4,11 @@
 
 mod common;
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use common::{
     Crew, adapter, assert_same_losses,
@@ -13,6 +17,7 @@ use common::{
     engine::ModelEngines,
     prove_exactly_once, run, run_watched,
 };
+use serde_json::{Value, json};
 use shanty_worker::{
     Error,
     failpoint::{Failpoints, Point},
@@ -45,6 +50,50 @@ async fn one_two_and_three_workers_train_the_same() {
             assert!((one - other).abs() < 1e-4, "{one} {other}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn encrypted_links_change_no_bit() {
+    let [plain, encrypted] = [json!({ "encryption": "off" }), json!({ "encryption": "on" })];
+    let mut adapters = Vec::new();
+    for cluster in [plain, encrypted] {
+        let (_folder, path) = store();
+        let job = Job { cluster, ..Job::new(path.clone()) };
+        run(job.clone(), 3, ModelEngines::default(), "").await;
+        prove_exactly_once(&job);
+        adapters.push(adapter(&path));
+    }
+    assert_eq!(adapters[0], adapters[1]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rounded_gradients_train_nearly_the_same_also_past_a_lost_worker() {
+    let (_one, path) = store();
+    let exact = run(Job::new(path), 3, ModelEngines::default(), "").await;
+    for compression in ["bf16", "int8"] {
+        for text in ["", "ring_hop_2@step=6,rank=1,generation=1"] {
+            let (_folder, path) = store();
+            let job = Job { cluster: json!({ "compression": compression }), ..Job::new(path) };
+            let rounded = run(job.clone(), 3, ModelEngines::default(), text).await;
+            prove_exactly_once(&job);
+            // 37 parameters share a scale: a step of it is 2/127 of the largest gradient, and AdamW divides by their size.
+            for (step, loss) in &rounded.losses {
+                let exact = exact.losses[step];
+                assert!((loss - exact).abs() <= 0.02 * exact, "{compression} {text} {step}: {loss} {exact}");
+            }
+            assert_ne!(rounded.losses, exact.losses, "{compression}: nothing was rounded");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nccl_between_workers_on_the_cpu_is_refused_aloud() {
+    let (_folder, path) = store();
+    let job = Job { cluster: json!({ "collective": "nccl" }), ..Job::new(path) };
+    let record = run(job, 2, ModelEngines::default(), "").await;
+    assert_eq!(record.failures[0].code, "SH0726");
+    assert!(record.failures[0].message.contains("this worker computes on the CPU"), "{:?}", record.failures);
+    assert!(record.losses.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -296,13 +345,23 @@ async fn workers_go_on_while_the_coordinator_is_away_and_tell_everything_when_it
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_resumed_run_has_the_bits_of_an_uninterrupted_one() {
+    resumes(json!({})).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_resumed_run_goes_on_with_what_its_workers_owe_to_rounded_sums() {
+    resumes(json!({ "compression": "int8" })).await;
+}
+
+async fn resumes(cluster: Value) {
+    let job = |path: &Path| Job { cluster: cluster.clone(), ..Job::new(path.to_owned()) };
     let (_one, path) = store();
-    let whole = run(Job::new(path.clone()), 2, ModelEngines::default(), "").await;
+    let whole = run(job(&path), 2, ModelEngines::default(), "").await;
     let expected = adapter(&path);
 
     let (_two, path) = store();
     let slow = ModelEngines { pause: Duration::from_millis(10), ..ModelEngines::default() };
-    let halted = run_watched(Job::new(path.clone()), 2, slow, "", |event, coordinator| {
+    let halted = run_watched(job(&path), 2, slow, "", |event, coordinator| {
         if let Event::Said(_, FromWorker::Step(report)) = event {
             coordinator.halt |= report.step >= 7 && coordinator.record.checkpoints.contains(&5);
         }
@@ -310,7 +369,7 @@ async fn a_resumed_run_has_the_bits_of_an_uninterrupted_one() {
     .await;
     assert!(halted.finished.is_none());
 
-    let mut coordinator = Coordinator::start(Job { attempt: 2, ..Job::new(path.clone()) }).await;
+    let mut coordinator = Coordinator::start(Job { attempt: 2, ..job(&path) }).await;
     coordinator.resume_from = Some((5, "checkpoints/00000005-a1-g1".to_owned()));
     // Room for larger micro-batches than before: the plan of the checkpoint is used all the same.
     let engines = ModelEngines { micro_batch_rows: 4, ..ModelEngines::default() };

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use shanty_checkpoint::{Blocking, Key, Optimizer, Snapshot, State, Store};
+use shanty_checkpoint::{Blocking, Keep, Key, Optimizer, Snapshot, State, Store};
 
 /// A store in a folder that goes away with the guard.
 pub fn store() -> (tempfile::TempDir, Blocking) {
@@ -45,6 +45,7 @@ pub fn snapshot(key: Key) -> Snapshot {
             // Does not fit a double: must not travel as one.
             seed: u64::MAX - 1,
             evaluated_step: Some(key.step / 2),
+            loss: None,
             base_hash: "base".to_owned(),
             tokenizer_hash: "tokenizer".to_owned(),
             data_hash: "data".to_owned(),
@@ -78,4 +79,9 @@ pub fn flip_a_bit(path: &Path) {
 pub fn truncate(path: &Path) {
     let content = std::fs::read(path).unwrap();
     std::fs::write(path, &content[..content.len() / 2]).unwrap();
+}
+
+/// Keeps so many of the newest.
+pub fn keep_newest(newest: usize) -> Keep {
+    Keep { newest, best: 0 }
 }

@@ -1,13 +1,10 @@
 //! `shanty bench`: measures what this machine does.
 
-use std::{
-    path::PathBuf,
-    time::{Duration, Instant},
-};
+use std::{path::PathBuf, time::Duration};
 
 use serde_json::{Value, json};
 use shanty_peft_core::{
-    Engine, EngineDevice, EngineOptions,
+    EngineDevice,
     backend::cuda::Precision,
     bench::{self, CardBenchOptions, CardOperation, CardStep, Shape, StepBench, StepBenchOptions},
     model::ModelConfig,
@@ -52,11 +49,14 @@ struct OpsArgs {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   shanty bench load --model models/tiny --quantization nf4
-  shanty bench load --model models/8b --quantization nf4 --device cuda")]
+  shanty bench load --shape 8b --device cuda --runs 3 --output json")]
 struct LoadArgs {
     /// The base model's folder
-    #[arg(long, value_name = "DIR", default_value = "examples/tiny-llama-14m")]
+    #[arg(long, value_name = "DIR", default_value = "examples/tiny-llama-14m", conflicts_with = "shape")]
     model: PathBuf,
+    /// A Llama of random weights in bf16 instead, written to a temporary folder first: 1b, 3b, 8b or 70b
+    #[arg(long, value_name = "NAME", value_parser = ["1b", "3b", "8b", "70b"])]
+    shape: Option<String>,
     /// Where to compute
     #[arg(long, value_enum, default_value_t)]
     device: BenchDevice,
@@ -66,6 +66,9 @@ struct LoadArgs {
     /// Threads to load with; all when absent
     #[arg(long, value_name = "N", default_value_t = 0)]
     threads: usize,
+    /// Loads, one after the other; the median counts
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    runs: u32,
 }
 
 /// Measure training steps: forward, backward, clipping, AdamW, on random tokens
@@ -98,6 +101,9 @@ struct StepArgs {
     /// Tokens a row
     #[arg(long, value_name = "N", default_value_t = 256)]
     length: usize,
+    /// With --shape: tokens of each sample that a row is packed of; one sample fills it when absent
+    #[arg(long, value_name = "N", requires = "shape", value_parser = clap::value_parser!(u32).range(2..))]
+    sample: Option<u32>,
     /// How the base is kept in memory
     #[arg(long, value_enum, default_value_t = BaseQuantization::None)]
     quantization: BaseQuantization,
@@ -182,19 +188,16 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
 
 /// Steps on random weights, on a card.
 fn card_step(name: &str, args: &StepArgs, ui: &Ui) -> CommandResult<Exit> {
-    let unknown = || Error::Impossible {
-        flag: "--shape",
-        value: name.to_owned(),
-        rule: "must be 1b, 3b, 8b or 70b".to_owned(),
-    };
     let options = CardBenchOptions {
         index: 0,
-        shape: Shape::named(name).ok_or_else(unknown)?,
+        shape: shape(name)?,
         r: args.rank as usize,
         rows: args.batch as usize,
         length: args.length,
+        sample: args.sample.map(|tokens| tokens as usize),
         memory_limit: args.memory.map(|gibibytes| (gibibytes * f64::from(1 << 30)) as u64),
         recompute: args.recompute.into(),
+        warm: args.steps.min(2) as usize,
         steps: args.steps as usize,
     };
     let bench = bench::steps(&options)?;
@@ -223,10 +226,12 @@ fn card_people(args: &StepArgs, bench: &CardStep) -> String {
         ),
         format!("{}  {}", bench.card, bench.plan.levels.describe()),
         format!(
-            "the model at {:.0} TFLOP/s, {:.0} % of the floor; a large product runs at {:.0} TFLOP/s  loss {:.4}",
+            "the model at {:.0} TFLOP/s, {:.0} % of the floor; a large product runs at {:.0} TFLOP/s  the card is busy \
+             {:.1} % of a step  loss {:.4}",
             bench.model_flops_per_second / 1e12,
             100.0 * bench.floor_fraction,
             bench.product_flops_per_second / 1e12,
+            100.0 * bench.busy_fraction,
             bench.loss,
         ),
     ];
@@ -266,32 +271,60 @@ fn load(args: &LoadArgs, ui: &Ui) -> CommandResult<Exit> {
         BenchDevice::Cpu => EngineDevice::Cpu,
         BenchDevice::Cuda => EngineDevice::Cuda { index: 0, precision: Precision::Bf16 },
     };
-    let options = EngineOptions {
-        device,
-        quantization: (args.quantization == BaseQuantization::Nf4).then(Nf4Options::default),
-        threads: args.threads,
-        micro_batch_rows: Some(1),
-        ..EngineOptions::new(&args.model, 64)
+    let quantization = (args.quantization == BaseQuantization::Nf4).then(Nf4Options::default);
+    let temporary = match &args.shape {
+        Some(name) => Some(Temporary::write(shape(name)?)?),
+        None => None,
     };
-    let begin = Instant::now();
-    let mut read = 0;
-    let engine = Engine::load(options, &mut |progress| read = progress.done_bytes)?;
-    let seconds = begin.elapsed().as_secs_f64();
-    let base = engine.plan().base_bytes;
-    let result = json!({
-        "seconds": seconds, "read_bytes": read, "bytes_per_second": read as f64 / seconds,
-        "base_memory_bytes": base, "peak_memory_bytes": bench::peak_memory(),
-    });
+    let folder = temporary.as_ref().map_or(args.model.as_path(), |temporary| temporary.0.as_path());
+    let runs = args.runs as usize;
+    let bench = bench::load(folder, device, quantization, args.threads, runs, &mut |_, _| {})?;
+    let result = serde_json::to_value(&bench).unwrap_or(Value::Null);
     ui.data(&result, |_| {
+        let card = bench
+            .card_peak_memory_bytes
+            .map_or_else(String::new, |peak| format!(", {} of the card", format::bytes(peak)));
+        let each: Vec<String> = bench.run_seconds.iter().map(|seconds| format!("{seconds:.2}")).collect();
         format!(
-            "ready in {seconds:.2} s: {} read at {}/s, {} kept; the process held {} at most",
-            format::bytes(read),
-            format::bytes((read as f64 / seconds) as u64),
-            format::bytes(base),
-            format::bytes(bench::peak_memory()),
+            "ready in {:.2} s (runs: {}): {} read at {}/s, {} kept; the process held {} at most{card}",
+            bench.seconds,
+            each.join(", "),
+            format::bytes(bench.read_bytes),
+            format::bytes(bench.bytes_per_second as u64),
+            format::bytes(bench.base_memory_bytes),
+            format::bytes(bench.peak_memory_bytes),
         )
     })?;
     Ok(Exit::Done)
+}
+
+/// A folder that goes with this value.
+struct Temporary(PathBuf);
+
+impl Temporary {
+    fn write(shape: Shape) -> CommandResult<Self> {
+        let folder = std::env::temp_dir().join(format!("shanty-bench-{}", std::process::id()));
+        let this = Self(folder);
+        bench::write_random(&this.0, shape)?;
+        Ok(this)
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        // What cannot be removed is left where temporary files lie.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A Llama by name.
+fn shape(name: &str) -> CommandResult<Shape> {
+    let unknown = || Error::Impossible {
+        flag: "--shape",
+        value: name.to_owned(),
+        rule: "must be 1b, 3b, 8b or 70b".to_owned(),
+    };
+    Ok(Shape::named(name).ok_or_else(unknown)?)
 }
 
 fn step(args: &StepArgs, ui: &Ui) -> CommandResult<Exit> {

@@ -6,11 +6,12 @@ use std::{
 };
 
 use serde::Serialize;
+use shanty_access::Credentials;
 use shanty_diagnostic::Diagnose;
 use shanty_peft_core::backend::cuda;
 
 use crate::{
-    client::{Client, block_on, read_address},
+    client::{Client, Identity, block_on, read_address},
     failure::{CommandResult, Exit},
     format,
     ui::{Paint, Ui, paint},
@@ -32,6 +33,8 @@ pub(crate) struct Args {
     /// Also ask this coordinator whether it answers
     #[arg(long, env = "SHANTY_COORDINATOR", value_name = "URL")]
     coordinator: Option<String>,
+    #[command(flatten)]
+    identity: Identity,
     /// The folder whose disk is looked at
     #[arg(long, default_value = ".", value_name = "DIR")]
     folder: PathBuf,
@@ -69,7 +72,7 @@ impl Check {
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     let mut checks = vec![processor(), vectors(), memory(), gpu(), disk(&args.folder)];
     checks.extend(card());
-    checks.extend(coordinator(args.coordinator)?);
+    checks.extend(coordinator(args.coordinator, &args.identity)?);
     let bad = checks.iter().any(|check| check.verdict == Verdict::Bad);
     let report = Report { version: env!("CARGO_PKG_VERSION"), checks };
     ui.data(&report, |report| render(report, ui.color_on_stdout()))?;
@@ -212,15 +215,18 @@ fn disk(folder: &Path) -> Check {
 }
 
 /// Asks the coordinator that is named, or tells of those that local runs left behind.
-fn coordinator(named: Option<String>) -> CommandResult<Vec<Check>> {
-    let named = named.into_iter().map(|address| (address, Verdict::Bad));
+fn coordinator(named: Option<String>, identity: &Identity) -> CommandResult<Vec<Check>> {
+    let named = named.into_iter().map(|address| (address, Verdict::Bad, identity.credentials()));
     let local = crate::client::Target::default().stores();
-    let local = local.iter().filter_map(|store| read_address(store)).map(|address| (address, Verdict::Note));
-    let addresses: Vec<(String, Verdict)> = named.chain(local).collect();
+    let local = local
+        .iter()
+        .filter_map(|store| read_address(store))
+        .map(|address| (address, Verdict::Note, Credentials::default()));
+    let addresses: Vec<(String, Verdict, Credentials)> = named.chain(local).collect();
     block_on(async {
         let mut checks = Vec::new();
-        for (address, verdict) in addresses {
-            checks.push(match ask(&address).await {
+        for (address, verdict, credentials) in addresses {
+            checks.push(match ask(&address, &credentials).await {
                 Ok(jobs) => {
                     Check::new("coordinator", Verdict::Good, format!("{address} answers; {jobs} jobs"))
                 }
@@ -231,8 +237,8 @@ fn coordinator(named: Option<String>) -> CommandResult<Vec<Check>> {
     })
 }
 
-async fn ask(address: &str) -> Result<usize, String> {
-    let answer = async { Client::connect(address).await?.list().await }.await;
+async fn ask(address: &str, credentials: &Credentials) -> Result<usize, String> {
+    let answer = async { Client::connect(address, credentials).await?.list().await }.await;
     let first = |failure: crate::failure::Failure| {
         failure.diagnostics().first().map_or_else(String::new, |first| first.message.clone())
     };

@@ -1,5 +1,7 @@
 //! `shanty jobs`: what a coordinator has to do, is doing, and has done.
 
+use std::cmp::Reverse;
+
 use serde::Serialize;
 use shanty_proto::v1::{JobState, JobSummary};
 
@@ -10,7 +12,7 @@ use crate::{
     ui::Ui,
 };
 
-/// List jobs, newest first
+/// List jobs: at work, waiting in the order of their turn, ended
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   shanty jobs
@@ -30,6 +32,10 @@ struct Line {
     loss: Option<f64>,
     members: u32,
     submitted_unix_ms: u64,
+    owner: String,
+    priority: i32,
+    place: Option<u32>,
+    share: u32,
 }
 
 impl From<JobSummary> for Line {
@@ -43,6 +49,10 @@ impl From<JobSummary> for Line {
             loss: summary.loss,
             members: summary.members,
             submitted_unix_ms: summary.submitted_unix_ms,
+            owner: summary.owner,
+            priority: summary.priority,
+            place: summary.place,
+            share: summary.share,
         }
     }
 }
@@ -53,7 +63,7 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
         for connection in args.target.connect_all().await? {
             jobs.extend(connection.client.list().await?);
         }
-        jobs.sort_by_key(|job| std::cmp::Reverse(job.submitted_unix_ms));
+        jobs.sort_by_key(order);
         let lines: Vec<Line> = jobs.into_iter().map(Line::from).collect();
         if ui.is_json() {
             lines.iter().try_for_each(|line| ui.json(line))?;
@@ -66,6 +76,12 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     })
 }
 
+/// At work, then those that wait by their place, then those that ended; of equals the newest first.
+fn order(job: &JobSummary) -> (bool, u32, Reverse<u64>) {
+    let ended = matches!(job.state(), JobState::Succeeded | JobState::Failed | JobState::Cancelled);
+    (ended, job.place.unwrap_or_default(), Reverse(job.submitted_unix_ms))
+}
+
 fn render(lines: &[Line]) -> String {
     let rows: Vec<Vec<String>> = lines
         .iter()
@@ -75,10 +91,12 @@ fn render(lines: &[Line]) -> String {
                 line.state.to_owned(),
                 format!("{}/{}", line.step, line.steps),
                 line.loss.map_or("-".to_owned(), |loss| format!("{loss:.4}")),
-                line.members.to_string(),
+                format!("{}/{}", line.members, line.share),
+                line.priority.to_string(),
+                if line.owner.is_empty() { "-".to_owned() } else { line.owner.clone() },
                 line.reason.clone(),
             ]
         })
         .collect();
-    format::table(&["JOB", "STATE", "STEP", "LOSS", "MEMBERS", "REASON"], &rows)
+    format::table(&["JOB", "STATE", "STEP", "LOSS", "MEMBERS", "PRIORITY", "OWNER", "REASON"], &rows)
 }

@@ -9,12 +9,15 @@ use crate::{
 pub(crate) mod adapters;
 pub(crate) mod bench;
 pub(crate) mod cancel;
+pub(crate) mod certs;
+pub(crate) mod chaos;
 pub(crate) mod chat;
 pub(crate) mod checkpoints;
 pub(crate) mod completions;
 pub(crate) mod coordinator;
 pub(crate) mod data;
 pub(crate) mod doctor;
+pub(crate) mod drain;
 pub(crate) mod eval;
 pub(crate) mod explain;
 pub(crate) mod export;
@@ -29,6 +32,7 @@ pub(crate) mod resume;
 pub(crate) mod run;
 pub(crate) mod status;
 pub(crate) mod submit;
+pub(crate) mod token;
 pub(crate) mod worker;
 pub(crate) mod worker_device;
 
@@ -43,9 +47,12 @@ pub(crate) fn dispatch(command: Command, ui: &Ui) -> CommandResult<Exit> {
         Command::Status(args) => status::execute(args, ui),
         Command::Logs(args) => logs::execute(args, ui),
         Command::Cancel(args) => cancel::execute(args, ui),
+        Command::Drain(args) => drain::execute(args, ui),
         Command::Checkpoints(args) => checkpoints::execute(args, ui),
         Command::Coordinator(args) => coordinator::execute(args, ui),
         Command::Worker(args) => worker::execute(args, ui),
+        Command::Certs(args) => certs::execute(args, ui),
+        Command::Token(args) => token::execute(args, ui),
         Command::WorkerDevice(args) => worker_device::execute(args, ui),
         Command::PrepareData(args) => prepare_data::execute(args, ui),
         Command::Data(args) => data::execute(args, ui),
@@ -58,6 +65,7 @@ pub(crate) fn dispatch(command: Command, ui: &Ui) -> CommandResult<Exit> {
         Command::Logits(args) => logits::execute(args, ui),
         Command::Bench(args) => bench::execute(args, ui),
         Command::Doctor(args) => doctor::execute(args, ui),
+        Command::Chaos(args) => chaos::execute(args, ui),
         Command::Explain(args) => explain::execute(args, ui),
         Command::Completions(args) => completions::execute(args, ui),
     }

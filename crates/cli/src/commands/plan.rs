@@ -10,7 +10,7 @@ use crate::{
     failure::{CommandResult, Exit},
     format,
     job_file::JobFile,
-    preflight::{Memory, Preflight},
+    preflight::{Memory, Preflight, Share},
     prepared,
     run::LocalOptions,
     ui::{Paint, Ui, paint},
@@ -42,6 +42,8 @@ struct Plan {
     /// Virtual tokens in front of every sample; they count towards a row's length.
     virtual_tokens: usize,
     memory: Memory,
+    /// How many workers share a base, and why.
+    shard: Share,
     tokens_per_epoch: u64,
     trained_tokens_per_epoch: u64,
     padding_fraction: f64,
@@ -54,6 +56,10 @@ struct Plan {
     recompute: bool,
     /// What becomes of each layer's activations.
     layers: String,
+    /// Tokens of the longest row that memory has room for; null where the memory of the card is not known.
+    largest_context: Option<usize>,
+    #[serde(skip)]
+    positions: usize,
     data_form: String,
     /// Where there are several.
     sources: Vec<SourceSummary>,
@@ -114,6 +120,7 @@ fn plan(spec: &JobSpec, preflight: Preflight, data: &Summary) -> CommandResult<P
         matched_modules: preflight.matched_modules,
         virtual_tokens: preflight.virtual_tokens,
         memory: preflight.memory,
+        shard: preflight.shard,
         tokens_per_epoch: data.train.tokens,
         trained_tokens_per_epoch: data.train.trained_tokens,
         padding_fraction: data.train.padding_fraction,
@@ -125,6 +132,8 @@ fn plan(spec: &JobSpec, preflight: Preflight, data: &Summary) -> CommandResult<P
         micro_batch_rows: preflight.micro_batch_rows,
         recompute: preflight.recompute,
         layers: preflight.layers,
+        largest_context: preflight.largest_context,
+        positions: preflight.positions,
         data_form: data.train.form.clone(),
         sources: data.train.sources.clone(),
         warnings,
@@ -200,9 +209,21 @@ fn render(plan: &Plan, spec: &JobSpec, color: bool) -> String {
         format::bytes(memory.activations),
         format::bytes(memory.scratch),
     ));
+    lines.extend(base_lines(plan, &head));
     lines.push(format!("{:12}micro-batches of {} rows; {}", "", plan.micro_batch_rows, plan.layers));
     if memory.host > 0 {
         lines.push(format!("{:12}{} more in the host's memory", "", format::bytes(memory.host)));
+    }
+    if let Some(tokens) = plan.largest_context {
+        let made_for = match plan.positions < tokens {
+            true => format!("; the base was made for {}", format::count(plan.positions as u64)),
+            false => String::new(),
+        };
+        lines.push(format!(
+            "{:12}rows of up to {} tokens would fit, one at a time{made_for}",
+            "",
+            format::count(tokens as u64)
+        ));
     }
     lines.push(format!(
         "{}{} rows of up to {} tokens ({} form), {} held out",
@@ -236,4 +257,25 @@ fn render(plan: &Plan, spec: &JobSpec, color: bool) -> String {
         plan.epochs
     ));
     lines.join("\n")
+}
+
+/// How the base is held, why, and what that takes.
+fn base_lines(plan: &Plan, head: &dyn Fn(&str) -> String) -> Vec<String> {
+    let (shard, base) = (&plan.shard, &plan.memory.base_parts);
+    let how = match shard.parts {
+        1 => "each worker has its own".to_owned(),
+        parts => format!("{parts} workers share one"),
+    };
+    let mut parts = vec![format!("layers {}", format::bytes(base.layers))];
+    if base.slots > 0 {
+        parts.push(format!("two whole layers in turn {}", format::bytes(base.slots)));
+    }
+    parts.push(format!("embedding {}", format::bytes(base.embedding)));
+    if base.head > 0 {
+        parts.push(format!("head {}", format::bytes(base.head)));
+    }
+    vec![
+        format!("{}{how}: {}", head("base"), shard.reason),
+        format!("{:12}of a worker's {}: {}", "", format::bytes(plan.memory.base), parts.join(", ")),
+    ]
 }

@@ -7,7 +7,7 @@ use shanty_proto::v1::ResumeJobRequest;
 
 use crate::{
     base,
-    client::{Target, block_on, wire},
+    client::{Identity, Target, block_on, wire},
     commands::run::announce,
     error::Error,
     failure::{CommandResult, Exit},
@@ -47,12 +47,17 @@ pub(crate) struct Args {
     /// With --coordinator: do not watch it
     #[arg(long)]
     detach: bool,
+    #[command(flatten)]
+    identity: Identity,
 }
 
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     let names_a_file = Path::new(&args.job).extension().is_some_and(|extension| extension == "toml");
     match args.coordinator {
-        Some(coordinator) if !names_a_file => block_on(remote(&coordinator, &args.job, args.detach, ui)),
+        Some(coordinator) if !names_a_file => {
+            let target = Target { coordinator: Some(coordinator), store: None, identity: args.identity };
+            block_on(remote(&target, &args.job, args.detach, ui))
+        }
         _ => local(&JobFile { job: args.job.into(), set: args.set }, &args.local, ui),
     }
 }
@@ -71,12 +76,11 @@ fn local(file: &JobFile, options: &LocalOptions, ui: &Ui) -> CommandResult<Exit>
     LocalRun { ui, file, job: &job, options, store, begin: Begin::Resumed }.execute()
 }
 
-async fn remote(coordinator: &str, job: &str, detach: bool, ui: &Ui) -> CommandResult<Exit> {
-    let target = Target { coordinator: Some(coordinator.to_owned()), store: None };
+async fn remote(target: &Target, job: &str, detach: bool, ui: &Ui) -> CommandResult<Exit> {
     let (connection, job_id) = target.connect_for(job).await?;
     let client = connection.client;
     let before = client.job_status(&job_id).await?;
-    let request = ResumeJobRequest { job_id: job_id.clone() };
+    let request = ResumeJobRequest { job_id: job_id.clone(), ..ResumeJobRequest::default() };
     let answer = client.jobs().resume_job(request).await.map_err(wire)?.into_inner();
     if detach {
         ui.data(&json!({ "job": job_id, "attempt": answer.attempt, "step": answer.step }), |_| {

@@ -38,9 +38,11 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     require_free(&store, &job.value, &args.file)?;
     base::fetch(&mut job, ui)?;
     check_data(&job)?;
-    let spec = &job.value;
-    let workers = spec.cluster.workers.max;
+    let workers = job.value.cluster.workers.max;
     let preflight = Preflight::of(&job, args.local.threads_each(workers))?;
+    // Decided once: what is free may be another number when the workers look.
+    job.value.base.shard = preflight.shard.word();
+    let spec = &job.value;
     announce(ui, &spec.name, &preflight, workers, args.local.threads_each(workers))?;
     LocalRun { ui, file: &args.file, job: &job, options: &args.local, store, begin: Begin::Anew }.execute()
 }
@@ -58,6 +60,7 @@ pub(crate) fn announce(
             "event": "started", "job": name, "matched_modules": preflight.matched_modules,
             "trainable_parameters": preflight.trainable_parameters,
             "total_parameters": preflight.total_parameters, "workers": workers, "threads": threads,
+            "shard": preflight.shard.parts,
         }));
     }
     for warning in &preflight.warnings {
@@ -76,5 +79,8 @@ pub(crate) fn announce(
         if threads == 1 { "" } else { "s" },
         format::bytes(preflight.memory.total()),
     ));
+    if preflight.shard.parts > 1 {
+        ui.note(format!("{} workers share a base: {}", preflight.shard.parts, preflight.shard.reason));
+    }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! `shanty status`: where a job stands, why, and who works on it.
 
 use serde_json::{Value, json};
-use shanty_proto::v1::{JobStatus, Ledger, Member};
+use shanty_proto::v1::{CrewHealth, JobStatus, Ledger, Member};
 
 use crate::{
     client::{Target, block_on},
@@ -89,8 +89,69 @@ pub(crate) fn object(status: &JobStatus) -> Value {
             "unix_ms": event.unix_ms, "kind": event.kind, "text": event.text, "worker": event.worker_id,
             "step": event.step, "detection_ms": event.detection_ms, "stall_ms": event.stall_ms,
         })).collect::<Vec<_>>(),
+        "crew": crew_object(&status.crew.clone().unwrap_or_default()),
         "adapter": (!status.adapter.is_empty()).then_some(&status.adapter),
     })
+}
+
+fn crew_object(crew: &CrewHealth) -> Value {
+    json!({
+        "deadline_seconds": crew.deadline_seconds,
+        "usual_step_seconds": crew.usual_step_seconds,
+        "spares": crew.spares,
+        "losses": crew.losses,
+        "coordinator_restarts": crew.coordinator_restarts,
+        "stragglers": crew.stragglers.iter().map(|slow| json!({
+            "worker": slow.worker_id, "cause": slow.cause, "steps": slow.steps,
+            "compute_seconds": slow.compute_seconds, "median_compute_seconds": slow.median_compute_seconds,
+            "data_seconds": slow.data_seconds, "median_data_seconds": slow.median_data_seconds,
+            "reduce_seconds": slow.reduce_seconds, "median_reduce_seconds": slow.median_reduce_seconds,
+        })).collect::<Vec<_>>(),
+        "recoveries": crew.recoveries.iter().map(|over| json!({
+            "unix_ms": over.unix_ms, "cause": over.cause, "text": over.text,
+            "worker": (!over.worker_id.is_empty()).then_some(&over.worker_id),
+            "step": over.step, "generation": over.generation, "detection_ms": over.detection_ms,
+            "stall_ms": over.stall_ms, "steps_lost": over.steps_lost, "rows_requeued": over.rows_requeued,
+        })).collect::<Vec<_>>(),
+    })
+}
+
+/// The crew in words: what it is measured by, who holds it up, and what it got over.
+fn crew_lines(crew: &CrewHealth) -> Vec<String> {
+    let mut lines = Vec::new();
+    if let (Some(deadline), Some(usual)) = (crew.deadline_seconds, crew.usual_step_seconds) {
+        lines.push(format!(
+            "crew  hung after {deadline:.0} s without progress (usual step {usual:.2} s), {} lost so far, {} spare",
+            crew.losses,
+            crew.spares.len()
+        ));
+    }
+    lines.extend(crew.stragglers.iter().map(|slow| {
+        format!(
+            "slow  {} at {}: computes {:.3} s a step (median {:.3}), waits for rows {:.3} s ({:.3}), in the reduction {:.3} s ({:.3})",
+            slow.worker_id,
+            slow.cause,
+            slow.compute_seconds,
+            slow.median_compute_seconds,
+            slow.data_seconds,
+            slow.median_data_seconds,
+            slow.reduce_seconds,
+            slow.median_reduce_seconds,
+        )
+    }));
+    if let Some(over) = crew.recoveries.first() {
+        let noticed = over.detection_ms.map_or(String::new(), |ms| format!("noticed after {ms:.0} ms, "));
+        lines.push(format!(
+            "recovered  {} times, last at step {} ({}): {noticed}stalled {:.0} ms, {} steps lost, {} rows requeued",
+            crew.recoveries.len(),
+            over.step,
+            over.cause,
+            over.stall_ms,
+            over.steps_lost,
+            over.rows_requeued
+        ));
+    }
+    lines
 }
 
 fn member_object(member: &Member) -> Value {
@@ -99,6 +160,7 @@ fn member_object(member: &Member) -> Value {
         "rank": member.rank, "phase": phase_name(member.phase()), "step": member.step,
         "beat_age_seconds": member.beat_age_seconds,
         "reason": (!member.reason.is_empty()).then_some(&member.reason),
+        "spare": member.spare, "draining": member.draining,
     })
 }
 
@@ -133,14 +195,18 @@ pub(crate) fn render(status: &JobStatus, color: bool) -> String {
     lines.push(numbers.join("  "));
     if let Some(ledger) = &status.ledger {
         lines.push(format!(
-            "rows  {} committed, {} leased, {} remaining, {} requeued, {} recomputed, {} duplicates",
+            "rows  {} committed, {} leased, {} remaining, {} requeued, {} recomputed, {} skipped, {} duplicates",
             ledger.committed,
             ledger.leased,
             ledger.remaining,
             ledger.requeued,
             ledger.recomputed,
+            ledger.skipped,
             ledger.duplicates
         ));
+    }
+    if let Some(crew) = &status.crew {
+        lines.extend(crew_lines(crew));
     }
     for evaluation in &status.evaluations {
         lines.push(format!("eval  step {}: held-out loss {:.4}", evaluation.step, evaluation.loss));

@@ -1,6 +1,7 @@
 //! `shanty submit`: hands a job to a coordinator.
 
 use serde_json::json;
+use shanty_config::{JobSpec, Loaded, job::Shard};
 use shanty_proto::v1::SubmitJobRequest;
 use uuid::Uuid;
 
@@ -9,7 +10,7 @@ use crate::{
     client::{Target, block_on, wire},
     failure::{CommandResult, Exit},
     job_file::JobFile,
-    preflight::check_data,
+    preflight::{Preflight, check_data},
     ui::Ui,
 };
 
@@ -17,21 +18,36 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   shanty submit job.toml --coordinator http://head:7461
-  shanty submit job.toml --set train.learning_rate=1e-4 --output json")]
+  shanty submit job.toml --set train.learning_rate=1e-4 --output json
+  shanty submit urgent.toml --priority 90")]
 pub(crate) struct Args {
     #[command(flatten)]
     job: JobFile,
     /// Names this submission: a repeat with the same id gives the same job
     #[arg(long, value_name = "ID")]
     request_id: Option<String>,
+    /// From 0 to 100: jobs of a higher priority are next, and lower ones make room for them; `cluster.priority` when absent
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=100))]
+    priority: Option<u32>,
     #[command(flatten)]
     target: Target,
 }
 
+/// The name of the user, as the system has it.
+fn user() -> Option<String> {
+    ["USER", "LOGNAME"].iter().find_map(|name| std::env::var(name).ok().filter(|user| !user.is_empty()))
+}
+
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
-    let mut job = args.job.load(&[], ui)?;
+    let priority = args.priority.map(|priority| ("cluster.priority".to_owned(), priority.to_string()));
+    let overrides: Vec<(String, String)> = priority.into_iter().collect();
+    let mut job = args.job.load(&overrides, ui)?;
+    if job.value.cluster.owner.is_none() {
+        job.value.cluster.owner = user();
+    }
     base::pin(&mut job, ui)?;
     check_data(&job)?;
+    decide_shard(&mut job, ui)?;
     let request = SubmitJobRequest {
         request_id: args.request_id.unwrap_or_else(|| Uuid::new_v4().to_string()),
         spec_json: shanty_config::to_json(&job.value),
@@ -43,4 +59,20 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
         ui.note(format!("follow it with: shanty status {job_id} --watch --coordinator {}", client.address()));
         Ok(Exit::Done)
     })
+}
+
+/// Whether workers share the base is decided here, where the base is at hand and the job says what a worker may take; else each has its
+/// own.
+fn decide_shard(job: &mut Loaded<JobSpec>, ui: &Ui) -> CommandResult<()> {
+    let spec = &job.value;
+    let known = spec.base.model.is_dir() && spec.train.memory_limit().is_some();
+    if spec.base.shard != Shard::Auto || !known {
+        return Ok(());
+    }
+    let shard = Preflight::of(job, 1)?.shard;
+    if shard.parts > 1 {
+        ui.note(format!("{} workers share a base: {}", shard.parts, shard.reason));
+    }
+    job.value.base.shard = shard.word();
+    Ok(())
 }

@@ -4,11 +4,11 @@ use std::{ffi::OsString, path::PathBuf};
 
 use serde_json::json;
 use shanty_config::job::Device;
-use shanty_worker::supervisor::{
-    DeviceCommand, Supervisor, SupervisorOptions, ended_well, shutdown_on_signals,
-};
+use shanty_peft_core::backend::cuda;
+use shanty_worker::supervisor::{DeviceCommand, Supervisor, SupervisorOptions, ended_well, signals};
 
 use crate::{
+    client::Identity,
     error::Error,
     failure::{CommandResult, Exit},
     job_file::all,
@@ -18,14 +18,18 @@ use crate::{
 /// Join a coordinator's crew with this machine
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
-  shanty worker --coordinator http://head:7461
-  shanty worker --coordinator http://head:7461 --bind 10.0.0.12 --threads 8
+  shanty worker
+  shanty worker --coordinator https://head:7461 --ca ca.pem --cert node-7.pem --key node-7.key --bind 10.0.0.12
+  shanty worker --coordinator https://head:7461 --ca ca.pem --token-file worker.token --threads 8
 
-It works until it is interrupted. A job that it was part of goes on without it.")]
+It works until it is interrupted, or drained: it finishes its step, hands back what it holds, and ends; a job that it was
+part of goes on without it. Interrupted again, it ends at once.")]
 pub(crate) struct Args {
-    /// The coordinator, as http://host:port
+    /// The coordinator, as https://host:port
     #[arg(long, env = "SHANTY_COORDINATOR", value_name = "URL")]
     coordinator: Option<String>,
+    #[command(flatten)]
+    identity: Identity,
     /// The worker's file
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -49,6 +53,10 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
         ("device", args.device),
         ("threads", args.threads.map(|threads| threads.to_string())),
         ("bind", args.bind),
+        ("ca", path(args.identity.ca)),
+        ("cert", path(args.identity.cert)),
+        ("key", path(args.identity.key)),
+        ("token_file", path(args.identity.token_file)),
     ];
     let overrides: Vec<(String, String)> =
         flags.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect();
@@ -61,11 +69,22 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     let mut arguments: Vec<OsString> = ["worker-device", "--log-to-stderr"].map(OsString::from).to_vec();
     let mut add = |flag: &str, value: OsString| arguments.extend([OsString::from(flag), value]);
     add("--coordinator", worker.coordinator.clone().into());
-    add("--device", device_name(worker.device).into());
     add("--threads", threads.to_string().into());
     add("--bind", worker.bind.clone().into());
     if let Some(advertise) = args.advertise {
         add("--advertise", advertise.into());
+    }
+    // Files alone: a token that the environment holds is inherited, and stands in no argument.
+    let files = [
+        ("--ca", &worker.ca),
+        ("--cert", &worker.cert),
+        ("--key", &worker.key),
+        ("--token-file", &worker.token_file),
+    ];
+    for (flag, file) in files {
+        if let Some(file) = file {
+            add(flag, file.into());
+        }
     }
 
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -73,9 +92,15 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
         .build()
         .map_err(|source| Error::Start { what: "the runtime", source })?;
     runtime.block_on(async {
-        let shutdown = shutdown_on_signals()?;
-        let command = DeviceCommand { program, arguments, environment: Vec::new() };
-        let supervisor = Supervisor::spawn(SupervisorOptions::new(vec![command]))?;
+        let asked = signals()?;
+        let shutdown = asked.first;
+        let commands = devices(worker.device).into_iter().map(|device| {
+            let mut arguments = arguments.clone();
+            arguments.extend(["--device".into(), device.into()]);
+            DeviceCommand { program: program.clone(), arguments, environment: Vec::new() }
+        });
+        let options = SupervisorOptions { kill: asked.again, ..SupervisorOptions::new(commands.collect()) };
+        let supervisor = Supervisor::spawn(options)?;
         if ui.is_json() {
             ui.json(
                 &json!({ "event": "started", "coordinator": worker.coordinator, "pids": supervisor.pids() }),
@@ -97,11 +122,17 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     })
 }
 
-/// The device's name on a command line. A GPU is taken where the engine can use one.
-pub(crate) fn device_name(device: Device) -> &'static str {
+fn path(path: Option<PathBuf>) -> Option<String> {
+    path.map(|path| path.display().to_string())
+}
+
+/// The devices of this machine that a worker works on, as a command line names them: its cards where the engine can use
+/// them, else the CPU. A job for cards without a card gets one that the engine says is not there.
+pub(crate) fn devices(device: Device) -> Vec<String> {
+    let cards = || (0..cuda::cards().max(1)).map(|index| format!("cuda:{index}")).collect();
     match device {
-        Device::Auto if shanty_peft_core::backend::cuda::is_available() => "cuda",
-        Device::Auto | Device::Cpu => "cpu",
-        Device::Cuda => "cuda",
+        Device::Auto if cuda::is_available() => cards(),
+        Device::Auto | Device::Cpu => vec!["cpu".to_owned()],
+        Device::Cuda => cards(),
     }
 }

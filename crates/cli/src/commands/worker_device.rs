@@ -2,17 +2,19 @@
 
 use std::path::PathBuf;
 
+use shanty_access::Credentials;
 use shanty_proto::v1::LogLine;
 use shanty_telemetry::Forward;
 use shanty_worker::{
     WorkerOptions,
     engine::PeftEngines,
     run_worker,
-    supervisor::{end_with_parent, shutdown_on_signals},
+    supervisor::{end_with_parent, signals},
 };
 use tokio::sync::mpsc;
 
 use crate::{
+    client::token_of_environment,
     error::Error,
     failure::{CommandResult, Exit},
     ui::Ui,
@@ -26,10 +28,21 @@ const QUEUE: usize = 1024;
 pub(crate) struct Args {
     #[arg(long, value_name = "URL")]
     coordinator: String,
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+    #[arg(long, value_name = "FILE")]
+    cert: Option<PathBuf>,
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
     #[arg(long, default_value = "cpu")]
     device: String,
     #[arg(long)]
     threads: usize,
+    /// What a step may take of the device
+    #[arg(long, value_name = "BYTES")]
+    memory: Option<u64>,
     #[arg(long, default_value = "127.0.0.1", value_name = "HOST")]
     bind: String,
     #[arg(long, value_name = "HOST")]
@@ -43,8 +56,16 @@ pub(crate) struct Args {
 
 pub(crate) fn execute(args: Args, _: &Ui) -> CommandResult<Exit> {
     let mut options = WorkerOptions::new(args.coordinator)?;
+    options.credentials = Credentials {
+        ca: args.ca,
+        certificate: args.cert,
+        key: args.key,
+        token_file: args.token_file,
+        token: token_of_environment(),
+    };
     options.device = args.device;
     options.threads = args.threads;
+    options.memory_limit_bytes = args.memory;
     options.bind = args.bind;
     options.advertise = args.advertise;
 
@@ -78,8 +99,9 @@ pub(crate) fn execute(args: Args, _: &Ui) -> CommandResult<Exit> {
         .build()
         .map_err(|source| Error::Start { what: "the runtime", source })?;
     runtime.block_on(async {
-        let shutdown = shutdown_on_signals()?;
-        Box::pin(run_worker(options, Box::new(PeftEngines), logs, shutdown)).await?;
+        let asked = signals()?;
+        options.drain = asked.first;
+        Box::pin(run_worker(options, Box::new(PeftEngines), logs, asked.again)).await?;
         Ok(Exit::Done)
     })
 }

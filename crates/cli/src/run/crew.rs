@@ -9,25 +9,51 @@ use std::{
 };
 
 use rustix::process::{Pid, Signal, kill_process};
+use shanty_peft_core::backend::cuda;
 use tokio::{
     process::{Child, ChildStdin, Command},
     time::timeout,
 };
 
+use shanty_access::Secret;
+use shanty_config::env_vars::SHANTY_TOKEN;
+
 use crate::{error::Error, failure::CommandResult};
 
-/// How long workers may take to end by themselves: a micro-batch, and a checkpoint that is being written.
-const GRACE: Duration = Duration::from_secs(20);
+/// How long workers may take to end by themselves: a step, and a checkpoint after it.
+const GRACE: Duration = Duration::from_secs(120);
 
 /// What workers are started with.
 #[derive(Debug, Clone)]
 pub(crate) struct CrewOptions {
     pub(crate) coordinator: String,
+    /// Lets them work for this run's job, and do nothing else.
+    pub(crate) token: Secret,
     pub(crate) workers: u32,
     pub(crate) threads: usize,
-    pub(crate) device: &'static str,
+    /// Workers take turns with them.
+    pub(crate) devices: Vec<String>,
     /// Logs and row logs go below it.
     pub(crate) store: PathBuf,
+}
+
+impl CrewOptions {
+    /// The device of a worker.
+    fn device(&self, number: u32) -> String {
+        let turn = number as usize % self.devices.len().max(1);
+        self.devices.get(turn).cloned().unwrap_or_else(|| "cpu".to_owned())
+    }
+
+    /// What one of several workers of a card may take of it: their share of what is free, so that each plans with what it
+    /// will get. One alone takes what it finds.
+    fn memory(&self, device: &str) -> Option<u64> {
+        let index = device.strip_prefix("cuda:")?.parse().ok()?;
+        let sharers = (0..self.workers).filter(|number| self.device(*number) == device).count() as u64;
+        // Beside what a step takes, each process has a context and kernels there.
+        const OWN: u64 = 1 << 30;
+        let free = cuda::free_bytes(index).filter(|_| sharers > 1)?;
+        Some((free / 100 * 96 / sharers).saturating_sub(OWN))
+    }
 }
 
 /// The worker processes of a run.
@@ -101,13 +127,17 @@ fn start(number: u32, program: &Path, logs: &Path, options: &CrewOptions) -> Com
         path: errors,
         source,
     })?;
+    let device = options.device(number);
     let mut child = Command::new(program)
         .arg("worker-device")
         .args(["--coordinator", &options.coordinator])
-        .args(["--device", options.device])
+        .args(["--device", &device])
         .args(["--threads", &options.threads.to_string()])
+        .args(options.memory(&device).iter().flat_map(|bytes| ["--memory".to_owned(), bytes.to_string()]))
         .arg("--log-file")
         .arg(logs.join(format!("worker-{number}.jsonl")))
+        // Not an argument: those can be read by everybody on the machine.
+        .env(SHANTY_TOKEN, options.token.expose())
         // Ctrl-C is for this process; it asks the workers itself.
         .process_group(0)
         .stdin(Stdio::piped())
@@ -153,5 +183,29 @@ fn how(status: ExitStatus) -> String {
         }
         (None, Some(signal)) => format!("was ended by signal {signal}"),
         (None, None) => "ended".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_take_turns_with_the_cards() {
+        let options = |devices: &[&str]| CrewOptions {
+            coordinator: String::new(),
+            workers: 3,
+            threads: 1,
+            devices: devices.iter().map(|device| (*device).to_owned()).collect(),
+            store: PathBuf::new(),
+            token: Secret::new("shanty-of-nobody"),
+        };
+        let turns =
+            |devices: &[&str]| (0..3).map(|number| options(devices).device(number)).collect::<Vec<_>>();
+        assert_eq!(turns(&["cuda:0", "cuda:1"]), ["cuda:0", "cuda:1", "cuda:0"]);
+        assert_eq!(turns(&["cpu"]), ["cpu", "cpu", "cpu"]);
+        // The memory of the CPU is divided by nobody here, and one worker of a card takes what it finds.
+        assert_eq!(options(&["cpu"]).memory("cpu"), None);
+        assert_eq!(options(&["cuda:0", "cuda:1", "cuda:2"]).memory("cuda:1"), None);
     }
 }

@@ -2,11 +2,12 @@
 
 use std::{ffi::OsString, net::SocketAddr, path::Path, time::Duration};
 
+use shanty_access::{Credentials, NewToken, Role, Secret, local_key::LocalKey};
 use shanty_coordinator::{Coordinator, Options};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::{error::Error, failure::CommandResult};
+use crate::{client::Client, error::Error, failure::CommandResult};
 
 /// How long a run waits for all of its workers before it begins with those that are there. They were all started
 /// together; waiting for the slowest keeps the world size, and with it every bit, the same from run to run.
@@ -18,8 +19,13 @@ const CREDIT: Duration = Duration::from_secs(5);
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 
 /// A coordinator on a loopback port.
+///
+/// It asks everybody who it is, as any coordinator does: other users of this machine reach its port, too. This user's
+/// commands find the key that it leaves for them.
 pub(crate) struct Host {
     address: String,
+    key: Secret,
+    left: Option<LocalKey>,
     stop: CancellationToken,
     task: JoinHandle<Result<(), shanty_coordinator::Error>>,
 }
@@ -36,11 +42,19 @@ impl Host {
         options.listen = SocketAddr::from(([127, 0, 0, 1], 0));
         options.protocol.gather = GATHER;
         options.protocol.credit = CREDIT;
-        let coordinator = Coordinator::bind(options).await?;
+        let mut coordinator = Coordinator::bind(options).await?;
         let address = coordinator.handle().url();
+        let (key, left) = match LocalKey::for_port(coordinator.handle().address.port()) {
+            Ok(left) => (left.secret().clone(), Some(left)),
+            Err(error) => {
+                tracing::warn!(%error, "no key is left for other commands: they cannot look at this run");
+                (NewToken::draw()?.secret, None)
+            }
+        };
+        coordinator.add_key(&key, "the user who runs it", Role::Admin);
         let stop = CancellationToken::new();
         let task = tokio::spawn(Box::pin(coordinator.serve(stop.clone())));
-        Ok(Self { address, stop, task })
+        Ok(Self { address, key, left, stop, task })
     }
 
     /// Starts a coordinator on a copy of another's state, only to be asked about it: it starts nothing.
@@ -48,6 +62,12 @@ impl Host {
         // A job that was interrupted while its data was prepared stays there: this child does nothing, and dies
         // with the coordinator.
         Self::start_with(state, ["sleep", "3600"].map(OsString::from).to_vec()).await
+    }
+
+    /// A connection to it, with the right to everything.
+    pub(crate) async fn connect(&self) -> CommandResult<Client> {
+        let credentials = Credentials { token: Some(self.key.clone()), ..Credentials::default() };
+        Client::connect(&self.address, &credentials).await
     }
 
     /// Where it listens.
@@ -58,6 +78,9 @@ impl Host {
     /// Stops it; its state is on disk.
     pub(crate) async fn stop(mut self) {
         self.stop.cancel();
+        if let Some(left) = &self.left {
+            left.remove();
+        }
         if tokio::time::timeout(CLOSE_WITHIN, &mut self.task).await.is_err() {
             self.task.abort();
         }

@@ -1,9 +1,16 @@
 //! A run from its first message to its last.
 
-use std::{path::Path, pin::pin, time::Instant};
+use std::{
+    path::Path,
+    pin::pin,
+    time::{Duration, Instant},
+};
 
+use shanty_access::Secret;
 use shanty_config::{JobSpec, Loaded};
-use shanty_proto::v1::{JobState, JobStatus, JobSummary, ResumeJobRequest, SubmitJobRequest};
+use shanty_proto::v1::{
+    self, CreateTokenRequest, JobState, JobStatus, JobSummary, ResumeJobRequest, SubmitJobRequest,
+};
 use shanty_worker::supervisor::shutdown_on_signals;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -17,7 +24,7 @@ use super::{
 };
 use crate::{
     client::{Client, wire},
-    commands::worker::device_name,
+    commands::worker::devices,
     error::Error,
     failure::{CommandResult, Exit, Failure},
     job_file::{JobFile, short},
@@ -26,6 +33,9 @@ use crate::{
     ui::Ui,
     watch::Watcher,
 };
+
+/// A run of more days than this loses its workers.
+const LONGEST_RUN: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Whether a run starts or goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,7 +72,7 @@ impl LocalRun<'_> {
         self.store.create()?;
         let result = runtime.block_on(Box::pin(self.serve()));
         // Threads that prepare data or write to disk are not waited for beyond this.
-        runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+        runtime.shutdown_timeout(Duration::from_secs(1));
         result
     }
 
@@ -77,7 +87,7 @@ impl LocalRun<'_> {
             }
         };
         let mut crew = None;
-        let result = self.work(host.address(), &mut crew, &interrupted).await;
+        let result = self.work(&host, &mut crew, &interrupted).await;
         if let Some(crew) = &mut crew {
             self.stop(crew).await;
         }
@@ -96,12 +106,12 @@ impl LocalRun<'_> {
     /// Hands the job to the coordinator, starts workers once its data is ready, and watches until one of the ends.
     async fn work(
         &self,
-        address: &str,
+        host: &Host,
         crew: &mut Option<Crew>,
         interrupted: &CancellationToken,
     ) -> CommandResult<End> {
-        self.store.write_address(address)?;
-        let client = Client::connect(address).await?;
+        self.store.write_address(host.address())?;
+        let client = host.connect().await?;
         let (job_id, from) = self.begin(&client).await?;
         let mut watcher = Watcher::new(&client, &job_id);
         if let Some((step, status)) = &from {
@@ -123,7 +133,8 @@ impl LocalRun<'_> {
                     Ok(()) = state.changed(), if crew.is_none() => {
                         let now = *state.borrow_and_update();
                         if matches!(now, JobState::Forming | JobState::Running | JobState::Recovering) {
-                            *crew = Some(Crew::start(&self.crew_options(address))?);
+                            let token = worker_token(&client, &job_id).await?;
+                            *crew = Some(Crew::start(&self.crew_options(host.address(), token))?);
                         }
                     }
                 }
@@ -143,8 +154,15 @@ impl LocalRun<'_> {
         }
         let job_id = self.job_in_store(client.list().await?)?.job_id;
         let before = client.job_status(&job_id).await?;
-        let request = ResumeJobRequest { job_id: job_id.clone() };
+        let spec_json = shanty_config::to_json(&self.job.value);
+        let request = ResumeJobRequest { job_id: job_id.clone(), spec_json };
         let answer = client.jobs().resume_job(request).await.map_err(wire)?.into_inner();
+        for key in &answer.ignored {
+            self.ui.warn(format!(
+                "`{}` is {} in the job file now; the job goes on with {}, as it was submitted",
+                key.key, key.now, key.submitted
+            ));
+        }
         self.say(&match answer.step {
             0 => format!("attempt {}: no checkpoint yet, it starts anew", answer.attempt),
             step => format!("attempt {}: goes on after step {step}", answer.attempt),
@@ -164,13 +182,14 @@ impl LocalRun<'_> {
         Ok(job)
     }
 
-    fn crew_options(&self, coordinator: &str) -> CrewOptions {
+    fn crew_options(&self, coordinator: &str, token: Secret) -> CrewOptions {
         let workers = self.job.value.cluster.workers.max;
         CrewOptions {
             coordinator: coordinator.to_owned(),
+            token,
             workers,
             threads: self.options.threads_each(workers),
-            device: device_name(self.job.value.cluster.device),
+            devices: devices(self.job.value.cluster.device),
             store: self.store.root().to_owned(),
         }
     }
@@ -195,6 +214,14 @@ impl LocalRun<'_> {
     }
 
     fn conclude(&self, status: &JobStatus, seconds: f64) -> CommandResult<Exit> {
+        let mut status = status.clone();
+        let uploaded = self.job.value.checkpoint.is_remote() && !status.adapter.is_empty();
+        let url = uploaded.then(|| {
+            // The workers were on this machine, and left it here too.
+            let local = self.store.root().join("adapter").display().to_string();
+            std::mem::replace(&mut status.adapter, local)
+        });
+        let status = &status;
         let result = end_of_job(status);
         if result.is_err() && status.step == 0 && status.checkpoints.is_empty() {
             self.forget_if_new();
@@ -204,7 +231,11 @@ impl LocalRun<'_> {
             self.show_sample(spec, Path::new(&status.adapter))?;
         }
         if self.ui.is_json() {
-            self.ui.json(&progress::finished(status, seconds))?;
+            let mut finished = progress::finished(status, seconds);
+            if let (Some(url), Some(object)) = (url, finished.as_object_mut()) {
+                object.insert("adapter_url".to_owned(), url.into());
+            }
+            self.ui.json(&finished)?;
         } else if status.state() == JobState::Succeeded {
             tell_result(self.ui, spec, status, seconds)?;
         }
@@ -236,6 +267,18 @@ impl LocalRun<'_> {
     fn say(&self, text: &str) {
         self.ui.always_note(text);
     }
+}
+
+/// A token for the workers of one job: it ends with the job.
+async fn worker_token(client: &Client, job_id: &str) -> CommandResult<Secret> {
+    let request = CreateTokenRequest {
+        role: v1::Role::Worker.into(),
+        name: "workers of shanty run".to_owned(),
+        job_id: job_id.to_owned(),
+        lifetime_seconds: LONGEST_RUN.as_secs(),
+    };
+    let answer = client.access().create_token(request).await.map_err(wire)?.into_inner();
+    Ok(Secret::new(&answer.secret))
 }
 
 async fn next_end(crew: &mut Option<Crew>) -> (u32, String) {

@@ -3,13 +3,18 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
 
 mod bad_input;
+mod chaos;
 mod coordinator;
 mod data;
+mod drain;
 mod help;
 mod interop;
 mod methods;
+mod object_store;
+mod queue;
 mod resume;
 mod run;
+mod secure;
 mod support;
 mod tools;
 mod using;

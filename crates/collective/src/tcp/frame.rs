@@ -41,7 +41,7 @@ impl Header {
     pub(super) fn encode(&self) -> [u8; HEADER_BYTES] {
         let mut bytes = [0; HEADER_BYTES];
         bytes[0..4].copy_from_slice(&MAGIC);
-        bytes[4..8].copy_from_slice(&number_of(self.operation).to_le_bytes());
+        bytes[4..8].copy_from_slice(&self.operation.number().to_le_bytes());
         bytes[8..16].copy_from_slice(&self.generation.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.sequence.to_le_bytes());
         bytes[24..32].copy_from_slice(&self.total_bytes.to_le_bytes());
@@ -80,7 +80,7 @@ impl Header {
             return None;
         }
         Some(Self {
-            operation: OPERATIONS.into_iter().find(|operation| number_of(*operation) == word(4))?,
+            operation: Operation::of_number(word(4))?,
             generation: long(8),
             sequence: long(16),
             total_bytes: long(24),
@@ -89,25 +89,6 @@ impl Header {
             part: word(40),
             payload_bytes: word(44),
         })
-    }
-}
-
-const OPERATIONS: [Operation; 5] = [
-    Operation::Barrier,
-    Operation::AllReduceF32,
-    Operation::AllReduceU64,
-    Operation::AllGather,
-    Operation::Broadcast,
-];
-
-/// Numbers on the wire: never reused.
-fn number_of(operation: Operation) -> u32 {
-    match operation {
-        Operation::Barrier => 1,
-        Operation::AllReduceF32 => 2,
-        Operation::AllReduceU64 => 3,
-        Operation::AllGather => 4,
-        Operation::Broadcast => 5,
     }
 }
 
@@ -130,7 +111,7 @@ mod tests {
 
     #[test]
     fn a_header_survives_the_wire() {
-        for operation in OPERATIONS {
+        for operation in (1..=5).filter_map(Operation::of_number) {
             let header = Header { operation, ..header() };
             assert_eq!(Header::decode(&header.encode()), Some(header));
             assert_eq!(header.compare(&header.encode()), Ok(()));

@@ -9,21 +9,21 @@
 //! ```
 //! `proof(side) = BLAKE3 keyed by the token (side, job, hello, answer's nonce)`. It binds job, generation,
 //! both ranks, the world size and both nonces, so it is of no use on another connection or for the other
-//! side. After that the bytes are not protected: who can write into the connection, or reads it, is
-//! outside of what the token guards against.
+//! side. On a plain link the bytes are not protected after that: who can write into the connection, or reads it,
+//! is outside of what the token guards against. On an encrypted one they are: `seal`, whose public keys the nonces are.
 
 use blake3::Hash;
 use uuid::Uuid;
 
 use super::Token;
 
-pub(super) const HELLO_BYTES: usize = 60;
+pub(super) const HELLO_BYTES: usize = 64;
 pub(super) const ANSWER_BYTES: usize = 65;
 pub(super) const PROOF_BYTES: usize = 32;
 pub(super) const WELCOME: u8 = 1;
 
 /// Names the protocol and its version.
-const MAGIC: [u8; 8] = *b"shanty/1";
+const MAGIC: [u8; 8] = *b"shanty/2";
 const REFUSED: u8 = 0;
 const PROVED: u8 = 1;
 
@@ -38,6 +38,8 @@ pub(super) struct Hello {
     /// The rank that it wants.
     pub to: u32,
     pub world_size: u32,
+    /// How bytes travel on the link: [`JoinOptions::manner`](super::JoinOptions).
+    pub manner: u32,
     pub nonce: Nonce,
 }
 
@@ -49,19 +51,21 @@ impl Hello {
         bytes[16..20].copy_from_slice(&self.from.to_le_bytes());
         bytes[20..24].copy_from_slice(&self.to.to_le_bytes());
         bytes[24..28].copy_from_slice(&self.world_size.to_le_bytes());
-        bytes[28..60].copy_from_slice(&self.nonce);
+        bytes[28..32].copy_from_slice(&self.manner.to_le_bytes());
+        bytes[32..64].copy_from_slice(&self.nonce);
         bytes
     }
 
     pub(super) fn decode(bytes: &[u8; HELLO_BYTES]) -> Option<Self> {
         let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         let mut nonce = [0; 32];
-        nonce.copy_from_slice(&bytes[28..60]);
+        nonce.copy_from_slice(&bytes[32..64]);
         (bytes[0..8] == MAGIC).then(|| Self {
             generation: u64::from(word(8)) | u64::from(word(12)) << 32,
             from: word(16),
             to: word(20),
             world_size: word(24),
+            manner: word(28),
             nonce,
         })
     }
@@ -143,7 +147,7 @@ mod tests {
     use super::*;
 
     fn hello() -> Hello {
-        Hello { generation: 1 << 40, from: 1, to: 2, world_size: 3, nonce: nonce() }
+        Hello { generation: 1 << 40, from: 1, to: 2, world_size: 3, manner: 0, nonce: nonce() }
     }
 
     #[test]
@@ -172,6 +176,7 @@ mod tests {
             Hello { from: 0, ..hello },
             Hello { to: 0, ..hello },
             Hello { world_size: 4, ..hello },
+            Hello { manner: 1, ..hello },
             Hello { nonce: nonce(), ..hello },
         ];
         let changed =

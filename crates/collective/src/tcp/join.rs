@@ -18,7 +18,8 @@ use tracing::{debug, warn};
 use super::{
     JoinOptions,
     handshake::{ANSWER_BYTES, Answer, HELLO_BYTES, Hello, Nonce, PROOF_BYTES, Side, WELCOME, nonce, proof},
-    ring::{Links, wait_readable},
+    ring::{Link, wait_readable},
+    seal::{LinkKey, Secret},
 };
 use crate::{AbortHandle, Error, Result};
 
@@ -34,23 +35,23 @@ const TICK: Duration = Duration::from_millis(5);
 /// How long one attempt to reach the next rank may take before it is made anew.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Finds both neighbours.
+/// Finds both neighbours: the link to the next rank, and that from the rank before.
 pub(super) fn find_neighbours(
     listener: &TcpListener,
     options: &JoinOptions,
     abort: &AbortHandle,
-) -> Result<Links> {
+) -> Result<(Link, Link)> {
     let start = Instant::now();
     let connecting = Connecting::start(options.clone());
     let mut door = Door { options, strangers: Vec::new(), refused: None };
-    let (mut next, mut previous): (Option<TcpStream>, Option<TcpStream>) = (None, None);
+    let (mut next, mut previous): (Option<Link>, Option<Link>) = (None, None);
     loop {
         abort.check()?;
         next = next.or_else(|| connecting.found.try_recv().ok());
         // A newer connection of the same rank takes the place of the older: it was given up there.
         previous = door.look(listener).or(previous);
         match (next, previous) {
-            (Some(next), Some(previous)) => return Ok(Links { next, previous }),
+            (Some(next), Some(previous)) => return Ok((next, previous)),
             (one, other) => (next, previous) = (one, other),
         }
         if start.elapsed() >= options.deadline {
@@ -103,26 +104,34 @@ struct Stranger {
     address: String,
     since: Instant,
     bytes: Vec<u8>,
-    /// The hello and our nonce, once it said hello.
-    asked: Option<([u8; HELLO_BYTES], Nonce)>,
+    /// What it was asked, once it said hello.
+    asked: Option<Asked>,
+}
+
+struct Asked {
+    hello: [u8; HELLO_BYTES],
+    /// Our nonce.
+    nonce: Nonce,
+    /// Our half of the link's secret, if it is to be encrypted.
+    secret: Option<Secret>,
 }
 
 /// What became of looking at a stranger.
 enum Look {
     Waiting,
     Away(String),
-    Welcome,
+    Welcome(Option<LinkKey>),
 }
 
 impl Door<'_> {
     /// Lets in the rank before, if it is there. Returns it once it has proved itself.
-    fn look(&mut self, listener: &TcpListener) -> Option<TcpStream> {
+    fn look(&mut self, listener: &TcpListener) -> Option<Link> {
         self.open(listener);
         let mut welcome = None;
         for mut stranger in std::mem::take(&mut self.strangers) {
             match stranger.look(self.options) {
                 Look::Waiting => self.strangers.push(stranger),
-                Look::Welcome => welcome = Some(stranger.stream),
+                Look::Welcome(key) => welcome = Some(Link { stream: stranger.stream, key }),
                 Look::Away(reason) => {
                     debug!(from = stranger.address, reason, "turned away a collective connection");
                     self.refused = Some(format!("{}: {reason}", stranger.address));
@@ -176,20 +185,20 @@ impl Stranger {
             if self.bytes.len() < due {
                 continue;
             }
-            let outcome = match self.asked {
-                None => self.hear_hello(options),
-                Some((hello, nonce)) => self.hear_proof(options, &hello, &nonce).map(Some),
+            let outcome = match self.asked.take() {
+                None => self.hear_hello(options).map(|()| None),
+                Some(asked) => self.hear_proof(options, asked).map(Some),
             };
             self.bytes.clear();
             match outcome {
-                Ok(Some(())) => return Look::Welcome,
+                Ok(Some(key)) => return Look::Welcome(key),
                 Ok(None) => {}
                 Err(reason) => return Look::Away(reason),
             }
         }
     }
 
-    fn hear_hello(&mut self, options: &JoinOptions) -> Result<Option<()>, String> {
+    fn hear_hello(&mut self, options: &JoinOptions) -> Result<(), String> {
         let mut bytes = [0; HELLO_BYTES];
         bytes.copy_from_slice(&self.bytes);
         let Some(hello) = Hello::decode(&bytes) else {
@@ -200,6 +209,9 @@ impl Stranger {
         if hello != expected {
             // It may be ahead of us or behind; it tries again until it is where we are.
             let _ = self.stream.write(&Answer::Refusal { generation: options.generation }.encode());
+            if (Hello { manner: hello.manner, ..expected }) == hello {
+                return Err("it encrypts or compresses otherwise than this rank".to_owned());
+            }
             return Err(format!(
                 "it is rank {} of {} in generation {} and wants rank {}; this is rank {} of {} in generation {}",
                 hello.from,
@@ -211,28 +223,29 @@ impl Stranger {
                 options.generation
             ));
         }
-        let nonce = nonce();
+        let (nonce, secret) = nonce_of_link(options)?;
         let proof = proof(&options.token, Side::Accepting, &options.job, &bytes, &nonce);
         self.say(&Answer::Proof { nonce, proof }.encode())?;
-        self.asked = Some((bytes, nonce));
-        Ok(None)
+        self.asked = Some(Asked { hello: bytes, nonce, secret });
+        Ok(())
     }
 
-    fn hear_proof(
-        &mut self,
-        options: &JoinOptions,
-        hello: &[u8; HELLO_BYTES],
-        nonce: &Nonce,
-    ) -> Result<(), String> {
+    fn hear_proof(&mut self, options: &JoinOptions, asked: Asked) -> Result<Option<LinkKey>, String> {
+        let Asked { hello, nonce, secret } = asked;
         let mut bytes = [0; PROOF_BYTES];
         bytes.copy_from_slice(&self.bytes);
         if blake3::Hash::from_bytes(bytes)
-            != proof(&options.token, Side::Connecting, &options.job, hello, nonce)
+            != proof(&options.token, Side::Connecting, &options.job, &hello, &nonce)
         {
             warn!(from = self.address, "turned away a collective connection without the generation's token");
             return Err("it does not hold the generation's token".to_owned());
         }
-        self.say(&[WELCOME])
+        let key = match (secret, Hello::decode(&hello)) {
+            (Some(secret), Some(said)) => Some(secret.key(&said.nonce, &options.token, &hello, &nonce)?),
+            _ => None,
+        };
+        self.say(&[WELCOME])?;
+        Ok(key)
     }
 
     /// The few bytes of an answer always fit into a fresh connection's buffer; one that takes them not is
@@ -249,7 +262,7 @@ impl Stranger {
 /// The thread that connects to the next rank, as resolving and connecting block. It is not waited for: it
 /// ends soon after this is dropped.
 struct Connecting {
-    found: mpsc::Receiver<TcpStream>,
+    found: mpsc::Receiver<Link>,
     last_failure: Arc<Mutex<String>>,
     stop: Arc<AtomicBool>,
 }
@@ -288,12 +301,12 @@ struct Attempts {
 }
 
 impl Attempts {
-    fn until_found(mut self, last_failure: &Mutex<String>) -> Option<TcpStream> {
+    fn until_found(mut self, last_failure: &Mutex<String>) -> Option<Link> {
         self.end = Instant::now().checked_add(self.options.deadline);
         let mut pause = Duration::from_millis(5);
         while !self.is_over() {
             match self.attempt() {
-                Ok(stream) => return Some(stream),
+                Ok(link) => return Some(link),
                 Err(reason) => {
                     debug!(
                         peer = self.options.peer(self.options.next()),
@@ -312,7 +325,7 @@ impl Attempts {
         self.stop.load(Ordering::Relaxed) || self.end.is_some_and(|end| Instant::now() >= end)
     }
 
-    fn attempt(&self) -> Result<TcpStream, String> {
+    fn attempt(&self) -> Result<Link, String> {
         let options = &self.options;
         let address = options.members[options.next() as usize].as_str();
         let resolved = address.to_socket_addrs().map_err(|error| format!("`{address}`: {error}"))?;
@@ -337,7 +350,8 @@ impl Attempts {
         stream.set_nodelay(true).map_err(error)?;
         stream.set_read_timeout(Some(Duration::from_millis(50))).map_err(error)?;
 
-        let hello = options.hello(options.rank, options.next(), nonce()).encode();
+        let (ours, secret) = nonce_of_link(options)?;
+        let hello = options.hello(options.rank, options.next(), ours).encode();
         stream.write_all(&hello).map_err(error)?;
         let mut answer = [0; ANSWER_BYTES];
         self.read(&mut stream, &mut answer)?;
@@ -354,14 +368,18 @@ impl Attempts {
         if their_proof != proof(token, Side::Accepting, job, &hello, &their_nonce) {
             return Err("it does not hold the generation's token".to_owned());
         }
-        let ours = proof(token, Side::Connecting, job, &hello, &their_nonce);
-        stream.write_all(ours.as_bytes()).map_err(error)?;
+        let our_proof = proof(token, Side::Connecting, job, &hello, &their_nonce);
+        stream.write_all(our_proof.as_bytes()).map_err(error)?;
         let mut welcome = [0];
         self.read(&mut stream, &mut welcome)?;
         if welcome[0] != WELCOME {
             return Err("it did not accept our proof".to_owned());
         }
-        Ok(stream)
+        let key = match secret {
+            Some(secret) => Some(secret.key(&their_nonce, token, &hello, &their_nonce)?),
+            None => None,
+        };
+        Ok(Link { stream, key })
     }
 
     /// Reads all of `buffer`. The peer may be busy and answer when it joins too: no limit but the end.
@@ -382,7 +400,21 @@ impl Attempts {
     }
 }
 
+/// A nonce for a handshake; on a link that is to be encrypted, half of its secret.
+fn nonce_of_link(options: &JoinOptions) -> Result<(Nonce, Option<Secret>), String> {
+    if !options.encrypted {
+        return Ok((nonce(), None));
+    }
+    let secret = Secret::new()?;
+    Ok((secret.public, Some(secret)))
+}
+
 impl JoinOptions {
+    /// How bytes travel, which both ends of a link must agree on.
+    fn manner(&self) -> u32 {
+        u32::from(self.encrypted) | self.compression.number() << 8
+    }
+
     pub(super) fn next(&self) -> u32 {
         (self.rank + 1) % self.members.len() as u32
     }
@@ -396,6 +428,7 @@ impl JoinOptions {
     }
 
     fn hello(&self, from: u32, to: u32, nonce: Nonce) -> Hello {
-        Hello { generation: self.generation, from, to, world_size: self.members.len() as u32, nonce }
+        let world_size = self.members.len() as u32;
+        Hello { generation: self.generation, from, to, world_size, manner: self.manner(), nonce }
     }
 }

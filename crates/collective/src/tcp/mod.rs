@@ -16,6 +16,8 @@ mod handshake;
 mod join;
 mod pass;
 mod ring;
+mod rounded;
+mod seal;
 #[cfg(test)]
 mod tests;
 
@@ -27,10 +29,11 @@ use std::{
 };
 
 use self::{
-    pass::{BroadcastPass, GatherPass, Pass, ReducePass},
+    pass::{BroadcastPass, GatherPass, Pass, ReducePass, Schedule},
     ring::Ring,
+    rounded::RoundedPass,
 };
-use crate::{AbortHandle, Collective, Error, HopHook, Operation, Result, check, sum};
+use crate::{AbortHandle, Collective, Compression, Error, Feedback, HopHook, Operation, Result, check, sum};
 
 /// A buffer is gathered and added locally when no link carries more than this for it: half the hops of the
 /// ring all-reduce. The sums are the same bits either way.
@@ -61,6 +64,10 @@ pub struct JoinOptions {
     pub token: Token,
     /// How long joining may take.
     pub deadline: Duration,
+    /// Whether links are encrypted; members must agree.
+    pub encrypted: bool,
+    /// How sums of rounds travel ([`Feedback`]); members must agree.
+    pub compression: Compression,
 }
 
 /// Where this process accepts its neighbours' connections. Bound once; generations come and go on it.
@@ -110,6 +117,9 @@ impl Listener {
             abort: abort.clone(),
             first_error: None,
             scratch: Vec::new(),
+            compression: options.compression,
+            feedback: Feedback::default(),
+            wire: Vec::new(),
         };
         if world_size == 1 {
             return Ok(collective);
@@ -123,9 +133,9 @@ impl Listener {
             waited: start.elapsed(),
             reason,
         };
-        let links = join::find_neighbours(&self.listener, options, &abort)?;
+        let (to_next, from_previous) = join::find_neighbours(&self.listener, options, &abort)?;
         let (next, previous) = (options.peer(options.next()), options.peer(options.previous()));
-        let mut ring = Ring::new(links, next, previous, options.generation, abort)
+        let mut ring = Ring::new(to_next, from_previous, next, previous, options.generation, abort)
             .map_err(|error| failed(error.to_string()))?;
 
         // Both neighbours are here; the others are once a barrier has gone around.
@@ -156,6 +166,10 @@ pub struct TcpCollective {
     first_error: Option<Error>,
     /// Room for the block that is being received, or for what all ranks bring to a small sum.
     scratch: Vec<f32>,
+    compression: Compression,
+    feedback: Feedback,
+    /// What travels of a sum that is rounded.
+    wire: Vec<u8>,
 }
 
 impl TcpCollective {
@@ -166,6 +180,18 @@ impl TcpCollective {
             Some(first) => Err(Error::Broken { first: first.to_string() }),
             None => Ok(()),
         }
+    }
+
+    /// Closes the links: the neighbours notice.
+    pub(crate) fn close(&self) {
+        if let Some(ring) = &self.ring {
+            ring.close();
+        }
+    }
+
+    /// A neighbour that has closed its link, while no call of this collective is under way.
+    pub(crate) fn lost_neighbour(&self) -> Option<String> {
+        self.ring.as_ref()?.lost_neighbour()
     }
 
     /// Carries out `pass`. Only called in a world of several.
@@ -205,6 +231,13 @@ impl Collective for TcpCollective {
             output.copy_from_slice(input);
             return Ok(());
         }
+        let schedule = Schedule { rank, world_size, length: input.len() };
+        if self.compression != Compression::Off && self.feedback.is_begun() {
+            let (owed, owes) = self.feedback.take(input.len())?;
+            let mut pass =
+                RoundedPass::new(schedule, self.compression, (input, output), (owed, owes), &mut self.wire);
+            return Self::run(&mut self.ring, &mut self.first_error, &mut pass);
+        }
         if size_of_val(input) * (world_size - 1) <= GATHER_BYTES {
             let mut all = std::mem::take(&mut self.scratch);
             all.resize((input.len() * world_size).max(all.len()), 0.0);
@@ -222,7 +255,7 @@ impl Collective for TcpCollective {
             return result;
         }
         self.scratch.resize(sum::BLOCK.max(self.scratch.len()), 0.0);
-        let mut pass = ReducePass { rank, world_size, input, output, scratch: &mut self.scratch };
+        let mut pass = ReducePass { schedule, input, output, scratch: &mut self.scratch };
         Self::run(&mut self.ring, &mut self.first_error, &mut pass)
     }
 
@@ -271,5 +304,14 @@ impl Collective for TcpCollective {
         if let Some(ring) = &mut self.ring {
             ring.deadline = deadline;
         }
+    }
+
+    fn set_feedback(&mut self, feedback: Option<Feedback>) -> Option<Feedback> {
+        let before = std::mem::replace(&mut self.feedback, feedback.unwrap_or_default());
+        (self.compression != Compression::Off).then_some(before)
+    }
+
+    fn feedback(&mut self) -> Option<&mut Feedback> {
+        (self.compression != Compression::Off).then_some(&mut self.feedback)
     }
 }

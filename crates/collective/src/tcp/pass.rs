@@ -43,6 +43,9 @@ pub(super) trait Pass {
     /// How many parts it receives at a hop; at least 1.
     fn parts_in(&self, hop: u32) -> u32;
 
+    /// A part is about to be sent.
+    fn prepare(&mut self, _place: Place) {}
+
     /// What to send.
     fn outgoing(&self, place: Place) -> &[u8];
 
@@ -58,35 +61,52 @@ pub(super) trait Pass {
     }
 }
 
+/// Which block of a buffer is where at which hop of a ring all-reduce.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Schedule {
+    pub rank: usize,
+    pub world_size: usize,
+    /// Elements of the buffer.
+    pub length: usize,
+}
+
+impl Schedule {
+    /// All hops, of which every member sends and receives at each.
+    pub(super) fn hops(self) -> Range<u32> {
+        0..2 * (self.world_size as u32 - 1)
+    }
+
+    /// The segment that this member sends at a hop. It receives that of the hop after.
+    fn segment(self, hop: u32) -> usize {
+        (self.rank + 2 * self.world_size - hop as usize) % self.world_size
+    }
+
+    /// How many parts the segment of a hop has; at least 1.
+    pub(super) fn parts(self, hop: u32) -> u32 {
+        sum::blocks_of(self.segment(hop), self.length, self.world_size).max(1) as u32
+    }
+
+    /// The number of a part's block, and its elements; none for a part of an empty segment.
+    pub(super) fn block(self, hop: u32, part: u32) -> (usize, Range<usize>) {
+        let block = self.segment(hop) + part as usize * self.world_size;
+        (block, sum::block_range(block, self.length))
+    }
+
+    /// Whether what comes at a hop is a partial sum, to be added to; later ones are finished.
+    pub(super) fn adds_at(self, hop: u32) -> bool {
+        (hop as usize) < self.world_size - 1
+    }
+}
+
 /// Ring all-reduce: `n - 1` hops in which partial sums go around and grow, then `n - 1` in which the
 /// finished sums do. Each link carries `2 (n - 1) / n` of the buffer.
 /// Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009.
 pub(super) struct ReducePass<'a> {
-    pub rank: usize,
-    pub world_size: usize,
+    pub schedule: Schedule,
     pub input: &'a [f32],
     pub output: &'a mut [f32],
     /// Room for a block.
     pub scratch: &'a mut [f32],
-}
-
-impl ReducePass<'_> {
-    /// The segment that this member sends at a hop. It receives that of the hop after.
-    fn segment(&self, hop: u32) -> usize {
-        (self.rank + 2 * self.world_size - hop as usize) % self.world_size
-    }
-
-    fn parts(&self, segment: usize) -> u32 {
-        sum::blocks_of(segment, self.input.len(), self.world_size).max(1) as u32
-    }
-
-    fn range(&self, segment: usize, part: u32) -> Range<usize> {
-        sum::block_range(segment + part as usize * self.world_size, self.input.len())
-    }
-
-    fn adds_at(&self, hop: u32) -> bool {
-        (hop as usize) < self.world_size - 1
-    }
 }
 
 impl Pass for ReducePass<'_> {
@@ -99,7 +119,7 @@ impl Pass for ReducePass<'_> {
     }
 
     fn sends(&self) -> Range<u32> {
-        0..2 * (self.world_size as u32 - 1)
+        self.schedule.hops()
     }
 
     fn receives(&self) -> Range<u32> {
@@ -107,22 +127,22 @@ impl Pass for ReducePass<'_> {
     }
 
     fn parts_out(&self, hop: u32) -> u32 {
-        self.parts(self.segment(hop))
+        self.schedule.parts(hop)
     }
 
     fn parts_in(&self, hop: u32) -> u32 {
-        self.parts(self.segment(hop + 1))
+        self.schedule.parts(hop + 1)
     }
 
     fn outgoing(&self, place: Place) -> &[u8] {
-        let range = self.range(self.segment(place.hop), place.part);
+        let (_, range) = self.schedule.block(place.hop, place.part);
         let source = if place.hop == 0 { self.input } else { &*self.output };
         bytemuck::cast_slice(&source[range])
     }
 
     fn incoming(&mut self, place: Place) -> &mut [u8] {
-        let range = self.range(self.segment(place.hop + 1), place.part);
-        if self.adds_at(place.hop) {
+        let (_, range) = self.schedule.block(place.hop + 1, place.part);
+        if self.schedule.adds_at(place.hop) {
             bytemuck::cast_slice_mut(&mut self.scratch[..range.len()])
         } else {
             bytemuck::cast_slice_mut(&mut self.output[range])
@@ -130,8 +150,8 @@ impl Pass for ReducePass<'_> {
     }
 
     fn received(&mut self, place: Place) {
-        if self.adds_at(place.hop) {
-            let range = self.range(self.segment(place.hop + 1), place.part);
+        if self.schedule.adds_at(place.hop) {
+            let (_, range) = self.schedule.block(place.hop + 1, place.part);
             sum::add(&mut self.output[range.clone()], &self.scratch[..range.len()], &self.input[range]);
         }
     }

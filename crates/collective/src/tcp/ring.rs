@@ -21,8 +21,15 @@ use rustix::{
 use super::{
     frame::{Difference, HEADER_BYTES, Header},
     pass::{Pass, Place},
+    seal::{LinkKey, Seal, TAG_BYTES},
 };
 use crate::{AbortHandle, Error, HopHook, HopPoint, Operation, Result};
+
+/// A connection whose other end has proved itself, with its key if it is encrypted.
+pub(super) struct Link {
+    pub stream: TcpStream,
+    pub key: Option<LinkKey>,
+}
 
 /// The two links. Closed together.
 pub(super) struct Links {
@@ -47,19 +54,37 @@ pub(super) struct Ring {
     generation: u64,
     sequence: u64,
     abort: AbortHandle,
+    /// What seals parts to the next rank and opens those of the rank before, on encrypted links.
+    seals: Option<Seals>,
     pub(super) hook: Option<HopHook>,
     pub(super) deadline: Option<Duration>,
+}
+
+struct Seals {
+    next: Seal,
+    previous: Seal,
+    /// The part that is on its way out.
+    sealed: Vec<u8>,
 }
 
 impl Ring {
     /// Takes over connected, authenticated links. `next` and `previous` name the neighbours in errors.
     pub(super) fn new(
-        links: Links,
+        next_link: Link,
+        previous_link: Link,
         next: String,
         previous: String,
         generation: u64,
         abort: AbortHandle,
     ) -> io::Result<Self> {
+        let seal = |key: &LinkKey| Seal::new(key).ok_or_else(|| io::Error::other("a key that is none"));
+        let seals = match (&next_link.key, &previous_link.key) {
+            (Some(next), Some(previous)) => {
+                Some(Seals { next: seal(next)?, previous: seal(previous)?, sealed: Vec::new() })
+            }
+            _ => None,
+        };
+        let links = Links { next: next_link.stream, previous: previous_link.stream };
         for link in [&links.next, &links.previous] {
             link.set_nonblocking(true)?;
             link.set_nodelay(true)?;
@@ -71,7 +96,24 @@ impl Ring {
                 links.close();
             }
         });
-        Ok(Self { links, next, previous, generation, sequence: 0, abort, hook: None, deadline: None })
+        Ok(Self { links, next, previous, generation, sequence: 0, abort, seals, hook: None, deadline: None })
+    }
+
+    /// Closes the links.
+    pub(super) fn close(&self) {
+        self.links.close();
+    }
+
+    /// A neighbour whose link is closed or broken, by a look that takes nothing out.
+    pub(super) fn lost_neighbour(&self) -> Option<String> {
+        let Links { next, previous } = &*self.links;
+        let is_lost = |link: &TcpStream| match link.peek(&mut [0]) {
+            Ok(bytes) => bytes == 0,
+            Err(error) => !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
+        };
+        let lost =
+            [(next, &self.next), (previous, &self.previous)].into_iter().find(|(link, _)| is_lost(link));
+        lost.map(|(_, name)| name.clone())
     }
 
     /// Carries out an operation. After an error the links are closed, so that the neighbours notice too.
@@ -88,7 +130,7 @@ impl Ring {
 
     fn drive(&mut self, pass: &mut impl Pass) -> Result<()> {
         let call = Call { operation: pass.operation(), sequence: self.sequence, start: Instant::now() };
-        let mut sending = Sending::new(pass.sends().start);
+        let mut sending = Sending::new(Place { hop: pass.sends().start, part: 0 });
         let mut receiving = Receiving::new(pass.receives().start);
         loop {
             let sent = self.send(pass, &call, &mut sending, receiving.place)?;
@@ -106,24 +148,41 @@ impl Ring {
     }
 
     /// Sends one part or a piece of one. Says whether anything moved.
-    fn send(&self, pass: &impl Pass, call: &Call, sending: &mut Sending, received: Place) -> Result<bool> {
+    fn send(
+        &mut self,
+        pass: &mut impl Pass,
+        call: &Call,
+        sending: &mut Sending,
+        received: Place,
+    ) -> Result<bool> {
         let place = sending.place;
         if place.hop >= pass.sends().end || !pass.is_ready(place, received) {
             return Ok(false);
         }
+        if !sending.is_prepared {
+            pass.prepare(place);
+        }
         let payload = pass.outgoing(place);
         let header = self.header(pass, place, payload.len()).encode();
+        if let Some(seals) = &mut self.seals
+            && !sending.is_prepared
+            && !seals.next.close(&header, payload, &mut seals.sealed)
+        {
+            return Err(call.lost(&self.next, "a part cannot be encrypted"));
+        }
+        sending.is_prepared = true;
+        let body = self.seals.as_ref().map_or(payload, |seals| &seals.sealed);
         let written = if sending.done < HEADER_BYTES {
-            let pieces = [IoSlice::new(&header[sending.done..]), IoSlice::new(payload)];
+            let pieces = [IoSlice::new(&header[sending.done..]), IoSlice::new(body)];
             (&self.links.next).write_vectored(&pieces)
         } else {
-            (&self.links.next).write(&payload[sending.done - HEADER_BYTES..])
+            (&self.links.next).write(&body[sending.done - HEADER_BYTES..])
         };
+        let bytes = HEADER_BYTES + body.len();
         let Some(written) = self.moved(written, call, &self.next)? else { return Ok(false) };
         sending.done += written;
-        if sending.done == HEADER_BYTES + payload.len() {
-            sending.place = following(place, pass.parts_out(place.hop));
-            sending.done = 0;
+        if sending.done == bytes {
+            *sending = Sending::new(following(place, pass.parts_out(place.hop)));
         }
         Ok(true)
     }
@@ -151,20 +210,29 @@ impl Ring {
         }
         let payload = pass.incoming(place);
         let payload_bytes = payload.len();
-        let link = &mut &self.links.previous;
-        let read = if receiving.done < HEADER_BYTES {
-            let rest = &mut receiving.header[receiving.done..];
-            link.read_vectored(&mut [IoSliceMut::new(rest), IoSliceMut::new(payload)])
-        } else {
-            link.read(&mut payload[receiving.done - HEADER_BYTES..])
-        };
+        let tag_bytes = if self.seals.is_some() { TAG_BYTES } else { 0 };
+        let Receiving { header, tag, done, .. } = receiving;
+        let done_of_body = done.saturating_sub(HEADER_BYTES);
+        let done_of_tag = done_of_body.saturating_sub(payload_bytes);
+        let rest = [
+            IoSliceMut::new(&mut header[(*done).min(HEADER_BYTES)..]),
+            IoSliceMut::new(&mut payload[done_of_body.min(payload_bytes)..]),
+            IoSliceMut::new(&mut tag[done_of_tag..tag_bytes]),
+        ];
+        let read = read_pieces(&self.links.previous, rest);
         let Some(read) = self.moved(read, call, &self.previous)? else { return Ok(false) };
         let header_was_due = receiving.done < HEADER_BYTES;
         receiving.done += read;
         if header_was_due && receiving.done >= HEADER_BYTES {
             self.check_header(&self.header(pass, place, payload_bytes), &receiving.header)?;
         }
-        if receiving.done == HEADER_BYTES + payload_bytes {
+        if receiving.done == HEADER_BYTES + payload_bytes + tag_bytes {
+            if let Some(seals) = &mut self.seals
+                && !seals.previous.open(&receiving.header, pass.incoming(place), receiving.tag)
+            {
+                let (peer, operation, sequence) = (self.previous.clone(), call.operation, call.sequence);
+                return Err(Error::Forged { peer, operation, sequence });
+            }
             pass.received(place);
             receiving.place = following(place, pass.parts_in(place.hop));
             receiving.done = 0;
@@ -282,20 +350,24 @@ impl Call {
 
 struct Sending {
     place: Place,
-    /// Bytes of header and payload that are out.
+    /// Whether the part is ready to be written.
+    is_prepared: bool,
+    /// Bytes of header and body that are out.
     done: usize,
 }
 
 impl Sending {
-    fn new(hop: u32) -> Self {
-        Self { place: Place { hop, part: 0 }, done: 0 }
+    fn new(place: Place) -> Self {
+        Self { place, is_prepared: false, done: 0 }
     }
 }
 
 struct Receiving {
     place: Place,
     header: [u8; HEADER_BYTES],
-    /// Bytes of header and payload that are in.
+    /// What ends a part on an encrypted link.
+    tag: [u8; TAG_BYTES],
+    /// Bytes of header, payload and tag that are in.
     done: usize,
     /// Whether the hook knows of this hop.
     announced: bool,
@@ -303,8 +375,15 @@ struct Receiving {
 
 impl Receiving {
     fn new(hop: u32) -> Self {
-        Self { place: Place { hop, part: 0 }, header: [0; HEADER_BYTES], done: 0, announced: false }
+        let (header, tag) = ([0; HEADER_BYTES], [0; TAG_BYTES]);
+        Self { place: Place { hop, part: 0 }, header, tag, done: 0, announced: false }
     }
+}
+
+/// Reads into those of the pieces that still have room.
+fn read_pieces(mut link: &TcpStream, mut pieces: [IoSliceMut<'_>; 3]) -> io::Result<usize> {
+    let first = pieces.iter().position(|piece| !piece.is_empty()).unwrap_or(0);
+    link.read_vectored(&mut pieces[first..])
 }
 
 fn following(place: Place, parts: u32) -> Place {

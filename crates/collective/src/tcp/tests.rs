@@ -12,13 +12,23 @@ use super::{
     frame::{HEADER_BYTES, Header},
     join::find_neighbours,
     ring::Links,
+    seal::Seal,
 };
-use crate::{AbortHandle, Collective, Error, Operation, Result};
+use crate::{AbortHandle, Collective, Compression, Error, Operation, Result};
 
 /// What rank 0 says to a call when rank 1 answers the barrier and then does `misbehave`. Rank 1 takes what
 /// it gets until rank 0 closes.
 fn beside_a_bad_neighbour(
     misbehave: impl FnOnce(&Links) + Send,
+    call: impl FnOnce(&mut dyn Collective) -> Result<()>,
+) -> Error {
+    beside(false, |links, _| misbehave(links), call)
+}
+
+/// As above, on plain links, or on encrypted ones with the means to seal parts to rank 0.
+fn beside(
+    encrypted: bool,
+    misbehave: impl FnOnce(&Links, Option<Seal>) + Send,
     call: impl FnOnce(&mut dyn Collective) -> Result<()>,
 ) -> Error {
     let bad = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -31,16 +41,20 @@ fn beside_a_bad_neighbour(
         members: vec![good.local_addr().to_string(), bad.local_addr().unwrap().to_string()],
         token: Token([9; 32]),
         deadline: Duration::from_secs(20),
+        encrypted,
+        compression: Compression::Off,
     };
     thread::scope(|scope| {
         let bad_options = JoinOptions { rank: 1, ..options.clone() };
         scope.spawn(move || {
-            let links = find_neighbours(&bad, &bad_options, &AbortHandle::new()).unwrap();
+            let (next, previous) = find_neighbours(&bad, &bad_options, &AbortHandle::new()).unwrap();
+            let mut seal = next.key.as_ref().map(|key| Seal::new(key).unwrap());
+            let links = Links { next: next.stream, previous: previous.stream };
             let barrier =
                 Header { operation: Operation::Barrier, total_bytes: 0, payload_bytes: 0, ..header(1) };
-            (&links.next).write_all(&barrier.encode()).unwrap();
+            (&links.next).write_all(&part(&mut seal, barrier, b"")).unwrap();
             links.previous.set_nonblocking(false).unwrap();
-            misbehave(&links);
+            misbehave(&links, seal);
             let _ = io::copy(&mut &links.previous, &mut io::sink());
         });
         let mut member = good.join(&options, AbortHandle::new()).unwrap();
@@ -49,6 +63,17 @@ fn beside_a_bad_neighbour(
         assert!(matches!(member.all_reduce_u64(&mut [1]), Err(Error::Broken { .. })));
         error
     })
+}
+
+/// A part as it travels.
+fn part(seal: &mut Option<Seal>, header: Header, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = header.encode().to_vec();
+    let mut body = payload.to_vec();
+    if let Some(seal) = seal {
+        assert!(seal.close(&header.encode(), payload, &mut body));
+    }
+    bytes.extend_from_slice(&body);
+    bytes
 }
 
 /// The header of an all-reduce of one integer.
@@ -146,4 +171,40 @@ fn a_next_rank_that_closes_is_noticed_while_sending() {
         },
     );
     assert_eq!(error.code(), "SH0782");
+}
+
+#[test]
+fn a_sealed_part_is_taken_and_one_changed_on_its_way_is_not() {
+    let error = beside(
+        true,
+        |links, mut seal| {
+            let good = part(&mut seal, header(2), &41u64.to_le_bytes());
+            (&links.next).write_all(&good).unwrap();
+            let mut changed = part(&mut seal, Header { sequence: 3, ..header(2) }, &41u64.to_le_bytes());
+            changed[HEADER_BYTES] ^= 1;
+            (&links.next).write_all(&changed).unwrap();
+        },
+        |member| {
+            let mut values = [1];
+            member.all_reduce_u64(&mut values)?;
+            assert_eq!(values, [42]);
+            count(member)
+        },
+    );
+    assert!(matches!(error, Error::Forged { sequence: 3, .. }), "{error}");
+    assert_eq!(error.code(), "SH0727");
+    assert!(error.to_string().contains("rank 1 ("), "{error}");
+}
+
+#[test]
+fn what_is_not_sealed_is_refused_on_an_encrypted_link() {
+    let send = |links: &Links, _: Option<Seal>| {
+        let mut plain = part(&mut None, header(2), &41u64.to_le_bytes());
+        plain.extend_from_slice(&[0; 16]);
+        (&links.next).write_all(&plain).unwrap();
+    };
+    assert_eq!(beside(true, send, count).code(), "SH0727");
+    // Garbage is known by its header already.
+    let garbage = |links: &Links, _: Option<Seal>| (&links.next).write_all(&[0xee; 500]).unwrap();
+    assert_eq!(beside(true, garbage, count).code(), "SH0783");
 }

@@ -1,5 +1,7 @@
-//! Generations to test with: threads of this process, over either implementation.
+//! Generations to test with: threads of this process, over every implementation.
 #![allow(dead_code, reason = "each test binary uses its part")]
+
+pub mod fake;
 
 use std::{
     thread,
@@ -7,7 +9,7 @@ use std::{
 };
 
 use shanty_collective::{
-    AbortHandle, Collective, Error, local,
+    AbortHandle, Collective, Compression, Error, local,
     tcp::{JoinOptions, Listener, TcpCollective, Token},
 };
 
@@ -15,7 +17,15 @@ use shanty_collective::{
 pub type Maker = fn(u32) -> Vec<Box<dyn Collective>>;
 
 /// Every implementation, by name.
-pub const MAKERS: [(&str, Maker); 2] = [("local", make_local), ("tcp", make_tcp)];
+pub const MAKERS: [(&str, Maker); 5] = [
+    ("local", make_local),
+    ("tcp", make_tcp),
+    ("tcp encrypted", make_tcp_encrypted),
+    // Only the sums of rounds are rounded; `rounded.rs` is about those.
+    ("tcp rounding", make_tcp_rounding),
+    // The fake library without a card: the crate's own half is what is tested.
+    ("nccl", make_nccl),
+];
 
 /// A test that would hang ends with `Error::Deadline` after this.
 pub const HANGS: Duration = Duration::from_secs(30);
@@ -28,7 +38,20 @@ fn make_tcp(world_size: u32) -> Vec<Box<dyn Collective>> {
     boxed(tcp_group(world_size))
 }
 
-fn boxed<C: Collective + 'static>(members: Vec<C>) -> Vec<Box<dyn Collective>> {
+fn make_tcp_encrypted(world_size: u32) -> Vec<Box<dyn Collective>> {
+    boxed(tcp_group_with(world_size, true, Compression::Off))
+}
+
+fn make_tcp_rounding(world_size: u32) -> Vec<Box<dyn Collective>> {
+    boxed(tcp_group_with(world_size, true, Compression::Int8))
+}
+
+fn make_nccl(world_size: u32) -> Vec<Box<dyn Collective>> {
+    boxed(fake::nccl_members(world_size))
+}
+
+/// Members of any kind, which give up what would hang.
+pub fn boxed<C: Collective + 'static>(members: Vec<C>) -> Vec<Box<dyn Collective>> {
     let mut members: Vec<_> =
         members.into_iter().map(|member| Box::new(member) as Box<dyn Collective>).collect();
     members.iter_mut().for_each(|member| member.set_call_deadline(Some(HANGS)));
@@ -51,16 +74,28 @@ pub fn options(members: &[String], rank: u32, generation: u64) -> JoinOptions {
         members: members.to_vec(),
         token: Token([generation as u8; 32]),
         deadline: HANGS,
+        encrypted: false,
+        compression: Compression::Off,
     }
 }
 
 /// Has all listeners join a generation.
 pub fn join_all(listeners: &[Listener], members: &[String], generation: u64) -> Vec<TcpCollective> {
+    join_all_with(listeners, members, generation, false, Compression::Off)
+}
+
+fn join_all_with(
+    listeners: &[Listener],
+    members: &[String],
+    generation: u64,
+    encrypted: bool,
+    compression: Compression,
+) -> Vec<TcpCollective> {
     thread::scope(|scope| {
         let joins: Vec<_> = (0..)
             .zip(listeners)
             .map(|(rank, listener)| {
-                let options = options(members, rank, generation);
+                let options = JoinOptions { encrypted, compression, ..options(members, rank, generation) };
                 scope.spawn(move || listener.join(&options, AbortHandle::new()).unwrap())
             })
             .collect();
@@ -69,8 +104,12 @@ pub fn join_all(listeners: &[Listener], members: &[String], generation: u64) -> 
 }
 
 pub fn tcp_group(world_size: u32) -> Vec<TcpCollective> {
+    tcp_group_with(world_size, false, Compression::Off)
+}
+
+pub fn tcp_group_with(world_size: u32, encrypted: bool, compression: Compression) -> Vec<TcpCollective> {
     let (listeners, members) = listeners(world_size);
-    join_all(&listeners, &members, 1)
+    join_all_with(&listeners, &members, 1, encrypted, compression)
 }
 
 /// Runs `work` as every member at once; results by rank.

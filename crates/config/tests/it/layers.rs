@@ -236,3 +236,30 @@ fn a_model_of_the_hub_is_no_path() {
     assert_eq!(with_model("crew/tiny").value.base.model, bench.path("crew/tiny"));
     assert_eq!(with_model("./shanty/tiny").value.base.model, bench.path("shanty/tiny"));
 }
+
+#[test]
+fn a_base_is_shared_by_a_word_or_a_number() {
+    use shanty_config::job::Shard;
+    let bench = Bench::new();
+    let shard = |line: &str, flags: &[(&str, &str)]| {
+        let text = GOOD.replace("[base]\n", &format!("[base]\n{line}\n"));
+        let more = "[cluster]\nworkers = { max = 8 }\n";
+        bench.load_with(format!("{text}\n{more}"), &[], flags).map(|loaded| loaded.value.base.shard)
+    };
+    assert_eq!(shard("", &[]).unwrap(), Shard::Auto);
+    assert_eq!(shard("shard = \"replicate\"", &[]).unwrap(), Shard::Replicate);
+    assert_eq!(shard("shard = 4", &[]).unwrap(), Shard::Parts(4));
+    assert_eq!(shard("", &[("base.shard", "2")]).unwrap(), Shard::Parts(2));
+    assert_eq!(shard("shard = 4", &[("base.shard", "auto")]).unwrap(), Shard::Auto);
+    let wrong = |line: &str| shard(line, &[]).unwrap_err().to_string();
+    assert!(wrong("shard = \"replicated\"").contains("replicate"), "{}", wrong("shard = \"replicated\""));
+    assert!(wrong("shard = 9").contains("at most `cluster.workers.max`"), "{}", wrong("shard = 9"));
+    assert!(wrong("shard = 1").contains("at least 2"), "{}", wrong("shard = 1"));
+    let dense = wrong("shard = 2\nquantization = \"none\"");
+    assert!(dense.contains("quantization"), "{dense}");
+    let written = serde_json::to_value(Shard::Parts(3)).unwrap();
+    assert_eq!(
+        (written.clone(), serde_json::from_value::<Shard>(written).unwrap()),
+        (3.into(), Shard::Parts(3))
+    );
+}

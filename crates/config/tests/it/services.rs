@@ -39,6 +39,12 @@ fn wrong_service_files_are_answered_like_job_files() {
         ("beat_interval_ms = 1000\nlost_after_ms = 1500\n", "SH0104", 2),
         ("credit = 3\n", "SH0102", 1),
         ("insecure = \"yes\"\n", "SH0103", 1),
+        ("cert = \"head.pem\"\n", "SH0104", 1),
+        ("\nkey = \"head.key\"\n", "SH0104", 2),
+        ("ca = \"ca.pem\"\n", "SH0104", 1),
+        ("cert = \"c\"\nkey = \"k\"\nrevoked = \"r\"\n", "SH0104", 3),
+        ("cert = \"c\"\nkey = \"k\"\ninsecure = true\n", "SH0104", 1),
+        ("health_listen = \"7462\"\n", "SH0104", 1),
     ];
     for (text, code, line) in cases {
         let file = bench.write("c.toml", text);
@@ -47,11 +53,17 @@ fn wrong_service_files_are_answered_like_job_files() {
     }
     let file = bench.write("c.toml", "insecure = true\nlisten = \"0.0.0.0:7461\"\n");
     assert!(load_coordinator(Some(&file), &[]).is_ok(), "said aloud, it is allowed");
+    let tls =
+        "listen = \"0.0.0.0:7461\"\ncert = \"tls/head.pem\"\nkey = \"tls/head.key\"\nca = \"tls/ca.pem\"\n";
+    let file = bench.write("c.toml", tls);
+    let coordinator = load_coordinator(Some(&file), &[]).expect("with TLS it is allowed").value;
+    assert_eq!(coordinator.cert, Some(bench.path("tls/head.pem")), "paths count from the file");
     let cases = [
         ("coordinator = \"127.0.0.1:7461\"\n", "SH0104"),
         ("threads = 0\n", "SH0104"),
         ("bind = \"eth0\"\n", "SH0104"),
         ("device = \"tpu\"\n", "SH0107"),
+        ("key = \"node.key\"\n", "SH0104"),
     ];
     for (text, code) in cases {
         let file = bench.write("w.toml", text);

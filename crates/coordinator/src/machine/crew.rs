@@ -1,15 +1,22 @@
 //! The members of the newest generation, and when none of them can apply a step any more.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use shanty_proto::{Rank, Step, WorkerId};
 
-use super::event::{KeptSum, MemberPhase, Timings};
+use super::{
+    event::{KeptSum, MemberPhase, Timings},
+    straggler::Figures,
+};
 
 /// The members of a generation, by rank.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Crew {
     pub members: Vec<Member>,
+    /// All left after the same step, and none had begun the next.
+    pub parted: bool,
+    /// Where a worker stands in `members`: beats and reports of a large crew must not each search it.
+    places: BTreeMap<WorkerId, usize>,
 }
 
 /// A member as it is now.
@@ -18,6 +25,8 @@ pub(crate) struct Member {
     pub worker: WorkerId,
     /// Why it is lost.
     pub lost: Option<String>,
+    /// Its trainer gave no answer: it does not come back as the member that it was.
+    pub hung: bool,
     /// Whether its stream is up and said that it belongs here (or was told so).
     pub attached: bool,
     /// Until when it may have to come back, after a restart of the coordinator.
@@ -30,6 +39,12 @@ pub(crate) struct Member {
     pub phase: MemberPhase,
     pub step: Step,
     pub timings: Timings,
+    /// Grows with what its trainer gets done.
+    pub progress: u64,
+    /// When that, its phase or its step changed last.
+    pub progressed: Duration,
+    /// Where its time goes, over the last steps.
+    pub figures: Figures,
     /// Host, process and device, for people; kept when the stream is gone.
     pub host: String,
     pub pid: u32,
@@ -52,6 +67,7 @@ impl Member {
         Self {
             worker,
             lost: None,
+            hung: false,
             attached: false,
             back_by: None,
             had: None,
@@ -60,10 +76,18 @@ impl Member {
             phase: MemberPhase::Forming,
             step: Step(0),
             timings: Timings::default(),
+            progress: 0,
+            progressed: Duration::ZERO,
+            figures: Figures::default(),
             host: String::new(),
             pid: 0,
             device: String::new(),
         }
+    }
+
+    /// Whether it has made a step in its crew, so that it has compiled, warmed up and connected.
+    pub fn is_warm(&self, begun_from: Step) -> bool {
+        self.had.is_some() || self.step > begun_from
     }
 }
 
@@ -74,27 +98,42 @@ pub struct LeftWith {
     pub applied: Step,
     /// Whether it holds adapter and optimizer.
     pub holds_state: bool,
+    /// Their hash.
+    pub hash: String,
     /// The sum that it keeps.
     pub kept: Option<KeptSum>,
 }
 
 impl Crew {
+    pub fn new(members: Vec<Member>) -> Self {
+        let places = members.iter().enumerate().map(|(at, member)| (member.worker.clone(), at)).collect();
+        Self { members, parted: false, places }
+    }
+
     pub fn rank_of(&self, worker: &WorkerId) -> Option<Rank> {
-        let at = self.members.iter().position(|member| member.worker == *worker)?;
+        let at = *self.places.get(worker)?;
         Some(Rank(u32::try_from(at).expect("there are fewer members than 2^32")))
     }
 
     pub fn of(&self, worker: &WorkerId) -> Option<&Member> {
-        self.members.iter().find(|member| member.worker == *worker)
+        self.members.get(*self.places.get(worker)?)
     }
 
     pub fn of_mut(&mut self, worker: &WorkerId) -> Option<&mut Member> {
-        self.members.iter_mut().find(|member| member.worker == *worker)
+        self.members.get_mut(*self.places.get(worker)?)
     }
 
     /// Members that are neither lost nor have left.
     pub fn staying(&self) -> impl Iterator<Item = &Member> {
         self.members.iter().filter(|member| member.lost.is_none() && member.left.is_none())
+    }
+
+    /// All said that they left, and nobody is to come back.
+    pub fn all_out(&mut self) {
+        for member in &mut self.members {
+            member.credit = Credit::Out;
+            member.back_by = None;
+        }
     }
 
     /// When the generation can apply no step any more: nothing if that is so already.
@@ -122,7 +161,7 @@ mod tests {
             member.credit = *credit;
             member
         };
-        Crew { members: credits.iter().map(member).collect() }
+        Crew::new(credits.iter().map(member).collect())
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! What the machine wants done.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use shanty_proto::{Attempt, Generation, JobId, Rank, Step, WorkerId};
 
+use super::edits::Ignored;
 use super::record::{
     CheckpointRecord, DataFacts, EvaluationRecord, EventRecord, GenerationRecord, JobRecord, JobState,
     StepRecord,
@@ -54,6 +55,8 @@ pub enum Effect {
         job: JobId,
         /// Its attempt.
         attempt: Attempt,
+        /// None beyond this step is wanted.
+        up_to: Option<Step>,
     },
     /// Answer a user's request.
     Reply {
@@ -94,10 +97,16 @@ pub enum Change {
     Evaluation(JobId, EvaluationRecord),
     /// A checkpoint.
     Checkpoint(JobId, CheckpointRecord),
+    /// Checkpoints are gone, by their paths.
+    CheckpointsRemoved(JobId, Vec<String>),
     /// An event.
     Event(JobId, EventRecord),
     /// Steps and evaluations after this one are no longer in the lineage.
     Truncate(JobId, Step),
+    /// A token was made.
+    Token(crate::access::TokenRecord),
+    /// A token is no more.
+    TokenGone(shanty_access::TokenId),
 }
 
 /// What a worker is told.
@@ -112,8 +121,8 @@ pub enum Message {
     BeatAck {
         /// Which.
         sequence: u64,
-        /// The credit, if any: generation and last step.
-        credit: Option<(Generation, Step)>,
+        /// The credit, if any.
+        credit: Option<CreditGiven>,
     },
     /// Load a job's base.
     Assign {
@@ -127,6 +136,8 @@ pub enum Message {
         facts: DataFacts,
         /// Updates in all.
         steps: Step,
+        /// The part of the base to load, where workers share one.
+        part: Option<u32>,
     },
     /// A generation begins.
     Form {
@@ -149,6 +160,19 @@ pub enum Message {
         generation: Generation,
         /// Why.
         reason: String,
+        /// Once this step is applied, and not before; at once if nothing.
+        after: Option<Step>,
+    },
+    /// Write a checkpoint of the state that you left a generation with.
+    Keep {
+        /// The job.
+        job: JobId,
+        /// Its attempt.
+        attempt: Attempt,
+        /// The generation.
+        generation: Generation,
+        /// Updates applied.
+        step: Step,
     },
     /// The job needs the worker no longer.
     Release {
@@ -161,6 +185,27 @@ pub enum Message {
         /// Why.
         reason: String,
     },
+    /// Say that you are draining, and end when you are told that you may.
+    Drain {
+        /// Why.
+        reason: String,
+    },
+    /// What the worker held is in other hands: it may end.
+    Drained {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Leave to apply steps, for a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CreditGiven {
+    /// Of this generation,
+    pub generation: Generation,
+    /// up to and including this step.
+    pub up_to: Step,
+    /// How long a member may be without progress.
+    pub deadline: Duration,
 }
 
 /// The answer to a user's request.
@@ -170,8 +215,17 @@ pub enum Reply {
     Submitted(JobId),
     /// The job's state now.
     Cancelled(JobState),
-    /// The attempt that begins, and the step of its checkpoint.
-    Resumed(Attempt, Step),
+    /// The job goes on.
+    Resumed {
+        /// The attempt that begins.
+        attempt: Attempt,
+        /// The step of its checkpoint.
+        step: Step,
+        /// What differs between the job and the job file of the request, and is not obeyed.
+        ignored: Vec<Ignored>,
+    },
+    /// The worker is asked to end; the job that it is at work for.
+    Draining(Option<JobId>),
 }
 
 /// Why a user's request is refused.
@@ -194,4 +248,6 @@ pub enum Refusal {
     StoreTaken(JobId),
     /// The request id belongs to another job with another spec.
     OtherSpec(JobId),
+    /// No such worker is connected.
+    NoSuchWorker(WorkerId),
 }

@@ -46,6 +46,8 @@ pub enum Event {
         request: u64,
         /// The job.
         job: JobId,
+        /// The job file as it is now, if the user has one.
+        job_file: Option<serde_json::Value>,
     },
     /// Preparing the data goes on.
     PrepareProgress {
@@ -103,6 +105,13 @@ pub enum Event {
         /// What it said.
         message: Said,
     },
+    /// A user asks a worker to hand back what it holds and to end.
+    Drain {
+        /// Names the answer.
+        request: u64,
+        /// The worker.
+        worker: WorkerId,
+    },
     /// A worker's stream ended.
     Down {
         /// The worker.
@@ -127,6 +136,12 @@ pub struct WorkerInfo {
     pub device: String,
     /// Where it accepts its neighbours' connections.
     pub address: String,
+    /// The part of a shared base that it has loaded.
+    pub part: Option<u32>,
+    /// The one job that it may work for; any, if none is named.
+    pub only: Option<JobId>,
+    /// It was asked to end before this stream began.
+    pub draining: bool,
 }
 
 /// A worker's claim to belong to a generation.
@@ -177,6 +192,8 @@ pub struct Timings {
     pub reduce_seconds: f64,
     /// Optimizer.
     pub update_seconds: f64,
+    /// Tokens that the worker computed.
+    pub tokens: u64,
 }
 
 /// What a member does.
@@ -193,12 +210,18 @@ pub enum MemberPhase {
     Evaluating,
     Waiting,
     Lost,
+    Writing,
 }
 
 impl MemberPhase {
     /// Whether a member in this phase is at work on a step.
     pub(crate) fn is_of_a_step(self) -> bool {
         matches!(self, Self::Computing | Self::Reducing)
+    }
+
+    /// Whether a member in this phase does something by itself, so that nobody else is to blame if it gets nowhere.
+    pub(crate) fn is_its_own(self) -> bool {
+        matches!(self, Self::Computing | Self::Evaluating | Self::Forming | Self::Writing)
     }
 }
 
@@ -225,6 +248,10 @@ pub struct StepReport {
     pub seconds: f64,
     /// Where the time went.
     pub timings: Timings,
+    /// Why the step was passed over, if it was.
+    pub skipped: Option<String>,
+    /// Samples of the reporter that the reason is about.
+    pub bad_samples: Vec<u64>,
 }
 
 /// A gradient sum that a worker keeps, by its rows.
@@ -247,6 +274,8 @@ pub enum Said {
         phase: MemberPhase,
         /// The generation that it takes part in.
         attachment: Option<Attachment>,
+        /// Grows with what its trainer gets done.
+        progress: u64,
     },
     /// The base is loaded.
     BaseReady {
@@ -260,6 +289,8 @@ pub enum Said {
         seconds: f64,
         /// Numbers that are trained.
         trainable_parameters: u64,
+        /// The part that was loaded, where workers share a base.
+        part: Option<u32>,
     },
     /// The worker cannot go on with the job.
     Failure {
@@ -287,6 +318,8 @@ pub enum Said {
         applied: Step,
         /// Whether it holds adapter and optimizer. One that never got the generation's state does not.
         holds_state: bool,
+        /// Their hash.
+        hash: String,
         /// The sum that it keeps.
         kept: Option<KeptSum>,
     },
@@ -302,6 +335,19 @@ pub enum Said {
         size_bytes: u64,
         /// How long it took.
         seconds: f64,
+        /// Checkpoints that were deleted for it, by their paths.
+        removed: Vec<String>,
+        /// How long a step was held up for it.
+        held_seconds: f64,
+    },
+    /// A checkpoint could not be written.
+    CheckpointFailed {
+        /// In which generation.
+        within: Within,
+        /// After this step.
+        step: Step,
+        /// Why.
+        error: Diagnostic,
     },
     /// An evaluation was made.
     Evaluation {
@@ -327,5 +373,30 @@ pub enum Said {
     Goodbye {
         /// Why.
         reason: String,
+    },
+    /// The worker was asked to end; it stays until it is told that it may.
+    Draining {
+        /// By whom, or why.
+        reason: String,
+    },
+    /// The ranks compared their adapters, and they are not the same.
+    Diverged {
+        /// In which generation.
+        within: Within,
+        /// Updates applied.
+        step: Step,
+        /// Hash of each rank's adapter.
+        hashes: Vec<String>,
+    },
+    /// A step that the job wants undone. Nothing of it was applied.
+    BadStep {
+        /// In which generation.
+        within: Within,
+        /// The step.
+        step: Step,
+        /// What is bad about it.
+        reason: String,
+        /// Samples of the worker that the reason is about.
+        samples: Vec<u64>,
     },
 }

@@ -13,11 +13,13 @@ use shanty_proto::{Attempt, Generation, JobId, Rank, Step, WorkerId};
 use super::{
     crew::Crew,
     event::{KeptSum, Moment},
+    health::Health,
     ledger::{Ledger, rows_between, rows_through},
     record::{
         CheckpointRecord, DataFacts, EvaluationRecord, EventRecord, FailureRecord, GenerationRecord,
         JobRecord, JobState, StepRecord,
     },
+    turns::Standing,
 };
 
 /// Events that the status shows.
@@ -75,6 +77,10 @@ pub(crate) struct Holder {
     pub applied: Step,
     /// The sum that it keeps.
     pub kept: Option<KeptSum>,
+    /// Hash of its adapter and optimizer.
+    pub hash: String,
+    /// It was asked to load another part of its base since: what its group added up is void.
+    pub moved: bool,
 }
 
 /// A generation is being left.
@@ -84,6 +90,36 @@ pub(crate) struct Leaving {
     pub since: Duration,
     /// Why, as it is told to the members.
     pub cause: String,
+    /// All leave once they have applied this step; nothing if they leave at once.
+    pub after: Option<Step>,
+}
+
+/// Why a generation ends early.
+#[derive(Debug, Clone)]
+pub(crate) struct Cause {
+    /// In one word; see [`super::record::RecoveryRecord::cause`].
+    pub kind: &'static str,
+    /// In words.
+    pub text: String,
+    /// The worker that it is about.
+    pub worker: Option<WorkerId>,
+    /// How long it had gone unnoticed.
+    pub detection_ms: Option<f64>,
+}
+
+impl Cause {
+    pub fn new(kind: &'static str, text: String) -> Self {
+        Self { kind, text, worker: None, detection_ms: None }
+    }
+
+    pub fn of(self, worker: &WorkerId, detection_ms: Option<f64>) -> Self {
+        Self { worker: Some(worker.clone()), detection_ms, ..self }
+    }
+
+    /// Whether something went wrong, as opposed to workers that come and go.
+    pub fn is_unwanted(&self) -> bool {
+        !matches!(self.kind, "joined" | "drained" | "straggler" | "gives_way" | "shrunk")
+    }
 }
 
 /// A break that no step has been committed after yet.
@@ -91,10 +127,12 @@ pub(crate) struct Leaving {
 pub(crate) struct Break {
     /// When it was noticed.
     pub noticed: Duration,
-    /// How long it had gone unnoticed, if a member was lost.
-    pub detection_ms: Option<f64>,
     /// Its first cause.
-    pub cause: String,
+    pub cause: Cause,
+    /// Committed steps that have to be trained again.
+    pub steps_lost: u64,
+    /// Rows requeued before it.
+    pub requeued_before: u64,
 }
 
 /// A job.
@@ -106,6 +144,7 @@ pub(crate) struct Job {
     pub spec: Arc<JobSpec>,
     pub spec_json: Arc<str>,
     pub phase: Phase,
+    pub standing: Standing,
     pub reason: String,
     pub failure: Option<FailureRecord>,
     pub attempt: Attempt,
@@ -143,6 +182,7 @@ pub(crate) struct Job {
     pub evaluations: Vec<EvaluationRecord>,
     pub checkpoints: Vec<CheckpointRecord>,
     pub events: Vec<EventRecord>,
+    pub health: Health,
 }
 
 impl Job {
@@ -160,6 +200,7 @@ impl Job {
             spec,
             spec_json,
             phase: Phase::Queued,
+            standing: Standing::default(),
             reason: "waits for its turn".to_owned(),
             failure: None,
             attempt: Attempt(1),
@@ -190,6 +231,7 @@ impl Job {
             evaluations: Vec::new(),
             checkpoints: Vec::new(),
             events: Vec::new(),
+            health: Health::default(),
         }
     }
 
@@ -220,6 +262,43 @@ impl Job {
         self.generation.as_ref().map_or(Generation(0), |generation| generation.generation)
     }
 
+    /// The step that the newest generation began after.
+    pub fn begun_from(&self) -> Step {
+        self.generation.as_ref().map_or(Step(0), |generation| generation.start.applied)
+    }
+
+    /// Whether members make steps: the generation runs, or is left after one.
+    pub fn is_stepping(&self) -> bool {
+        match &self.phase {
+            Phase::Running => true,
+            Phase::Leaving(leaving) => leaving.after.is_some(),
+            _ => false,
+        }
+    }
+
+    /// Whether a worker is a member of a living generation, or holds the state of the last one.
+    pub fn needs(&self, worker: &WorkerId) -> bool {
+        match &self.phase {
+            Phase::Running | Phase::Leaving(_) => {
+                self.crew.of(worker).is_some_and(|member| member.lost.is_none())
+            }
+            Phase::Forming(Forming { origin: Origin::Holders(holders), .. })
+                if holders.contains_key(worker) =>
+            {
+                true
+            }
+            Phase::Forming(_) => self.is_to_say(worker),
+            Phase::Queued | Phase::Preparing | Phase::Ended(_) => false,
+        }
+    }
+
+    /// Whether a worker came back after its generation was over, and has yet to say what it holds.
+    pub fn is_to_say(&self, worker: &WorkerId) -> bool {
+        let forms = matches!(self.phase, Phase::Forming(_));
+        let says = |member: &super::crew::Member| member.attached && member.left.is_none();
+        forms && self.crew.of(worker).is_some_and(says)
+    }
+
     /// Updates that the job makes in all; 0 before its data is prepared.
     pub fn steps(&self) -> Step {
         let Some(order) = &self.order else { return Step(0) };
@@ -239,16 +318,23 @@ impl Job {
 
     /// Rows by what became of them.
     pub fn ledger(&self, steps_ahead: u64) -> Ledger {
-        let exceptions = Ledger { requeued: self.requeued, recomputed: self.recomputed, ..Ledger::default() };
+        let exceptions = Ledger {
+            requeued: self.requeued,
+            recomputed: self.recomputed,
+            skipped: self.order.as_ref().map_or(0, |order| self.health.rows_skipped(order)),
+            duplicates: self.health.record.duplicates,
+            ..Ledger::default()
+        };
         let Some(order) = &self.order else { return exceptions };
         let steps = self.steps();
-        let committed = rows_through(order, self.watermark);
+        let done = rows_through(order, self.watermark);
+        let committed = done.saturating_sub(exceptions.skipped);
         let up_to = match self.phase {
             Phase::Running | Phase::Leaving(_) => Step((self.watermark.0 + steps_ahead).min(steps.0)),
             _ => self.watermark,
         };
         let leased = rows_between(order, self.watermark, up_to);
-        let remaining = rows_through(order, steps).saturating_sub(committed + leased);
+        let remaining = rows_through(order, steps).saturating_sub(done + leased);
         Ledger { committed, leased, remaining, ..exceptions }
     }
 
@@ -285,7 +371,11 @@ impl Job {
         if let Some(order) = &self.order {
             self.recomputed += rows_between(order, step, self.watermark);
         }
+        if let Some(over) = &mut self.broken {
+            over.steps_lost += self.watermark.0.saturating_sub(step.0);
+        }
         self.watermark = step;
+        self.health.return_to(step);
         self.recorded.retain(|recorded| *recorded <= step);
         self.evaluations.retain(|evaluation| evaluation.step <= step);
         self.checkpoints.retain(|checkpoint| checkpoint.step <= step);
@@ -336,6 +426,8 @@ impl Job {
             submitted_unix_ms: self.submitted_unix_ms,
             started_unix_ms: self.started_unix_ms,
             ended_unix_ms: self.ended_unix_ms,
+            health: self.health.record.clone(),
+            overtaken: self.standing.overtaken,
         }
     }
 }

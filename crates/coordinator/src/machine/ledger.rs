@@ -12,8 +12,12 @@ pub struct Ledger {
     pub committed: u64,
     /// Rows that moved to another worker.
     pub requeued: u64,
+    /// Rows of steps that were passed over.
+    pub skipped: u64,
     /// Rows trained again after a return to a checkpoint.
     pub recomputed: u64,
+    /// Rows that count twice in the adapter, by what members reported.
+    pub duplicates: u64,
     /// Rows of steps that nobody may work on yet.
     pub remaining: u64,
 }

@@ -2,23 +2,39 @@
 //! [`Machine::apply`] takes the time and an event, and says what is to be done. It has no clock, no randomness
 //! and no input or output, so that a test can play any schedule.
 //!
-//! Where to look: `users` what users ask for and how data is prepared; `sessions` what workers say;
-//! `reports` what members report; `breakup` how a generation ends early; `form` how one begins;
+//! Where to look: `users` what users ask for and how data is prepared; [`queue`] whose turn it is, `turns` what
+//! follows from that, [`retry`] what is tried again; `sessions` what workers say; `reports` what members report;
+//! `breakup` how a generation ends early, `part` how it does so at a step's boundary; `form` how one begins; `hang`,
+//! `straggler`, `diverge` and `spoilt` what is done about members and steps that are not as they should be, `drain` about
+//! members that are to go;
 //! [`deal()`] and [`ledger`] the arithmetic of rows; `view` what status shows.
 
 mod breakup;
 mod crew;
 mod deal;
+mod diverge;
+mod drain;
+mod edits;
 mod effect;
 mod event;
 mod form;
+mod hang;
+mod health;
 mod job;
 pub mod ledger;
 mod options;
+mod pace;
+mod part;
+pub mod queue;
 pub mod record;
 mod reports;
 mod restore;
+pub mod retry;
 mod sessions;
+mod shard;
+mod spoilt;
+mod straggler;
+mod turns;
 mod users;
 mod view;
 
@@ -32,14 +48,16 @@ use shanty_proto::{Attempt, JobId, Step, WorkerId};
 
 pub use self::{
     deal::deal,
-    effect::{Change, Effect, Message, Point, Refusal, Reply},
+    edits::Ignored,
+    effect::{Change, CreditGiven, Effect, Message, Point, Refusal, Reply},
     event::{
         Announcement, Attachment, Event, KeptSum, MemberPhase, Moment, Said, StepReport, Timings, Within,
         WorkerInfo,
     },
     options::Options,
     restore::StoredJob,
-    view::{JobView, MemberView},
+    straggler::Straggler,
+    view::{CrewView, JobView, MemberView},
 };
 use self::{
     job::{Job, Phase},
@@ -51,10 +69,12 @@ use self::{
 #[derive(Debug)]
 pub struct Machine {
     options: Options,
-    /// Secret; the tokens of generations are made from it.
+    /// Secret, and kept apart from the store; the tokens of generations are made from it.
     seed: [u8; 32],
     jobs: BTreeMap<JobId, Job>,
     sessions: BTreeMap<WorkerId, Session>,
+    /// Ended jobs whose members may still hold a credit: few, however many have ended.
+    fading: BTreeSet<JobId>,
     next_sequence: u64,
     last_applied: Option<Duration>,
     effects: Vec<Effect>,
@@ -65,13 +85,14 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A machine that knows no job. `seed` must be secret and new for each process.
+    /// A machine that knows no job. `seed` must be secret, and the same for as long as the state that is restored.
     pub fn new(options: Options, seed: [u8; 32]) -> Self {
         Self {
             options,
             seed,
             jobs: BTreeMap::new(),
             sessions: BTreeMap::new(),
+            fading: BTreeSet::new(),
             next_sequence: 1,
             last_applied: None,
             effects: Vec::new(),
@@ -96,7 +117,7 @@ impl Machine {
                 self.submit(now, request, request_id, spec, spec_json);
             }
             Event::Cancel { request, job } => self.cancel(now, request, &job),
-            Event::Resume { request, job } => self.resume(now, request, &job),
+            Event::Resume { request, job, job_file } => self.resume(now, request, &job, job_file.as_ref()),
             Event::PrepareProgress { job, attempt, text } => self.prepare_progress(&job, attempt, &text),
             Event::PrepareEnded { job, attempt, outcome } => self.prepare_ended(now, &job, attempt, outcome),
             Event::DataLost { job, error } => self.data_lost(now, &job, error),
@@ -107,6 +128,7 @@ impl Machine {
                 self.hello(now, worker, session, info, attachment);
             }
             Event::Said { worker, session, message } => self.said(now, &worker, session, message),
+            Event::Drain { request, worker } => self.drain(request, &worker),
             Event::Down { worker, session, reason } => {
                 if self.is_current(&worker, session) {
                     self.lose(now, &worker, reason);
@@ -121,18 +143,22 @@ impl Machine {
 
     /// What follows from the time and from what happened.
     fn advance(&mut self, now: Moment) {
+        self.forget_faded(now);
         self.lose_silent(now);
-        self.start_next(now);
+        self.release_drained(now);
+        self.take_turns(now);
         let ids: Vec<JobId> =
             self.jobs.iter().filter(|(_, job)| job.wants_workers()).map(|(id, _)| id.clone()).collect();
         for id in ids {
             self.with_job(&id, |machine, job| {
                 machine.lose_overdue(now, job);
-                machine.let_join(now, job);
+                machine.lose_hung(now, job);
+                machine.shrink(now, job);
+                machine.let_change(now, job);
                 machine.try_form(now, job);
-                machine.assign(now, job);
             });
         }
+        self.deal_workers(now);
     }
 
     /// A coordinator that slept (a suspended laptop, a full machine) has heard no beat, but that is no worker's fault.
@@ -142,6 +168,8 @@ impl Machine {
             for session in self.sessions.values_mut() {
                 session.last_heard = now;
             }
+            let members = self.jobs.values_mut().flat_map(|job| &mut job.crew.members);
+            members.for_each(|member| member.progressed = now);
         }
     }
 
@@ -203,6 +231,8 @@ impl Machine {
             self.effects.push(Effect::StopPrepare { job: job.id.clone() });
         }
         job.phase = Phase::Ended(state);
+        self.fading.insert(job.id.clone());
+        job.standing = turns::Standing::default();
         job.reason = reason.clone();
         job.ended_unix_ms = now.unix_ms;
         self.note(now, job, "state", format!("{}: {reason}", state.as_str()));

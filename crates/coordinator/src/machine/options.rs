@@ -15,6 +15,8 @@ pub struct Options {
     pub gather: Duration,
     /// How long a member may take from `Leave` to `Left`: it finishes its micro-batch first.
     pub leave_within: Duration,
+    /// A member may be without progress for this long however short the job's steps are; see `pace`.
+    pub hang_least: Duration,
     /// How long ready workers are collected before a running generation is broken to let them join.
     pub join_gather: Duration,
     /// How far beyond the highest committed step a credit goes.
@@ -25,6 +27,14 @@ pub struct Options {
     pub worker_tries: u32,
     /// After so many losses of all members, without a step that had not been reached before, the job fails.
     pub total_losses: u32,
+    /// The pause before the second try of what failed; each later one is twice as long.
+    pub retry_pause: Duration,
+    /// How long a job that lost workers may hope for others, before a job that can run with what is left gets them.
+    pub patience: Duration,
+    /// Jobs at work at a time; 0: any number.
+    pub most_jobs: u32,
+    /// The same of one owner.
+    pub most_jobs_an_owner: u32,
     /// After so many generations in a row that broke before their first step, the job fails.
     pub fruitless_generations: u32,
 }
@@ -37,12 +47,17 @@ impl Default for Options {
             credit: Duration::from_secs(20),
             gather: Duration::from_secs(3),
             leave_within: Duration::from_secs(60),
+            hang_least: Duration::from_secs(10),
             join_gather: Duration::from_secs(1),
             steps_ahead: 12,
             retry_worker_after: Duration::from_secs(10),
             worker_tries: 3,
             total_losses: 3,
             fruitless_generations: 20,
+            retry_pause: Duration::from_secs(5),
+            patience: Duration::from_secs(60),
+            most_jobs: 0,
+            most_jobs_an_owner: 0,
         }
     }
 }

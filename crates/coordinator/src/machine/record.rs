@@ -4,6 +4,8 @@ use serde::{Deserialize, Serialize};
 use shanty_diagnostic::{Diagnostic, Kind};
 use shanty_proto::{Attempt, Generation, JobId, Rank, Step, WorkerId};
 
+pub use super::health::{HealthRecord, RecoveryRecord};
+
 /// The life of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -71,13 +73,14 @@ pub struct DataFacts {
 }
 
 /// One fixed membership, with all that its announcement says.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GenerationRecord {
     /// Its number.
     pub generation: Generation,
     /// By rank.
     pub members: Vec<MemberRecord>,
-    /// Authenticates the collective's connections.
+    /// Authenticates the collective's connections. Not stored: it follows from the machine's secret.
+    #[serde(skip)]
     pub token: [u8; 32],
     /// What it starts from.
     pub start: StartPoint,
@@ -93,7 +96,7 @@ pub struct MemberRecord {
 }
 
 /// What a generation starts from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StartPoint {
     /// Updates already applied.
     pub applied: Step,
@@ -105,6 +108,12 @@ pub struct StartPoint {
     pub evaluated: Option<Step>,
     /// Last step of the lineage that has a checkpoint.
     pub checkpoint: Option<Step>,
+    /// What a loss spike is measured by: the usual loss, and of how many steps it is known.
+    #[serde(default)]
+    pub usual_loss: (f64, u64),
+    /// Steps that are passed over.
+    #[serde(default)]
+    pub skip: Vec<Step>,
 }
 
 impl StartPoint {
@@ -208,6 +217,12 @@ pub struct JobRecord {
     pub started_unix_ms: u64,
     /// When it ended; 0 before.
     pub ended_unix_ms: u64,
+    /// What its crew went through.
+    #[serde(default)]
+    pub health: HealthRecord,
+    /// Younger jobs of its priority that began while it waited.
+    #[serde(default)]
+    pub overtaken: u32,
 }
 
 /// A committed step.
@@ -233,6 +248,9 @@ pub struct StepRecord {
     pub workers: u32,
     /// When it was reported.
     pub unix_ms: u64,
+    /// Nothing of it is in the adapter.
+    #[serde(default)]
+    pub skipped: bool,
 }
 
 /// An evaluation.
@@ -263,6 +281,9 @@ pub struct CheckpointRecord {
     pub seconds: f64,
     /// When.
     pub unix_ms: u64,
+    /// Mean loss of the held-out rows with it, where they were evaluated.
+    #[serde(default)]
+    pub loss: Option<f64>,
 }
 
 /// Something that happened to a job.

@@ -63,13 +63,32 @@ impl Machine {
         job.submitted_unix_ms = record.submitted_unix_ms;
         job.started_unix_ms = record.started_unix_ms;
         job.ended_unix_ms = record.ended_unix_ms;
+        job.health.record = record.health;
+        job.health.pace.least = self.options.hang_least;
+        for pair in steps.windows(2) {
+            let step = &pair[1];
+            let follows = pair[0].generation == step.generation && step.tokens_per_second > 0.0;
+            if follows {
+                job.health.pace.learn(step.tokens as f64 / step.tokens_per_second, false);
+            }
+            if !step.skipped {
+                job.health.usual_loss.learn(step.loss);
+            }
+        }
+        job.standing.overtaken = record.overtaken;
+        job.standing.active =
+            matches!(record.state, JobState::Forming | JobState::Running | JobState::Recovering);
         job.recorded = steps.iter().map(|step| step.step).collect::<BTreeSet<_>>();
         job.last_step = steps.last().cloned();
         job.tokens_per_second = steps.last().map_or(0.0, |step| step.tokens_per_second);
         job.evaluations = evaluations;
         job.checkpoints = checkpoints;
         job.events = events;
-        if let Some(generation) = record.generation {
+        if let Some(mut generation) = record.generation {
+            // It is not stored.
+            if generation.token == [0; 32] {
+                generation.token = self.token(&id, generation.generation);
+            }
             job.crew = self.crew_of(now, &generation);
             job.generation = Some(Arc::new(generation));
         }
@@ -89,14 +108,23 @@ impl Machine {
                 Phase::Forming(Forming { origin: Origin::Fenced, enough_since: None })
             }
             JobState::Forming => Phase::Forming(Forming { origin: Origin::Fresh, enough_since: None }),
+            // Everybody had gone, in good order: there is nobody to wait for.
+            JobState::Recovering if job.health.record.handed_over => {
+                job.formed = true;
+                job.crew.all_out();
+                Phase::Forming(Forming { origin: Origin::Fenced, enough_since: None })
+            }
             JobState::Running | JobState::Recovering => {
                 job.formed = true;
+                job.health.record.coordinator_restarts += 1;
                 job.reason = "the coordinator was restarted; waits for the members to come back".to_owned();
                 Phase::Running
             }
             state => Phase::Ended(state),
         };
-        if !job.is_ended() {
+        if job.is_ended() {
+            self.fading.insert(id.clone());
+        } else {
             let text = format!("taken up in state {} at step {}", record.state.as_str(), job.watermark);
             self.note(now, &mut job, "coordinator_restarted", text);
             if let Some(error) = impossible {
@@ -113,9 +141,10 @@ impl Machine {
             member.credit = Credit::Until(until);
             member.back_by = Some(until);
             member.step = generation.start.applied;
+            member.progressed = now.monotonic;
             member
         };
-        Crew { members: generation.members.iter().map(member).collect() }
+        Crew::new(generation.members.iter().map(member).collect())
     }
 }
 

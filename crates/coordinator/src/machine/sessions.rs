@@ -7,7 +7,7 @@ use shanty_proto::{Attempt, Generation, JobId, Rank, Step, WorkerId};
 use super::{
     Machine,
     crew::Credit,
-    effect::{Effect, Message},
+    effect::{CreditGiven, Effect, Message},
     event::{Attachment, MemberPhase, Moment, Said, WorkerInfo},
     job::{Job, Phase},
 };
@@ -22,12 +22,20 @@ pub(crate) struct Session {
     pub phase: MemberPhase,
     /// The job whose base it was asked to load.
     pub assigned: Option<(JobId, Attempt)>,
+    /// The part of that base that it loads, where several workers share one; else 0.
+    pub part: u32,
     /// Since when that base is loaded.
     pub ready_since: Option<Duration>,
     /// Passing failures, and of which attempt.
     pub failures: Option<(JobId, Attempt, u32)>,
     /// Not asked before this moment.
     pub unfit_until: Duration,
+    /// It was asked to end; takes up nothing new.
+    pub draining: bool,
+    /// It was told that it may.
+    pub drained: bool,
+    /// Others waited for it step after step: it is the last to be chosen.
+    pub slow: bool,
 }
 
 impl Session {
@@ -57,6 +65,8 @@ enum Reattached {
     Yes,
     /// It holds; the generation is being left.
     Leave { job: JobId, attempt: Attempt, generation: Generation, reason: String },
+    /// It holds; the generation is left after a step.
+    Parting { job: JobId },
     /// The worker is a member of the newest generation and has not heard of it.
     Form { job: JobId },
     /// The worker is a member of the newest generation, which counts on a state that it has dropped.
@@ -86,13 +96,17 @@ impl Machine {
         }
         let session = Session {
             number,
+            draining: info.draining,
             info,
             last_heard: now.monotonic,
             phase: MemberPhase::Idle,
             assigned: None,
+            part: 0,
             ready_since: None,
             failures: None,
             unfit_until: Duration::ZERO,
+            drained: false,
+            slow: false,
         };
         self.sessions.insert(worker.clone(), session);
         let outcome = self.reattach(now, &worker, attachment.as_ref());
@@ -102,7 +116,10 @@ impl Machine {
         match outcome {
             Reattached::No | Reattached::Yes => {}
             Reattached::Leave { job, attempt, generation, reason } => {
-                self.send(&worker, Message::Leave { job, attempt, generation, reason });
+                self.send(&worker, Message::Leave { job, attempt, generation, reason, after: None });
+            }
+            Reattached::Parting { job } => {
+                let _ = self.with_job(&job, |machine, job| machine.ask_to_leave(job, &worker));
             }
             Reattached::Form { job } => {
                 let _ = self.with_job(&job, |machine, job| {
@@ -133,6 +150,7 @@ impl Machine {
             if !matches!(outcome, Reattached::No | Reattached::WithoutState { .. }) {
                 let session = machine.sessions.get_mut(worker).expect("it was just inserted");
                 session.assigned = Some((job.id.clone(), job.attempt));
+                session.part = job.crew.rank_of(worker).map_or(0, |rank| rank.0 % job.parts() as u32);
                 session.ready_since = Some(now.monotonic);
                 machine.changed.insert(job.id.clone());
             }
@@ -151,7 +169,14 @@ impl Machine {
         let (attempt, newest) = (job.attempt, job.generation_number());
         let info = self.sessions.get(worker).map(|session| session.info.clone()).unwrap_or_default();
         let rank = job.crew.rank_of(worker);
-        let Some(member) = job.crew.of_mut(worker) else { return Reattached::No };
+        // Where a base is shared, a place goes with a part of it.
+        let place = rank.map(|rank| rank.0 % job.parts() as u32);
+        if job.parts() > 1 && (info.part.is_none() || info.part != place) {
+            return Reattached::No;
+        }
+        let Some(member) = job.crew.of_mut(worker).filter(|member| !member.hung) else {
+            return Reattached::No;
+        };
         let Some(attachment) = attachment.filter(|attachment| attachment.generation == newest) else {
             let older = attachment.is_none_or(|attachment| attachment.generation < newest);
             let missed = matches!(job.phase, Phase::Running | Phase::Leaving(_)) && !member.attached;
@@ -160,6 +185,7 @@ impl Machine {
             }
             member.attached = true;
             member.back_by = None;
+            member.progressed = now.monotonic;
             (member.host, member.pid, member.device) = (info.host, info.pid, info.device);
             let needs_state =
                 rank.is_some_and(|rank| job.generation.as_ref().is_some_and(|g| g.start.counts_on(rank)));
@@ -175,9 +201,14 @@ impl Machine {
         member.attached = true;
         member.back_by = None;
         member.lost = None;
+        member.progressed = now.monotonic;
         member.step = member.step.max(attachment.applied);
         (member.host, member.pid, member.device) = (info.host, info.pid, info.device);
         let reason = match &job.phase {
+            Phase::Leaving(leaving) if leaving.after.is_some() => {
+                self.raise(job, attachment.applied);
+                return Reattached::Parting { job: job.id.clone() };
+            }
             Phase::Leaving(leaving) => leaving.cause.clone(),
             Phase::Forming(_) => "the generation is over".to_owned(),
             _ => {
@@ -205,25 +236,37 @@ impl Machine {
         }
         self.sessions.get_mut(worker).expect("it is current").last_heard = now.monotonic;
         match message {
-            Said::Beat { sequence, phase, attachment } => self.beat(now, worker, sequence, phase, attachment),
-            Said::BaseReady { job, attempt, base_hash, seconds, trainable_parameters } => {
-                self.base_ready(now, worker, &job, attempt, &base_hash, seconds, trainable_parameters);
+            Said::Beat { sequence, phase, attachment, progress } => {
+                self.beat(now, worker, sequence, (phase, progress), attachment);
+            }
+            Said::BaseReady { job, attempt, base_hash, seconds, trainable_parameters, part } => {
+                self.base_ready(now, worker, &job, attempt, &base_hash, seconds, trainable_parameters, part);
             }
             Said::Failure { job, attempt, error } => self.failure(now, worker, &job, attempt, error),
             Said::Step(report) => self.step(now, worker, report),
             Said::Broken { within, error } => self.broken(now, worker, &within, &error),
-            Said::Left { within, applied, holds_state, kept } => {
-                let left = super::crew::LeftWith { applied, holds_state, kept };
+            Said::Left { within, applied, holds_state, hash, kept } => {
+                let left = super::crew::LeftWith { applied, holds_state, hash, kept };
                 self.left(now, worker, &within, left);
             }
-            Said::Checkpoint { within, step, path, size_bytes, seconds } => {
-                self.checkpoint(now, worker, &within, step, path, size_bytes, seconds);
+            Said::Checkpoint { within, step, path, size_bytes, seconds, removed, held_seconds } => {
+                let written =
+                    super::reports::Written { step, path, size_bytes, seconds, removed, held_seconds };
+                self.checkpoint(now, worker, &within, written);
+            }
+            Said::CheckpointFailed { within, step, error } => {
+                self.checkpoint_failed(now, worker, &within, step, &error);
             }
             Said::Evaluation { within, step, loss, tokens } => {
                 self.evaluation(now, worker, &within, step, loss, tokens);
             }
             Said::Finished { within, step, adapter } => self.finished(now, worker, &within, step, adapter),
             Said::Goodbye { reason } => self.lose(now, worker, format!("left: {reason}")),
+            Said::Draining { reason } => self.draining(now, worker, &reason),
+            Said::Diverged { within, step, hashes } => self.diverged(now, worker, &within, step, &hashes),
+            Said::BadStep { within, step, reason, samples } => {
+                self.bad_step(now, worker, &within, step, &reason, &samples);
+            }
         }
     }
 
@@ -232,7 +275,7 @@ impl Machine {
         now: Moment,
         worker: &WorkerId,
         sequence: u64,
-        phase: MemberPhase,
+        (phase, progress): (MemberPhase, u64),
         attachment: Option<Attachment>,
     ) {
         let session = self.sessions.get_mut(worker).expect("it is current");
@@ -240,7 +283,7 @@ impl Machine {
         let credit = match &attachment {
             Some(attachment) => self
                 .with_job(&attachment.job.clone(), |machine, job| {
-                    machine.member_beat(now, worker, phase, attachment, job)
+                    machine.member_beat(now, worker, (phase, progress), attachment, job)
                 })
                 .flatten(),
             None => None,
@@ -253,10 +296,10 @@ impl Machine {
         &mut self,
         now: Moment,
         worker: &WorkerId,
-        phase: MemberPhase,
+        (phase, progress): (MemberPhase, u64),
         attachment: &Attachment,
         job: &mut Job,
-    ) -> Option<(Generation, Step)> {
+    ) -> Option<CreditGiven> {
         if job.attempt != attachment.attempt
             || job.generation_number() != attachment.generation
             || job.is_ended()
@@ -265,7 +308,13 @@ impl Machine {
         }
         let up_to =
             Step((job.watermark.0.max(attachment.applied.0) + self.options.steps_ahead).min(job.steps().0));
-        let running = matches!(job.phase, Phase::Running);
+        let up_to = match &job.phase {
+            Phase::Running => Some(up_to),
+            Phase::Leaving(leaving) => leaving.after,
+            _ => None,
+        };
+        let pace = &job.health.pace;
+        let begun_from = job.generation.as_ref().map_or(Step(0), |generation| generation.start.applied);
         let member = job.crew.of_mut(worker)?;
         if !member.attached || member.lost.is_some() {
             return None;
@@ -273,9 +322,15 @@ impl Machine {
         // Steps alternate between computing and reducing: those who watch need not hear of each turn.
         let tells = member.phase.is_of_a_step() != phase.is_of_a_step() || phase == MemberPhase::Evaluating;
         let tells = tells && member.phase != phase;
+        if member.phase != phase || member.progress != progress || member.step < attachment.applied {
+            member.progressed = now.monotonic;
+        }
         member.phase = phase;
+        member.progress = progress;
         member.step = member.step.max(attachment.applied);
-        let credit = (running && member.left.is_none()).then_some((attachment.generation, up_to));
+        let deadline = pace.deadline_of(member.is_warm(begun_from));
+        let given = |up_to| CreditGiven { generation: attachment.generation, up_to, deadline };
+        let credit = up_to.filter(|_| member.left.is_none()).map(given);
         if credit.is_some() {
             member.credit = Credit::Until(now.monotonic + self.options.credit);
         }
@@ -286,9 +341,17 @@ impl Machine {
         credit
     }
 
+    /// Of jobs that have ended, keeps those in mind in whose generation a step might still be applied.
+    pub(super) fn forget_faded(&mut self, now: Moment) {
+        let jobs = &self.jobs;
+        let fades = |job: &Job| job.is_ended() && job.crew.fence(now.monotonic).is_some();
+        self.fading.retain(|id| jobs.get(id).is_some_and(fades));
+    }
+
     /// A worker that was a member of a job that has ended, and beats without that generation, is out of it.
     fn note_absence(&mut self, worker: &WorkerId, attachment: Option<&Attachment>) {
-        for job in self.jobs.values_mut().filter(|job| job.is_ended()) {
+        for id in &self.fading {
+            let Some(job) = self.jobs.get_mut(id).filter(|job| job.is_ended()) else { continue };
             let (attempt, newest) = (job.attempt, job.generation_number());
             let still = |attachment: &Attachment| {
                 attachment.job == job.id && attachment.attempt == attempt && attachment.generation == newest

@@ -8,10 +8,13 @@ use shanty_proto::{Attempt, JobId, Step};
 
 use super::{
     Machine,
+    edits::{self, Ignored},
     effect::{Effect, Refusal, Reply},
     event::Moment,
-    job::{Forming, Job, Origin, Phase},
+    job::{Job, Phase},
     record::{DataFacts, JobState},
+    retry::{self, Cause},
+    turns::Standing,
 };
 
 /// Longest job name that is taken over into the id as it is.
@@ -40,7 +43,9 @@ impl Machine {
             return self.reply(request, outcome);
         }
         let same_store = |job: &&Job| {
-            spec.checkpoint.store.is_some() && job.spec.checkpoint.store == spec.checkpoint.store
+            let (one, other) = (&job.spec.checkpoint, &spec.checkpoint);
+            let same_folder = one.folder(&job.spec.name) == other.folder(&spec.name);
+            other.store.is_some() && (one.store == other.store || same_folder)
         };
         if let Some(job) = self.jobs.values().find(same_store) {
             let refusal = Refusal::StoreTaken(job.id.clone());
@@ -93,8 +98,20 @@ impl Machine {
         self.reply(request, outcome.unwrap_or_else(|| Err(Refusal::NoSuchJob(id.clone()))));
     }
 
-    pub(super) fn resume(&mut self, now: Moment, request: u64, id: &JobId) {
+    pub(super) fn resume(
+        &mut self,
+        now: Moment,
+        request: u64,
+        id: &JobId,
+        job_file: Option<&serde_json::Value>,
+    ) {
         let outcome = self.with_job(id, |machine, job| {
+            let ignored = edits::ignored(&job.spec_json, job_file);
+            let resumed = |job: &Job, ignored: Vec<Ignored>| Reply::Resumed {
+                attempt: job.attempt,
+                step: job.checkpoint.unwrap_or_default(),
+                ignored,
+            };
             let refuse =
                 |job: &Job| Refusal::WrongState { job: job.id.clone(), action: "resume", state: job.state() };
             let nobody_is_back = job.crew.members.iter().all(|member| !member.attached);
@@ -106,7 +123,8 @@ impl Machine {
                 Phase::Running | Phase::Leaving(_) => return Err(refuse(job)),
                 // It is on its way already.
                 Phase::Queued | Phase::Preparing | Phase::Forming(_) => {
-                    return Ok(Reply::Resumed(job.attempt, job.checkpoint.unwrap_or_default()));
+                    machine.tell_ignored(now, job, &ignored);
+                    return Ok(resumed(job, ignored));
                 }
             }
             for (worker, _) in machine.assigned_to(&job.id, job.attempt) {
@@ -117,6 +135,7 @@ impl Machine {
             job.attempt = job.attempt.next();
             job.sequence = machine.take_sequence();
             job.phase = Phase::Queued;
+            job.standing = Standing::default();
             job.reason = "waits for its turn".to_owned();
             job.failure = None;
             job.formed = false;
@@ -130,37 +149,24 @@ impl Machine {
             job.ended_unix_ms = 0;
             let text = format!("attempt {}", job.attempt);
             machine.note(now, job, "resumed", text);
+            machine.tell_ignored(now, job, &ignored);
             machine.save(job);
-            Ok(Reply::Resumed(job.attempt, job.checkpoint.unwrap_or_default()))
+            Ok(resumed(job, ignored))
         });
         self.reply(request, outcome.unwrap_or_else(|| Err(Refusal::NoSuchJob(id.clone()))));
     }
 
-    /// One job at a time has the workers; the oldest that waits is next.
-    pub(super) fn start_next(&mut self, now: Moment) {
-        let active = self.jobs.values().find(|job| !job.is_ended() && !matches!(job.phase, Phase::Queued));
-        let active = active.map(|job| job.id.clone());
-        let mut queued: Vec<(u64, JobId)> = self
-            .jobs
-            .values()
-            .filter(|job| matches!(job.phase, Phase::Queued))
-            .map(|job| (job.sequence, job.id.clone()))
-            .collect();
-        queued.sort_unstable();
-        let mut queued = queued.into_iter().map(|(_, id)| id);
-        let mut ahead = active.or_else(|| {
-            let first = queued.next()?;
-            let _ = self.with_job(&first, |machine, job| machine.start_preparing(now, job));
-            Some(first)
-        });
-        for id in queued {
-            let before = ahead.replace(id.clone());
-            let reason = format!("waits for job {} to end", before.as_ref().map_or("", JobId::as_str));
-            let _ = self.with_job(&id, |machine, job| machine.set_reason(job, reason));
+    /// A job goes on as it was submitted: what its file says now is named, so that nobody wonders.
+    fn tell_ignored(&mut self, now: Moment, job: &mut Job, ignored: &[Ignored]) {
+        if ignored.is_empty() {
+            return;
         }
+        let keys: Vec<String> = ignored.iter().map(ToString::to_string).collect();
+        let text = format!("the job goes on as it was submitted; not obeyed: {}", keys.join(", "));
+        self.note(now, job, "job_file_differs", text);
     }
 
-    fn start_preparing(&mut self, now: Moment, job: &mut Job) {
+    pub(super) fn start_preparing(&mut self, now: Moment, job: &mut Job) {
         job.phase = Phase::Preparing;
         job.reason = "prepares its data".to_owned();
         let known = job.facts.as_ref().map(|facts| facts.hash.clone());
@@ -190,8 +196,9 @@ impl Machine {
             }
             let facts = match outcome {
                 Ok(facts) => facts,
-                Err(error) => return machine.fail(now, job, error),
+                Err(error) => return machine.preparation_failed(now, job, error),
             };
+            job.standing.prepare_failures = 0;
             let text = format!("{} rows to train, {} to evaluate", facts.train_rows, facts.eval_rows);
             if let Some(before) = &job.facts
                 && before.hash != facts.hash
@@ -208,14 +215,40 @@ impl Machine {
             if let Err(error) = job.set_facts(facts) {
                 return machine.fail(now, job, error.diagnostic());
             }
-            let origin = if job.generation.is_none() { Origin::Fresh } else { Origin::Fenced };
-            job.phase = Phase::Forming(Forming { origin, enough_since: None });
             machine.note(now, job, "prepared", text);
             for warning in warnings {
                 machine.note(now, job, "warning", warning);
             }
+            if job.standing.active {
+                return machine.start_forming(now, job);
+            }
+            job.phase = Phase::Queued;
+            job.standing.prepared = true;
+            job.reason = "its data is prepared; waits for its turn".to_owned();
             machine.save(job);
         });
+    }
+
+    /// What a repeat may help is prepared again after a while; all else fails the job.
+    fn preparation_failed(&mut self, now: Moment, job: &mut Job, error: Diagnostic) {
+        job.standing.prepare_failures += 1;
+        let (times, bound) = (job.standing.prepare_failures, self.options.total_losses);
+        let Some(pause) = retry::again(Cause::from(error.kind), times, bound, self.options.retry_pause)
+        else {
+            return self.fail(now, job, error);
+        };
+        job.phase = Phase::Queued;
+        job.standing.active = false;
+        job.standing.not_before = now.monotonic + pause;
+        job.reason = format!(
+            "its data could not be prepared ({}: {}); tried again in {:.0} s",
+            error.code,
+            error.message,
+            pause.as_secs_f64()
+        );
+        let reason = job.reason.clone();
+        self.note(now, job, "prepare_failed", reason);
+        self.save(job);
     }
 
     /// Nobody can be leased rows any more: the job fails. One that still waits will prepare its data anyway.

@@ -5,9 +5,12 @@ use shanty_proto::{Attempt, Generation, JobId, Rank, Step, WorkerId};
 use super::{
     Machine,
     event::{MemberPhase, Moment, Timings},
-    job::Job,
+    job::{Job, Phase},
     ledger::Ledger,
-    record::{CheckpointRecord, EvaluationRecord, EventRecord, FailureRecord, JobState, StepRecord},
+    record::{
+        CheckpointRecord, EvaluationRecord, EventRecord, FailureRecord, JobState, RecoveryRecord, StepRecord,
+    },
+    straggler::Straggler,
 };
 
 /// A job as status shows it.
@@ -17,6 +20,14 @@ pub struct JobView {
     pub id: JobId,
     /// Its state.
     pub state: JobState,
+    /// For whom it runs.
+    pub owner: String,
+    /// The higher, the sooner.
+    pub priority: i32,
+    /// Its place among those that wait, from 1.
+    pub place: Option<u32>,
+    /// Workers that are its by the rules of the queue.
+    pub share: u32,
     /// Why, in words.
     pub reason: String,
     /// The current try.
@@ -55,6 +66,27 @@ pub struct JobView {
     pub started_unix_ms: u64,
     /// For people; 0 before.
     pub ended_unix_ms: u64,
+    /// How the crew fares.
+    pub crew: CrewView,
+}
+
+/// How a crew fares.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct CrewView {
+    /// How long a member may be without progress; nothing before it is learnt.
+    pub deadline_seconds: Option<f64>,
+    /// The usual step.
+    pub usual_step_seconds: Option<f64>,
+    /// Members that the others wait for.
+    pub stragglers: Vec<Straggler>,
+    /// Workers that wait to take a member's place.
+    pub spares: Vec<WorkerId>,
+    /// Newest first.
+    pub recoveries: Vec<RecoveryRecord>,
+    /// Members lost.
+    pub losses: u64,
+    /// Restarts of the coordinator.
+    pub coordinator_restarts: u64,
 }
 
 /// A worker as status shows it.
@@ -80,6 +112,10 @@ pub struct MemberView {
     pub reason: String,
     /// Where its time goes.
     pub timings: Timings,
+    /// Whether it waits to take a member's place.
+    pub spare: bool,
+    /// Whether it was asked to end.
+    pub draining: bool,
 }
 
 impl Machine {
@@ -87,10 +123,15 @@ impl Machine {
         let steps = job.steps();
         let remaining = steps.0.saturating_sub(job.watermark.0) as f64;
         let eta = (job.seconds_per_step > 0.0 && !job.is_ended()).then_some(remaining * job.seconds_per_step);
+        let members = self.members_of(now, job);
         let steps_per_epoch = job.order.as_ref().map_or(0, |order| order.steps_per_epoch());
         JobView {
             id: job.id.clone(),
             state: job.state(),
+            owner: job.owner().to_owned(),
+            priority: job.priority(),
+            place: job.standing.place,
+            share: job.standing.share,
             reason: job.reason.clone(),
             attempt: job.attempt,
             generation: job.generation_number(),
@@ -100,7 +141,8 @@ impl Machine {
             last_step: job.last_step.clone(),
             tokens_per_second: job.tokens_per_second,
             eta_seconds: eta,
-            members: self.members_of(now, job),
+            crew: crew_of(job, &members),
+            members,
             ledger: job.ledger(self.options.steps_ahead),
             checkpoints: job.checkpoints.clone(),
             evaluations: job.evaluations.clone(),
@@ -120,7 +162,8 @@ impl Machine {
         };
         let mut views = Vec::new();
         for (rank, member) in (0u32..).zip(&job.crew.members) {
-            if job.is_ended() && !member.attached && member.lost.is_none() {
+            let is_past = job.is_ended() && !member.attached && member.lost.is_none();
+            if is_past || matches!(job.phase, Phase::Queued | Phase::Preparing) {
                 continue;
             }
             let lost = member.lost.clone().or_else(|| (!member.attached).then(|| "not connected".to_owned()));
@@ -135,6 +178,8 @@ impl Machine {
                 beat_age_seconds: age(&member.worker).unwrap_or_default(),
                 reason: lost.unwrap_or_default(),
                 timings: member.timings,
+                spare: false,
+                draining: self.is_draining(&member.worker),
             });
         }
         for (worker, session) in &self.sessions {
@@ -154,8 +199,23 @@ impl Machine {
                 beat_age_seconds: age(worker).unwrap_or_default(),
                 reason: String::new(),
                 timings: Timings::default(),
+                spare: session.ready_since.is_some() && !session.draining && job.is_stepping(),
+                draining: session.draining,
             });
         }
         views
+    }
+}
+
+fn crew_of(job: &Job, members: &[MemberView]) -> CrewView {
+    let health = &job.health;
+    CrewView {
+        deadline_seconds: health.pace.deadline().map(|deadline| deadline.as_secs_f64()),
+        usual_step_seconds: health.pace.usual(),
+        stragglers: job.stragglers(),
+        spares: members.iter().filter(|view| view.spare).map(|view| view.worker.clone()).collect(),
+        recoveries: health.record.recoveries.iter().rev().cloned().collect(),
+        losses: health.record.losses,
+        coordinator_restarts: health.record.coordinator_restarts,
     }
 }

@@ -2,12 +2,14 @@
 
 use std::{path::PathBuf, sync::Arc};
 
+use shanty_access::Role;
 use shanty_config::JobSpec;
 use shanty_proto::v1::{job_service_server::JobService, *};
 use tonic::{Request, Response, Status};
 
 use super::{refuse, wire};
 use crate::{
+    access::Caller,
     engine::Engine,
     error::{Error, Result},
     find,
@@ -22,11 +24,25 @@ pub(crate) struct Jobs {
 }
 
 impl Jobs {
-    fn spec(&self, json: &str) -> Result<(JobSpec, Arc<str>)> {
+    fn spec(&self, json: &str, caller: Option<&Caller>) -> Result<(JobSpec, Arc<str>)> {
         let mut spec: JobSpec = serde_json::from_str(json)
             .map_err(|error| Error::bad(format!("the job file is not understood: {error}")))?;
-        let store = spec.checkpoint.store.get_or_insert_with(|| self.runs.join(&spec.name));
-        if !store.is_absolute() {
+        // Only who may do everything may say for whom: else anybody could pass for a user who has no workers yet.
+        if let Some(caller) = caller.filter(|caller| caller.role != Role::Admin) {
+            spec.cluster.owner = Some(caller.identity.to_string());
+        }
+        if spec.cluster.priority > 100 {
+            return Err(Error::bad(format!("a priority of {}: it is from 0 to 100", spec.cluster.priority)));
+        }
+        let store = spec.checkpoint.store.get_or_insert_with(|| self.runs.join(&spec.name)).clone();
+        if spec.checkpoint.is_remote() {
+            let folder = spec.checkpoint.run_folder.get_or_insert_with(|| self.runs.join(&spec.name));
+            if !folder.is_absolute() {
+                let what = format!("the job's run folder `{}` is not absolute", folder.display());
+                return Err(Error::bad(what));
+            }
+        }
+        if !store.is_absolute() && !spec.checkpoint.is_remote() {
             let what = format!(
                 "the job's store `{}` is not absolute: whose folder would it be below?",
                 store.display()
@@ -46,8 +62,8 @@ impl Jobs {
         Ok((spec, Arc::from(json)))
     }
 
-    async fn submit(&self, request: SubmitJobRequest) -> Result<SubmitJobResponse> {
-        let (spec, spec_json) = self.spec(&request.spec_json)?;
+    async fn submit(&self, request: SubmitJobRequest, caller: Option<&Caller>) -> Result<SubmitJobResponse> {
+        let (spec, spec_json) = self.spec(&request.spec_json, caller)?;
         let (spec, request_id) = (Arc::new(spec), request.request_id);
         let make = move |request| Event::Submit { request, request_id, spec, spec_json };
         match self.engine.ask(make).await? {
@@ -71,8 +87,30 @@ impl Jobs {
 
     async fn resume(&self, request: ResumeJobRequest) -> Result<ResumeJobResponse> {
         let job = wire::job_id(&request.job_id)?;
-        match self.engine.ask(move |request| Event::Resume { request, job }).await? {
-            Reply::Resumed(attempt, step) => Ok(ResumeJobResponse { attempt: attempt.0, step: step.0 }),
+        let now = match request.spec_json.as_str() {
+            "" => None,
+            json => Some(serde_json::from_str(json).map_err(Error::bad)?),
+        };
+        let make = move |request| Event::Resume { request, job, job_file: now };
+        match self.engine.ask(make).await? {
+            Reply::Resumed { attempt, step, ignored } => {
+                let ignored = ignored.into_iter().map(|key| IgnoredKey {
+                    key: key.key,
+                    submitted: key.submitted,
+                    now: key.now,
+                });
+                Ok(ResumeJobResponse { attempt: attempt.0, step: step.0, ignored: ignored.collect() })
+            }
+            other => Err(Error::bad(format!("an answer to something else: {other:?}"))),
+        }
+    }
+
+    async fn drain(&self, request: DrainWorkerRequest) -> Result<DrainWorkerResponse> {
+        let worker = shanty_proto::WorkerId::new(request.worker_id).map_err(Error::bad)?;
+        match self.engine.ask(move |request| Event::Drain { request, worker }).await? {
+            Reply::Draining(job) => {
+                Ok(DrainWorkerResponse { job_id: job.map(String::from).unwrap_or_default() })
+            }
             other => Err(Error::bad(format!("an answer to something else: {other:?}"))),
         }
     }
@@ -95,7 +133,8 @@ impl JobService for Jobs {
         &self,
         request: Request<SubmitJobRequest>,
     ) -> Result<Response<SubmitJobResponse>, Status> {
-        self.submit(request.into_inner()).await.map(Response::new).map_err(refuse)
+        let caller = request.extensions().get::<Caller>().cloned();
+        self.submit(request.into_inner(), caller.as_ref()).await.map(Response::new).map_err(refuse)
     }
 
     async fn list_jobs(&self, _: Request<ListJobsRequest>) -> Result<Response<ListJobsResponse>, Status> {
@@ -121,5 +160,12 @@ impl JobService for Jobs {
         request: Request<ListCheckpointsRequest>,
     ) -> Result<Response<ListCheckpointsResponse>, Status> {
         self.checkpoints(request.into_inner()).await.map(Response::new).map_err(refuse)
+    }
+
+    async fn drain_worker(
+        &self,
+        request: Request<DrainWorkerRequest>,
+    ) -> Result<Response<DrainWorkerResponse>, Status> {
+        self.drain(request.into_inner()).await.map(Response::new).map_err(refuse)
     }
 }

@@ -1,11 +1,13 @@
 //! The gRPC services, on one port.
 
+mod access;
 mod job;
 mod status;
 pub(crate) mod wire;
+mod wire_crew;
 mod worker;
 
-pub(crate) use self::{job::Jobs, status::Statuses, worker::Workers};
+pub(crate) use self::{access::Tokens, job::Jobs, status::Statuses, worker::Workers};
 
 use crate::error::Error;
 

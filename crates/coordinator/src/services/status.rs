@@ -263,6 +263,7 @@ mod tests {
             tokens_per_second: 1.0,
             workers: 1,
             unix_ms: 1,
+            skipped: false,
         })
     }
 

@@ -41,6 +41,9 @@ pub(crate) fn hello(hello: v1::Hello) -> Result<(WorkerId, WorkerInfo, Option<At
         version: hello.version,
         device: hello.device,
         address: hello.collective_address,
+        part: hello.shard_part,
+        only: None,
+        draining: hello.draining,
     };
     Ok((worker, info, hello.attachment.map(attachment).transpose()?))
 }
@@ -69,6 +72,8 @@ pub(crate) fn step_report(from: v1::StepReport) -> Result<StepReport> {
         learning_rate: finite("a step's learning rate", from.learning_rate)?,
         seconds: finite("a step's time", from.seconds)?,
         timings: from.timings.map(timings).unwrap_or_default(),
+        skipped: (!from.skipped.is_empty()).then_some(from.skipped),
+        bad_samples: from.bad_samples,
     })
 }
 
@@ -79,6 +84,7 @@ pub(crate) fn said(message: In) -> Result<Said> {
             sequence: beat.sequence,
             phase: phase_in(beat.phase()),
             attachment: beat.attachment.map(attachment).transpose()?,
+            progress: beat.progress,
         },
         In::BaseReady(ready) => Said::BaseReady {
             job: job_id(&ready.job_id)?,
@@ -86,6 +92,7 @@ pub(crate) fn said(message: In) -> Result<Said> {
             base_hash: ready.base_hash,
             seconds: ready.seconds,
             trainable_parameters: ready.trainable_parameters,
+            part: ready.shard_part,
         },
         In::Failure(failure) => {
             let detail = failure.error.ok_or_else(|| Error::bad("a failure without an error"))?;
@@ -103,6 +110,7 @@ pub(crate) fn said(message: In) -> Result<Said> {
             within: within(&left.job_id, left.attempt, left.generation)?,
             applied: Step(left.applied_step),
             holds_state: !left.state_hash.is_empty(),
+            hash: left.state_hash,
             kept: left.kept.map(|kept| KeptSum { step: Step(kept.step), rows: kept.row_ids }),
         },
         In::Checkpoint(written) => Said::Checkpoint {
@@ -111,7 +119,17 @@ pub(crate) fn said(message: In) -> Result<Said> {
             path: written.path,
             size_bytes: written.size_bytes,
             seconds: finite("a checkpoint's time", written.seconds)?,
+            removed: written.removed,
+            held_seconds: finite("a checkpoint's time", written.held_seconds)?,
         },
+        In::CheckpointFailed(failed) => {
+            let detail = failed.error.ok_or_else(|| Error::bad("a failed checkpoint without an error"))?;
+            Said::CheckpointFailed {
+                within: within(&failed.job_id, failed.attempt, failed.generation)?,
+                step: Step(failed.step),
+                error: from_detail(&detail, shanty_diagnostic::Kind::User),
+            }
+        }
         In::Evaluation(evaluation) => Said::Evaluation {
             within: within(&evaluation.job_id, evaluation.attempt, evaluation.generation)?,
             step: Step(evaluation.step),
@@ -124,6 +142,18 @@ pub(crate) fn said(message: In) -> Result<Said> {
             adapter: finished.adapter,
         },
         In::Goodbye(goodbye) => Said::Goodbye { reason: goodbye.reason },
+        In::Draining(draining) => Said::Draining { reason: draining.reason },
+        In::Diverged(diverged) => Said::Diverged {
+            within: within(&diverged.job_id, diverged.attempt, diverged.generation)?,
+            step: Step(diverged.step),
+            hashes: diverged.hashes,
+        },
+        In::BadStep(bad) => Said::BadStep {
+            within: within(&bad.job_id, bad.attempt, bad.generation)?,
+            step: Step(bad.step),
+            reason: bad.reason,
+            samples: bad.samples,
+        },
         In::Hello(_) => return Err(Error::bad("a second Hello on one stream")),
         In::Step(_) | In::Logs(_) => return Err(Error::bad("a message out of place")),
     })
@@ -158,24 +188,39 @@ fn timings(from: v1::StepTimings) -> Timings {
         compute_seconds: from.compute_seconds,
         reduce_seconds: from.reduce_seconds,
         update_seconds: from.update_seconds,
+        tokens: from.tokens,
     }
 }
 
-/// What the machine tells a worker. `credit_ms` and `beat_ms` complete the welcome.
-pub(crate) fn message_out(message: Message, beat_ms: u32, credit_ms: u32) -> v1::CoordinatorMessage {
+/// What the machine does not know and a worker is told all the same.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Terms {
+    pub beat_ms: u32,
+    pub credit_ms: u32,
+    /// Whether collectives are encrypted.
+    pub encrypted: bool,
+}
+
+/// What the machine tells a worker.
+pub(crate) fn message_out(message: Message, terms: Terms) -> v1::CoordinatorMessage {
     let out = match message {
         Message::Welcome { attached } => {
+            let Terms { beat_ms, credit_ms, .. } = terms;
             Out::Welcome(v1::Welcome { beat_interval_ms: beat_ms, credit_ms, attached })
         }
         Message::BeatAck { sequence, credit } => {
-            let credit = credit
-                .map(|(generation, up_to)| v1::Credit { generation: generation.0, up_to_step: up_to.0 });
+            let credit = credit.map(|given| v1::Credit {
+                generation: given.generation.0,
+                up_to_step: given.up_to.0,
+                deadline_ms: u32::try_from(given.deadline.as_millis()).unwrap_or(u32::MAX),
+            });
             Out::BeatAck(v1::BeatAck { sequence, credit })
         }
-        Message::Assign { job, attempt, spec_json, facts, steps } => Out::Assign(v1::Assign {
+        Message::Assign { job, attempt, spec_json, facts, steps, part } => Out::Assign(v1::Assign {
             job_id: job.into(),
             attempt: attempt.0,
             spec_json: spec_json.to_string(),
+            shard_part: part,
             data: Some(v1::DataSummary {
                 hash: facts.hash,
                 train_rows: facts.train_rows,
@@ -191,10 +236,24 @@ pub(crate) fn message_out(message: Message, beat_ms: u32, credit_ms: u32) -> v1:
                     .collect(),
             }),
         }),
-        Message::Form { job, attempt, rank, generation } => Out::Form(form(job, attempt, rank, &generation)),
-        Message::Leave { job, attempt, generation, reason } => {
-            Out::Leave(v1::Leave { job_id: job.into(), attempt: attempt.0, generation: generation.0, reason })
+        Message::Form { job, attempt, rank, generation } => {
+            Out::Form(v1::Form { encrypted: terms.encrypted, ..form(job, attempt, rank, &generation) })
         }
+        Message::Leave { job, attempt, generation, reason, after } => Out::Leave(v1::Leave {
+            job_id: job.into(),
+            attempt: attempt.0,
+            generation: generation.0,
+            reason,
+            after_step: after.map(|step| step.0),
+        }),
+        Message::Drain { reason } => Out::Drain(v1::Drain { reason }),
+        Message::Drained { reason } => Out::Drained(v1::Drained { reason }),
+        Message::Keep { job, attempt, generation, step } => Out::Keep(v1::Keep {
+            job_id: job.into(),
+            attempt: attempt.0,
+            generation: generation.0,
+            step: step.0,
+        }),
         Message::Release { job, attempt, succeeded, reason } => {
             Out::Release(v1::Release { job_id: job.into(), attempt: attempt.0, succeeded, reason })
         }
@@ -216,6 +275,28 @@ fn form(job: JobId, attempt: Attempt, rank: Rank, generation: &GenerationRecord)
         members: (0u32..).zip(&generation.members).map(member).collect(),
         token: generation.token.to_vec(),
         start: Some(start(&generation.start)),
+        encrypted: false,
+    }
+}
+
+/// The job that a worker's message is about.
+pub(crate) fn job_of(message: &In) -> Option<&str> {
+    match message {
+        In::Hello(hello) => hello.attachment.as_ref().map(|it| it.job_id.as_str()),
+        In::Beat(beat) => beat.attachment.as_ref().map(|it| it.job_id.as_str()),
+        In::BaseReady(message) => Some(&message.job_id),
+        In::Failure(message) => Some(&message.job_id),
+        In::Step(message) => Some(&message.job_id),
+        In::Broken(message) => Some(&message.job_id),
+        In::Left(message) => Some(&message.job_id),
+        In::Checkpoint(message) => Some(&message.job_id),
+        In::Evaluation(message) => Some(&message.job_id),
+        In::Finished(message) => Some(&message.job_id),
+        In::Logs(message) => Some(&message.job_id),
+        In::Diverged(message) => Some(&message.job_id),
+        In::BadStep(message) => Some(&message.job_id),
+        In::CheckpointFailed(message) => Some(&message.job_id),
+        In::Draining(_) | In::Goodbye(_) => None,
     }
 }
 
@@ -241,6 +322,9 @@ fn start(from: &StartPoint) -> v1::StartPoint {
         rows: (0u32..).zip(&from.rows).map(rows).collect(),
         evaluated_step: from.evaluated.map(|step| step.0),
         checkpoint_step: from.checkpoint.map(|step| step.0),
+        usual_loss: from.usual_loss.0,
+        usual_loss_steps: from.usual_loss.1,
+        skip_steps: from.skip.iter().map(|step| step.0).collect(),
     }
 }
 
@@ -279,6 +363,7 @@ fn phase_in(phase: v1::MemberPhase) -> MemberPhase {
         v1::MemberPhase::Evaluating => MemberPhase::Evaluating,
         v1::MemberPhase::Waiting => MemberPhase::Waiting,
         v1::MemberPhase::Lost => MemberPhase::Lost,
+        v1::MemberPhase::Writing => MemberPhase::Writing,
     }
 }
 
@@ -293,6 +378,7 @@ fn phase_out(phase: MemberPhase) -> v1::MemberPhase {
         MemberPhase::Evaluating => v1::MemberPhase::Evaluating,
         MemberPhase::Waiting => v1::MemberPhase::Waiting,
         MemberPhase::Lost => v1::MemberPhase::Lost,
+        MemberPhase::Writing => v1::MemberPhase::Writing,
     }
 }
 
@@ -308,6 +394,7 @@ pub(crate) fn step_out(from: &StepRecord) -> v1::StepRecord {
         tokens_per_second: from.tokens_per_second,
         workers: from.workers,
         unix_ms: from.unix_ms,
+        skipped: from.skipped,
     }
 }
 
@@ -324,6 +411,7 @@ pub(crate) fn checkpoint_out(from: &CheckpointRecord) -> v1::Checkpoint {
         size_bytes: from.size_bytes,
         seconds: from.seconds,
         written_unix_ms: from.unix_ms,
+        loss: from.loss,
     }
 }
 
@@ -355,7 +443,10 @@ fn member_out(from: &MemberView) -> v1::Member {
             compute_seconds: from.timings.compute_seconds,
             reduce_seconds: from.timings.reduce_seconds,
             update_seconds: from.timings.update_seconds,
+            tokens: from.timings.tokens,
         }),
+        spare: from.spare,
+        draining: from.draining,
     }
 }
 
@@ -364,11 +455,10 @@ fn ledger_out(from: &Ledger) -> v1::Ledger {
         leased: from.leased,
         committed: from.committed,
         requeued: from.requeued,
-        skipped: 0,
+        skipped: from.skipped,
         recomputed: from.recomputed,
         remaining: from.remaining,
-        // A reduction with a row twice does not equal its announcement, which stops the job before it counts.
-        duplicates: 0,
+        duplicates: from.duplicates,
     }
 }
 
@@ -399,6 +489,7 @@ pub(crate) fn status_out(from: &JobView) -> v1::JobStatus {
         started_unix_ms: from.started_unix_ms,
         ended_unix_ms: from.ended_unix_ms,
         error: failure.as_ref().map(shanty_proto::to_detail),
+        crew: Some(super::wire_crew::health_out(&from.crew)),
     }
 }
 
@@ -413,5 +504,9 @@ pub(crate) fn summary_out(from: &JobView) -> v1::JobSummary {
         loss: from.last_step.as_ref().map(|step| step.loss),
         members: if from.state.is_final() { 0 } else { from.members.iter().filter(living).count() as u32 },
         submitted_unix_ms: from.submitted_unix_ms,
+        owner: from.owner.clone(),
+        priority: from.priority,
+        place: from.place,
+        share: from.share,
     }
 }

@@ -1,15 +1,16 @@
 //! Workers' sessions and leases.
 
 use std::{
+    collections::HashMap,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use futures::Stream;
+use futures::{Stream, StreamExt};
 use shanty_data::Split;
 use shanty_proto::{
     Attempt, Generation, WorkerId,
@@ -22,7 +23,8 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{refuse, wire};
 use crate::{
-    engine::Engine,
+    access::Caller,
+    engine::{self, Engine},
     error::{Error, Result},
     hub::Hub,
     leases::{LeaseRequest, Leases},
@@ -43,7 +45,60 @@ pub(crate) struct Workers {
     pub hub: Arc<Hub>,
     pub leases: Arc<Leases>,
     pub sessions: Arc<AtomicU64>,
+    /// Under which identity a worker's streams are up, and how many.
+    pub holders: Arc<Holders>,
     pub shutdown: CancellationToken,
+}
+
+/// Workers by the identity that they showed: nobody else may speak for them while they are there.
+#[derive(Debug, Default)]
+pub(crate) struct Holders(Mutex<HashMap<WorkerId, (Arc<str>, usize)>>);
+
+/// A stream of a worker, for as long as it lives.
+struct Held {
+    holders: Arc<Holders>,
+    worker: WorkerId,
+}
+
+impl Holders {
+    fn hold(self: &Arc<Self>, worker: &WorkerId, identity: &Arc<str>) -> Result<Held> {
+        let mut holders = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (holder, streams) = holders.entry(worker.clone()).or_insert_with(|| (Arc::clone(identity), 0));
+        if holder != identity {
+            let what = format!("worker {worker} is here already, under another token or certificate");
+            return Err(Error::NotYours { what });
+        }
+        *streams += 1;
+        Ok(Held { holders: Arc::clone(self), worker: worker.clone() })
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let mut holders = self.holders.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, streams)) = holders.get_mut(&self.worker) {
+            *streams -= 1;
+            if *streams == 0 {
+                holders.remove(&self.worker);
+            }
+        }
+    }
+}
+
+/// Whoever the guard let in.
+fn caller<T>(request: &Request<T>) -> Result<Caller> {
+    // The guard puts one on every request that it lets through: without one, nobody stood at the door.
+    request.extensions().get().cloned().ok_or(Error::Unauthenticated { what: "nobody asked who it is" })
+}
+
+/// Refuses what is about another job than the caller's.
+fn require_job(caller: &Caller, job: Option<&str>) -> Result<()> {
+    match (&caller.job, job) {
+        (Some(only), Some(job)) if only.as_str() != job => {
+            Err(Error::NotYours { what: format!("the token is for job {only}, not for `{job}`") })
+        }
+        _ => Ok(()),
+    }
 }
 
 type Outgoing = Pin<Box<dyn Stream<Item = Result<CoordinatorMessage, Status>> + Send>>;
@@ -56,23 +111,27 @@ impl WorkerService for Workers {
         &self,
         request: Request<Streaming<WorkerMessage>>,
     ) -> Result<Response<Outgoing>, Status> {
+        let caller = caller(&request).map_err(refuse)?;
         let mut incoming = request.into_inner();
         let (outgoing, receiver) = mpsc::channel(WORKER_QUEUE);
         let this = self.clone();
         // The answer's headers must not wait for the first message, or a client that waits for them waits for ever.
         tokio::spawn(async move {
-            if let Err(error) = this.serve(&mut incoming, outgoing.clone()).await {
+            if let Err(error) = this.serve(&caller, &mut incoming, outgoing.clone()).await {
                 // The worker may be gone already.
                 let _ = outgoing.try_send(Err(refuse(error)));
             }
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+        let told = ReceiverStream::new(receiver).map(|told| told.map(CoordinatorMessage::from));
+        Ok(Response::new(Box::pin(told)))
     }
 
     async fn lease_rows(
         &self,
         request: Request<LeaseRowsRequest>,
     ) -> Result<Response<LeaseRowsResponse>, Status> {
+        let caller = caller(&request).map_err(refuse)?;
+        require_job(&caller, Some(&request.get_ref().job_id)).map_err(refuse)?;
         self.lease(request.into_inner()).await.map(Response::new).map_err(refuse)
     }
 }
@@ -81,8 +140,9 @@ impl Workers {
     /// Reads a session to its end.
     async fn serve(
         &self,
+        caller: &Caller,
         incoming: &mut Streaming<WorkerMessage>,
-        outgoing: mpsc::Sender<Result<CoordinatorMessage, Status>>,
+        outgoing: engine::Outgoing,
     ) -> Result<()> {
         let first = tokio::time::timeout(HELLO_WITHIN, incoming.message()).await;
         let hello = match first {
@@ -91,13 +151,16 @@ impl Workers {
             Ok(Ok(None) | Err(_)) => return Ok(()),
             Err(_) => return Err(Error::bad(format!("no Hello within {} s", HELLO_WITHIN.as_secs()))),
         };
-        let (worker, info, attachment) = wire::hello(hello)?;
+        require_job(caller, hello.attachment.as_ref().map(|attachment| attachment.job_id.as_str()))?;
+        let (worker, mut info, attachment) = wire::hello(hello)?;
+        info.only.clone_from(&caller.job);
+        let _held = self.holders.hold(&worker, &caller.identity)?;
         let session = self.sessions.fetch_add(1, Ordering::Relaxed) + 1;
-        tracing::info!(%worker, host = info.host, pid = info.pid, device = info.device, "worker connected");
+        tracing::info!(%worker, host = info.host, pid = info.pid, device = info.device, by = &*caller.identity, "worker connected");
         let event = Event::Hello { worker: worker.clone(), session, info, attachment };
         self.engine.begin(session, outgoing.clone(), event).await?;
         let ended = tokio::select! {
-            ended = self.read(incoming, &worker, session) => ended,
+            ended = self.read(caller, incoming, &worker, session) => ended,
             // The machine ended the session, or the worker's side of it is closed.
             () = outgoing.closed() => Ok("its stream broke".to_owned()),
             () = self.shutdown.cancelled() => Err(Error::Stopping),
@@ -114,6 +177,7 @@ impl Workers {
 
     async fn read(
         &self,
+        caller: &Caller,
         incoming: &mut Streaming<WorkerMessage>,
         worker: &WorkerId,
         session: u64,
@@ -124,6 +188,7 @@ impl Workers {
                 Ok(None) => return Ok("its stream ended".to_owned()),
                 Err(status) => return Ok(format!("its stream broke ({})", status.message())),
             };
+            require_job(caller, message.message.as_ref().and_then(wire::job_of))?;
             let message = match message.message {
                 // A kind of message that a newer worker knows.
                 None => continue,

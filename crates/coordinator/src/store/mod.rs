@@ -1,14 +1,17 @@
 //! What outlives the coordinator: SQLite on a thread of its own, behind a [`Store`] handle.
 //!
 //! Every commit is synchronous (`synchronous = FULL`, write-ahead log); what has queued up meanwhile goes into
-//! one commit. The lock is exclusive for as long as the store is open: a second coordinator is refused.
+//! one commit. A lock is held for as long as the store is open: a second coordinator is refused.
 //! A failed write stops the coordinator: what is not durable must not be announced.
 
+mod inline;
 mod read;
 mod schema;
 mod write;
 
 use std::{
+    fs::{File, TryLockError},
+    io::{Read, Write},
     path::{Path, PathBuf},
     thread::JoinHandle,
 };
@@ -18,6 +21,7 @@ use shanty_proto::JobId;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
+    access::TokenRecord,
     error::{Error, Result},
     machine::{
         Change, StoredJob,
@@ -25,8 +29,12 @@ use crate::{
     },
 };
 
+pub use inline::Database;
+
 /// The store's file in the state folder.
 pub const FILE: &str = "coordinator.sqlite";
+/// The file whose lock says that a coordinator has the folder; in it is which.
+pub const LOCK: &str = "coordinator.lock";
 
 /// Requests that may wait for the disk.
 const QUEUE: usize = 1024;
@@ -75,13 +83,18 @@ impl Store {
     pub fn open(folder: &Path) -> Result<(Self, Vec<StoredJob>, Closing)> {
         std::fs::create_dir_all(folder)
             .map_err(|source| Error::StateFolder { folder: folder.to_owned(), source })?;
+        let lock = take_lock(folder)?;
         let connection = connect(folder)?;
         let jobs = read::jobs(&connection)?;
         let (requests, queue) = mpsc::channel(QUEUE);
         let (fail, failure) = watch::channel(None);
         let thread = std::thread::Builder::new()
             .name("store".to_owned())
-            .spawn(move || serve(connection, queue, &fail))
+            .spawn(move || {
+                serve(connection, queue, &fail);
+                // Free for the next one only after the connection is closed.
+                drop(lock);
+            })
             .map_err(|source| Error::StateFolder { folder: folder.to_owned(), source })?;
         Ok((Self { requests, failure }, jobs, Closing { thread: Some(thread) }))
     }
@@ -126,6 +139,14 @@ impl Store {
     /// As [`Store::steps`].
     pub async fn events(&self, job: JobId, limit: u32) -> Result<Vec<EventRecord>> {
         self.query(move |connection| read::events(connection, job.as_str(), limit)).await
+    }
+
+    /// All tokens that were made and not taken back.
+    ///
+    /// # Errors
+    /// As [`Store::steps`].
+    pub async fn tokens(&self) -> Result<Vec<TokenRecord>> {
+        self.query(read::tokens).await
     }
 
     /// A job's newest log lines, oldest first; of one worker, if it is named.
@@ -181,11 +202,32 @@ impl Closing {
     }
 }
 
+/// Takes the folder for this process, until the file is closed: by this process, or by the system at its end.
+fn take_lock(folder: &Path) -> Result<File> {
+    let failed = |source| Error::StateFolder { folder: folder.to_owned(), source };
+    let path = folder.join(LOCK);
+    let mut file =
+        File::options().create(true).truncate(false).read(true).write(true).open(path).map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            // Only for people; who cannot be read is not named.
+            let _ = file.read_to_string(&mut holder);
+            return Err(Error::StateInUse { folder: folder.to_owned(), holder: holder.trim().to_owned() });
+        }
+        Err(TryLockError::Error(source)) => return Err(failed(source)),
+    }
+    let written = file.set_len(0).and_then(|()| writeln!(file, "process {}", std::process::id()));
+    written.map_err(failed)?;
+    Ok(file)
+}
+
 fn connect(folder: &Path) -> Result<Connection> {
     let path: PathBuf = folder.join(FILE);
     let failed = |source: rusqlite::Error| match source.sqlite_error_code() {
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
-            Error::StateInUse { folder: folder.to_owned() }
+            Error::StateInUse { folder: folder.to_owned(), holder: String::new() }
         }
         _ => Error::Store { action: "open the file", source },
     };
@@ -207,24 +249,33 @@ fn serve(
 ) {
     let mut batch = Vec::with_capacity(BATCH);
     while queue.blocking_recv_many(&mut batch, BATCH) > 0 {
-        match commit(&mut connection, &batch) {
-            Ok(()) => {}
-            Err(source) => {
-                let error = Error::Store { action: "write", source };
-                tracing::error!(%error, "the store failed");
-                // Requests that wait are dropped with the queue, which tells them.
-                fail.send_replace(Some(error.to_string()));
-                return;
-            }
-        }
-        for request in batch.drain(..) {
-            match request {
-                Request::Changes { done: Some(done), .. } => drop(done.send(())),
-                Request::Query(query) => query(&connection),
-                Request::Changes { .. } | Request::Logs { .. } => {}
-            }
+        if !carry_out(&mut connection, &mut batch, fail) {
+            return;
         }
     }
+}
+
+/// Carries out what has queued up, in one commit; says whether the store is sound.
+fn carry_out(
+    connection: &mut Connection,
+    batch: &mut Vec<Request>,
+    fail: &watch::Sender<Option<String>>,
+) -> bool {
+    if let Err(source) = commit(connection, batch) {
+        let error = Error::Store { action: "write", source };
+        tracing::error!(%error, "the store failed");
+        // Requests that wait are dropped with the queue, which tells them.
+        fail.send_replace(Some(error.to_string()));
+        return false;
+    }
+    for request in batch.drain(..) {
+        match request {
+            Request::Changes { done: Some(done), .. } => drop(done.send(())),
+            Request::Query(query) => query(connection),
+            Request::Changes { .. } | Request::Logs { .. } => {}
+        }
+    }
+    true
 }
 
 fn commit(connection: &mut Connection, batch: &[Request]) -> rusqlite::Result<()> {

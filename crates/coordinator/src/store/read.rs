@@ -6,6 +6,7 @@ use shanty_proto::Step;
 
 use super::LogLine;
 use crate::{
+    access::TokenRecord,
     error::{Error, Result},
     machine::{
         StoredJob,
@@ -63,7 +64,7 @@ pub(super) fn jobs(connection: &Connection) -> Result<Vec<StoredJob>> {
         jobs.push(StoredJob {
             steps: last_steps(connection, &id)?,
             evaluations: evaluations(connection, &id)?,
-            checkpoints: checkpoints(connection, &id, record_keep(&record))?,
+            checkpoints: checkpoints(connection, &id)?,
             events: events(connection, &id, EVENTS_RESTORED)?,
             record,
         });
@@ -71,10 +72,8 @@ pub(super) fn jobs(connection: &Connection) -> Result<Vec<StoredJob>> {
     Ok(jobs)
 }
 
-fn record_keep(record: &JobRecord) -> u32 {
-    let spec: serde_json::Value = serde_json::from_str(&record.spec_json).unwrap_or_default();
-    let keep = spec["checkpoint"]["keep"].as_u64().unwrap_or(3);
-    u32::try_from(keep).unwrap_or(u32::MAX).max(1)
+pub(super) fn tokens(connection: &Connection) -> Result<Vec<TokenRecord>> {
+    records(connection, "a token", "SELECT record FROM tokens ORDER BY id", [])
 }
 
 fn last_steps(connection: &Connection, job: &str) -> Result<Vec<StepRecord>> {
@@ -86,10 +85,8 @@ fn evaluations(connection: &Connection, job: &str) -> Result<Vec<EvaluationRecor
     records(connection, "an evaluation", "SELECT record FROM evaluations WHERE job = ?1 ORDER BY step", [job])
 }
 
-fn checkpoints(connection: &Connection, job: &str, limit: u32) -> Result<Vec<CheckpointRecord>> {
-    let query = "SELECT record FROM (
-        SELECT step, record FROM checkpoints WHERE job = ?1 ORDER BY step DESC LIMIT ?2) ORDER BY step";
-    records(connection, "a checkpoint", query, params![job, limit])
+fn checkpoints(connection: &Connection, job: &str) -> Result<Vec<CheckpointRecord>> {
+    records(connection, "a checkpoint", "SELECT record FROM checkpoints WHERE job = ?1 ORDER BY step", [job])
 }
 
 pub(super) fn events(connection: &Connection, job: &str, limit: u32) -> Result<Vec<EventRecord>> {

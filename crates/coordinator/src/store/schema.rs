@@ -5,10 +5,11 @@ use rusqlite::Connection;
 use crate::error::{Error, Result};
 
 /// The newest version, the one that is written.
-pub(super) const VERSION: i64 = 1;
+pub(super) const VERSION: i64 = 2;
 
 /// What brings a store from version `n` to `n + 1`, by `n`.
-const UPGRADES: [&str; VERSION as usize] = ["
+const UPGRADES: [&str; VERSION as usize] = [
+    "
 CREATE TABLE jobs (
     id          TEXT PRIMARY KEY,
     sequence    INTEGER NOT NULL,
@@ -59,7 +60,17 @@ CREATE TABLE logs (
     text        TEXT NOT NULL
 );
 CREATE INDEX logs_by_job ON logs (job, number);
-"];
+",
+    "
+-- Of a token the hash alone: whoever reads this file cannot show what it was made of.
+CREATE TABLE tokens (
+    id          TEXT PRIMARY KEY,
+    record      TEXT NOT NULL
+) WITHOUT ROWID;
+-- Secrets of generations were kept in the records of jobs; they are made anew from a key that lies elsewhere.
+UPDATE jobs SET record = json_remove(record, '$.generation.token');
+",
+];
 
 /// Brings the store to the newest version.
 pub(super) fn upgrade(connection: &mut Connection) -> Result<()> {

@@ -8,6 +8,10 @@ use crate::machine::{Change, record::JobRecord};
 
 /// Beyond this many steps of a job, every other of the older half is dropped.
 const MOST_STEPS: u64 = 40_000;
+/// The same for evaluations.
+const MOST_EVALUATIONS: u64 = 10_000;
+/// Checkpoints of a job that are remembered; far more than are kept.
+const MOST_CHECKPOINTS: i64 = 200;
 /// Lines of a job that are kept.
 const MOST_LOG_LINES: i64 = 5_000;
 /// Events of a job that are kept.
@@ -43,21 +47,47 @@ pub(super) fn apply(connection: &Connection, change: &Change) -> rusqlite::Resul
                     number(record.generation.0),
                     json(record)
                 ])?;
-            if record.step.0 % 1000 == 0 { thin(connection, job.as_str()) } else { Ok(()) }
+            if record.step.0 % 1000 == 0 {
+                thin(connection, "steps", job.as_str(), MOST_STEPS)
+            } else {
+                Ok(())
+            }
         }
-        Change::Evaluation(job, record) => connection
-            .prepare_cached("INSERT OR REPLACE INTO evaluations VALUES (?1, ?2, ?3)")?
-            .execute(params![job.as_str(), number(record.step.0), json(record)])
-            .map(drop),
-        Change::Checkpoint(job, record) => connection
-            .prepare_cached("INSERT OR REPLACE INTO checkpoints VALUES (?1, ?2, ?3, ?4)")?
-            .execute(params![job.as_str(), record.path, number(record.step.0), json(record)])
-            .map(drop),
+        Change::Evaluation(job, record) => {
+            connection
+                .prepare_cached("INSERT OR REPLACE INTO evaluations VALUES (?1, ?2, ?3)")?
+                .execute(params![job.as_str(), number(record.step.0), json(record)])?;
+            thin(connection, "evaluations", job.as_str(), MOST_EVALUATIONS)
+        }
+        Change::Checkpoint(job, record) => {
+            connection
+                .prepare_cached("INSERT OR REPLACE INTO checkpoints VALUES (?1, ?2, ?3, ?4)")?
+                .execute(params![job.as_str(), record.path, number(record.step.0), json(record)])?;
+            connection
+                .prepare_cached(
+                    "DELETE FROM checkpoints WHERE job = ?1 AND path NOT IN (
+                         SELECT path FROM checkpoints WHERE job = ?1 ORDER BY step DESC LIMIT ?2)",
+                )?
+                .execute(params![job.as_str(), MOST_CHECKPOINTS])
+                .map(drop)
+        }
+        Change::CheckpointsRemoved(job, paths) => {
+            let mut delete =
+                connection.prepare_cached("DELETE FROM checkpoints WHERE job = ?1 AND path = ?2")?;
+            paths.iter().try_for_each(|path| delete.execute(params![job.as_str(), path]).map(drop))
+        }
         Change::Event(job, record) => {
             connection
                 .prepare_cached("INSERT INTO events (job, record) VALUES (?1, ?2)")?
                 .execute(params![job.as_str(), json(record)])?;
             keep_newest(connection, "events", job.as_str(), 1, MOST_EVENTS)
+        }
+        Change::Token(record) => connection
+            .prepare_cached("INSERT OR REPLACE INTO tokens VALUES (?1, ?2)")?
+            .execute(params![record.id.as_str(), json(record)])
+            .map(drop),
+        Change::TokenGone(id) => {
+            connection.prepare_cached("DELETE FROM tokens WHERE id = ?1")?.execute([id.as_str()]).map(drop)
         }
         Change::Truncate(job, step) => {
             for table in ["steps", "evaluations", "checkpoints"] {
@@ -97,21 +127,21 @@ fn job(connection: &Connection, record: &JobRecord) -> rusqlite::Result<()> {
         .map(drop)
 }
 
-/// Drops every other step of the older half, once there are too many.
-fn thin(connection: &Connection, job: &str) -> rusqlite::Result<()> {
+/// Drops every other step of the older half of a table, once there are too many.
+fn thin(connection: &Connection, table: &str, job: &str, most: u64) -> rusqlite::Result<()> {
     let count: i64 = connection
-        .prepare_cached("SELECT count(*) FROM steps WHERE job = ?1")?
+        .prepare_cached(&format!("SELECT count(*) FROM {table} WHERE job = ?1"))?
         .query_row([job], |row| row.get(0))?;
-    if number(MOST_STEPS) >= count {
+    if number(most) >= count {
         return Ok(());
     }
     connection
-        .prepare_cached(
-            "DELETE FROM steps WHERE job = ?1 AND step IN (
+        .prepare_cached(&format!(
+            "DELETE FROM {table} WHERE job = ?1 AND step IN (
                  SELECT step FROM (
-                     SELECT step, row_number() OVER (ORDER BY step) AS place FROM steps WHERE job = ?1
-                 ) WHERE place <= ?2 AND place % 2 = 0)",
-        )?
+                     SELECT step, row_number() OVER (ORDER BY step) AS place FROM {table} WHERE job = ?1
+                 ) WHERE place <= ?2 AND place % 2 = 0)"
+        ))?
         .execute(params![job, count / 2])
         .map(drop)
 }

@@ -2,6 +2,7 @@
 
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
+use shanty_access::{Role, Secret};
 use shanty_coordinator::{Coordinator, Options, prepare::PrepareLine};
 use shanty_proto::v1::{
     coordinator_message::Message as Out, job_service_client::JobServiceClient,
@@ -26,6 +27,8 @@ pub fn options(folder: &std::path::Path) -> Options {
     let command = ["sh", "-c", &script].map(OsString::from).to_vec();
     let mut options = Options::new(folder.join("state"), folder.join("runs"), command);
     options.listen = "127.0.0.1:0".parse().unwrap();
+    // These tests are not about who asks; those of `access` are.
+    options.insecure = true;
     options.protocol.gather = Duration::from_millis(50);
     options.protocol.credit = Duration::from_millis(1500);
     options
@@ -33,7 +36,15 @@ pub fn options(folder: &std::path::Path) -> Options {
 
 impl Server {
     pub async fn start(folder: &std::path::Path) -> Self {
-        let coordinator = Coordinator::bind(options(folder)).await.unwrap();
+        Self::start_with(folder, options(folder), &[]).await
+    }
+
+    /// With tokens that are let in from the start.
+    pub async fn start_with(folder: &std::path::Path, options: Options, keys: &[(&Secret, Role)]) -> Self {
+        let mut coordinator = Coordinator::bind(options).await.unwrap();
+        for (secret, role) in keys {
+            coordinator.add_key(secret, role.as_str(), *role);
+        }
         let shutdown = CancellationToken::new();
         let url = coordinator.handle().url();
         let task = tokio::spawn(coordinator.serve(shutdown.clone()));
@@ -218,6 +229,7 @@ impl Sailor {
             sequence: self.beats,
             phase: MemberPhase::Computing.into(),
             attachment: Some(attachment(form, applied_step)),
+            ..Beat::default()
         };
         self.say(In::Beat(beat)).await;
         loop {
@@ -260,6 +272,7 @@ impl Sailor {
             learning_rate: 1e-3,
             seconds: 0.1,
             timings: None,
+            ..StepReport::default()
         };
         self.say(In::Step(report)).await;
     }

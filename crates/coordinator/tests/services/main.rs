@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by a panic")]
 
+mod access;
 mod crew;
 
 use crew::*;
@@ -46,7 +47,9 @@ async fn a_job_from_submission_to_adapter_with_a_lost_worker_in_between() {
     assert_eq!((form_a.rank, form_b.rank, form_a.token.len()), (0, 1, 32));
     assert_eq!(form_a.members, form_b.members);
     assert!(matches!(form_a.start.as_ref().unwrap().source, Some(start_point::Source::Fresh(_))));
-    assert_eq!(a.beat(&form_a, 0).await, Some(Credit { generation: 1, up_to_step: 6 }));
+    let credit = a.beat(&form_a, 0).await.unwrap();
+    assert_eq!((credit.generation, credit.up_to_step), (1, 6));
+    assert!(credit.deadline_ms > 0, "how long a member may be without progress");
 
     // Rows arrive as they were prepared, with what the step must amount to.
     let rows = rows_of(1);
@@ -102,6 +105,7 @@ async fn a_job_from_submission_to_adapter_with_a_lost_worker_in_between() {
         path,
         size_bytes: 9,
         seconds: 0.1,
+        ..CheckpointWritten::default()
     }))
     .await;
     let (job_id, attempt, generation, step) = within(6);
@@ -203,7 +207,7 @@ async fn errors_keep_code_place_and_hint_over_the_wire() {
     );
     // A child that dies without a word is an error of its own.
     std::fs::write(folder.path().join("answer.json"), "").unwrap();
-    jobs.resume_job(ResumeJobRequest { job_id: job.clone() }).await.unwrap();
+    jobs.resume_job(ResumeJobRequest { job_id: job.clone(), ..Default::default() }).await.unwrap();
     let status = server.until(&job, |status| status.attempt == 2 && status.state() == JobState::Failed).await;
     assert_eq!(status.error_code, "SH0778");
     server.stop().await;
@@ -315,7 +319,7 @@ async fn health_is_served_and_beyond_loopback_must_be_asked_for() {
     server.stop().await;
 
     let elsewhere = tempfile::tempdir().unwrap();
-    let open = Options { listen: "0.0.0.0:0".parse().unwrap(), ..options(elsewhere.path()) };
+    let open = Options { listen: "0.0.0.0:0".parse().unwrap(), insecure: false, ..options(elsewhere.path()) };
     let refused = Coordinator::bind(open.clone()).await.err().unwrap();
     assert_eq!(refused.diagnostic().code, "SH0772");
     let shutdown = CancellationToken::new();

@@ -38,7 +38,10 @@ fn play_all(name: &str, runs: u64, faults: Faults) -> (u64, u64) {
     let one = number("SHANTY_SIMULATION_SEED");
     let seeds = match one {
         Some(seed) => seed..seed + 1,
-        None => 0..number("SHANTY_SIMULATION_RUNS").unwrap_or(runs),
+        None => {
+            let first = number("SHANTY_SIMULATION_FIRST").unwrap_or(0);
+            first..first + number("SHANTY_SIMULATION_RUNS").unwrap_or(runs)
+        }
     };
     for seed in seeds {
         let outcome = std::panic::catch_unwind(|| play(seed, &faults));
@@ -60,6 +63,8 @@ const CALM: Faults = Faults {
     break_collective: 0,
     restart_coordinator: 0,
     kill_all: 0,
+    drain: 0,
+    hang: 0,
     until: 0,
 };
 
@@ -88,6 +93,17 @@ fn restarts_of_the_coordinator_lose_nothing_that_lives() {
 }
 
 #[test]
+fn workers_that_are_asked_to_end_cost_no_step() {
+    let (kills, _) = play_all("drains", 200, Faults { drain: 60, until: 800, ..CALM });
+    assert_eq!(kills, 0);
+}
+
+#[test]
+fn hung_trainers_are_found_while_their_processes_beat() {
+    play_all("hangs", 100, Faults { hang: 250, until: 800, ..CALM });
+}
+
+#[test]
 fn everything_at_once() {
     let faults = Faults {
         kill: 120,
@@ -96,6 +112,8 @@ fn everything_at_once() {
         break_collective: 100,
         restart_coordinator: 250,
         kill_all: 1500,
+        drain: 200,
+        hang: 900,
         until: 1000,
     };
     let (kills, _) = play_all("everything", 400, faults);

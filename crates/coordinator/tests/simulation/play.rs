@@ -110,7 +110,13 @@ impl World {
         worker.sequence += 1;
         worker.beats.push_back((worker.sequence, self.now));
         let attachment = worker.attachment().filter(|_| worker.doing() != Some(&Doing::Left));
-        let beat = Said::Beat { sequence: worker.sequence, phase: worker.phase(), attachment };
+        let beat = Said::Beat {
+            sequence: worker.sequence,
+            phase: worker.phase(),
+            attachment,
+            // Waiting for others is no progress.
+            progress: if worker.hung || worker.waits() { 0 } else { self.now },
+        };
         worker.say(late, beat);
     }
 
@@ -118,20 +124,27 @@ impl World {
         let late = self.now + self.delay();
         let worker = &mut self.workers[at];
         let Some((job, attempt, _)) = worker.assigned.clone() else { return };
-        if worker.ready_said || self.now < worker.load_until || worker.session.is_none() {
+        if worker.hung || worker.ready_said || self.now < worker.load_until || worker.session.is_none() {
             return;
         }
         worker.ready_said = true;
+        worker.loaded = worker.part;
         let base_hash = "b".to_owned();
-        worker.say(late, Said::BaseReady { job, attempt, base_hash, seconds: 0.1, trainable_parameters: 1 });
+        let (seconds, trainable_parameters, part) = (0.1, 1, worker.part);
+        worker.say(late, Said::BaseReady { job, attempt, base_hash, seconds, trainable_parameters, part });
     }
 
     fn compute(&mut self, at: usize) {
         let (now, row) = (self.now, 5 + self.chance.below(25));
         let (steps, once) = (self.steps, self.chance.once_in(2));
+        self.let_go(at);
+        let late = self.now + self.delay();
         let worker = &mut self.workers[at];
-        let Some(member) = worker.member.clone() else { return };
+        let Some(member) = worker.member.clone().filter(|_| !worker.hung) else { return };
         let step = worker.state.applied() + 1;
+        if member.doing == Doing::Waiting && member.stop_after.is_some_and(|last| step > last) {
+            return worker.leave(late, member.generation.generation);
+        }
         match member.doing {
             Doing::Waiting if step > steps => {
                 worker.set_doing(Doing::Finishing);
@@ -160,6 +173,20 @@ impl World {
             },
             Doing::Finishing if member.rank == 0 && once => self.finish(at),
             _ => {}
+        }
+    }
+
+    /// What a worker does that was asked to end, or that holds the state for all who did.
+    fn let_go(&mut self, at: usize) {
+        let late = self.now + self.delay();
+        if let Some(within) = self.workers[at].keep.take() {
+            let applied = self.workers[at].state.applied();
+            self.write_checkpoint(at, within, applied, late);
+        }
+        let now = self.now;
+        let worker = &mut self.workers[at];
+        if worker.drained || worker.dies_at.is_some_and(|at| now >= at) {
+            worker.alive = false;
         }
     }
 
@@ -282,7 +309,8 @@ impl World {
         }
         if begun {
             for at in &reducing {
-                if is_first(&self.workers[*at]) && self.chance.once_in(2) {
+                // One that hangs gets hold of nothing.
+                if is_first(&self.workers[*at]) && !self.workers[*at].hung && self.chance.once_in(2) {
                     let everybody = all_here
                         && places.iter().all(|other| {
                             let worker = &self.workers[*other];
@@ -340,6 +368,8 @@ impl World {
             learning_rate: 1.0,
             seconds: 0.1,
             timings: Timings::default(),
+            skipped: None,
+            bad_samples: Vec::new(),
         };
         worker.say(late, Said::Step(report.clone()));
         if self.chance.once_in(8) {
@@ -367,11 +397,20 @@ impl World {
             size_bytes: 1,
             seconds: 0.0,
             unix_ms: self.now,
+            loss: None,
         };
         let path = record.path.clone();
         let good = !self.chance.once_in(6);
         self.checkpoints.push((record, self.workers[at].state.clone(), good));
-        let said = Said::Checkpoint { within, step: Step(step), path, size_bytes: 1, seconds: 0.0 };
+        let said = Said::Checkpoint {
+            within,
+            step: Step(step),
+            path,
+            size_bytes: 1,
+            seconds: 0.0,
+            removed: Vec::new(),
+            held_seconds: 0.0,
+        };
         self.workers[at].say(late, said);
     }
 
@@ -380,6 +419,7 @@ impl World {
         let (kill, cut, pause) = (hits(faults.kill), hits(faults.cut_stream), hits(faults.pause));
         let (broken, restart, all) =
             (hits(faults.break_collective), hits(faults.restart_coordinator), hits(faults.kill_all));
+        let (drains, hangs) = (hits(faults.drain), hits(faults.hang));
         if all {
             for at in 0..self.workers.len() {
                 self.kill(at);
@@ -400,10 +440,20 @@ impl World {
                 let worker = worker.id.clone();
                 self.tell(Event::Down { worker, session, reason: "the network broke".to_owned() });
             }
+            if drains && !self.workers[at].draining {
+                let late = self.now + self.delay();
+                self.workers[at].draining = true;
+                self.workers[at].say(late, Said::Draining { reason: "a test".to_owned() });
+            }
+            // One that makes no step has nothing to hang in.
+            if hangs && self.workers[at].is_in(self.newest, &[Doing::Computing, Doing::Reducing]) {
+                self.workers[at].hung = true;
+            }
             if pause {
                 self.workers[at].paused_until = self.now + self.chance.below(900);
             }
             if broken
+                && !self.workers[at].hung
                 && matches!(
                     self.workers[at].doing(),
                     Some(Doing::Computing | Doing::Reducing | Doing::Connecting)

@@ -48,6 +48,8 @@ pub struct Membership {
     pub generation: Arc<GenerationRecord>,
     pub doing: Doing,
     pub said_left: Option<Said>,
+    /// It leaves once it has applied this step.
+    pub stop_after: Option<u64>,
 }
 
 pub struct Worker {
@@ -59,6 +61,10 @@ pub struct Worker {
     pub inbox: VecDeque<(u64, Message)>,
     pub outbox: VecDeque<(u64, Said)>,
     pub assigned: Option<(JobId, Attempt, u64)>,
+    /// The part of a shared base that it was asked to load.
+    pub part: Option<u32>,
+    /// The part that it has.
+    pub loaded: Option<u32>,
     pub load_until: u64,
     pub ready_said: bool,
     pub state: State,
@@ -73,6 +79,15 @@ pub struct Worker {
     pub sequence: u64,
     pub beats: VecDeque<(u64, u64)>,
     pub paused_until: u64,
+    /// Its trainer makes no progress any more.
+    pub hung: bool,
+    /// Its process ends by itself, as its trainer does not answer.
+    pub dies_at: Option<u64>,
+    /// It was asked to end; says so, and goes when it may.
+    pub draining: bool,
+    pub drained: bool,
+    /// A checkpoint of the state that it left with is wanted.
+    pub keep: Option<Within>,
 }
 
 impl Worker {
@@ -85,6 +100,8 @@ impl Worker {
             inbox: VecDeque::new(),
             outbox: VecDeque::new(),
             assigned: None,
+            part: None,
+            loaded: None,
             load_until: 0,
             ready_said: false,
             state: State::default(),
@@ -97,6 +114,11 @@ impl Worker {
             sequence: 0,
             beats: VecDeque::new(),
             paused_until: 0,
+            hung: false,
+            dies_at: None,
+            draining: false,
+            drained: false,
+            keep: None,
         }
     }
 
@@ -105,6 +127,8 @@ impl Worker {
             host: "sim".to_owned(),
             pid: 1,
             address: format!("{}:1", self.id),
+            part: self.loaded,
+            draining: self.draining,
             ..WorkerInfo::default()
         }
     }
@@ -164,6 +188,9 @@ impl Worker {
     pub fn hear(&mut self, now: u64, late: u64, load: u64, message: Message, credit_ms: u64) {
         match message {
             Message::Welcome { attached } => {
+                if self.hung && !attached {
+                    self.dies_at.get_or_insert(now + 1200);
+                }
                 if !attached {
                     self.drop_membership();
                 } else if let Some(left) = self.member.as_ref().and_then(|member| member.said_left.clone()) {
@@ -176,36 +203,61 @@ impl Worker {
                 while self.beats.front().is_some_and(|(sent, _)| *sent < sequence) {
                     self.beats.pop_front();
                 }
-                if let (Some((generation, up_to)), Some((_, sent))) = (credit, self.beats.front()) {
-                    self.credit = Some((generation.0, up_to.0, sent + credit_ms));
+                if let (Some(given), Some((_, sent))) = (credit, self.beats.front()) {
+                    self.credit = Some((given.generation.0, given.up_to.0, sent + credit_ms));
                 }
             }
-            Message::Assign { job, attempt, steps, .. } => {
+            Message::Assign { job, attempt, steps, part, .. } => {
                 self.drop_membership();
+                // What is loaded serves again.
+                self.loaded = self.loaded.filter(|loaded| Some(*loaded) == part);
+                self.part = part;
                 self.assigned = Some((job, attempt, steps.0));
                 self.load_until = now + load;
                 self.ready_said = false;
             }
             Message::Form { job, attempt, rank, generation } => self.join(job, attempt, rank.0, generation),
-            Message::Leave { generation, .. } => {
-                let Some(within) = self.within() else { return };
-                if within.generation != generation {
-                    return;
+            Message::Leave { generation, after, .. } => {
+                if self.hung && after.is_none() {
+                    self.dies_at.get_or_insert(now + 1200);
                 }
                 let applied = self.state.applied();
-                let kept = (!self.sum.is_empty())
-                    .then(|| KeptSum { step: Step(applied + 1), rows: self.sum.clone() });
-                let left = Said::Left { within, applied: Step(applied), holds_state: true, kept };
-                let member = self.member.as_mut().expect("it is within one");
-                member.doing = Doing::Left;
-                member.said_left = Some(left.clone());
-                self.say(late, left);
+                match (&mut self.member, after) {
+                    (Some(member), Some(after))
+                        if member.generation.generation == generation
+                            && applied < after.0
+                            && !matches!(member.doing, Doing::Left | Doing::Broken) =>
+                    {
+                        member.stop_after = Some(after.0);
+                    }
+                    _ => self.leave(late, generation),
+                }
             }
             Message::Release { .. } => {
                 self.drop_membership();
                 self.assigned = None;
             }
+            Message::Drain { .. } => self.draining = true,
+            Message::Drained { .. } => self.drained = true,
+            Message::Keep { .. } => self.keep = self.within(),
         }
+    }
+
+    /// Takes no further part in a generation. A trainer that hangs does not get to it.
+    pub fn leave(&mut self, late: u64, generation: shanty_proto::Generation) {
+        let Some(within) = self.within() else { return };
+        if within.generation != generation || self.hung {
+            return;
+        }
+        let applied = self.state.applied();
+        let kept =
+            (!self.sum.is_empty()).then(|| KeptSum { step: Step(applied + 1), rows: self.sum.clone() });
+        let hash = format!("{applied}");
+        let left = Said::Left { within, applied: Step(applied), holds_state: true, hash, kept };
+        let member = self.member.as_mut().expect("it is within one");
+        member.doing = Doing::Left;
+        member.said_left = Some(left.clone());
+        self.say(late, left);
     }
 
     fn drop_membership(&mut self) {
@@ -239,8 +291,20 @@ impl Worker {
         }
         self.to_compute.clear();
         self.credit = None;
-        self.member =
-            Some(Membership { job, attempt, rank, generation, doing: Doing::Connecting, said_left: None });
+        self.member = Some(Membership {
+            job,
+            attempt,
+            rank,
+            generation,
+            doing: Doing::Connecting,
+            said_left: None,
+            stop_after: None,
+        });
+    }
+
+    /// Whether it can do nothing without others.
+    pub fn waits(&self) -> bool {
+        matches!(self.doing(), Some(Doing::Reducing | Doing::Waiting | Doing::Finishing))
     }
 
     pub fn phase(&self) -> MemberPhase {

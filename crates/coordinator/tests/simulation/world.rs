@@ -38,6 +38,9 @@ pub fn options() -> Options {
         worker_tries: 3,
         total_losses: 1000,
         fruitless_generations: 1000,
+        hang_least: milliseconds(300),
+        retry_pause: milliseconds(50),
+        ..Options::default()
     }
 }
 
@@ -50,6 +53,10 @@ pub struct Faults {
     pub break_collective: u64,
     pub restart_coordinator: u64,
     pub kill_all: u64,
+    /// A worker is asked to end.
+    pub drain: u64,
+    /// A trainer makes no progress any more, while its process beats.
+    pub hang: u64,
     /// Ticks until faults stop.
     pub until: u64,
 }
@@ -64,6 +71,8 @@ struct Disk {
 impl Disk {
     fn write(&mut self, change: Change) {
         match change {
+            // The machine knows nothing of tokens.
+            Change::Token(_) | Change::TokenGone(_) => unreachable!("{change:?}"),
             Change::Job(record) => drop(self.jobs.insert(record.id.clone(), *record)),
             Change::Watermark(job, step) => {
                 if let Some(record) = self.jobs.get_mut(&job) {
@@ -77,7 +86,10 @@ impl Disk {
                 }
             }
             Change::Truncate(_, step) => self.steps.retain(|known, _| *known <= step.0),
-            Change::Evaluation(..) | Change::Checkpoint(..) | Change::Event(..) => {}
+            Change::Evaluation(..)
+            | Change::Checkpoint(..)
+            | Change::CheckpointsRemoved(..)
+            | Change::Event(..) => {}
         }
     }
 
@@ -100,6 +112,8 @@ pub struct World {
     order: Order,
     steps: u64,
     job: JobId,
+    /// Workers that share a base.
+    parts: u32,
     /// Checkpoints: what a reader finds.
     checkpoints: Vec<(CheckpointRecord, State, bool)>,
     answers: Vec<(u64, Event)>,
@@ -126,10 +140,11 @@ fn is_noise(event: &Event) -> bool {
     matches!(event, Event::Tick | Event::Said { message: Said::Beat { .. }, .. })
 }
 
-pub fn spec_json(min: u32, max: u32, steps: u64, batch: usize) -> String {
+pub fn spec_json(min: u32, max: u32, steps: u64, batch: usize, parts: u32) -> String {
+    let shard = if parts > 1 { serde_json::json!(parts) } else { serde_json::json!("replicate") };
     serde_json::json!({
         "name": "sim",
-        "base": { "model": "/base" },
+        "base": { "model": "/base", "shard": shard },
         "adapter": {},
         "data": { "train": "/data.jsonl" },
         "train": { "steps": steps, "global_batch_size": batch, "seed": 5 },
@@ -145,10 +160,11 @@ impl World {
         let rows = 5 + chance.below(20);
         let batch = 1 + chance.below(8);
         let steps = 6 + chance.below(8);
-        let max = 1 + chance.below(4) as u32;
+        let parts = if chance.once_in(2) { 1 + chance.below(3) as u32 } else { 1 };
+        let max = if parts > 1 { parts * (1 + chance.below(2) as u32) } else { 1 + chance.below(4) as u32 };
         let min = 1 + chance.below(u64::from(max)) as u32;
         let mut machine = Machine::new(options(), [7; 32]);
-        let spec_json = spec_json(min, max, steps, batch as usize);
+        let spec_json = spec_json(min, max, steps, batch as usize, parts);
         let spec = Arc::new(serde_json::from_str(&spec_json).expect("a valid job file"));
         let mut world = Self {
             order: Order::new(5, rows, batch).expect("rows and batch are not 0"),
@@ -156,6 +172,7 @@ impl World {
             chance,
             now: 1000,
             steps,
+            parts,
             disk: Disk::default(),
             workers: Vec::new(),
             spawned: 0,
@@ -259,9 +276,10 @@ impl World {
                 };
                 self.answers.push((self.now + 20, Event::PrepareEnded { job, attempt, outcome: Ok(facts) }));
             }
-            Effect::FindCheckpoint { job, attempt } => {
+            Effect::FindCheckpoint { job, attempt, up_to } => {
                 self.total_losses += 1;
                 let found = self.checkpoints.iter().filter(|(_, _, good)| *good).map(|(record, _, _)| record);
+                let found = found.filter(|record| up_to.is_none_or(|step| record.step <= step));
                 let newest =
                     found.max_by_key(|record| (record.step, record.attempt, record.generation)).cloned();
                 let event = Event::CheckpointFound { job, attempt, outcome: Ok(newest), damaged: Vec::new() };
@@ -290,6 +308,13 @@ impl World {
         self.newest = self.newest.max(number);
         let durable = self.disk.jobs[&self.job].generation.as_ref().map(|durable| durable.generation);
         assert_eq!(durable, Some(Generation(number)), "announced before it was durable");
+        let parts = self.parts as usize;
+        assert!(generation.members.len().is_multiple_of(parts), "half a group in generation {number}");
+        for (rank, member) in generation.members.iter().enumerate().filter(|_| parts > 1) {
+            let known = self.workers.iter().find(|worker| worker.id == member.worker);
+            let part = known.filter(|worker| worker.alive).map(|worker| worker.loaded);
+            assert!(part.is_none_or(|part| part == Some((rank % parts) as u32)), "part of {}", member.worker);
+        }
         if !generation.start.rows.is_empty() {
             let rows = &generation.start.rows;
             let mut dealt: Vec<u64> =

@@ -76,6 +76,7 @@ fn a_worker_with_another_base_takes_no_part() {
         base_hash: "other".to_owned(),
         seconds: 1.0,
         trainable_parameters: 5,
+        part: None,
     };
     stage.say("b", message);
     assert!(

@@ -20,32 +20,6 @@ fn submitting_twice_with_one_request_id_gives_one_job() {
 }
 
 #[test]
-fn one_job_at_a_time_has_the_workers() {
-    let mut stage = Stage::running(1, 1, 2, &["a"]);
-    stage.submit("r2", &spec("second", 1, 1, 2)).unwrap();
-    stage.submit("r3", &spec("third", 1, 1, 2)).unwrap();
-    let second = JobId::new("second").unwrap();
-    let reason = |stage: &Stage, name: &str| {
-        stage.machine.view(stage.moment(), &JobId::new(name).unwrap()).unwrap().reason
-    };
-    assert_eq!(reason(&stage, "second"), "waits for job pirate to end");
-    assert_eq!(reason(&stage, "third"), "waits for job second to end");
-    stage.report("a", 1, 0, 1);
-    stage.report("a", 1, 0, 2);
-    let within = stage.within(1);
-    stage.say("a", Said::Finished { within, step: Step(2), adapter: "/runs/pirate/adapter".to_owned() });
-    assert!(matches!(stage.told("a")[..], [Message::Release { succeeded: true, .. }]));
-    assert_eq!(stage.view().state, JobState::Succeeded);
-    assert_eq!(stage.view().adapter, "/runs/pirate/adapter");
-    assert!(
-        stage.effects.iter().any(|effect| matches!(effect, Effect::Prepare { job, .. } if *job == second))
-    );
-    stage.prepared("second");
-    assert!(matches!(&stage.told("a")[..], [Message::Assign { job, .. }] if *job == second));
-    assert_eq!(reason(&stage, "third"), "waits for job second to end");
-}
-
-#[test]
 fn finished_counts_only_after_all_steps_and_from_rank_0() {
     let mut stage = Stage::running(1, 2, 3, &["a", "b"]);
     let within = stage.within(1);
@@ -99,7 +73,7 @@ fn cancelling_stops_preparation() {
 fn resume_of_a_cancelled_job_goes_on_once_one_worker_is_known_to_be_out() {
     let mut stage = Stage::running(1, 2, 10, &["a", "b"]);
     stage.report("a", 1, 0, 1);
-    stage.tell(Event::Resume { request: 1, job: job() });
+    stage.tell(Event::Resume { request: 1, job: job(), job_file: None });
     assert!(matches!(
         stage.reply(),
         Err(Refusal::WrongState { action: "resume", state: JobState::Running, .. })
@@ -107,8 +81,8 @@ fn resume_of_a_cancelled_job_goes_on_once_one_worker_is_known_to_be_out() {
     stage.tell(Event::Cancel { request: 2, job: job() });
     // Its next beat names no generation any more: it has heard that it is released.
     stage.pass(250, &["a"]);
-    stage.tell(Event::Resume { request: 3, job: job() });
-    assert!(matches!(stage.reply(), Ok(Reply::Resumed(Attempt(2), _))));
+    stage.tell(Event::Resume { request: 3, job: job(), job_file: None });
+    assert!(matches!(stage.reply(), Ok(Reply::Resumed { attempt: Attempt(2), .. })));
     stage.attempt = 2;
     stage.prepared("pirate");
     assert!(stage.looks_for_checkpoint(), "a step needs all members, and a is out: {}", stage.view().reason);
@@ -125,7 +99,7 @@ fn resume_of_changed_data_is_refused() {
     let mut stage = Stage::running(1, 1, 10, &["a"]);
     stage.report("a", 1, 0, 1);
     stage.tell(Event::Cancel { request: 1, job: job() });
-    stage.tell(Event::Resume { request: 2, job: job() });
+    stage.tell(Event::Resume { request: 2, job: job(), job_file: None });
     let facts = shanty_coordinator::machine::record::DataFacts {
         hash: "other".to_owned(),
         tokenizer_hash: "tokenizer".to_owned(),

@@ -3,7 +3,10 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says so by a panic")]
 
 mod breaks;
+mod crew;
 mod forming;
 mod jobs;
+mod queueing;
 mod restarts;
+mod shared;
 mod stage;

@@ -128,10 +128,14 @@ fn resume_of_an_interrupted_job_is_a_new_attempt_after_the_fence() {
     let (stage, record) = interrupted();
     let mut stage = stage.restarted(record);
     let began = stage.now;
-    stage.tell(shanty_coordinator::machine::Event::Resume { request: 1, job: job() });
+    stage.tell(shanty_coordinator::machine::Event::Resume { request: 1, job: job(), job_file: None });
     assert_eq!(
         stage.reply().unwrap(),
-        shanty_coordinator::machine::Reply::Resumed(shanty_proto::Attempt(2), Step(0))
+        shanty_coordinator::machine::Reply::Resumed {
+            attempt: shanty_proto::Attempt(2),
+            step: Step(0),
+            ignored: Vec::new()
+        }
     );
     stage.attempt = 2;
     stage.prepared("pirate");

@@ -22,6 +22,8 @@ pub struct Stage {
     pub effects: Vec<Effect>,
     pub attempt: u32,
     sessions: std::collections::BTreeMap<String, u64>,
+    /// The part of a base that each was asked to load last.
+    parts: std::collections::BTreeMap<String, u32>,
     next_session: u64,
 }
 
@@ -63,6 +65,7 @@ impl Stage {
             effects: Vec::new(),
             attempt: 1,
             sessions: Default::default(),
+            parts: Default::default(),
             next_session: 0,
         }
     }
@@ -73,6 +76,24 @@ impl Stage {
         stage.submit("request", &spec("pirate", min, max, steps)).unwrap();
         stage.prepared("pirate");
         stage
+    }
+
+    /// A job whose workers share a base in so many parts.
+    pub fn shared(parts: u32, min: u32, max: u32, steps: u64) -> Self {
+        let mut stage = Self::empty();
+        let mut spec = spec("pirate", min, max, steps);
+        spec["base"]["shard"] = parts.into();
+        stage.submit("request", &spec).unwrap();
+        stage.prepared("pirate");
+        stage
+    }
+
+    /// The part of a base that the last event asked a worker to load.
+    pub fn asked_for_part(&self, name: &str) -> Option<u32> {
+        self.told(name).into_iter().find_map(|message| match message {
+            Message::Assign { part, .. } => part,
+            _ => None,
+        })
     }
 
     /// A job in its first generation, with these workers by rank.
@@ -100,6 +121,11 @@ impl Stage {
 
     pub fn tell(&mut self, event: Event) -> &[Effect] {
         self.effects = self.machine.apply(self.moment(), event);
+        for effect in &self.effects {
+            if let Effect::Send { worker, message: Message::Assign { part: Some(part), .. }, .. } = effect {
+                self.parts.insert(worker.to_string(), *part);
+            }
+        }
         &self.effects
     }
 
@@ -155,8 +181,12 @@ impl Stage {
     pub fn hello(&mut self, name: &str, attachment: Option<Attachment>) {
         self.next_session += 1;
         self.sessions.insert(name.to_owned(), self.next_session);
-        let info =
-            WorkerInfo { host: "host".to_owned(), address: format!("{name}:1"), ..WorkerInfo::default() };
+        let info = WorkerInfo {
+            host: "host".to_owned(),
+            address: format!("{name}:1"),
+            part: self.parts.get(name).copied(),
+            ..WorkerInfo::default()
+        };
         let session = self.next_session;
         self.tell(Event::Hello { worker: worker(name), session, info, attachment });
     }
@@ -167,9 +197,26 @@ impl Stage {
     }
 
     pub fn ready(&mut self, name: &str) {
+        self.ready_with(name, self.parts.get(name).copied());
+    }
+
+    pub fn ready_with(&mut self, name: &str, part: Option<u32>) {
         let (job, attempt) = (job(), Attempt(self.attempt));
         let base_hash = "base".to_owned();
-        self.say(name, Said::BaseReady { job, attempt, base_hash, seconds: 1.0, trainable_parameters: 5 });
+        let (seconds, trainable_parameters) = (1.0, 5);
+        self.say(name, Said::BaseReady { job, attempt, base_hash, seconds, trainable_parameters, part });
+    }
+
+    /// A worker has loaded the base of a job other than the pirate's.
+    pub fn ready_for(&mut self, name: &str, job: &str) {
+        let (job, attempt) = (JobId::new(job).unwrap(), Attempt(1));
+        let base_hash = "base".to_owned();
+        let (seconds, trainable_parameters, part) = (1.0, 5, None);
+        self.say(name, Said::BaseReady { job, attempt, base_hash, seconds, trainable_parameters, part });
+    }
+
+    pub fn view_of(&self, job: &str) -> JobView {
+        self.machine.view(self.moment(), &JobId::new(job).unwrap()).unwrap()
     }
 
     pub fn attachment(&self, generation: u64, rank: u32, applied: u64) -> Attachment {
@@ -189,23 +236,26 @@ impl Stage {
     /// A beat within a generation; gives the credit that it was acknowledged with.
     pub fn beat(&mut self, name: &str, generation: u64, rank: u32, applied: u64) -> Option<u64> {
         let attachment = Some(self.attachment(generation, rank, applied));
-        self.say(name, Said::Beat { sequence: 5, phase: MemberPhase::Computing, attachment });
+        self.say(
+            name,
+            Said::Beat { sequence: 5, phase: MemberPhase::Computing, attachment, progress: self.now },
+        );
         let credit = self.effects.iter().find_map(|effect| match effect {
             Effect::Send { message: Message::BeatAck { sequence: 5, credit }, .. } => Some(*credit),
             _ => None,
         });
-        credit.expect("an acknowledgement").map(|(_, up_to)| up_to.0)
+        credit.expect("an acknowledgement").map(|given| given.up_to.0)
     }
 
     /// A beat of a member before its first step, in some phase.
     pub fn beat_in(&mut self, name: &str, rank: u32, phase: MemberPhase) {
         let attachment = Some(self.attachment(1, rank, 0));
-        self.say(name, Said::Beat { sequence: 5, phase, attachment });
+        self.say(name, Said::Beat { sequence: 5, phase, attachment, progress: self.now });
     }
 
     pub fn beat_alone(&mut self, name: &str) {
         let session = self.sessions[name];
-        let message = Said::Beat { sequence: 6, phase: MemberPhase::Idle, attachment: None };
+        let message = Said::Beat { sequence: 6, phase: MemberPhase::Idle, attachment: None, progress: 0 };
         self.machine.apply(self.moment(), Event::Said { worker: worker(name), session, message });
     }
 
@@ -226,6 +276,8 @@ impl Stage {
             learning_rate: 1e-3,
             seconds: 0.5,
             timings: Timings::default(),
+            skipped: None,
+            bad_samples: Vec::new(),
         };
         self.say(name, Said::Step(report));
     }
@@ -233,13 +285,17 @@ impl Stage {
     /// Leaves a generation without ever having held its state.
     pub fn left_empty_handed(&mut self, name: &str, generation: u64) {
         let within = self.within(generation);
-        self.say(name, Said::Left { within, applied: Step(0), holds_state: false, kept: None });
+        self.say(
+            name,
+            Said::Left { within, applied: Step(0), holds_state: false, hash: String::new(), kept: None },
+        );
     }
 
     pub fn left(&mut self, name: &str, generation: u64, applied: u64, kept: &[u64]) {
         let kept = (!kept.is_empty()).then(|| KeptSum { step: Step(applied + 1), rows: kept.to_vec() });
-        let (within, applied) = (self.within(generation), Step(applied));
-        self.say(name, Said::Left { within, applied, holds_state: true, kept });
+        let (within, hash) = (self.within(generation), format!("state {applied}"));
+        let applied = Step(applied);
+        self.say(name, Said::Left { within, applied, holds_state: true, hash, kept });
     }
 
     pub fn down(&mut self, name: &str) {
@@ -256,6 +312,7 @@ impl Stage {
             size_bytes: 1,
             seconds: 0.1,
             unix_ms: 1,
+            loss: None,
         });
         let (job, attempt) = (job(), Attempt(self.attempt));
         self.tell(Event::CheckpointFound { job, attempt, outcome: Ok(checkpoint), damaged: Vec::new() });

@@ -9,7 +9,10 @@
     reason = "a tool that stops at the first thing that cannot be"
 )]
 
+mod dump;
 mod frozen;
+mod loading;
+mod methods;
 mod models;
 mod operations;
 mod speed;
@@ -61,7 +64,11 @@ impl Line {
 }
 
 fn main() {
-    let mut arguments = std::env::args().skip(1);
+    let all: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(("dump", rest)) = all.split_first().map(|(first, rest)| (first.as_str(), rest)) {
+        return dump::run(rest);
+    }
+    let mut arguments = all.into_iter();
     let repository = PathBuf::from(arguments.next().unwrap_or_else(|| ".".to_owned()));
     let result = arguments.next();
     let what = arguments.next().unwrap_or_else(|| "all".to_owned());
@@ -69,15 +76,28 @@ fn main() {
     let card = operations::card();
     println!("{card}");
     if what == "all" || what == "check" {
-        operations::check(&mut report);
+        loading::check(&mut report, &repository);
+        let sides = operations::check(&mut report);
+        methods::check(&mut report, &sides, &repository);
+        drop(sides);
         models::check(&mut report, &repository);
         models::memory(&mut report, &repository);
         models::train(&mut report, &repository);
     }
+    if what == "loading" {
+        loading::check(&mut report, &repository);
+    }
     if what == "all" || what == "check" || what == "virtual" {
         virtual_tokens::check(&mut report, &repository);
     }
-    let times = if what == "all" || what == "time" { speed::measure() } else { Vec::new() };
+    let mut times = match what.as_str() {
+        "all" | "time" => speed::measure(),
+        "steps" => speed::measure_steps(),
+        _ => Vec::new(),
+    };
+    if what == "all" || what == "longest" {
+        times.extend(speed::longest());
+    }
     let failed: Vec<&Line> = report.lines.iter().filter(|line| !line.holds()).collect();
     println!("\n{card}: {} comparisons, {} failed", report.lines.len(), failed.len());
     for line in &failed {

@@ -7,7 +7,7 @@ use shanty_peft_core::{
         cuda::{Cuda, Precision},
     },
     batch::{PackedBatch, Row, Segment},
-    optim::{AdamWOptions, FlatState, FlatUpdate, groups},
+    optim::{AdamWOptions, FlatState, FlatUpdate, Source, groups},
     random::{self, DropoutKey},
 };
 
@@ -94,7 +94,7 @@ pub(crate) fn load<B: Backend>(backend: &B, batch: &PackedBatch, heads: usize, w
 }
 
 /// An operation with its inputs; run on both backends.
-trait Operation {
+pub(crate) trait Operation {
     fn run<B: Backend>(&self, backend: &B) -> Vec<Vec<f32>>;
 }
 
@@ -372,10 +372,17 @@ impl Operation for Update {
                 length,
             );
             backend.run(|| {
-                backend.update_flat(&FlatUpdate { mean: 1.0 / 64.0, max_norm, groups: &groups }, &mut state);
+                backend.update_flat(
+                    &FlatUpdate { mean: 1.0 / 64.0, max_norm, groups: &groups, source: Source::Own },
+                    &mut state,
+                );
             });
+            // Every other time the losses are asked for first, each micro-batch's by itself.
+            backend.add_losses(View::<B>::new(&losses, 500, 1), &mut state);
+            let each = if step % 2 == 0 { backend.losses(&mut state).unwrap() } else { Vec::new() };
             let outcome = backend.outcome(&mut state).unwrap();
             norms.extend([outcome.norm.min(1e30) as f32, outcome.loss as f32]);
+            norms.extend(each.iter().map(|loss| *loss as f32));
         }
         let all = [&state.parameters, &state.first, &state.second];
         let mut all: Vec<_> = all.map(|buffer| get(backend, buffer, 1, length)).into();
@@ -391,7 +398,13 @@ pub(crate) struct Sides {
 }
 
 impl Sides {
-    fn compare(&self, report: &mut Report, name: &str, operation: &impl Operation, products: bool) {
+    pub(crate) fn compare(
+        &self,
+        report: &mut Report,
+        name: &str,
+        operation: &impl Operation,
+        products: bool,
+    ) {
         let expected = operation.run(&self.cpu);
         for (cuda, tolerance) in &self.cards {
             // But for products TF32 is f32; bf16 is another kind of number everywhere.
@@ -407,7 +420,7 @@ impl Sides {
     }
 }
 
-pub(crate) fn check(report: &mut Report) {
+pub(crate) fn check(report: &mut Report) -> Sides {
     // Rounding to f32, TF32 (2^-11 a factor) and bf16 (2^-9 a factor); relative errors of sums are of that order.
     let card = |precision, tolerance| (Cuda::new(0, precision).unwrap(), tolerance);
     let cards = [card(Precision::F32, 1e-5), card(Precision::Tf32, 2e-3), card(Precision::Bf16, 1e-2)];
@@ -483,4 +496,5 @@ pub(crate) fn check(report: &mut Report) {
         sides.compare(report, &format!("update of {length}"), &Update { length }, false);
     }
     frozen(report, &sides.cpu);
+    sides
 }

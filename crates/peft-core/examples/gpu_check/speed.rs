@@ -7,7 +7,7 @@ use shanty_peft_core::{
         Backend, Use, View, ViewMut,
         cuda::{Cuda, Precision},
     },
-    bench::{self, CardBenchOptions, Shape},
+    bench::{self, CardBenchOptions, CardStep, Shape},
     plan::Recompute,
 };
 
@@ -45,6 +45,13 @@ pub(crate) fn measure() -> Vec<String> {
     let mut lines = Vec::new();
     operations(&mut lines);
     products(&mut lines);
+    steps(&mut lines);
+    lines
+}
+
+/// Whole steps alone.
+pub(crate) fn measure_steps() -> Vec<String> {
+    let mut lines = Vec::new();
     steps(&mut lines);
     lines
 }
@@ -131,54 +138,111 @@ fn products(lines: &mut Vec<String>) {
     }
 }
 
+/// Steps: shape, rows, tokens of a row, tokens of a sample, cap, steps.
+type Case = (&'static str, usize, usize, Option<usize>, u64, usize);
+
+/// The bars' shapes, then what depends on a batch's form: packed samples, a short batch, a long row.
+const CASES: [Case; 9] = [
+    ("1b", 8, 2048, None, 18 * GIB, 7),
+    ("1b", 8, 2048, None, 17 * GIB / 5, 7),
+    ("8b", 4, 2048, None, 36 * GIB, 7),
+    ("8b", 4, 2048, None, 8 * GIB, 7),
+    ("8b", 1, 8192, None, 36 * GIB, 5),
+    ("8b", 1, 8192, Some(256), 36 * GIB, 5),
+    ("8b", 1, 8192, Some(67), 36 * GIB, 5),
+    ("1b", 1, 2048, None, 18 * GIB, 31),
+    ("8b", 1, 32768, None, 24 * GIB, 3),
+];
+
 fn steps(lines: &mut Vec<String>) {
-    let cases = [("1b", 8, 18 * GIB), ("1b", 8, 17 * GIB / 5), ("8b", 4, 36 * GIB), ("8b", 4, 8 * GIB)];
-    for (name, rows, cap) in cases {
-        let options = CardBenchOptions {
-            index: 0,
-            shape: Shape::named(name).unwrap(),
-            r: 16,
-            rows,
-            length: 2048,
-            memory_limit: Some(cap),
-            recompute: Recompute::Auto,
-            steps: 7,
-        };
-        let name = format!("step {name} {rows} x 2048 under {:.1} GiB", cap as f64 / GIB as f64);
-        let step = match bench::steps(&options) {
-            Ok(step) => step,
-            Err(error) => {
-                lines.push(format!("{name}: {error}"));
-                continue;
-            }
-        };
-        let gib = |bytes: u64| bytes as f64 / GIB as f64;
-        lines.push(format!(
-            "{name}: {:.0} tok/s, {:.4} s, peak {:.2} GiB, plan {:.2} GiB, driver {:.2} GiB, {:.2} on the host, {:.0} TFLOP/s of the \
-             model, {:.0} % of the floor at {:.0} TFLOP/s, loss {:.4}; {}",
-            step.tokens_per_second,
-            step.step_seconds,
-            gib(step.peak_memory_bytes),
-            gib(step.plan.peak_bytes()),
-            gib(step.device_memory_bytes),
-            gib(step.plan.aside_bytes),
-            step.model_flops_per_second / 1e12,
-            100.0 * step.floor_fraction,
-            step.product_flops_per_second / 1e12,
-            step.loss,
-            step.plan.levels.describe(),
-        ));
-        println!("{}", lines[lines.len() - 1]);
-        let total: f64 = step.profile.iter().map(|line| line.seconds).sum();
-        lines.push(format!("  one step by operation, {:.1} ms together:", total * 1e3));
-        for line in step.profile.iter().filter(|line| line.seconds > total / 400.0) {
-            lines.push(format!(
-                "  {:<40} {:8.2} ms {:5.1} % {:5} calls",
-                line.operation,
-                line.seconds * 1e3,
-                100.0 * line.seconds / total,
-                line.calls
-            ));
+    let mut aside = Vec::new();
+    for case in CASES {
+        if let Some(step) = step(lines, case) {
+            let (_, rows, length, ..) = case;
+            aside.push((rows * length) as f64 / (step.step_seconds - step.attention_seconds));
+        } else {
+            aside.push(f64::NAN);
         }
     }
+    for (at, name) in [(5, "256"), (6, "67")] {
+        lines.push(format!(
+            "packed samples of {name} tokens beside one of 8192, attention aside: {:.1} % of its tokens a second",
+            100.0 * aside[at] / aside[4]
+        ));
+        println!("{}", lines[lines.len() - 1]);
+    }
+}
+
+/// The longest row that the card and the host have room for, and one step of it.
+pub(crate) fn longest() -> Vec<String> {
+    let mut lines = Vec::new();
+    let shape = Shape::named("8b").unwrap();
+    let length = match bench::largest_context(0, shape, 16) {
+        Ok(length) => length,
+        Err(error) => return vec![format!("the longest row of 8B: {error}")],
+    };
+    lines.push(format!("the longest row of 8B that is planned for: {length} tokens"));
+    println!("{}", lines[0]);
+    step(&mut lines, ("8b", 1, length, None, u64::MAX, 1));
+    lines
+}
+
+fn step(lines: &mut Vec<String>, case: Case) -> Option<CardStep> {
+    let (name, rows, length, sample, cap, steps) = case;
+    let options = CardBenchOptions {
+        index: 0,
+        shape: Shape::named(name).unwrap(),
+        r: 16,
+        rows,
+        length,
+        sample,
+        memory_limit: (cap < u64::MAX).then_some(cap),
+        recompute: Recompute::Auto,
+        // A step of the longest row is made once: the warm one is what is timed.
+        warm: if steps == 1 { 0 } else { 2 },
+        steps,
+    };
+    let packed = sample.map_or_else(String::new, |sample| format!(" of samples of {sample}"));
+    let under =
+        if cap < u64::MAX { format!(" under {:.1} GiB", cap as f64 / GIB as f64) } else { String::new() };
+    let name = format!("step {name} {rows} x {length}{packed}{under}");
+    let step = match bench::steps(&options) {
+        Ok(step) => step,
+        Err(error) => {
+            lines.push(format!("{name}: {error}"));
+            println!("{}", lines[lines.len() - 1]);
+            return None;
+        }
+    };
+    let gib = |bytes: u64| bytes as f64 / GIB as f64;
+    lines.push(format!(
+        "{name}: {:.0} tok/s, {:.4} s, peak {:.2} GiB, plan {:.2} GiB, driver {:.2} GiB, {:.2} on the host, {:.0} TFLOP/s of the \
+         model, {:.0} % of the floor at {:.0} TFLOP/s, card busy {:.1} %, attention {:.1} ms, loss {:.4}; {}",
+        step.tokens_per_second,
+        step.step_seconds,
+        gib(step.peak_memory_bytes),
+        gib(step.plan.peak_bytes()),
+        gib(step.device_memory_bytes),
+        gib(step.plan.aside_bytes),
+        step.model_flops_per_second / 1e12,
+        100.0 * step.floor_fraction,
+        step.product_flops_per_second / 1e12,
+        100.0 * step.busy_fraction,
+        1e3 * step.attention_seconds,
+        step.loss,
+        step.plan.levels.describe(),
+    ));
+    println!("{}", lines[lines.len() - 1]);
+    let total: f64 = step.profile.iter().map(|line| line.seconds).sum();
+    lines.push(format!("  one step by operation, {:.1} ms together:", total * 1e3));
+    for line in step.profile.iter().filter(|line| line.seconds > total / 400.0) {
+        lines.push(format!(
+            "  {:<40} {:8.2} ms {:5.1} % {:5} calls",
+            line.operation,
+            line.seconds * 1e3,
+            100.0 * line.seconds / total,
+            line.calls
+        ));
+    }
+    Some(step)
 }

@@ -376,6 +376,12 @@ pub trait Method: Debug + Send + Sync {
         Vec::new()
     }
 
+    /// Whether [`Method::regularise`] or [`Method::after_step`] do anything: parameters and gradient then come to the host
+    /// once a step, wherever passes run.
+    fn has_step_hooks(&self) -> bool {
+        false
+    }
+
     /// Adds terms of the loss that depend on the parameters alone to the gradient, which is the **reduced** one, the same
     /// on every rank: call it once a step, before clipping.
     fn regularise(&self, _step: &StepHook<'_>, _parameters: &[f32], _gradient: &mut [f32]) {}

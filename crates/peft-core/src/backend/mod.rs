@@ -163,11 +163,16 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn bring_back(&self, from: &Self::Aside, to: ViewMut<'_, Self>);
     /// Whatever is queued from now on comes after the last copy to or from `aside`.
     fn await_aside(&self, aside: &Self::Aside);
-    /// Adds up the losses `[rows, 1]` of a micro-batch in `state`.
+    /// Notes in `state` what the losses `[rows, 1]` of a micro-batch add up to.
     fn add_losses(&self, losses: View<'_, Self>, state: &mut FlatState<Self>);
-    /// Clips, updates, and sets the gradient to 0. Nothing changes where the gradient's norm is not finite.
+    /// The losses of the micro-batches noted since the last call, in their order. Waits for them.
+    ///
+    /// # Errors
+    /// What failed before.
+    fn losses(&self, state: &mut FlatState<Self>) -> Result<Vec<f64>>;
+    /// Clips, updates, and sets the gradient that was used to 0. Nothing changes where the gradient's norm is not finite.
     fn update_flat(&self, update: &FlatUpdate<'_>, state: &mut FlatState<Self>);
-    /// What the last update amounted to, and the losses added since the last call. Waits for them.
+    /// What the last update amounted to, and the losses noted since they were last asked for. Waits for them.
     ///
     /// # Errors
     /// What failed before.

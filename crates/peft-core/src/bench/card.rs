@@ -6,17 +6,17 @@ use serde::Serialize;
 
 use super::{RandomBase, Shape, random_rows};
 use crate::{
-    adapter::{LoraConfig, TargetModules},
+    adapter::{Fit, LoraConfig, TargetModules},
     backend::{
         AttentionShape, Backend, BatchRoom, Use, View, ViewMut,
         cuda::{Cuda, Precision},
     },
-    batch::{PackedBatch, Row},
-    engine::{Engine, EngineDevice, EngineParts, StepKey},
+    batch::{PackedBatch, Row, Segment},
+    engine::{Engine, EngineDevice, EngineParts, NoSink, StepKey},
     error::Result,
     model::{BaseSource, ModelConfig, Projection},
-    optim::{AdamWOptions, FlatUpdate, Outcome, groups},
-    plan::{MemoryPlan, PlanRequest, Recompute},
+    optim::{AdamWOptions, FlatUpdate, Outcome, Source, groups},
+    plan::{self, MemoryPlan, PlanRequest, Recompute, Sizes},
     random,
 };
 
@@ -33,11 +33,15 @@ pub struct CardBenchOptions {
     pub rows: usize,
     /// Tokens of a row.
     pub length: usize,
+    /// Tokens of each sample that a row is packed of; one sample fills it when none.
+    pub sample: Option<usize>,
     /// Bytes that a step may take; all that is free when none.
     pub memory_limit: Option<u64>,
     /// Keep activations or compute them again.
     pub recompute: Recompute,
-    /// Steps that are timed; two more go before.
+    /// Steps that go before those that are timed. With none, that one step is all: nothing is measured by operation.
+    pub warm: usize,
+    /// Steps that are timed.
     pub steps: usize,
 }
 
@@ -72,6 +76,11 @@ pub struct CardStep {
     pub plan: MemoryPlan,
     /// One step by operation, the longest first; the times add up to it.
     pub profile: Vec<Line>,
+    /// What of it is attention.
+    pub attention_seconds: f64,
+    /// What the card needs for the passes of a step when all of it is queued ahead, by the step's time: 1 where the card
+    /// never waits for the host.
+    pub busy_fraction: f64,
 }
 
 /// What an operation took.
@@ -99,30 +108,12 @@ impl Stepper {
     /// Where the card cannot be used or a step does not fit it.
     pub fn new(options: &CardBenchOptions) -> Result<Self> {
         let base = RandomBase::new(options.shape, 64)?;
-        let request = PlanRequest {
-            micro_batch_rows: Some(options.rows),
-            max_length: options.length,
-            recompute: options.recompute,
-            memory_limit: options.memory_limit,
-            base_bytes: options.shape.base_bytes(),
-            embedding_bytes: 0,
-            dequantised: true,
-            head_widened: false,
-            dropout: false,
-            threads: 0,
-            accelerated: true,
-            half_activations: true,
-        };
-        let lora = LoraConfig {
-            r: options.r,
-            lora_alpha: 2.0 * options.r as f64,
-            target_modules: TargetModules::all_linear(),
-            ..LoraConfig::default()
-        };
         let device = EngineDevice::Cuda { index: options.index, precision: Precision::Bf16 };
-        let parts = EngineParts { adapter: Some(lora.shared()), request };
+        let parts = EngineParts { adapter: Some(lora(options.r).shared()), request: request(options) };
         let mut engine = Engine::with_base_on(device, Box::new(base), parts)?;
         let rows = random_rows(engine.config(), options.rows, options.length);
+        let sample = options.sample.unwrap_or(options.length).clamp(2, options.length.max(2));
+        let rows: Vec<Row> = rows.into_iter().map(|row| packed(row, sample)).collect();
         let parameters = engine.initial_parameters(1)?;
         let zeros = vec![0.0; parameters.len()];
         engine.begin(&parameters, &zeros, &zeros)?;
@@ -135,10 +126,33 @@ impl Stepper {
     /// What fails on the card.
     pub fn step(&mut self) -> Result<Outcome> {
         self.number += 1;
-        let tokens = self.engine.accumulate(&self.rows, StepKey { seed: 1, step: self.number })?;
+        let tokens =
+            self.engine.accumulate(&self.rows, StepKey { seed: 1, step: self.number }, &mut NoSink)?;
         let length = self.engine.layout().len();
         let groups = groups(&AdamWOptions::default(), self.number, 1e-4, &[], length);
-        self.engine.update(&FlatUpdate { mean: 1.0 / tokens as f64, max_norm: 1.0, groups: &groups })
+        self.engine.update(&FlatUpdate {
+            mean: 1.0 / tokens as f64,
+            max_norm: 1.0,
+            groups: &groups,
+            source: Source::Own,
+        })
+    }
+
+    /// What the card needs for a step's passes when it is held for `seconds` first, while the host queues them.
+    ///
+    /// # Errors
+    /// What fails on the card.
+    pub fn ahead(&mut self, seconds: f64) -> Result<f64> {
+        self.engine.hold_card(seconds);
+        let from = self.engine.card_clock()?;
+        let key = StepKey { seed: 1, step: self.number + 1 };
+        self.engine.accumulate(&self.rows, key, &mut NoSink)?;
+        let to = self.engine.card_clock()?;
+        self.engine.clear_sum()?;
+        match (from, to) {
+            (Some(from), Some(to)) => from.seconds_to(&to),
+            _ => Ok(f64::NAN),
+        }
     }
 
     /// One step by operation.
@@ -154,6 +168,25 @@ impl Stepper {
     }
 }
 
+/// The row packed of samples of `sample` tokens; what is left over is one more.
+fn packed(row: Row, sample: usize) -> Row {
+    let total = row.token_ids.len();
+    let starts = (0..total).step_by(sample);
+    let segments = starts
+        .clone()
+        .map(|start| Segment {
+            sample_id: row.id << 32 | start as u64,
+            length: sample.min(total - start) as u32,
+        })
+        .collect();
+    // Nothing predicts the first token of a sample.
+    let trained = starts
+        .map(|start| start as u32 + 1..(start + sample.min(total - start)) as u32)
+        .filter(|range| !range.is_empty())
+        .collect();
+    Row { segments, trained, ..row }
+}
+
 /// Multiplications and additions of a step's forward and backward pass: frozen matrices and head twice (output, input's
 /// gradient), attention three and a half times, causal. No gradient of a frozen weight, nothing computed again.
 pub fn model_flops(config: &ModelConfig, rows: usize, length: usize) -> f64 {
@@ -167,6 +200,63 @@ pub fn model_flops(config: &ModelConfig, rows: usize, length: usize) -> f64 {
     4.0 * linear as f64 * tokens + attention
 }
 
+/// Tokens of the longest row of a shape that a step of one row has room for on a card and its host.
+///
+/// # Errors
+/// Where the card cannot be used.
+pub fn largest_context(index: usize, shape: Shape, r: usize) -> Result<usize> {
+    let free = Cuda::new(index, Precision::Bf16)?.free_bytes();
+    let config = ModelConfig::from_json(shape.config_json().as_bytes(), "config.json".as_ref())?;
+    let options = CardBenchOptions {
+        index,
+        shape,
+        r,
+        rows: 1,
+        length: 1,
+        sample: None,
+        memory_limit: None,
+        recompute: Recompute::Auto,
+        warm: 0,
+        steps: 1,
+    };
+    let fit = Fit::new(lora(r).shared(), &config)?;
+    let request = PlanRequest {
+        memory_limit: Some(free / 100 * 96),
+        embedding_bytes: (2 * shape.vocabulary * shape.hidden) as u64,
+        ..request(&options)
+    };
+    let sizes = |length| Sizes::of(&config, &fit, length, length, &request);
+    Ok(MemoryPlan::largest_context(sizes, &request, 1 << 22))
+}
+
+fn lora(r: usize) -> LoraConfig {
+    LoraConfig {
+        r,
+        lora_alpha: 2.0 * r as f64,
+        target_modules: TargetModules::all_linear(),
+        ..LoraConfig::default()
+    }
+}
+
+fn request(options: &CardBenchOptions) -> PlanRequest {
+    PlanRequest {
+        micro_batch_rows: Some(options.rows),
+        max_length: options.length,
+        recompute: options.recompute,
+        memory_limit: options.memory_limit,
+        base_bytes: options.shape.base_bytes(),
+        embedding_bytes: 0,
+        dequantised: true,
+        head_widened: false,
+        dropout: false,
+        threads: 0,
+        accelerated: true,
+        half_activations: true,
+        reduced_apart: false,
+        host_limit: plan::host_limit(),
+    }
+}
+
 /// Times whole steps.
 ///
 /// # Errors
@@ -176,20 +266,29 @@ pub fn steps(options: &CardBenchOptions) -> Result<CardStep> {
     let mut stepper = Stepper::new(options)?;
     let mut times = Vec::with_capacity(options.steps);
     let mut outcome = Outcome::default();
-    for number in 0..options.steps + 2 {
+    for number in 0..options.steps + options.warm {
         let begin = Instant::now();
         outcome = stepper.step()?;
-        if number >= 2 {
+        if number >= options.warm {
             times.push(begin.elapsed().as_secs_f64());
         }
     }
     times.sort_by(f64::total_cmp);
     let seconds = times.get(times.len() / 2).copied().unwrap_or(f64::NAN);
-    let profile = stepper.profile()?;
+    // Longer than the host takes to queue a step, since it takes no longer than the step.
+    let (ahead, profile) = match options.warm {
+        0 => (f64::NAN, Vec::new()),
+        _ => (stepper.ahead((1.5 * seconds).min(2.0))?, stepper.profile()?),
+    };
+    let attention = profile.iter().filter(|line| line.operation.contains("attention"));
+    let attention_seconds = attention.map(|line| line.seconds).sum();
     let engine = &stepper.engine;
     let (card, peak) = engine.card().map_or((String::new(), 0), |(name, peak)| (name.to_owned(), peak));
     let (total, free) = crate::backend::cuda::memory_bytes(options.index).unwrap_or((0, 0));
-    let flops = model_flops(engine.config(), options.rows, options.length);
+    let sample = options.sample.unwrap_or(options.length).min(options.length);
+    // Attention ends at a sample's end: so many samples as fill the rows.
+    let samples = (options.rows * options.length) as f64 / sample as f64;
+    let flops = samples * model_flops(engine.config(), 1, sample);
     let trained: u64 = stepper.rows.iter().map(Row::trained_tokens).sum();
     Ok(CardStep {
         card,
@@ -206,6 +305,8 @@ pub fn steps(options: &CardBenchOptions) -> Result<CardStep> {
         loss: outcome.loss / trained as f64,
         plan: *engine.plan(),
         profile,
+        attention_seconds,
+        busy_fraction: ahead / seconds,
     })
 }
 
@@ -413,5 +514,22 @@ impl Bench<'_> {
         let rate = flops / seconds;
         let share = rate / self.product;
         self.lines.push(CardOperation { operation: name.to_owned(), seconds, rate, unit: "FLOP/s", share });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_is_packed_of_samples_whose_first_tokens_are_not_trained() {
+        let row = packed(Row::whole(3, vec![7; 10]), 4);
+        let lengths: Vec<u32> = row.segments.iter().map(|segment| segment.length).collect();
+        assert_eq!((lengths, row.trained_tokens()), (vec![4, 4, 2], 7));
+        let mut batch = PackedBatch::default();
+        batch.fill(&[row]).unwrap();
+        assert_eq!((batch.tokens(), batch.spans.len(), batch.predicting.len()), (10, 3, 7));
+        let whole = packed(Row::whole(0, vec![7; 10]), 10);
+        assert_eq!(whole.trained, Row::whole(0, vec![7; 10]).trained);
     }
 }

@@ -2,6 +2,7 @@
 //! operations are beside what the card does at best.
 
 mod card;
+mod load;
 mod random_base;
 
 use std::{
@@ -9,7 +10,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use card::{CardBenchOptions, CardOperation, CardStep, Line, Stepper, model_flops, operations, steps};
+pub use card::{
+    CardBenchOptions, CardOperation, CardStep, Line, Stepper, largest_context, model_flops, operations, steps,
+};
+pub use load::{LoadBench, load, write_random};
+use random_base::noise;
 pub use random_base::{RandomBase, Shape};
 use serde::Serialize;
 
@@ -114,6 +119,8 @@ pub fn step(options: &StepBenchOptions) -> Result<StepBench> {
             max_length: options.length,
             memory_limit: None,
             start: None,
+            shard: None,
+            member: false,
         },
         &mut |_| {},
     )?;

@@ -41,6 +41,18 @@ impl Shape {
         Some(Self { hidden, intermediate, layers, vocabulary: 128_256, heads })
     }
 
+    /// What a `config.json` says of it.
+    pub(super) fn config_json(&self) -> String {
+        let Self { hidden, intermediate, layers, vocabulary, heads } = *self;
+        let kv_heads = heads.min(8);
+        format!(
+            r#"{{"model_type": "llama", "vocab_size": {vocabulary}, "hidden_size": {hidden},
+            "intermediate_size": {intermediate}, "num_hidden_layers": {layers}, "num_attention_heads": {heads},
+            "num_key_value_heads": {kv_heads}, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192,
+            "hidden_act": "silu"}}"#
+        )
+    }
+
     /// Bytes of a base of this shape: NF4 with double quantisation, embedding and head in bf16.
     pub fn base_bytes(&self) -> u64 {
         let kv = self.hidden / self.heads * self.heads.min(8);
@@ -67,14 +79,8 @@ impl RandomBase {
     /// # Errors
     /// When the shape is none of a Llama.
     pub fn new(shape: Shape, block_size: usize) -> Result<Self> {
-        let Shape { hidden, intermediate, layers, vocabulary, heads } = shape;
-        let kv_heads = heads.min(8);
-        let config = format!(
-            r#"{{"model_type": "llama", "vocab_size": {vocabulary}, "hidden_size": {hidden},
-            "intermediate_size": {intermediate}, "num_hidden_layers": {layers}, "num_attention_heads": {heads},
-            "num_key_value_heads": {kv_heads}, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192,
-            "hidden_act": "silu"}}"#
-        );
+        let Shape { hidden, layers, vocabulary, .. } = shape;
+        let config = shape.config_json();
         let config = ModelConfig::from_json(config.as_bytes(), "config.json".as_ref())?;
         let options = Nf4Options { block_size, double: true };
         let shapes: Vec<PackedShape> = Projection::ALL
@@ -116,7 +122,7 @@ impl RandomBase {
 }
 
 /// Random bytes, quickly.
-fn noise(seed: u64, out: &mut [u8]) {
+pub(super) fn noise(seed: u64, out: &mut [u8]) {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     for chunk in out.chunks_mut(8) {
         state ^= state << 13;

@@ -1,19 +1,26 @@
 //! What an engine computes with: a backend and the memory of a step, on the processor or on a card.
 
-use super::{EngineDevice, GradientSink, StepError};
+use std::ops::Range;
+
+use super::{EngineDevice, FlatPart, GradientSink, Memory, SharedBase, StepError, SumSink};
 use crate::{
     adapter::{AnyMethod, Branches, Fit, MethodOn, ParameterLayout, PassDropout},
     backend::{
-        Backend, View,
+        Backend, View, ViewMut,
         cpu::{Cpu, Spent},
-        cuda::Cuda,
+        cuda::{CardFlat, Cuda},
     },
     batch::PackedBatch,
     error::{Error, Result},
-    model::{BaseSource, ModelConfig, decoder::Decoder, trained::Trained},
+    model::{
+        BaseSource, LoadProgress, ModelConfig, ResidentBase,
+        decoder::{Decoder, accompany},
+        resident::plan::BasePlan,
+        trained::Trained,
+    },
     nn::rope::RopeTable,
-    optim::{FlatState, FlatUpdate, Outcome},
-    plan::{Arena, Levels, Sizes},
+    optim::{FlatState, FlatUpdate, Outcome, Source, SumPiece},
+    plan::{Arena, Levels, MemoryPlan, Sizes, WORKSPACE},
 };
 
 /// A backend, the method's branches, and the flat parameters where the backend can read them.
@@ -57,6 +64,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) training: Option<(&'a mut [f32], &'a mut dyn GradientSink)>,
     /// Where the loss of each trained token goes, where that is wanted and no gradient is.
     pub(crate) each: Option<&'a mut Vec<f32>>,
+    /// Whether the parameters are those that stay with the backend.
+    pub(crate) resident: bool,
 }
 
 impl<B: Backend> Worker<B> {
@@ -87,16 +96,17 @@ impl<B: Backend> Worker<B> {
 
     /// Runs a micro-batch: the summed loss.
     fn pass(&mut self, parts: Parts<'_>, pass: Pass<'_>) -> Result<f64> {
-        let Self { backend, branches, memory, parameters: place, gradient: gradient_place, staging, .. } =
+        let Self { backend, branches, memory, parameters: place, gradient: gradient_place, staging, state } =
             self;
         let Parts { config, base, layout } = parts;
-        let Pass { packed, sizes, levels, parameters, dropout, training, each } = pass;
+        let Pass { packed, sizes, levels, parameters, dropout, training, each, resident } = pass;
         let StepMemory { arena, rope } = StepMemory::of(memory, backend, config, sizes, levels)?;
         let backend = &*backend;
         backend.load_batch(packed, &mut arena.batch);
-        let parameters = match parameters {
-            Some(parameters) => Some(backend.lend(parameters, place)?),
-            None => None,
+        let parameters = match (parameters, &*state) {
+            (_, Some(state)) if resident => Some(&*state.parameters),
+            (Some(parameters), _) => Some(backend.lend(parameters, place)?),
+            (None, _) => None,
         };
         let (tokens, keys, predicting) = (packed.tokens(), packed.keys(), packed.predicting.len());
         let trained = Trained { parameters, layout, branches, dropout, begins: true };
@@ -115,6 +125,7 @@ impl<B: Backend> Worker<B> {
         };
         let loss = backend.run(|| {
             if predicting == 0 {
+                accompany(&mut *decoder.base, config.layers, learning.then_some(layout))?;
                 if let Some((gradient, sink)) = training {
                     sink.ready(0..gradient.len(), gradient);
                 }
@@ -142,21 +153,50 @@ impl<B: Backend> Worker<B> {
     }
 
     /// Takes parameters and moments to stay; the gradient is 0.
-    fn begin(&mut self, parts: [&[f32]; 3]) -> Result<()> {
+    fn begin(&mut self, parts: [&[f32]; 3], reduced_apart: bool) -> Result<()> {
         let [parameters, first, second] = parts;
         // What the other way of training reserved is given back first.
-        (self.parameters, self.gradient, self.state) = (None, None, None);
+        (self.parameters, self.gradient) = (None, None);
         self.staging = Vec::new();
-        let mut state = FlatState::new(&self.backend, parameters.len())?;
+        if self.state.as_ref().is_none_or(|state| state.length != parameters.len()) {
+            self.state = None;
+            self.state = Some(FlatState::new(&self.backend, parameters.len())?);
+        }
+        self.clear_sum()?;
+        let state = self.state.as_mut().ok_or(StepError::NoState)?;
+        if reduced_apart {
+            state.reserve_reduced(&self.backend)?;
+        }
         self.backend.upload(parameters, &mut state.parameters);
         self.backend.upload(first, &mut state.first);
         self.backend.upload(second, &mut state.second);
-        self.state = Some(state);
         self.backend.settle()
     }
 
+    /// Sets the sum of gradients to 0 and forgets its losses.
+    fn clear_sum(&mut self) -> Result<()> {
+        let Some(state) = &mut self.state else { return Ok(()) };
+        if state.touched {
+            state.touched = false;
+            let length = state.length;
+            self.backend.fill(0.0, ViewMut::<B>::new(&mut state.gradient, 1, length));
+            self.backend.losses(state)?;
+        }
+        Ok(())
+    }
+
+    fn losses(&mut self) -> Result<Vec<f64>> {
+        self.backend.losses(self.state.as_mut().ok_or(StepError::NoState)?)
+    }
+
     /// Adds a micro-batch's gradient and losses to the state. Only queues the work, where the backend has a queue.
-    fn accumulate(&mut self, parts: Parts<'_>, pass: Pass<'_>) -> Result<()> {
+    /// `ready` hears of every range of the sum that this micro-batch changes no more.
+    fn accumulate(
+        &mut self,
+        parts: Parts<'_>,
+        pass: Pass<'_>,
+        ready: &mut (dyn FnMut(Range<usize>, &B::Buffer) + Send),
+    ) -> Result<()> {
         let Self { backend, branches, memory, state, .. } = self;
         let Parts { config, base, layout } = parts;
         let Pass { packed, sizes, levels, dropout, .. } = pass;
@@ -165,7 +205,11 @@ impl<B: Backend> Worker<B> {
         let backend = &*backend;
         backend.load_batch(packed, &mut arena.batch);
         let (tokens, keys, predicting) = (packed.tokens(), packed.keys(), packed.predicting.len());
+        state.touched = true;
         if predicting == 0 {
+            accompany(base, config.layers, Some(layout))?;
+            ready(0..state.length, &state.gradient);
+            backend.add_losses(View::<B>::new(&arena.head.losses, 0, 1), state);
             return Ok(());
         }
         let parameters = Some(&*state.parameters);
@@ -176,27 +220,57 @@ impl<B: Backend> Worker<B> {
         backend.run(|| {
             decoder.forward()?;
             decoder.loss(Some(&mut *gradient));
-            decoder.backward(gradient, &mut |_, _| {})
+            decoder.backward(gradient, ready)
         })?;
         backend.add_losses(View::<B>::new(&arena.head.losses, predicting, 1), state);
         Ok(())
     }
 
+    /// What the last pass left where layers' inputs lie.
+    pub(super) fn boundary(&self, place: usize, tokens: usize, hidden: usize) -> Result<Vec<f32>> {
+        let memory = self.memory.as_ref().ok_or(StepError::NoState)?;
+        let mut numbers = vec![0.0; tokens * hidden];
+        self.backend.download(View::<B>::new(&memory.arena.inputs[place], tokens, hidden), &mut numbers);
+        self.backend.settle()?;
+        Ok(numbers)
+    }
+
     fn update(&mut self, update: &FlatUpdate<'_>) -> Result<Outcome> {
         let state = self.state.as_mut().ok_or(StepError::NoState)?;
         self.backend.update_flat(update, state);
-        self.backend.outcome(state)
+        let outcome = self.backend.outcome(state)?;
+        if outcome.norm.is_finite() && update.source == Source::Own {
+            state.touched = false;
+        }
+        Ok(outcome)
     }
 
-    fn read_state(&self) -> Result<[Vec<f32>; 3]> {
+    /// Numbers of a part from `start` on.
+    fn read(&self, part: FlatPart, start: usize, into: &mut [f32]) -> Result<()> {
         let state = self.state.as_ref().ok_or(StepError::NoState)?;
-        let parts = [&state.parameters, &state.first, &state.second].map(|buffer| {
-            let mut numbers = vec![0.0; state.length];
-            self.backend.download(View::<B>::new(buffer, 1, state.length), &mut numbers);
-            numbers
-        });
-        self.backend.settle()?;
-        Ok(parts)
+        let buffer = match part {
+            FlatPart::Parameters => &state.parameters,
+            FlatPart::FirstMoment => &state.first,
+            FlatPart::SecondMoment => &state.second,
+            FlatPart::Gradient => &state.gradient,
+        };
+        if start + into.len() > state.length {
+            let (found, expected) = (start + into.len(), state.length);
+            return Err(StepError::FlatLength { found, expected }.into());
+        }
+        self.backend.download(View::<B>::at(buffer, start, 1, into.len()), into);
+        self.backend.settle()
+    }
+}
+
+impl Worker<Cuda> {
+    /// The gradient and the place of its sum over members, as addresses. The place is reserved if `reserve` is set.
+    fn flat(&mut self, reserve: bool) -> Result<CardFlat> {
+        let state = self.state.as_mut().ok_or(StepError::NoState)?;
+        if reserve {
+            state.reserve_reduced(&self.backend)?;
+        }
+        Ok(self.backend.flat(state))
     }
 }
 
@@ -249,6 +323,41 @@ impl Machine {
         }
     }
 
+    /// Loads a base to where passes read it, and what it is hashed to. Until a step's memory is reserved, loading may work in
+    /// what `plan` has for it.
+    pub(crate) fn load(
+        &mut self,
+        config: &ModelConfig,
+        tensors: &BasePlan<'_>,
+        plan: &MemoryPlan,
+        threads: usize,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<(SharedBase, blake3::Hash)> {
+        Ok(match self {
+            Self::Cpu(_) => {
+                let base = ResidentBase::read(config, tensors, progress)?;
+                let hash = base.content_hash();
+                (Box::new(base), hash)
+            }
+            Self::Cuda(worker) => {
+                let cuda = &mut worker.backend;
+                // What products work in is reserved already.
+                let room = (plan.peak_bytes() - plan.base_bytes).saturating_sub(WORKSPACE as u64);
+                let stays = plan.embedding_aside;
+                let (base, hash) = cuda.load_base(config, tensors, stays, threads, room, progress)?;
+                (Box::new(base), hash)
+            }
+        })
+    }
+
+    /// Waits for what was queued, and says what failed.
+    pub(crate) fn settle(&self) -> Result<()> {
+        match self {
+            Self::Cpu(worker) => worker.backend.settle(),
+            Self::Cuda(worker) => worker.backend.settle(),
+        }
+    }
+
     /// Takes on a method.
     pub(crate) fn adapt(&mut self, fit: &Fit, layers: usize) {
         match self {
@@ -264,17 +373,86 @@ impl Machine {
         }
     }
 
-    pub(crate) fn begin(&mut self, parts: [&[f32]; 3]) -> Result<()> {
+    pub(crate) fn begin(&mut self, parts: [&[f32]; 3], reduced_apart: bool) -> Result<()> {
         match self {
-            Self::Cpu(worker) => worker.begin(parts),
-            Self::Cuda(worker) => worker.begin(parts),
+            Self::Cpu(worker) => worker.begin(parts, reduced_apart),
+            Self::Cuda(worker) => worker.begin(parts, reduced_apart),
         }
     }
 
-    pub(crate) fn accumulate(&mut self, parts: Parts<'_>, pass: Pass<'_>) -> Result<()> {
+    pub(crate) fn accumulate(
+        &mut self,
+        parts: Parts<'_>,
+        pass: Pass<'_>,
+        sink: &mut dyn SumSink,
+    ) -> Result<()> {
         match self {
-            Self::Cpu(worker) => worker.accumulate(parts, pass),
-            Self::Cuda(worker) => worker.accumulate(parts, pass),
+            Self::Cpu(worker) => worker.accumulate(parts, pass, &mut |range, gradient| {
+                sink.ready(range, Memory::Host(gradient));
+            }),
+            Self::Cuda(worker) => {
+                let flat = worker.flat(false)?;
+                worker.accumulate(parts, pass, &mut |range, _| sink.ready(range, Memory::Card(&flat)))
+            }
+        }
+    }
+
+    pub(crate) fn clear_sum(&mut self) -> Result<()> {
+        match self {
+            Self::Cpu(worker) => worker.clear_sum(),
+            Self::Cuda(worker) => worker.clear_sum(),
+        }
+    }
+
+    pub(crate) fn losses(&mut self) -> Result<Vec<f64>> {
+        match self {
+            Self::Cpu(worker) => worker.losses(),
+            Self::Cuda(worker) => worker.losses(),
+        }
+    }
+
+    /// Has `work` sum the gradient over members, piece by piece of at most `length` numbers: from the first slice into the
+    /// second, in host memory.
+    pub(crate) fn reduce<E>(
+        &mut self,
+        length: usize,
+        work: &mut SumPiece<'_, E>,
+    ) -> Result<std::result::Result<(), E>> {
+        match self {
+            Self::Cpu(worker) => {
+                let Worker { backend, state, .. } = &mut **worker;
+                let state = state.as_mut().ok_or(StepError::NoState)?;
+                state.reserve_reduced(backend)?;
+                let FlatState { gradient, reduced: Some(reduced), .. } = state else {
+                    return Err(StepError::NoState.into());
+                };
+                for (own, sum) in gradient.chunks(length).zip(reduced.chunks_mut(length)) {
+                    if let Err(error) = work(own, sum) {
+                        return Ok(Err(error));
+                    }
+                }
+                Ok(Ok(()))
+            }
+            Self::Cuda(worker) => {
+                let flat = worker.flat(true)?;
+                worker.backend.reduce_through_host(&flat, length, work)
+            }
+        }
+    }
+
+    /// The gradient and the place of its sum over members in a card's memory; none on the processor.
+    pub(crate) fn flat(&mut self) -> Result<Option<CardFlat>> {
+        match self {
+            Self::Cpu(_) => Ok(None),
+            Self::Cuda(worker) => worker.flat(true).map(Some),
+        }
+    }
+
+    /// Runs `work` where operations on the processor run.
+    pub(crate) fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        match self {
+            Self::Cpu(worker) => worker.backend.run(work),
+            Self::Cuda(_) => work(),
         }
     }
 
@@ -285,10 +463,10 @@ impl Machine {
         }
     }
 
-    pub(crate) fn read_state(&self) -> Result<[Vec<f32>; 3]> {
+    pub(crate) fn read(&self, part: FlatPart, start: usize, into: &mut [f32]) -> Result<()> {
         match self {
-            Self::Cpu(worker) => worker.read_state(),
-            Self::Cuda(worker) => worker.read_state(),
+            Self::Cpu(worker) => worker.read(part, start, into),
+            Self::Cuda(worker) => worker.read(part, start, into),
         }
     }
 

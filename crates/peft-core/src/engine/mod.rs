@@ -11,12 +11,14 @@
 
 mod base_start;
 mod error;
+mod inspect;
 mod load;
 mod machine;
 mod options;
 mod passes;
 mod prepared;
 mod resident;
+mod sharded;
 mod start;
 
 use std::ops::Range;
@@ -25,10 +27,14 @@ pub use error::StepError;
 pub use load::Estimate;
 pub(crate) use machine::{Machine, Parts};
 pub use options::{EngineDevice, EngineOptions};
+pub use resident::{FlatPart, Memory, SumSink};
 
 use crate::{
     adapter::{Fit, Matched, ParameterLayout, SharedMethod},
-    backend::{cpu::Spent, cuda::Precision},
+    backend::{
+        cpu::Spent,
+        cuda::{Clock, Precision},
+    },
     batch::PackedBatch,
     error::Result,
     model::{BaseSource, ModelConfig},
@@ -140,28 +146,12 @@ impl Engine {
     ///
     /// # Errors
     /// When the base does not fit the card's memory.
-    fn on(mut machine: Machine, mut base: SharedBase, fit: Fit, mut request: PlanRequest) -> Result<Self> {
-        machine.adapt(&fit, base.config().layers);
-        request.threads = machine.threads();
-        if let Some(card) = machine.card() {
-            // All that is free, but for what the driver takes as it goes.
-            let room = card.free_bytes() / 100 * 96;
-            request.memory_limit = Some(request.memory_limit.map_or(room, |limit| limit.min(room)));
-            request.accelerated = true;
-            let (embedding, head) = (base.embedding().place(), base.head().place());
-            request.embedding_bytes = if embedding.0 == head.0 { 0 } else { embedding.1 };
-            request.half_activations = card.precision() == Precision::Bf16;
-        }
-        request.dropout = fit.dropout() > 0.0;
-        let config = base.config().clone();
-        let (plan, sizes) = plan_for(&config, &fit, &request);
-        if machine.card().is_some() {
-            plan.check(request.memory_limit)?;
-        }
-        machine.hold(&mut *base, plan.embedding_aside)?;
-        let packed = PackedBatch::with_capacity(plan.micro_batch_tokens);
-        let made = Made::room_for(&fit);
-        Ok(Self { machine, config, base, fit, made, request, sizes, plan, packed, base_hash: None })
+    fn on(machine: Machine, mut base: SharedBase, fit: Fit, request: PlanRequest) -> Result<Self> {
+        let (embedding, head) = (base.embedding().place(), base.head().place());
+        let embedding_bytes = if embedding.0 == head.0 { 0 } else { embedding.1 };
+        let mut start = Planned::new(machine, base.config(), fit, request, embedding_bytes)?;
+        start.machine.hold(&mut *base, start.plan.embedding_aside)?;
+        Ok(start.over(base))
     }
 
     /// Takes on another method, or none ([`Fit::bare`]): the base stays where it is. The memory of a step is planned anew,
@@ -223,6 +213,21 @@ impl Engine {
         }
     }
 
+    /// Has the card do nothing for some time, so that the host gets ahead of it; nothing on the processor.
+    pub fn hold_card(&self, seconds: f64) {
+        if let Some(card) = self.machine.card() {
+            card.hold_for(seconds);
+        }
+    }
+
+    /// A place in what is queued on the card, whose time is taken when it is reached; none on the processor.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn card_clock(&self) -> Result<Option<Clock>> {
+        self.machine.card().map(crate::backend::cuda::Cuda::clock).transpose()
+    }
+
     /// What took how long on the card since [`Engine::set_profiling`]: operation, seconds, calls, the longest first.
     ///
     /// # Errors
@@ -250,6 +255,55 @@ impl Engine {
         let Self { machine, config, base, fit, made, request, .. } = self;
         let parameters = made.parameters(fit, parameters, None)?;
         Ok((machine, Parts { config, base: &mut **base, layout: fit.layout() }, request, parameters))
+    }
+}
+
+/// An engine but for its base: whatever can be decided, and found wanting, before anything is loaded.
+struct Planned {
+    machine: Machine,
+    fit: Fit,
+    request: PlanRequest,
+    plan: MemoryPlan,
+    sizes: Sizes,
+}
+
+impl Planned {
+    /// Plans the memory of a step. `embedding_bytes` is what a card saves where the embedding stays with the host.
+    ///
+    /// # Errors
+    /// When the card's memory is too small.
+    fn new(
+        mut machine: Machine,
+        config: &ModelConfig,
+        fit: Fit,
+        mut request: PlanRequest,
+        embedding_bytes: u64,
+    ) -> Result<Self> {
+        machine.adapt(&fit, config.layers);
+        request.threads = machine.threads();
+        request.dropout = fit.dropout() > 0.0;
+        if let Some(card) = machine.card() {
+            // All that is free, but for what the driver takes as it goes.
+            let room = card.free_bytes() / 100 * 96;
+            request.memory_limit = Some(request.memory_limit.map_or(room, |limit| limit.min(room)));
+            request.accelerated = true;
+            request.embedding_bytes = embedding_bytes;
+            request.half_activations = card.precision() == Precision::Bf16;
+        }
+        let (plan, sizes) = plan_for(config, &fit, &request);
+        if machine.card().is_some() {
+            plan.check(request.memory_limit)?;
+        }
+        Ok(Self { machine, fit, request, plan, sizes })
+    }
+
+    /// The engine over its base.
+    fn over(self, base: SharedBase) -> Engine {
+        let Self { machine, fit, request, plan, sizes } = self;
+        let config = base.config().clone();
+        let packed = PackedBatch::with_capacity(plan.micro_batch_tokens);
+        let made = Made::room_for(&fit);
+        Engine { machine, config, base, fit, made, request, sizes, plan, packed, base_hash: None }
     }
 }
 

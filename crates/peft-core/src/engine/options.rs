@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use crate::{adapter::SharedMethod, backend::cuda::Precision, plan::Recompute, quant::Nf4Options};
+use crate::{
+    adapter::SharedMethod, backend::cuda::Precision, model::ShardPart, plan::Recompute, quant::Nf4Options,
+};
 
 /// Where an engine computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -43,6 +45,10 @@ pub struct EngineOptions {
     /// Where a start that is computed from the base (PiSSA, OLoRA, LoftQ) lies, or is put where it is not there. All
     /// engines of a run must be given the same, also where they resume.
     pub start: Option<PathBuf>,
+    /// The part of the base that is loaded, where several members share it; none loads all of it.
+    pub shard: Option<ShardPart>,
+    /// Whether other engines train with this one, so that a card keeps room for the sum of their gradients.
+    pub member: bool,
 }
 
 impl EngineOptions {
@@ -59,6 +65,8 @@ impl EngineOptions {
             max_length,
             memory_limit: None,
             start: None,
+            shard: None,
+            member: false,
         }
     }
 }

@@ -101,7 +101,25 @@ impl Engine {
         each: Option<&'a mut Vec<f32>>,
     ) -> Result<LossSum> {
         self.check_parameters(parameters)?;
-        let virtual_tokens = parameters.map_or(VirtualTokens::None, |_| self.fit.layout().virtual_tokens());
+        self.pass_over(parameters, false, rows, key, dropout, training, each)
+    }
+
+    /// As [`Engine::pass`], with the parameters that stay in the engine where `resident` is set.
+    #[expect(clippy::too_many_arguments, reason = "what a pass is of, and what is wanted of it")]
+    pub(super) fn pass_over<'a>(
+        &'a mut self,
+        parameters: Option<&'a [f32]>,
+        resident: bool,
+        rows: &[Row],
+        key: Option<StepKey>,
+        dropout: Option<PassDropout>,
+        training: Option<(&'a mut [f32], &'a mut dyn GradientSink)>,
+        each: Option<&'a mut Vec<f32>>,
+    ) -> Result<LossSum> {
+        let virtual_tokens = match parameters.is_some() || resident {
+            true => self.fit.layout().virtual_tokens(),
+            false => VirtualTokens::None,
+        };
         self.check_rows(rows, virtual_tokens)?;
         self.packed.fill_behind(virtual_tokens, rows)?;
         let Self { machine, config, base, fit, made, packed, sizes, plan, .. } = self;
@@ -109,8 +127,8 @@ impl Engine {
         let parts = Parts { config, base: &mut **base, layout: fit.layout() };
         let tokens = packed.predicting.len() as u64;
         let levels = plan.levels;
-        let loss =
-            machine.pass(parts, Pass { packed, sizes, levels, parameters, dropout, training, each })?;
+        let loss = machine
+            .pass(parts, Pass { packed, sizes, levels, parameters, dropout, training, each, resident })?;
         Ok(LossSum { loss, tokens })
     }
 

@@ -28,6 +28,8 @@ impl Engine {
         self.layout().initialise(seed, &mut parameters);
         if self.fit.network().is_none() {
             base_start::fill(&self.fit, &self.config, &mut *self.base, &mut parameters)?;
+            // What was fetched from a card may have failed on its way.
+            self.machine.settle()?;
         }
         let tokens = self.fit.method().and_then(|method| method.start_tokens(&self.config, seed));
         let Some(tokens) = tokens else { return Ok(parameters) };

@@ -16,6 +16,15 @@ impl Error {
             Self::Read { origin: Origin::Adapter, .. } => {
                 "an adapter is a folder as PEFT saves it: adapter_config.json and adapter_model.safetensors".to_owned()
             }
+            Self::ShardNeedsNf4 { .. } => {
+                "set base.quantization = \"nf4\", or base.shard = \"replicate\"".to_owned()
+            }
+            Self::ShardOnCard => {
+                "set base.shard = \"replicate\", or cluster.device = \"cpu\"".to_owned()
+            }
+            Self::ShardOfGguf { .. } => {
+                "take the same model as safetensors, or set base.shard = \"replicate\"".to_owned()
+            }
             Self::GgufArchitecture { known, .. } => format!("there are: {}", known.join(", ")),
             Self::GgufSetting { .. } => {
                 "take the same model as safetensors, or a GGUF file made by llama.cpp's converter".to_owned()

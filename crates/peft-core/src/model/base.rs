@@ -7,8 +7,11 @@ use rayon::prelude::*;
 
 use crate::{
     error::Result,
-    model::config::{ModelConfig, Projection},
-    quant::Nf4View,
+    model::{
+        config::{ModelConfig, Norm, Projection},
+        sharded::ShardedBase,
+    },
+    quant::{Nf4Pieces, Nf4View},
 };
 
 /// Elements copied or dequantised as one task. Fixed, so that work splits alike whatever the thread count.
@@ -38,6 +41,39 @@ impl<'a> DenseView<'a> {
     }
 }
 
+/// Frozen numbers that lie on a device and nowhere else. A device finds them again by the address of this value, which
+/// stays where it is as long as its base lives.
+pub trait Held: std::fmt::Debug + Send + Sync {
+    /// Fetches numbers as f32 from flat index `first` on, as many as `out` holds. What fails on the device is told by the
+    /// next call that waits for it.
+    fn fetch(&self, first: usize, out: &mut [f32]);
+}
+
+/// By what a device finds held numbers again.
+fn place_of(held: &dyn Held) -> usize {
+    std::ptr::from_ref(held).cast::<()>() as usize
+}
+
+/// A matrix that lies on a device.
+#[derive(Debug, Clone, Copy)]
+pub struct HeldView<'a> {
+    held: &'a dyn Held,
+    rows: usize,
+    columns: usize,
+}
+
+impl<'a> HeldView<'a> {
+    /// A view of `rows * columns` held numbers.
+    pub fn new(held: &'a dyn Held, rows: usize, columns: usize) -> Self {
+        Self { held, rows, columns }
+    }
+
+    /// By what the device finds it again.
+    pub(crate) fn place(&self) -> usize {
+        place_of(self.held)
+    }
+}
+
 /// A frozen weight, row-major `[out, in]`.
 #[derive(Debug, Clone, Copy)]
 pub enum Matrix<'a> {
@@ -45,6 +81,10 @@ pub enum Matrix<'a> {
     Dense(DenseView<'a>),
     /// In 4-bit NormalFloat.
     Nf4(Nf4View<'a>),
+    /// In 4-bit NormalFloat, gathered from several members.
+    Pieces(Nf4Pieces<'a>),
+    /// On a device.
+    Held(HeldView<'a>),
 }
 
 impl<'a> Matrix<'a> {
@@ -53,6 +93,8 @@ impl<'a> Matrix<'a> {
         match self {
             Self::Dense(view) => view.rows,
             Self::Nf4(view) => view.rows(),
+            Self::Pieces(pieces) => pieces.shape().rows,
+            Self::Held(view) => view.rows,
         }
     }
 
@@ -61,6 +103,8 @@ impl<'a> Matrix<'a> {
         match self {
             Self::Dense(view) => view.columns,
             Self::Nf4(view) => view.columns(),
+            Self::Pieces(pieces) => pieces.shape().columns,
+            Self::Held(view) => view.columns,
         }
     }
 
@@ -68,7 +112,7 @@ impl<'a> Matrix<'a> {
     pub fn as_f32(&self) -> Option<&'a [f32]> {
         match self {
             Self::Dense(view) => Some(view.data),
-            Self::Nf4(_) => None,
+            Self::Nf4(_) | Self::Pieces(_) | Self::Held(_) => None,
         }
     }
 
@@ -94,6 +138,8 @@ impl<'a> Matrix<'a> {
                     .for_each(|(out, source)| out.copy_from_slice(source));
             }
             Self::Nf4(view) => view.write_f32(rows.start * view.columns(), out),
+            Self::Pieces(pieces) => pieces.write_f32(rows.start * self.columns(), out),
+            Self::Held(view) => view.held.fetch(rows.start * view.columns, out),
         }
     }
 }
@@ -141,6 +187,25 @@ impl<'a> LayerWeights<'a> {
         self.linears[projection.index()].as_ref().expect("a base has every projection of its configuration")
     }
 
+    /// A layer of norms by [`Norm::index`], empty where there is none, and linear layers each by `linear`.
+    pub fn of(
+        config: &ModelConfig,
+        norms: &'a [Vec<f32>; Norm::ALL.len()],
+        linear: impl FnMut(Projection) -> LinearWeights<'a>,
+    ) -> Self {
+        let norm = |norm: Norm| norms[norm.index()].as_slice();
+        let some = |of: Norm| Some(norm(of)).filter(|weight| !weight.is_empty());
+        Self {
+            input_norm: norm(Norm::AttentionInput),
+            query_norm: some(Norm::Query),
+            key_norm: some(Norm::Key),
+            attention_output_norm: some(Norm::AttentionOutput),
+            mlp_norm: norm(Norm::MlpInput),
+            mlp_output_norm: some(Norm::MlpOutput),
+            linears: Self::by_projection(config, linear),
+        }
+    }
+
     /// [`LayerWeights::linears`] of a model, each by `linear`.
     pub fn by_projection(
         config: &ModelConfig,
@@ -159,6 +224,7 @@ impl<'a> LayerWeights<'a> {
 enum EmbeddingData<'a> {
     F32(&'a [f32]),
     Bf16(&'a [bf16]),
+    Held { held: &'a dyn Held, rows: usize, bytes: u64 },
 }
 
 /// An embedding or output head, `[vocabulary, hidden]`, kept as stored: bf16 or f32.
@@ -181,13 +247,18 @@ impl<'a> EmbeddingView<'a> {
         Self { data: EmbeddingData::Bf16(data), columns }
     }
 
+    /// A view of `rows` rows of `columns` numbers that lie on a device and take `bytes` bytes there.
+    pub fn from_held(held: &'a dyn Held, rows: usize, columns: usize, bytes: u64) -> Self {
+        Self { data: EmbeddingData::Held { held, rows, bytes }, columns }
+    }
+
     /// Size of the vocabulary.
     pub fn rows(&self) -> usize {
-        let numbers = match self.data {
-            EmbeddingData::F32(data) => data.len(),
-            EmbeddingData::Bf16(data) => data.len(),
-        };
-        numbers / self.columns
+        match self.data {
+            EmbeddingData::F32(data) => data.len() / self.columns,
+            EmbeddingData::Bf16(data) => data.len() / self.columns,
+            EmbeddingData::Held { rows, .. } => rows,
+        }
     }
 
     /// The hidden size.
@@ -195,9 +266,10 @@ impl<'a> EmbeddingView<'a> {
         self.columns
     }
 
-    /// Where it lies in memory, and its bytes.
+    /// By what a device finds it again, which is where it lies in memory, and its bytes.
     pub(crate) fn place(&self) -> (usize, u64) {
         match self.data {
+            EmbeddingData::Held { held, bytes, .. } => (place_of(held), bytes),
             EmbeddingData::F32(data) => (data.as_ptr() as usize, size_of_val(data) as u64),
             EmbeddingData::Bf16(data) => (data.as_ptr() as usize, size_of_val(data) as u64),
         }
@@ -207,14 +279,14 @@ impl<'a> EmbeddingView<'a> {
     pub fn as_f32(&self) -> Option<&'a [f32]> {
         match self.data {
             EmbeddingData::F32(data) => Some(data),
-            EmbeddingData::Bf16(_) => None,
+            EmbeddingData::Bf16(_) | EmbeddingData::Held { .. } => None,
         }
     }
 
     /// The numbers themselves, where they are kept as bf16.
     pub fn as_bf16(&self) -> Option<&'a [bf16]> {
         match self.data {
-            EmbeddingData::F32(_) => None,
+            EmbeddingData::F32(_) | EmbeddingData::Held { .. } => None,
             EmbeddingData::Bf16(data) => Some(data),
         }
     }
@@ -228,6 +300,7 @@ impl<'a> EmbeddingView<'a> {
         match self.data {
             EmbeddingData::F32(data) => out.copy_from_slice(&data[range]),
             EmbeddingData::Bf16(data) => widen(&data[range], out),
+            EmbeddingData::Held { held, .. } => held.fetch(range.start, out),
         }
     }
 
@@ -247,6 +320,7 @@ impl<'a> EmbeddingView<'a> {
                 .par_chunks_mut(CHUNK)
                 .zip(data[range].par_chunks(CHUNK))
                 .for_each(|(out, source)| widen(source, out)),
+            EmbeddingData::Held { held, .. } => held.fetch(range.start, out),
         }
     }
 }
@@ -281,4 +355,9 @@ pub trait BaseSource {
 
     /// The output head, `[vocabulary, hidden]`; the embedding itself where they are tied.
     fn head(&self) -> EmbeddingView<'_>;
+
+    /// The base itself where several members share it.
+    fn sharded(&mut self) -> Option<&mut ShardedBase> {
+        None
+    }
 }

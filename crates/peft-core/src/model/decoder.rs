@@ -4,7 +4,7 @@
 //! says of each layer's part of the flat gradient when it is final, so that its reduction may begin.
 
 use crate::{
-    adapter::EmbeddingSite,
+    adapter::{EmbeddingSite, ParameterLayout},
     backend::{AttentionShape, Backend, Ready, SpanStart, View, ViewMut},
     error::Result,
     loss::head::{Head, HeadGradient},
@@ -72,6 +72,7 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         let arena = &mut *self.arena;
         let hidden = config.hidden_size;
         let first = ViewMut::<B>::new(&mut arena.inputs[0], tokens, hidden);
+        self.base.prefetch(0);
         match self.trained.embedding_table(config) {
             Some(table) => backend.gather_ids(&arena.batch, table, false, first),
             None => embedding::forward(backend, &arena.batch, &self.base.embedding(), first),
@@ -89,10 +90,7 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
             backend.put_virtual(&arena.batch, SpanStart::Queries, rows, first);
         }
         for layer in 0..config.layers {
-            if layer + 1 < config.layers {
-                self.base.prefetch(layer + 1);
-            }
-            let weights = self.base.layer(layer)?;
+            let weights = layer_going_up(&mut *self.base, layer, config.layers)?;
             let (trained, keys) = (&self.trained, self.keys);
             let site = Site { backend, config, layer, trained, rope: self.rope, keys };
             let (attention, mlp) = site.blocks(&weights, &mut arena.weights);
@@ -184,10 +182,7 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         };
         let levels = arena.levels;
         for layer in (lowest..config.layers).rev() {
-            if layer > lowest {
-                self.base.prefetch(layer - 1);
-            }
-            let weights = self.base.layer(layer)?;
+            let weights = layer_going_down(&mut *self.base, layer, lowest)?;
             let (trained, keys) = (&self.trained, self.keys);
             let site = Site { backend, config, layer, trained, rope: self.rope, keys };
             let (attention, mlp) = site.blocks(&weights, &mut arena.weights);
@@ -266,6 +261,53 @@ impl<B: Backend, S: BaseSource + ?Sized> Decoder<'_, B, S> {
         }
         Ok(())
     }
+}
+
+fn layer_going_up<S: BaseSource + ?Sized>(
+    base: &mut S,
+    layer: usize,
+    layers: usize,
+) -> Result<LayerWeights<'_>> {
+    if layer + 1 < layers {
+        base.prefetch(layer + 1);
+    }
+    base.layer(layer)
+}
+
+fn layer_going_down<S: BaseSource + ?Sized>(
+    base: &mut S,
+    layer: usize,
+    lowest: usize,
+) -> Result<LayerWeights<'_>> {
+    if layer > lowest {
+        base.prefetch(layer - 1);
+    }
+    base.layer(layer)
+}
+
+/// Asks for the layers that a pass asks for, in its order, and computes nothing: for a member that has no rows while others, who share its
+/// base, have. With the layout of what is trained the backward pass is accompanied too.
+///
+/// # Errors
+/// When a layer's weights cannot be had.
+pub fn accompany<S: BaseSource + ?Sized>(
+    base: &mut S,
+    layers: usize,
+    training: Option<&ParameterLayout>,
+) -> Result<()> {
+    base.prefetch(0);
+    for layer in 0..layers {
+        layer_going_up(base, layer, layers)?;
+    }
+    let lowest = match training.and_then(ParameterLayout::lowest) {
+        None | Some(Place::Head) => return Ok(()),
+        Some(Place::Layer(layer)) => layer,
+        Some(Place::Input) => 0,
+    };
+    for layer in (lowest..layers).rev() {
+        layer_going_down(base, layer, lowest)?;
+    }
+    Ok(())
 }
 
 impl<B: Backend> Boundary<B> {

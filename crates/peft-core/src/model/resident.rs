@@ -1,9 +1,6 @@
 //! A whole base in memory.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use half::bf16;
 use safetensors::tensor::Dtype;
@@ -13,16 +10,21 @@ use crate::{
     model::{
         base::{BaseSource, DenseView, EmbeddingView, LayerWeights, LinearWeights, Matrix},
         config::{ModelConfig, Norm, Projection},
-        weights::{ModelFiles, Tensor, TensorFile},
+        weights::{ModelFiles, Tensor, Witness},
     },
     quant::{
-        Nf4Options, nf4,
+        Nf4Options,
+        bitsandbytes::StoredWeight,
+        nf4,
         packed::{PackedLayer, PackedShape},
     },
 };
 
-mod plan;
+pub(crate) mod hashes;
+pub(crate) mod plan;
 
+pub use hashes::ContentSum;
+pub(crate) use hashes::Hashes;
 use plan::{BasePlan, LayerPlan, WeightPlan};
 
 /// How far loading has come.
@@ -45,47 +47,102 @@ pub struct MemoryUse {
     pub head_bytes: usize,
     /// Norms and biases, f32.
     pub other_bytes: usize,
+    /// Of a shared base, the two places that whole layers are gathered in; else 0.
+    pub slot_bytes: usize,
 }
 
 impl MemoryUse {
+    /// Adds what a layer keeps in f32: matrices that are not quantised, biases and norms.
+    pub(super) fn add_vectors<'a>(
+        &mut self,
+        matrices: impl Iterator<Item = &'a Vec<f32>>,
+        biases: &'a [Option<Vec<f32>>],
+        norms: &'a [Vec<f32>],
+    ) {
+        let bytes = |numbers: &Vec<f32>| size_of_val(numbers.as_slice());
+        self.linear_bytes += matrices.map(bytes).sum::<usize>();
+        self.other_bytes += biases.iter().flatten().chain(norms).map(bytes).sum::<usize>();
+    }
+
     /// What [`ResidentBase::load`] would take, from the headers alone.
     ///
     /// # Errors
     /// As [`ResidentBase::load`], but for damaged numbers.
     pub fn plan(folder: &Path, nf4: Option<Nf4Options>) -> Result<Self> {
+        Self::plan_for(folder, nf4, false)
+    }
+
+    /// As [`MemoryUse::plan`]; on a card that multiplies in bf16, matrices that are not quantised are kept as bf16.
+    ///
+    /// # Errors
+    /// As [`MemoryUse::plan`].
+    pub fn plan_for(folder: &Path, nf4: Option<Nf4Options>, half_matrices: bool) -> Result<Self> {
         let config = ModelConfig::load(folder)?;
         let files = ModelFiles::open(folder)?;
-        Ok(BasePlan::new(&files, &config, nf4)?.memory(&config))
+        Ok(BasePlan::new(&files, &config, nf4)?.memory(&config, half_matrices))
+    }
+
+    /// What [`super::ShardedBase::load`] would take of each of `parts` members, once it is settled and attached.
+    ///
+    /// # Errors
+    /// As [`super::ShardedBase::load`], but for damaged numbers.
+    pub fn plan_shared(folder: &Path, nf4: Option<Nf4Options>, parts: usize) -> Result<Self> {
+        let config = ModelConfig::load(folder)?;
+        let files = ModelFiles::open(folder)?;
+        let plan = BasePlan::new(&files, &config, nf4)?;
+        plan.check_shard(folder)?;
+        Ok(plan.shared_memory(&config, parts))
+    }
+
+    /// What the embedding takes where it is not the head as well: beside a card it can stay in host memory.
+    pub(crate) fn embedding_apart(&self) -> u64 {
+        if self.head_bytes > 0 { self.embedding_bytes as u64 } else { 0 }
     }
 
     /// All parts.
     pub fn total_bytes(&self) -> usize {
-        self.linear_bytes + self.embedding_bytes + self.head_bytes + self.other_bytes
+        self.linear_bytes + self.embedding_bytes + self.head_bytes + self.other_bytes + self.slot_bytes
     }
 }
 
 /// An embedding or head, kept as stored.
 #[derive(Debug)]
-enum Table {
+pub(crate) enum Table {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
 }
 
 impl Table {
-    fn view(&self, columns: usize) -> EmbeddingView<'_> {
+    /// Reads a table as it is stored, or as f32.
+    pub(crate) fn read(tensor: &Tensor<'_>, witness: &mut Witness<'_>) -> Result<Self> {
+        if tensor.dtype() != Dtype::BF16 {
+            let mut numbers = vec![0.0; tensor.elements()];
+            tensor.read_f32(&mut numbers, witness)?;
+            return Ok(Self::F32(numbers));
+        }
+        let mut numbers = vec![bf16::ZERO; tensor.elements()];
+        tensor.read_bf16(&mut numbers, witness)?;
+        Ok(Self::Bf16(numbers))
+    }
+
+    /// As the layer loop takes it.
+    pub(crate) fn view(&self, columns: usize) -> EmbeddingView<'_> {
         match self {
             Self::F32(data) => EmbeddingView::from_f32(data, columns),
             Self::Bf16(data) => EmbeddingView::from_bf16(data, columns),
         }
     }
 
-    fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         match self {
             Self::F32(data) => size_of_val(data.as_slice()),
             Self::Bf16(data) => size_of_val(data.as_slice()),
         }
     }
 }
+
+/// Norms of a layer by [`Norm::index`]; empty where there is none.
+pub(in crate::model) type LayerNorms = [Vec<f32>; Norm::ALL.len()];
 
 /// A projection's weight.
 #[derive(Debug)]
@@ -98,7 +155,7 @@ enum Weight {
 #[derive(Debug)]
 struct ResidentLayer {
     /// By [`Norm::index`]; empty where there is none.
-    norms: [Vec<f32>; Norm::ALL.len()],
+    norms: LayerNorms,
     /// In the order of [`ModelConfig::projections`].
     weights: Vec<Weight>,
     /// In the order of [`ModelConfig::projections`].
@@ -146,20 +203,30 @@ impl ResidentBase {
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self> {
         let config = ModelConfig::load(folder)?;
-        let mut files = ModelFiles::open(folder)?;
-        for file in over {
-            files.put_over(TensorFile::open(file, Origin::Adapter)?);
-        }
+        let files = ModelFiles::open_over(folder, over)?;
         let plan = BasePlan::new(&files, &config, nf4)?;
+        let unused = plan.unused(&files);
+        Ok(Self { unused, ..Self::read(&config, &plan, progress)? })
+    }
+
+    /// Reads what was planned; says nothing of tensors that nothing reads.
+    ///
+    /// # Errors
+    /// Unreadable, or damaged numbers.
+    pub(crate) fn read(
+        config: &ModelConfig,
+        plan: &BasePlan<'_>,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self> {
         let total_bytes = plan.tensors().iter().map(|tensor| tensor.bytes() as u64).sum();
-        let mut reader = Reader { hashers: BTreeMap::new(), done_bytes: 0, total_bytes, progress };
+        let mut reader = Reader::new(total_bytes, progress);
         let embedding = reader.table(&plan.embedding)?;
         let less_one = config.norms_less_one;
         let layers = plan.layers.iter().map(|layer| reader.layer(layer, less_one)).collect::<Result<_>>()?;
         let final_norm = reader.norm(&plan.final_norm, less_one)?;
         let head = plan.head.as_ref().map(|head| reader.table(head)).transpose()?;
-        let content_hash = reader.content_hash(&config);
-        let unused = plan.unused(&files);
+        let content_hash = reader.hashes.content_hash(config);
+        let (config, unused) = (config.clone(), Vec::new());
         Ok(Self { config, layers, embedding, final_norm, head, content_hash, unused })
     }
 
@@ -197,17 +264,7 @@ impl ResidentBase {
             };
             LinearWeights { weight, bias: bias.as_deref() }
         };
-        let norm = |norm: Norm| resident.norms[norm.index()].as_slice();
-        let some = |of: Norm| Some(norm(of)).filter(|weight| !weight.is_empty());
-        LayerWeights {
-            input_norm: norm(Norm::AttentionInput),
-            query_norm: some(Norm::Query),
-            key_norm: some(Norm::Key),
-            attention_output_norm: some(Norm::AttentionOutput),
-            mlp_norm: norm(Norm::MlpInput),
-            mlp_output_norm: some(Norm::MlpOutput),
-            linears: LayerWeights::by_projection(&self.config, linear),
-        }
+        LayerWeights::of(&self.config, &resident.norms, linear)
     }
 
     /// What it takes in memory.
@@ -217,17 +274,15 @@ impl ResidentBase {
             embedding_bytes: self.embedding.bytes(),
             head_bytes: self.head.as_ref().map_or(0, Table::bytes),
             other_bytes: size_of_val(self.final_norm.as_slice()),
+            slot_bytes: 0,
         };
         for layer in &self.layers {
             memory.linear_bytes += layer.packed.memory_bytes();
-            for weight in &layer.weights {
-                if let Weight::Dense(data) = weight {
-                    memory.linear_bytes += size_of_val(data.as_slice());
-                }
-            }
-            let biases: usize = layer.biases.iter().flatten().map(|bias| size_of_val(bias.as_slice())).sum();
-            let norms: usize = layer.norms.iter().map(|norm| size_of_val(norm.as_slice())).sum();
-            memory.other_bytes += biases + norms;
+            let dense = layer.weights.iter().filter_map(|weight| match weight {
+                Weight::Dense(data) => Some(data),
+                Weight::Packed(_) => None,
+            });
+            memory.add_vectors(dense, &layer.biases, &layer.norms);
         }
         memory
     }
@@ -267,65 +322,49 @@ pub fn content_hash(folder: &Path, progress: &mut dyn FnMut(LoadProgress)) -> Re
     let plan = BasePlan::new(&files, &config, None)?;
     let tensors = plan.tensors();
     let total_bytes = tensors.iter().map(|tensor| tensor.bytes() as u64).sum();
-    let mut reader = Reader { hashers: BTreeMap::new(), done_bytes: 0, total_bytes, progress };
+    let mut reader = Reader::new(total_bytes, progress);
     for tensor in &tensors {
         tensor.pieces(&mut |bytes| reader.see(tensor, bytes))?;
     }
-    Ok(reader.content_hash(&config))
+    Ok(reader.hashes.content_hash(&config))
 }
 
 /// Reads tensors once, hashing and counting what passes.
-struct Reader<'a> {
-    hashers: BTreeMap<String, blake3::Hasher>,
+pub(in crate::model) struct Reader<'a> {
+    pub(in crate::model) hashes: Hashes,
     done_bytes: u64,
     total_bytes: u64,
     progress: &'a mut dyn FnMut(LoadProgress),
 }
 
-impl Reader<'_> {
-    fn see(&mut self, tensor: &Tensor<'_>, bytes: &[u8]) {
-        match self.hashers.get_mut(tensor.name()) {
-            Some(hasher) => hasher,
-            None => {
-                let mut hasher = blake3::Hasher::new();
-                hasher.update(
-                    format!("{} {} {:?}\n", tensor.name(), tensor.stored_as(), tensor.shape()).as_bytes(),
-                );
-                self.hashers.entry(tensor.name().to_owned()).or_insert(hasher)
-            }
-        }
-        .update(bytes);
-        self.done_bytes += bytes.len() as u64;
+impl<'a> Reader<'a> {
+    pub(in crate::model) fn new(total_bytes: u64, progress: &'a mut dyn FnMut(LoadProgress)) -> Self {
+        Self { hashes: Hashes::default(), done_bytes: 0, total_bytes, progress }
+    }
+
+    pub(in crate::model) fn see(&mut self, tensor: &Tensor<'_>, bytes: &[u8]) {
+        self.hashes.see(tensor, bytes);
+        self.count(bytes.len());
+    }
+
+    /// Counts bytes that were read.
+    pub(in crate::model) fn count(&mut self, bytes: usize) {
+        self.done_bytes += bytes as u64;
         (self.progress)(LoadProgress { done_bytes: self.done_bytes, total_bytes: self.total_bytes });
     }
 
-    /// A hash of the tensors' hashes in the order of their names, so that reading may go in any order.
-    fn content_hash(&self, config: &ModelConfig) -> blake3::Hash {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(config.essentials().as_bytes());
-        for tensor in self.hashers.values() {
-            hasher.update(tensor.finalize().as_bytes());
-        }
-        hasher.finalize()
-    }
-
-    fn numbers(&mut self, tensor: &Tensor<'_>) -> Result<Vec<f32>> {
+    pub(in crate::model) fn numbers(&mut self, tensor: &Tensor<'_>) -> Result<Vec<f32>> {
         let mut numbers = vec![0.0; tensor.elements()];
         tensor.read_f32(&mut numbers, &mut |bytes| self.see(tensor, bytes))?;
         Ok(numbers)
     }
 
-    fn table(&mut self, tensor: &Tensor<'_>) -> Result<Table> {
-        if tensor.dtype() != Dtype::BF16 {
-            return Ok(Table::F32(self.numbers(tensor)?));
-        }
-        let mut numbers = vec![bf16::ZERO; tensor.elements()];
-        tensor.read_bf16(&mut numbers, &mut |bytes| self.see(tensor, bytes))?;
-        Ok(Table::Bf16(numbers))
+    pub(in crate::model) fn table(&mut self, tensor: &Tensor<'_>) -> Result<Table> {
+        Table::read(tensor, &mut |bytes| self.see(tensor, bytes))
     }
 
     /// The scale of a norm.
-    fn norm(&mut self, tensor: &Tensor<'_>, less_one: bool) -> Result<Vec<f32>> {
+    pub(in crate::model) fn norm(&mut self, tensor: &Tensor<'_>, less_one: bool) -> Result<Vec<f32>> {
         let mut numbers = self.numbers(tensor)?;
         if less_one {
             numbers.iter_mut().for_each(|number| *number += 1.0);
@@ -334,10 +373,7 @@ impl Reader<'_> {
     }
 
     fn layer(&mut self, plan: &LayerPlan<'_>, less_one: bool) -> Result<ResidentLayer> {
-        let mut norms = <[Vec<f32>; Norm::ALL.len()]>::default();
-        for (norm, tensor) in &plan.norms {
-            norms[norm.index()] = self.norm(tensor, less_one)?;
-        }
+        let norms = self.norms(plan, less_one)?;
         let shapes: Vec<PackedShape> = plan.weights.iter().filter_map(WeightPlan::packed).collect();
         let mut packed = PackedLayer::new(&shapes);
         let mut next = 0;
@@ -355,19 +391,35 @@ impl Reader<'_> {
                     stored.read_into(&mut packed, index, &mut |tensor, bytes| self.see(tensor, bytes))?;
                     Weight::Packed(index)
                 }
-                WeightPlan::Widen(stored) => {
-                    let mut alone = PackedLayer::new(&[stored.shape()]);
-                    stored.read_into(&mut alone, 0, &mut |tensor, bytes| self.see(tensor, bytes))?;
-                    let view = alone.view(0);
-                    let mut numbers = vec![0.0; view.rows() * view.columns()];
-                    view.write_f32(0, &mut numbers);
-                    Weight::Dense(numbers)
-                }
+                WeightPlan::Widen(stored) => Weight::Dense(self.widened(stored)?),
             });
         }
-        let biases = plan.biases.iter().map(|bias| bias.as_ref().map(|bias| self.numbers(bias)).transpose());
-        let biases = biases.collect::<Result<_>>()?;
+        let biases = self.biases(plan)?;
         Ok(ResidentLayer { norms, weights, biases, packed })
+    }
+
+    /// What is stored in 4 bits, as f32.
+    pub(in crate::model) fn widened(&mut self, stored: &StoredWeight<'_>) -> Result<Vec<f32>> {
+        let mut alone = PackedLayer::new(&[stored.shape()]);
+        stored.read_into(&mut alone, 0, &mut |tensor, bytes| self.see(tensor, bytes))?;
+        let view = alone.view(0);
+        let mut numbers = vec![0.0; view.rows() * view.columns()];
+        view.write_f32(0, &mut numbers);
+        Ok(numbers)
+    }
+
+    /// The norms of a layer by [`Norm::index`].
+    pub(in crate::model) fn norms(&mut self, plan: &LayerPlan<'_>, less_one: bool) -> Result<LayerNorms> {
+        let mut norms = LayerNorms::default();
+        for (norm, tensor) in &plan.norms {
+            norms[norm.index()] = self.norm(tensor, less_one)?;
+        }
+        Ok(norms)
+    }
+
+    /// The biases of a layer.
+    pub(in crate::model) fn biases(&mut self, plan: &LayerPlan<'_>) -> Result<Vec<Option<Vec<f32>>>> {
+        plan.biases.iter().map(|bias| bias.as_ref().map(|bias| self.numbers(bias)).transpose()).collect()
     }
 
     /// Quantises a tensor piece by piece into matrix `index` of `packed`.

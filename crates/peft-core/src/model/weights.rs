@@ -74,8 +74,20 @@ impl ModelFiles {
         Self { folder: folder.to_owned(), files: vec![file], places }
     }
 
+    /// As [`ModelFiles::open`], with tensors of the safetensors `over` in the place of the folder's.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::open`].
+    pub(crate) fn open_over(folder: &Path, over: &[PathBuf]) -> Result<Self> {
+        let mut files = Self::open(folder)?;
+        for file in over {
+            files.put_over(TensorFile::open(file, Origin::Adapter)?);
+        }
+        Ok(files)
+    }
+
     /// Takes tensors of `file` in the place of those of their names; others of it are left.
-    pub(crate) fn put_over(&mut self, file: TensorFile) {
+    fn put_over(&mut self, file: TensorFile) {
         let index = self.files.len();
         for name in file.names() {
             if let Some(place) = self.places.get_mut(name) {

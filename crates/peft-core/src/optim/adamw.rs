@@ -109,10 +109,29 @@ impl AdamW {
         learning_rate: f64,
         rates: &[(Range<usize>, f64)],
     ) -> Result<()> {
+        let (options, step) = (self.options, self.step + 1);
+        self.update_at(&options, step, parameters, gradients, gradient_scale, learning_rate, rates)
+    }
+
+    /// As [`Self::update_by`], with settings and the number of the update from outside.
+    ///
+    /// # Errors
+    /// As [`Self::update`].
+    #[expect(clippy::too_many_arguments, reason = "all that an update depends on")]
+    pub fn update_at(
+        &mut self,
+        options: &AdamWOptions,
+        step: u64,
+        parameters: &mut [f32],
+        gradients: &[f32],
+        gradient_scale: f64,
+        learning_rate: f64,
+        rates: &[(Range<usize>, f64)],
+    ) -> Result<()> {
         expect_length("the parameter buffer", parameters.len(), self.first.len())?;
         expect_length("the gradient buffer", gradients.len(), self.first.len())?;
-        self.step += 1;
-        let groups = groups(&self.options, self.step, learning_rate, rates, parameters.len());
+        self.step = step;
+        let groups = groups(options, step, learning_rate, rates, parameters.len());
         let mut start = 0;
         for (end, factors) in groups {
             if let Some(factors) = factors {

@@ -9,8 +9,13 @@ use crate::{
     error::Result,
 };
 
+/// Sums a piece of the gradient over members: from its first slice into its second, both in host memory.
+pub type SumPiece<'a, E> = dyn FnMut(&[f32], &mut [f32]) -> std::result::Result<(), E> + 'a;
+
 /// Numbers that one partial sum of squares of a backend is made of, at least.
 pub(crate) const SQUARES: usize = 4096;
+/// Losses of micro-batches that a backend keeps before the host reads them.
+pub(crate) const LOSSES: usize = 64;
 
 /// Parameters, gradient and moments where a backend computes, all of one length.
 pub struct FlatState<B: Backend> {
@@ -24,8 +29,16 @@ pub struct FlatState<B: Backend> {
     pub first: B::Owned,
     /// AdamW's second moment.
     pub second: B::Owned,
+    /// The sum of several members' gradients, where it is made in a place of its own; reserved at first.
+    pub reduced: Option<B::Owned>,
+    /// Whether the gradient may be other than 0.
+    pub(crate) touched: bool,
     /// Room for sums.
     pub(crate) sums: B::Owned,
+    /// Losses of micro-batches that lie in `sums`.
+    pub(crate) queued_losses: usize,
+    /// Losses of micro-batches that the host knows, older than those.
+    pub(crate) known_losses: Vec<f64>,
     /// Room for the groups of an update, reserved at first.
     pub(crate) groups: Option<B::Owned>,
     /// What came of it, where the backend is the host.
@@ -37,8 +50,18 @@ pub struct FlatState<B: Backend> {
 pub struct Outcome {
     /// Norm of the mean gradient before it was clipped; where it is not finite nothing was updated.
     pub norm: f64,
-    /// Sum of the losses added since the last outcome.
+    /// Sum of the losses added since they were last asked for.
     pub loss: f64,
+}
+
+/// The gradient that an update takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Source {
+    /// The sum of what was accumulated here.
+    #[default]
+    Own,
+    /// The sum over all members.
+    Reduced,
 }
 
 /// One update of flat buffers.
@@ -50,6 +73,8 @@ pub struct FlatUpdate<'a> {
     pub max_norm: f64,
     /// Ranges that share factors, as [`super::groups`] makes them.
     pub groups: &'a [(usize, Option<Factors>)],
+    /// Which gradient. It is 0 afterwards.
+    pub source: Source,
 }
 
 impl<B: Backend> FlatState<B> {
@@ -65,22 +90,42 @@ impl<B: Backend> FlatState<B> {
             gradient: exact(length)?,
             first: exact(length)?,
             second: exact(length)?,
+            reduced: None,
+            touched: false,
             sums: exact(Self::sums_length(length))?,
+            queued_losses: 0,
+            known_losses: Vec::new(),
             groups: None,
             outcome: Outcome::default(),
         })
     }
 
-    /// Numbers of f32 in which partial sums of f64 find room, with three in front of them.
+    /// Numbers of f32 in which partial sums of f64 find room, with norm, factor and losses in front of them.
     fn sums_length(length: usize) -> usize {
-        2 * (3 + length.div_ceil(SQUARES))
+        2 * (2 + LOSSES + length.div_ceil(SQUARES))
+    }
+
+    /// Where sums over all members go.
+    ///
+    /// # Errors
+    /// When the memory cannot be had.
+    pub fn reserve_reduced(&mut self, backend: &B) -> Result<&mut B::Owned> {
+        let place = &mut self.reduced;
+        Ok(match place {
+            Some(reduced) => reduced,
+            None => place.insert(backend.allocate(self.length, Use::Exact)?),
+        })
     }
 }
 
 impl FlatUpdate<'_> {
     /// Updates a state in host memory.
     pub(crate) fn apply(&self, state: &mut FlatState<Cpu>) {
-        let FlatState { parameters, gradient, first, second, outcome, .. } = state;
+        let FlatState { parameters, gradient, first, second, reduced, outcome, .. } = state;
+        let gradient = match (self.source, reduced) {
+            (Source::Reduced, Some(reduced)) => reduced,
+            _ => gradient,
+        };
         outcome.norm = global_norm(gradient) * self.mean;
         if let Some(clip) = clip_factor(outcome.norm, self.max_norm) {
             let scale = (self.mean * clip) as f32;

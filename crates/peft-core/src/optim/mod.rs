@@ -9,7 +9,7 @@ mod norm;
 mod schedule;
 
 pub use adamw::{AdamW, AdamWOptions, Factors, groups};
-pub(crate) use flat::SQUARES;
-pub use flat::{FlatState, FlatUpdate, Outcome};
+pub use flat::{FlatState, FlatUpdate, Outcome, Source, SumPiece};
+pub(crate) use flat::{LOSSES, SQUARES};
 pub use norm::{clip_factor, global_norm};
 pub use schedule::{Schedule, Shape};

@@ -6,6 +6,7 @@
 
 mod arena;
 mod levels;
+mod share;
 mod sizes;
 
 use serde::{Deserialize, Serialize};
@@ -17,6 +18,7 @@ pub use arena::{
     two,
 };
 pub use levels::{Level, Levels};
+pub use share::{ShareChoice, ShareOption};
 pub use sizes::Sizes;
 pub(crate) use sizes::WORKSPACE;
 
@@ -61,6 +63,17 @@ pub struct PlanRequest {
     pub accelerated: bool,
     /// Whether activations take 2 bytes, not 4.
     pub half_activations: bool,
+    /// Whether sums over several members lie beside their own gradient.
+    pub reduced_apart: bool,
+    /// Bytes of the host's memory that may be pinned beside a card; none for no limit.
+    pub host_limit: Option<u64>,
+}
+
+impl PlanRequest {
+    /// What the plan may take.
+    pub fn limit(&self) -> u64 {
+        self.memory_limit.unwrap_or_else(default_memory_limit)
+    }
 }
 
 /// Memory of a worker by part, bytes.
@@ -74,7 +87,7 @@ pub struct MemoryPlan {
     pub levels: Levels,
     /// The frozen base.
     pub base_bytes: u64,
-    /// Trained parameters and their gradient, f32.
+    /// Trained parameters, their gradient, and its sum over all members where that lies apart, f32.
     pub adapter_bytes: u64,
     /// AdamW's two moments, f32.
     pub optimizer_bytes: u64,
@@ -97,7 +110,7 @@ impl MemoryPlan {
     /// Picks the micro-batch, and what becomes of each layer's activations: of the choices that fit, the one that
     /// computes least again. Where none fits, the smallest is returned.
     pub fn choose(sizes: impl Fn(usize) -> Sizes, request: &PlanRequest) -> Self {
-        let limit = request.memory_limit.unwrap_or_else(default_memory_limit);
+        let limit = request.limit();
         let enough = if request.accelerated { ENOUGH_TOKENS_ACCELERATED } else { ENOUGH_TOKENS };
         let wanted = request.micro_batch_rows.unwrap_or_else(|| (enough / request.max_length.max(1)).max(1));
         let mut rows = wanted;
@@ -120,7 +133,8 @@ impl MemoryPlan {
             return near;
         }
         let base_bytes = request.base_bytes.saturating_sub(request.embedding_bytes);
-        let far = Self::search(sizes, rows, &PlanRequest { base_bytes, ..*request }, limit);
+        let host_limit = request.host_limit.map(|limit| limit.saturating_sub(request.embedding_bytes));
+        let far = Self::search(sizes, rows, &PlanRequest { base_bytes, host_limit, ..*request }, limit);
         Self { aside_bytes: far.aside_bytes + request.embedding_bytes, embedding_aside: true, ..far }
     }
 
@@ -149,7 +163,13 @@ impl MemoryPlan {
             return plan(best);
         }
         let aside = |aside| Levels { aside, ..Levels::boundaries(layers - aside) };
-        let most = if request.accelerated { layers } else { 0 };
+        // What is pinned is there or it is not: the host's memory is a limit as hard as the card's.
+        let room = request.host_limit.map_or(layers as u64, |limit| limit / sizes.boundary_bytes().max(1));
+        let most = if request.accelerated {
+            usize::try_from(room).map_or(layers, |room| room.min(layers))
+        } else {
+            0
+        };
         plan((0..=most).map(aside).find(fits).unwrap_or_else(|| aside(most)))
     }
 
@@ -162,7 +182,7 @@ impl MemoryPlan {
             micro_batch_tokens: sizes.tokens,
             levels,
             base_bytes: request.base_bytes,
-            adapter_bytes: 2 * flat + rounded,
+            adapter_bytes: (2 + u64::from(request.reduced_apart)) * flat + rounded,
             optimizer_bytes: 2 * flat,
             activation_bytes: sizes.activation_bytes(&levels),
             scratch_bytes: sizes.scratch_bytes(),
@@ -171,12 +191,36 @@ impl MemoryPlan {
         }
     }
 
+    /// Tokens of the longest row that a step of one row has room for, of those that are multiples of 256; 0 where there is
+    /// room for none, and `most` where that fits.
+    pub fn largest_context(sizes: impl Fn(usize) -> Sizes, request: &PlanRequest, most: usize) -> usize {
+        const STEP: usize = 256;
+        let limit = request.memory_limit.unwrap_or_else(default_memory_limit);
+        let fits = |length: usize| {
+            let request = PlanRequest { micro_batch_rows: Some(1), max_length: length, ..*request };
+            Self::choose(|_| sizes(length), &request).peak_bytes() <= limit
+        };
+        let (mut low, mut high) = (0, most / STEP);
+        if high > 0 && fits(high * STEP) {
+            return if fits(most) { most } else { high * STEP };
+        }
+        // What fits is a beginning of all lengths: more tokens never take less.
+        while low + 1 < high {
+            let middle = low.midpoint(high);
+            if fits(middle * STEP) { low = middle } else { high = middle }
+        }
+        low * STEP
+    }
+
     /// Out of memory is foreseen, not met.
     ///
     /// # Errors
     /// Where the plan takes more than `limit`.
     pub(crate) fn check(&self, limit: Option<u64>) -> Result<()> {
         match limit {
+            Some(limit) if self.base_bytes > limit => {
+                Err(DeviceError::BaseTooLarge { needed: self.base_bytes, limit }.into())
+            }
             Some(limit) if self.peak_bytes() > limit => Err(DeviceError::PlanTooLarge {
                 needed: self.peak_bytes(),
                 limit,
@@ -199,6 +243,11 @@ impl MemoryPlan {
     }
 }
 
+/// What may be pinned of the host's memory beside a card: three quarters of what is free.
+pub fn host_limit() -> Option<u64> {
+    Some(default_memory_limit() / 2 * 3)
+}
+
 /// Half of the memory that the machine says is free; 4 GiB where it does not say.
 fn default_memory_limit() -> u64 {
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
@@ -211,6 +260,8 @@ fn default_memory_limit() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use shanty_diagnostic::Diagnose;
+
     use super::*;
     use crate::{adapter::ParameterLayout, model::ModelConfig};
 
@@ -237,6 +288,8 @@ mod tests {
             threads: 2,
             accelerated: false,
             half_activations: false,
+            reduced_apart: false,
+            host_limit: None,
         }
     }
 
@@ -258,6 +311,41 @@ mod tests {
         }
         let tiny = MemoryPlan::choose(sizes, &request(Recompute::Auto, Some(1)));
         assert_eq!(tiny.micro_batch_rows, 1);
+    }
+
+    #[test]
+    fn the_largest_context_is_the_longest_row_that_fits() {
+        let config = r#"{"model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 160,
+            "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 512, "hidden_act": "silu"}"#;
+        let config = ModelConfig::from_json(config.as_bytes(), "config.json".as_ref()).unwrap();
+        let layout = ParameterLayout::default();
+        for (accelerated, host_limit) in [(false, None), (true, None), (true, Some(1 << 20))] {
+            let request = PlanRequest { accelerated, host_limit, ..request(Recompute::Auto, Some(64 << 20)) };
+            let sizes = |length| Sizes::new(&config, &layout, length, length, &request);
+            let longest = MemoryPlan::largest_context(sizes, &request, 1 << 20);
+            let peak = |length| {
+                let request = PlanRequest { micro_batch_rows: Some(1), max_length: length, ..request };
+                let plan = MemoryPlan::choose(|_| sizes(length), &request);
+                assert!(host_limit.is_none_or(|limit| plan.aside_bytes <= limit), "{plan:?}");
+                plan.peak_bytes()
+            };
+            assert!(longest > 0 && longest.is_multiple_of(256));
+            assert!(peak(longest) <= 64 << 20, "{longest} fits");
+            assert!(peak(longest + 256) > 64 << 20, "{longest} is the longest");
+            assert_eq!(MemoryPlan::largest_context(sizes, &request, 300), 300, "what is asked for at most");
+            let none = PlanRequest { memory_limit: Some(1), ..request };
+            assert_eq!(MemoryPlan::largest_context(sizes, &none, 1 << 20), 0);
+        }
+    }
+
+    #[test]
+    fn what_is_too_large_is_told_by_what_it_is() {
+        let plan = MemoryPlan::choose(sizes, &request(Recompute::Auto, Some(1)));
+        let code = |limit| plan.check(Some(limit)).unwrap_err().diagnostic().code;
+        assert!(plan.check(Some(plan.peak_bytes())).is_ok());
+        assert_eq!(code(plan.peak_bytes() - 1), "SH0810");
+        assert_eq!(code(plan.base_bytes - 1), "SH0830");
     }
 
     #[test]

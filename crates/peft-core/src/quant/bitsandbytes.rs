@@ -5,6 +5,8 @@
 //! `W.nested_absmax` and `W.nested_quant_map`, F32, with double quantisation; and
 //! `W.quant_state.bitsandbytes__nf4`, U8: JSON as Python writes it.
 
+use std::ops::Range;
+
 use safetensors::tensor::Dtype;
 use serde::Deserialize;
 
@@ -15,7 +17,7 @@ use crate::{
         Nf4Options,
         double::NESTED_BLOCK,
         nf4::{self, CODE_BOOK, Nf4View, Scales},
-        packed::{PackedLayer, PackedShape, ScalesMut},
+        packed::{PackedLayer, PackedParts, PackedShape, ScalesMut},
     },
 };
 
@@ -167,11 +169,68 @@ impl<'a> StoredWeight<'a> {
                 }
             }
         }
+        self.read_extras(witness)
+    }
+
+    /// Reads what is the same whatever part of the weight is wanted.
+    fn read_extras(&self, witness: &mut dyn FnMut(&Tensor<'_>, &[u8])) -> Result<()> {
         for extra in &self.extras {
             let mut bytes = vec![0; extra.bytes()];
             extra.read_bytes(&mut bytes, &mut |bytes| witness(extra, bytes))?;
         }
         Ok(())
+    }
+
+    /// Reads what every holder of a part of the weight needs: with double quantisation, the mean of its scales and their map.
+    /// `witness` sees what is read.
+    ///
+    /// # Errors
+    /// Unreadable, or the map is damaged.
+    pub fn read_common(
+        &self,
+        witness: &mut dyn FnMut(&Tensor<'_>, &[u8]),
+    ) -> Result<Option<(f32, [f32; 256])>> {
+        self.read_extras(witness)?;
+        let Some(double) = &self.double else { return Ok(None) };
+        let mut map = [0.0; 256];
+        double.map.read_f32(&mut map, &mut |bytes| witness(&double.map, bytes))?;
+        Ok(Some((double.offset, map)))
+    }
+
+    /// Reads the codes and scales of `numbers` alone, which begin at a unit of a [`super::Cut`]. `witness` hears where in its tensor
+    /// what it sees lies.
+    ///
+    /// # Errors
+    /// Unreadable, or a scale is infinite or not a number.
+    pub fn read_part(
+        &self,
+        numbers: Range<usize>,
+        parts: PackedParts<'_>,
+        witness: &mut dyn FnMut(&Tensor<'_>, usize, &[u8]),
+    ) -> Result<()> {
+        let first = numbers.start / self.shape.options.block_size;
+        let codes = numbers.start / 2..numbers.start / 2 + parts.codes.len();
+        self.weight.read_bytes_of(codes, parts.codes, &mut |at, bytes| witness(&self.weight, at, bytes))?;
+        let mut floats = |tensor: &Tensor<'_>, first: usize, out: &mut [f32]| {
+            let mut done = 0;
+            tensor.pieces_f32_of(
+                first..first + out.len(),
+                &mut |at, bytes| witness(tensor, at, bytes),
+                |piece| {
+                    out[done..done + piece.len()].copy_from_slice(piece);
+                    done += piece.len();
+                },
+            )
+        };
+        match (parts.scales, &self.double) {
+            (ScalesMut::Plain(scales), _) => floats(&self.scales, first, scales),
+            (ScalesMut::Double { codes, nested }, Some(double)) => {
+                floats(&double.nested, first / NESTED_BLOCK, nested)?;
+                let range = first..first + codes.len();
+                self.scales.read_bytes_of(range, codes, &mut |at, bytes| witness(&self.scales, at, bytes))
+            }
+            (ScalesMut::Double { .. }, None) => Ok(()),
+        }
     }
 }
 

@@ -276,12 +276,29 @@ pub struct DoubleScales {
     pub offset: f32,
 }
 
+/// The mean of block scales, summed in f64 and rounded once; bitsandbytes sums in f32, so its offset may differ in the
+/// last places.
+pub fn mean(scales: &[f32]) -> f32 {
+    mean_of(sum(0.0, scales), scales.len())
+}
+
+/// Goes on summing scales, in their order: the sum of a matrix's first scales, then of its next, is that of all, bit for bit.
+pub fn sum(so_far: f64, scales: &[f32]) -> f64 {
+    scales.iter().fold(so_far, |sum, scale| sum + f64::from(*scale))
+}
+
+/// The mean of so many scales, whose sum is known.
+pub fn mean_of(sum: f64, count: usize) -> f32 {
+    (sum / count.max(1) as f64) as f32
+}
+
 /// Quantises block scales, none of which is infinite or not a number.
-///
-/// The mean is summed in f64 and rounded once; bitsandbytes sums in f32, so its offset may differ in the last places.
 pub fn quantise(scales: &[f32]) -> DoubleScales {
-    let sum: f64 = scales.iter().map(|scale| f64::from(*scale)).sum();
-    let offset = (sum / scales.len().max(1) as f64) as f32;
+    quantise_about(scales, mean(scales))
+}
+
+/// Quantises some of a matrix's scales, from a multiple of [`NESTED_BLOCK`] on, about the mean of all of them.
+pub fn quantise_about(scales: &[f32], offset: f32) -> DoubleScales {
     let mut codes = Vec::with_capacity(scales.len());
     let mut nested = Vec::with_capacity(scales.len().div_ceil(NESTED_BLOCK));
     for block in scales.chunks(NESTED_BLOCK) {

@@ -1,14 +1,16 @@
 //! Frozen weights in 4 bits.
 //!
 //! [`nf4`] quantises and dequantises as bitsandbytes does, bit for bit; [`double`] quantises the block scales
-//! again; [`packed`] keeps a decoder layer's matrices in one buffer; [`bitsandbytes`] knows the layout of
+//! again; [`packed`] keeps a decoder layer's matrices in one buffer, [`cut`] in parts; [`bitsandbytes`] knows the layout of
 //! pre-quantised checkpoints.
 
 pub mod bitsandbytes;
+pub mod cut;
 pub mod double;
 pub mod nf4;
 pub mod packed;
 
+pub use cut::{AlignedBytes, Cut, Nf4Pieces};
 pub use nf4::{Nf4View, Scales};
 pub use packed::{PackedLayer, PackedShape};
 

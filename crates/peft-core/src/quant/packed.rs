@@ -20,7 +20,7 @@ pub const ALIGNMENT: usize = 64;
 /// Keeps the buffer aligned.
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
-struct Line([u8; ALIGNMENT]);
+pub(super) struct Line([u8; ALIGNMENT]);
 
 /// A matrix to be packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

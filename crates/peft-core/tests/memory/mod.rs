@@ -193,6 +193,8 @@ impl Setup {
             threads: self.threads,
             accelerated: false,
             half_activations: false,
+            reduced_apart: false,
+            host_limit: None,
             embedding_bytes: 0,
         };
         let parts = EngineParts { adapter: self.adapter.clone(), request };

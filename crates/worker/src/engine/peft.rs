@@ -1,19 +1,23 @@
 //! The real engine, of peft-core.
 
-use std::{ops::Range, path::Path};
+use std::{ops::Range, path::Path, sync::Arc};
 
 use shanty_config::job::{self, Device, JobSpec};
 use shanty_peft_core::{
     Engine, EngineDevice, EngineOptions, GradientSink, StepKey,
     adapter::{StepHook, files},
     backend::cuda::Precision,
+    model::ShardedBase,
     plan::Recompute,
     quant::Nf4Options,
 };
 
 use crate::Error;
 
-use super::{EngineLoader, Facts, LoadRequest, Row, StepEngine, StepHooks, StepInfo, Sum, method::method};
+use super::{
+    AdapterWriter, EngineLoader, Facts, HostEngine, LoadRequest, OnHost, Row, StepEngine, StepHooks,
+    StepInfo, Sum, card::OnCard, method::method,
+};
 
 /// Where below the run's folder a start lies that is computed from the base.
 const START: &str = "start";
@@ -29,41 +33,71 @@ impl EngineLoader for PeftEngines {
         progress: &mut dyn FnMut(f64),
     ) -> Result<Box<dyn StepEngine>, Error> {
         let spec = request.spec;
+        let on = device(request.device, spec.cluster.device)?;
         let options = EngineOptions {
-            device: device(request.device, spec.cluster.device)?,
+            device: on,
             memory_limit: [request.memory_limit_bytes, spec.train.memory_limit()].into_iter().flatten().min(),
             start: local(request.store).map(|store| store.join(START)),
+            shard: request.part,
+            member: true,
             ..engine_options_for(spec, request.threads, Some(request.steps))?
         };
         let quantised = format!("{:?}", options.quantization);
-        let engine = Engine::load(options, &mut |loaded| {
+        let mut engine = Engine::load(options, &mut |loaded| {
             progress(loaded.done_bytes as f64 / loaded.total_bytes.max(1) as f64);
         })
         .map_err(|error| Error::part(&error))?;
         let plan = engine.plan();
         tracing::info!(
+            engine_device = match engine.card() {
+                Some(_) => request.device,
+                None => "cpu",
+            },
+            card = engine.card().map(|(name, _)| name),
             memory_bytes = plan.peak_bytes(),
             host_bytes = plan.aside_bytes,
             micro_batch_rows = plan.micro_batch_rows,
             layers = plan.levels.describe(),
             "planned the memory of a step"
         );
-        let mut hasher = blake3::Hasher::new();
-        if let Some(stored) = engine.base_hash() {
-            hasher.update(stored.as_bytes());
-        }
-        hasher.update(quantised.as_bytes());
+        // Of a part, what all parts have in common, until its group has agreed.
+        let identity = engine.shared_base().map(|base| base.identity());
+        let stored = engine.base_hash().or(identity);
         let trainable = engine.layout().parameters() as u64;
         let facts = Facts {
-            base_hash: hasher.finalize().to_hex().to_string(),
+            base_hash: base_hash(stored, &quantised),
             flat_length: engine.layout().len(),
             trainable_parameters: trainable,
             total_parameters: engine.config().parameters() as u64 + trainable,
             matched_modules: engine.matched().modules(),
             computed_start: engine.computes_start(),
         };
-        Ok(Box::new(PeftEngine { engine, facts }))
+        let on_card = engine.card().is_some();
+        let card = match on {
+            EngineDevice::Cuda { index, .. } => u32::try_from(index).ok(),
+            EngineDevice::Cpu => None,
+        };
+        let loaded = PeftEngine { engine, facts, card, quantised };
+        if on_card && loaded.engine.trains_resident() {
+            return Ok(Box::new(OnCard(loaded)));
+        }
+        if on_card {
+            tracing::info!(
+                "this method changes what is trained on the host: it comes from the card each step"
+            );
+        }
+        Ok(Box::new(OnHost::new(loaded)))
     }
+}
+
+/// Hash of a base as it is stored and quantised.
+fn base_hash(stored: Option<blake3::Hash>, quantised: &str) -> String {
+    let mut hasher = blake3::Hasher::new();
+    if let Some(stored) = stored {
+        hasher.update(stored.as_bytes());
+    }
+    hasher.update(quantised.as_bytes());
+    hasher.finalize().to_hex().to_string()
 }
 
 /// A run's folder, where it is one on this machine.
@@ -128,18 +162,12 @@ pub fn quantization(spec: &JobSpec) -> Option<Nf4Options> {
 }
 
 /// A loaded engine with what its files need.
-struct PeftEngine {
-    engine: Engine,
+pub(super) struct PeftEngine {
+    pub(super) engine: Engine,
     facts: Facts,
-}
-
-/// Tells that a part of the gradient is ready.
-struct During<'a>(&'a mut (dyn FnMut() + Send));
-
-impl GradientSink for During<'_> {
-    fn ready(&mut self, _: Range<usize>, _: &[f32]) {
-        (self.0)();
-    }
+    /// How the base is quantised, in words.
+    quantised: String,
+    card: Option<u32>,
 }
 
 impl PeftEngine {
@@ -171,7 +199,7 @@ impl StepHooks for PeftEngine {
     }
 }
 
-impl StepEngine for PeftEngine {
+impl HostEngine for PeftEngine {
     fn facts(&self) -> &Facts {
         &self.facts
     }
@@ -184,6 +212,10 @@ impl StepEngine for PeftEngine {
         self.engine.micro_batch_rows()
     }
 
+    fn card(&self) -> Option<u32> {
+        self.card
+    }
+
     fn forward_backward(
         &mut self,
         parameters: &[f32],
@@ -191,12 +223,12 @@ impl StepEngine for PeftEngine {
         seed: u64,
         step: u64,
         gradient: &mut [f32],
-        during: &mut (dyn FnMut() + Send),
+        sink: &mut dyn GradientSink,
     ) -> Result<Sum, Error> {
         let key = StepKey { seed, step };
         let sum = self
             .engine
-            .forward_backward(parameters, rows, key, gradient, &mut During(during))
+            .forward_backward(parameters, rows, key, gradient, sink)
             .map_err(|error| Error::part(&error))?;
         Ok(Sum { loss: sum.loss, tokens: sum.tokens })
     }
@@ -206,7 +238,36 @@ impl StepEngine for PeftEngine {
         Ok(Sum { loss: sum.loss, tokens: sum.tokens })
     }
 
+    fn shared_base(&mut self) -> Option<&mut ShardedBase> {
+        self.engine.shared_base()
+    }
+
+    fn agree_on_base(&mut self, hash: blake3::Hash) {
+        self.engine.set_base_hash(hash);
+        self.facts.base_hash = base_hash(Some(hash), &self.quantised);
+    }
+
+    fn start_reads_base(&self) -> bool {
+        self.engine.start_reads_layers()
+    }
+
+    fn keep_company(&mut self, training: bool) -> Result<(), Error> {
+        self.engine.keep_company(training).map_err(|error| Error::part(&error))
+    }
+
     fn adapter_files(&self, parameters: &[f32], state: &[f32]) -> Result<Vec<(String, Vec<u8>)>, Error> {
         files::contents(self.engine.fit(), parameters, state).map_err(|error| Error::part(&error))
+    }
+
+    fn adapter_writer(&self) -> Option<AdapterWriter> {
+        // A description of the adapter, without its numbers.
+        let fit = self.engine.fit().clone();
+        Some(Arc::new(move |parameters, state| {
+            files::contents(&fit, parameters, state).map_err(|error| Error::part(&error))
+        }))
+    }
+
+    fn run(&self, work: &mut (dyn FnMut() + Send)) {
+        self.engine.run(work);
     }
 }

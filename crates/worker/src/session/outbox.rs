@@ -4,18 +4,24 @@
 //! therefore handled once that beat is acknowledged. Until then it is kept, and sent again after a lost connection:
 //! reports are keyed, so a repeat does no harm.
 
-use std::{collections::VecDeque, time::Instant};
+use std::collections::VecDeque;
 
 use shanty_proto::v1::worker_message::Message;
+use tokio::time::Instant;
 
 /// More beats than this without an answer, and no further are sent: the connection is stuck.
 const MOST_OPEN_BEATS: usize = 64;
+/// Acknowledged step reports that are kept: what a coordinator may have in its hands when it dies.
+const MOST_RECENT_STEPS: usize = 64;
 
 /// What was sent and not acknowledged.
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     /// Messages with the number of the last beat before them.
     messages: VecDeque<(u64, Message)>,
+    /// Step reports that were acknowledged a moment ago: a coordinator that is killed may have heard them and not written
+    /// them down yet.
+    recent: VecDeque<Message>,
     /// Beats of this connection with the time when they were sent.
     beats: VecDeque<(u64, Instant)>,
     /// Number of the last beat, over all connections.
@@ -48,16 +54,27 @@ impl Outbox {
             self.beats.pop_front();
         }
         if sent.is_some() {
-            self.messages.retain(|(before, _)| *before >= beat);
+            while let Some((before, _)) = self.messages.front()
+                && *before < beat
+            {
+                let known = self.messages.pop_front();
+                self.recent.extend(known.map(|(_, message)| message).filter(is_step));
+            }
+            self.recent.drain(..self.recent.len().saturating_sub(MOST_RECENT_STEPS));
         }
         sent
     }
 
-    /// The connection is gone: what must be sent again over the next one.
+    /// The connection is gone: what must be sent again over the next one, steps of a moment ago first.
     pub(super) fn reconnect(&mut self) -> Vec<Message> {
         self.beats.clear();
-        self.messages.drain(..).map(|(_, message)| message).collect()
+        let unacknowledged = self.messages.drain(..).map(|(_, message)| message);
+        self.recent.drain(..).chain(unacknowledged).collect()
     }
+}
+
+fn is_step(message: &Message) -> bool {
+    matches!(message, Message::Step(_))
 }
 
 #[cfg(test)]
@@ -83,6 +100,25 @@ mod tests {
         assert_eq!(outbox.acknowledged(second), Some(start));
         assert_eq!(outbox.acknowledged(second), None);
         assert_eq!(outbox.reconnect(), [message(3)]);
+    }
+
+    #[test]
+    fn steps_of_a_moment_ago_are_said_again_after_a_lost_connection() {
+        use shanty_proto::v1::StepReport;
+
+        let step = |step| Message::Step(StepReport { step, ..StepReport::default() });
+        let mut outbox = Outbox::default();
+        for number in 0..100 {
+            outbox.sent(step(number));
+            let beat = outbox.beat(Instant::now()).unwrap();
+            outbox.acknowledged(beat);
+        }
+        outbox.sent(message(1));
+        let again = outbox.reconnect();
+        assert_eq!(again.len(), MOST_RECENT_STEPS + 1);
+        assert_eq!(again[0], step(100 - MOST_RECENT_STEPS as u64));
+        assert_eq!(again.last(), Some(&message(1)));
+        assert!(outbox.reconnect().is_empty());
     }
 
     #[test]

@@ -1,14 +1,14 @@
 //! What is due between two steps: evaluation, checkpoint, and the end.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
-use shanty_checkpoint::{Key, Snapshot};
+use shanty_checkpoint::Key;
 use shanty_proto::v1::{EvaluationReport, Finished, MemberPhase, worker_message::Message};
 use tracing::info;
 
 use crate::{Error, adapter_folder, rows::hash_of_rows};
 
-use super::{Stop, check::Check, checkpoint::Ticket, start, state::METHOD_STATE, step::Generation};
+use super::{Stop, check::Check, checkpoint::Ticket, debts, keep, start, step::Generation};
 
 /// The finished adapter's folder below the store.
 const ADAPTER: &str = "adapter";
@@ -17,9 +17,11 @@ impl Generation<'_> {
     /// Does what is due after the applied step and not done yet in this lineage.
     pub(super) fn boundary(&mut self) -> Result<(), Stop> {
         let applied = self.applied();
-        let evaluation = self.job.plan.evaluation_is_due(applied, self.evaluated_step);
+        let evaluation = self.job.plan.evaluation_is_due(applied, self.job.evaluated_step);
         let checkpoint = self.job.plan.checkpoint_is_due(applied, self.checkpoint_step);
-        if !evaluation && !checkpoint {
+        let comparison =
+            self.compared_step != applied && self.job.plan.comparison_is_due(applied, checkpoint);
+        if !evaluation && !checkpoint && !comparison {
             return Ok(());
         }
         self.around.control.wait_for_credit(self.formation.generation, applied)?;
@@ -28,11 +30,19 @@ impl Generation<'_> {
         self.pipeline.ask_up_to(credited, &self.job.plan);
         if evaluation {
             self.evaluate(applied)?;
-            self.evaluated_step = Some(applied);
+            self.job.evaluated_step = Some(applied);
+        }
+        if comparison {
+            // Ahead of the checkpoint: one rank writes it for all.
+            self.compare(applied)?;
+            self.compared_step = applied;
         }
         if checkpoint {
+            let debts = debts::gather(&mut *self.collective, &self.job.owed)
+                .map_err(|error| start::broken(self.around, &self.formation, &error))?;
             if self.formation.rank == 0 {
-                self.write_checkpoint(applied)?;
+                self.around.control.set_phase(MemberPhase::Writing);
+                self.write_checkpoint(applied, debts)?;
             }
             self.checkpoint_step = Some(applied);
         }
@@ -50,16 +60,20 @@ impl Generation<'_> {
             let part = part??;
             announcement = Some(part.announcement);
             for micro_batch in part.rows.chunks(micro_batch_rows) {
-                self.around.control.check(self.formation.generation)?;
-                let Some(state) = &self.job.state else { continue };
-                let sum = self.job.engine.evaluate(&state.parameters, micro_batch)?;
+                self.round(true)?;
+                let sum = self.job.engine.evaluate(micro_batch);
+                let sum = sum.map_err(|error| self.stop_for(error))?;
+                self.around.control.advance();
                 loss += sum.loss;
                 tokens += sum.tokens;
             }
         }
+        drop(parts);
+        self.keep_company(false)?;
         let not_finite = u64::from(!f64::is_finite(loss));
         let own = Check::new(tokens, ids.len() as u64, hash_of_rows(ids.iter().copied()), loss, not_finite);
         let mut words = own.to_words();
+        self.around.control.set_phase(MemberPhase::Reducing);
         self.collective
             .all_reduce_u64(&mut words)
             .map_err(|error| start::broken(self.around, &self.formation, &error))?;
@@ -72,6 +86,7 @@ impl Generation<'_> {
             return Err(Error::NotFinite { what: "the evaluation loss", step: applied, rows }.into());
         }
         let loss = total.loss() / total.tokens.max(1) as f64;
+        self.job.evaluated_loss = Some((applied, loss));
         info!(step = applied, loss, tokens = total.tokens, "evaluated");
         // Every rank tells: one of them may be lost right here, and the state moves on.
         self.around.report(Message::Evaluation(EvaluationReport {
@@ -85,45 +100,24 @@ impl Generation<'_> {
         Ok(())
     }
 
-    /// Copies the state and has it written off the step path. Waits for the write before, if it is not done.
-    fn write_checkpoint(&mut self, applied: u64) -> Result<(), Stop> {
-        self.job.checkpoints.wait_or_leave(self.around, self.formation.generation)?;
-        let Some(state) = &self.job.state else { return Ok(()) };
-        let mut files = self.job.engine.adapter_files(&state.parameters, &state.method)?;
-        if !state.method.is_empty() {
-            let bytes = state.method.iter().flat_map(|value| value.to_le_bytes());
-            files.push((METHOD_STATE.to_owned(), bytes.collect()));
-        }
-        let plan = &self.job.plan;
-        let snapshot = Snapshot {
-            job: plan.job_id.clone(),
-            key: Key { attempt: plan.attempt, step: applied, generation: self.formation.generation },
-            files: files.into_iter().map(|(name, content)| (name, content.into())).collect(),
-            optimizer: state.to_checkpoint(),
-            state: shanty_checkpoint::State {
-                epoch: plan.epoch_after(applied),
-                world_size: self.formation.world_size(),
-                threads: u32::try_from(self.around.threads).unwrap_or(u32::MAX),
-                micro_batch_rows: u32::try_from(self.job.micro_batch_rows).unwrap_or(u32::MAX),
-                global_batch_size: plan.spec.train.global_batch_size as u64,
-                seed: plan.spec.train.seed,
-                evaluated_step: self.evaluated_step,
-                base_hash: self.job.engine.facts().base_hash.clone(),
-                tokenizer_hash: plan.data.tokenizer_hash.clone(),
-                data_hash: plan.data.hash.clone(),
-                adapter_hash: self.job.adapter_hash.to_string(),
-                shanty_version: env!("CARGO_PKG_VERSION").to_owned(),
-            },
-        };
+    /// Copies the state and has it written off the step path, whether the write before is done or not.
+    fn write_checkpoint(&mut self, applied: u64, debts: Vec<(String, Vec<u8>)>) -> Result<(), Stop> {
+        let began = Instant::now();
+        let generation = self.formation.generation;
+        let key = Key { attempt: self.job.plan.attempt, step: applied, generation };
+        let Some(draft) = keep::draft(self.around, self.job, key, debts)? else { return Ok(()) };
         let ticket = Ticket {
+            job: self.job.plan.job_id.clone(),
+            attempt: self.job.plan.attempt,
             control: Arc::clone(&self.around.control),
             reports: self.around.reports.clone(),
             failpoints: self.around.failpoints.clone(),
             place: self.formation.place(applied),
-            store: plan.store.clone(),
-            keep: plan.spec.checkpoint.keep,
+            store: self.job.plan.location.clone(),
+            keep: keep::rule(&self.job.plan),
+            held: began.elapsed(),
         };
-        self.job.checkpoints.begin(ticket, snapshot)?;
+        self.job.checkpoints.begin(ticket, draft)?;
         Ok(())
     }
 
@@ -133,20 +127,29 @@ impl Generation<'_> {
             return Ok(());
         }
         let generation = self.formation.generation;
+        self.around.control.set_phase(MemberPhase::Writing);
         self.job.checkpoints.wait_or_leave(self.around, generation)?;
         let applied = self.applied();
         self.around.control.wait_for_credit(generation, applied)?;
         let Some(state) = &self.job.state else { return Ok(()) };
-        let files = self.job.engine.adapter_files(&state.parameters, &state.method)?;
-        let folder = self.job.plan.store.join(ADAPTER);
-        adapter_folder::write(&folder, &files, || self.around.control.holds_credit(generation))?;
-        info!(adapter = %folder.display(), "wrote the adapter");
+        let parameters = state.parameters(&*self.job.engine)?;
+        let files = self.job.engine.adapter_files(&parameters, &state.method)?;
+        let plan = &self.job.plan;
+        let folder = plan.store.join(ADAPTER);
+        let control = &self.around.control;
+        adapter_folder::write(&folder, &files, || control.holds_credit(generation))?;
+        let adapter = if plan.spec.checkpoint.is_remote() {
+            adapter_folder::upload(&plan.location, ADAPTER, files, &|| control.holds_credit(generation))?
+        } else {
+            folder.display().to_string()
+        };
+        info!(%adapter, "wrote the adapter");
         self.around.report(Message::Finished(Finished {
             job_id: self.job.plan.job_id.clone(),
             attempt: self.job.plan.attempt,
             generation,
             step: applied,
-            adapter: folder.display().to_string(),
+            adapter,
         }));
         Ok(())
     }

@@ -1,14 +1,21 @@
 //! A generation as it was announced, checked.
 
-use shanty_collective::tcp::{JoinOptions, Token};
+use shanty_collective::{
+    Compression,
+    tcp::{JoinOptions, Token},
+};
+use shanty_config::{
+    UsualLoss,
+    job::{self, ClusterSpec},
+};
 use shanty_proto::v1::{Form, RankRows, StartPoint, start_point::Source};
 
 use crate::{Error, plan::JobPlan};
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 /// How long the members may take to find each other. A member that is lost meanwhile ends the wait earlier.
-const JOIN_WITHIN: Duration = Duration::from_secs(60);
+pub(super) const JOIN_WITHIN: Duration = Duration::from_secs(60);
 
 /// A generation as it was announced: every field is there and fits the others.
 #[derive(Debug, Clone)]
@@ -18,11 +25,13 @@ pub(crate) struct Formation {
     /// Where each member listens, by rank.
     pub(crate) members: Vec<String>,
     pub(crate) token: [u8; 32],
+    /// Whether the cluster's connections are encrypted: then those between its machines are, whatever the job says.
+    pub(crate) encrypted: bool,
     pub(crate) start: Start,
 }
 
 /// Where a generation starts.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Start {
     /// Updates applied in the state that it starts from.
     pub(crate) applied_step: u64,
@@ -31,6 +40,10 @@ pub(crate) struct Start {
     pub(crate) first_rows: Option<(Vec<u64>, Vec<u64>)>,
     pub(crate) evaluated_step: Option<u64>,
     pub(crate) checkpoint_step: Option<u64>,
+    /// What a loss spike is measured by.
+    pub(crate) usual_loss: UsualLoss,
+    /// Steps that are passed over.
+    pub(crate) skip_steps: BTreeSet<u64>,
 }
 
 /// Where adapter and optimizer come from.
@@ -67,16 +80,30 @@ impl Formation {
             return Err(wrong(format!("it starts after step {} of {}", start.applied_step, plan.steps())));
         }
         let members = members.into_iter().map(|member| member.collective_address).collect();
-        Ok(Self { generation: form.generation, rank: form.rank, members, token, start })
+        let encrypted = form.encrypted;
+        Ok(Self { generation: form.generation, rank: form.rank, members, token, encrypted, start })
     }
 
     pub(crate) fn world_size(&self) -> u32 {
         u32::try_from(self.members.len()).unwrap_or(u32::MAX)
     }
 
-    pub(crate) fn join_options(&self, job: &str) -> JoinOptions {
+    /// How members link, which follows from what all of them are told alike.
+    pub(crate) fn join_options(&self, job: &str, cluster: &ClusterSpec) -> JoinOptions {
         JoinOptions {
             job: job.to_owned(),
+            encrypted: match cluster.encryption {
+                job::Encryption::On => true,
+                job::Encryption::Off if !self.encrypted => false,
+                job::Encryption::Auto | job::Encryption::Off => {
+                    !self.members.iter().all(|address| is_loopback(address))
+                }
+            },
+            compression: match cluster.compression {
+                job::Compression::Off => Compression::Off,
+                job::Compression::Bf16 => Compression::Bf16,
+                job::Compression::Int8 => Compression::Int8,
+            },
             generation: self.generation,
             rank: self.rank,
             members: self.members.clone(),
@@ -84,6 +111,14 @@ impl Formation {
             deadline: JOIN_WITHIN,
         }
     }
+}
+
+/// Whether `host:port` is this machine's own, by its name alone: names are not resolved, as members could come to
+/// different answers.
+fn is_loopback(address: &str) -> bool {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 impl Start {
@@ -120,6 +155,8 @@ impl Start {
             first_rows,
             evaluated_step: start.evaluated_step,
             checkpoint_step: start.checkpoint_step,
+            usual_loss: UsualLoss { mean: start.usual_loss, steps: start.usual_loss_steps },
+            skip_steps: start.skip_steps.into_iter().collect(),
         })
     }
 }
@@ -142,6 +179,28 @@ mod tests {
         let broken = StartPoint { rows: vec![entry], ..point() };
         assert_eq!(Start::new(broken.clone(), 0, 3).unwrap().first_rows, Some((vec![1], vec![2])));
         assert_eq!(Start::new(broken, 1, 3).unwrap().first_rows, Some((vec![], vec![])));
+    }
+
+    #[test]
+    fn links_are_encrypted_unless_all_members_are_on_one_machine() {
+        let within = |encrypted, members: &[&str], encryption| {
+            let members = members.iter().map(|member| (*member).to_owned()).collect();
+            let start = Start::new(point(), 0, 3).unwrap();
+            let formation = Formation { generation: 1, rank: 0, members, token: [0; 32], encrypted, start };
+            let cluster = ClusterSpec { encryption, ..ClusterSpec::default() };
+            formation.join_options("job", &cluster).encrypted
+        };
+        let with = |members: &[&str], encryption| within(false, members, encryption);
+        let here = ["127.0.0.1:7000", "[::1]:7001", "localhost:7002"];
+        assert!(!with(&here, job::Encryption::Auto));
+        assert!(with(&here, job::Encryption::On));
+        let there = ["127.0.0.1:7000", "10.0.0.7:7000"];
+        assert!(with(&there, job::Encryption::Auto));
+        assert!(with(&["127.0.0.1:1", "worker-3:1"], job::Encryption::Auto), "a name is not resolved");
+        assert!(!with(&there, job::Encryption::Off));
+        // In a cluster whose connections are encrypted no job does without.
+        assert!(within(true, &there, job::Encryption::Off));
+        assert!(!within(true, &here, job::Encryption::Off));
     }
 
     #[test]

@@ -5,13 +5,13 @@ use shanty_checkpoint::{Blocking, Expectations, Key, Optimizer};
 use shanty_collective::Collective;
 use tracing::info;
 
-use crate::{Error, control::Interrupted, failpoint::Point};
+use crate::{Error, control::Interrupted, engine::missing_state, failpoint::Point};
 
 use super::{
-    Stop, Surroundings,
+    Stop, Surroundings, debts,
     formation::{Formation, Origin, Start},
     job::Job,
-    state::{METHOD_STATE, State},
+    state::{METHOD_STATE, State, digest_of},
 };
 
 /// Parameters that travel in one broadcast. Between two, a member that is to leave does.
@@ -42,12 +42,19 @@ struct Header {
 /// anybody is waited for: whoever leaves this generation then holds the state that it answers with.
 pub(super) fn prepare(job: &mut Job, start: &Start) -> Result<(), Error> {
     job.furthest_start = job.furthest_start.max(start.applied_step);
-    // A worker that never got the state of a later step must not pass for one that stands before the first.
-    let begins = start.applied_step == 0 && job.furthest_start == 0;
-    if start.from == Origin::Seed || (begins && job.state.is_none()) {
+    // Who shares a base makes a start that reads it with the others of the group, once they have met.
+    let together = job.engine.start_reads_base() && job.engine.shared_base().is_some();
+    if begins_afresh(job, start) && !together {
         job.start_afresh()?;
     }
     Ok(())
+}
+
+/// Whether this worker is to make the state before the first step.
+pub(super) fn begins_afresh(job: &Job, start: &Start) -> bool {
+    // A worker that never got the state of a later step must not pass for one that stands before the first.
+    let begins = start.applied_step == 0 && job.furthest_start == 0;
+    start.from == Origin::Seed || (begins && job.state.is_none())
 }
 
 /// Brings this member's state to the start of the generation.
@@ -57,15 +64,14 @@ pub(super) fn reach_start(
     formation: &Formation,
     collective: &mut dyn Collective,
 ) -> Result<(), Stop> {
+    let mut debts = Vec::new();
     let source = match &formation.start.from {
         Origin::Seed => 0,
         Origin::Checkpoint(path) => {
             if formation.rank == 0 {
-                let (state, micro_batch_rows) = load(job, path)?;
-                job.state = Some(state);
-                job.micro_batch_rows = micro_batch_rows;
+                (job.micro_batch_rows, debts) = load(job, path)?;
             }
-            job.sum.clear();
+            job.drop_sum()?;
             0
         }
         Origin::Members { donor, .. } => *donor,
@@ -80,6 +86,8 @@ pub(super) fn reach_start(
         Origin::Checkpoint(_) => {
             let receives = |rank| rank != 0;
             transfer(around, job, formation, collective, 0, receives)?;
+            job.owed = debts::deal(collective, &debts, job.flat_length())
+                .map_err(|error| broken(around, formation, &error))?;
         }
         Origin::Members { receivers, .. } if receivers.is_empty() => {}
         Origin::Members { donor, receivers } => {
@@ -99,15 +107,15 @@ pub(super) fn reach_start(
     Ok(())
 }
 
-/// Reads a checkpoint: the state and its micro-batch plan.
-fn load(job: &Job, path: &str) -> Result<(State, u64), Error> {
+/// Takes the state of a checkpoint; returns its micro-batch plan, and what its members owed.
+fn load(job: &mut Job, path: &str) -> Result<(u64, Vec<Vec<f32>>), Error> {
     let key: Key = path.parse().map_err(|()| Error::Protocol {
         message: "Form",
         reason: format!("`{path}` is not the name of a checkpoint"),
     })?;
     let part = |error: shanty_checkpoint::Error| Error::part(&error);
-    let store = Blocking::open(&job.plan.store.display().to_string()).map_err(part)?;
-    let manifest = store.manifest(key).map_err(part)?;
+    let store = Blocking::open(&job.plan.location).map_err(part)?;
+    let manifest = store.manifest(key).map_err(damaged)?;
     manifest
         .check(&Expectations {
             base_hash: Some(job.engine.facts().base_hash.clone()),
@@ -118,7 +126,7 @@ fn load(job: &Job, path: &str) -> Result<(State, u64), Error> {
             tokenizer_hash: None,
         })
         .map_err(part)?;
-    let snapshot = store.load(&manifest).map_err(part)?;
+    let snapshot = store.load(&manifest).map_err(damaged)?;
     info!(%path, step = snapshot.key.step, "read the checkpoint");
     let rows = u64::from(snapshot.state.micro_batch_rows);
     if snapshot.optimizer.parameters.len() != job.flat_length() {
@@ -133,7 +141,19 @@ fn load(job: &Job, path: &str) -> Result<(State, u64), Error> {
         let reason = format!("checkpoint `{path}` has {} numbers of the method's state", method.len());
         return Err(Error::Protocol { message: "Form", reason });
     }
-    Ok((job.update.restore(snapshot.key.step, snapshot.optimizer, method)?, rows))
+    job.take_state(snapshot.key.step, &snapshot.optimizer, method)?;
+    Ok((rows, debts::of(&snapshot)))
+}
+
+/// It was whole when it was chosen: another try chooses the one before.
+fn damaged(error: shanty_checkpoint::Error) -> Error {
+    let diagnostic = shanty_diagnostic::Diagnose::diagnostic(&error);
+    match error {
+        shanty_checkpoint::Error::Damaged { .. } => {
+            Error::Part(Box::new(diagnostic.kind(shanty_diagnostic::Kind::Transient)))
+        }
+        _ => Error::Part(Box::new(diagnostic)),
+    }
 }
 
 /// All members say what they are; they must be the same, and take the same micro-batches.
@@ -197,7 +217,7 @@ fn transfer(
     }
     let mut header = Header { applied: 0, hash: [0; 32] };
     if let Some(state) = job.state.as_ref().filter(|_| gives) {
-        header = Header { applied: state.applied(), hash: *state.digest().as_bytes() };
+        header = Header { applied: state.applied(), hash: *state.digest(&*job.engine)?.as_bytes() };
     }
     collective
         .broadcast(donor, bytemuck::bytes_of_mut(&mut header))
@@ -208,36 +228,45 @@ fn transfer(
     let mut arriving = receives(rank).then(|| lengths.map(|length| vec![0.0f32; length]));
     let longest = lengths.into_iter().max().unwrap_or(0);
     let mut chunk = vec![0.0f32; CHUNK.min(longest)];
+    let mut own = vec![0.0f32; if receives(rank) || gives { 0 } else { chunk.len() }];
     for (part, length) in lengths.into_iter().enumerate() {
         for start in (0..length).step_by(CHUNK) {
             around.control.check(formation.generation)?;
             let range = start..(start + CHUNK).min(length);
             let chunk = &mut chunk[..range.len()];
             if let Some(state) = job.state.as_ref().filter(|_| gives) {
-                chunk.copy_from_slice(&state.parts()[part][range.clone()]);
+                state.read(&*job.engine, part, range.start, chunk)?;
             }
             collective
                 .broadcast(donor, bytemuck::cast_slice_mut(chunk))
                 .map_err(|error| broken(around, formation, &error))?;
+            around.control.advance();
             around.failpoints.reach(Point::DuringStateTransfer, formation.place(step))?;
             match (&mut arriving, &job.state) {
                 (Some(parts), _) => parts[part][range].copy_from_slice(chunk),
-                (None, Some(state)) if same_bits(&state.parts()[part][range], chunk) => {}
-                (None, _) => {
-                    return Err(Error::StateDiffers { step, donor, what: "what this worker holds" }.into());
+                (None, _) if gives => {}
+                (None, Some(state)) => {
+                    let own = &mut own[..range.len()];
+                    state.read(&*job.engine, part, range.start, own)?;
+                    if !same_bits(own, chunk) {
+                        return Err(
+                            Error::StateDiffers { step, donor, what: "what this worker holds" }.into()
+                        );
+                    }
                 }
+                (None, None) => return Err(missing_state().into()),
             }
         }
     }
-    if let Some([parameters, exp_avg, exp_avg_sq, method]) = arriving {
-        let optimizer = Optimizer { parameters, exp_avg, exp_avg_sq };
-        let state = job.update.restore(header.applied, optimizer, method)?;
-        if *state.digest().as_bytes() != header.hash {
+    if let Some(parts) = arriving {
+        let digest = digest_of(header.applied, parts.each_ref().map(Vec::as_slice));
+        if *digest.as_bytes() != header.hash {
             return Err(Error::StateDiffers { step, donor, what: "its hash" }.into());
         }
-        info!(donor, step = state.applied(), "received adapter and optimizer");
-        job.state = Some(state);
-        job.sum.clear();
+        let [parameters, exp_avg, exp_avg_sq, method] = parts;
+        let optimizer = Optimizer { parameters, exp_avg, exp_avg_sq };
+        job.take_state(header.applied, &optimizer, method)?;
+        info!(donor, step = header.applied, "received adapter and optimizer");
     }
     Ok(())
 }

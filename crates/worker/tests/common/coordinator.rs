@@ -288,6 +288,7 @@ impl Coordinator {
             attempt: self.job.attempt,
             generation: self.generation(),
             reason: reason.to_owned(),
+            ..Leave::default()
         };
         self.lefts.clear();
         self.waiting_for = self.members().into_iter().collect();
@@ -349,6 +350,7 @@ impl Coordinator {
             rows,
             evaluated_step: self.record.evaluations.keys().last().copied(),
             checkpoint_step: self.record.checkpoints.iter().max().copied(),
+            ..StartPoint::default()
         };
         self.committed = self.committed.max(applied);
         self.form(members, start);
@@ -374,6 +376,7 @@ impl Coordinator {
         self.record.generations.push((generation, members.clone(), start.clone()));
         for (rank, worker) in members.iter().enumerate() {
             let form = Form {
+                encrypted: false,
                 job_id: "test-1".to_owned(),
                 attempt: self.job.attempt,
                 generation,

@@ -5,15 +5,18 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use shanty_worker::{
     Error,
-    engine::{EngineLoader, Facts, LoadRequest, Row, StepEngine, StepHooks, Sum},
+    engine::{
+        EngineLoader, Facts, GradientSink, HostEngine, LoadRequest, OnHost, Row, StepEngine, StepHooks,
+        StepInfo, Sum,
+    },
 };
 
 pub const PARAMETERS: usize = 37;
@@ -26,13 +29,30 @@ pub struct ModelEngines {
     pub pause: Duration,
     /// A row whose loss is not a number.
     pub poisoned_row: Option<u64>,
+    /// A step whose losses are no numbers.
+    pub poisoned_step: Option<u64>,
+    /// A step whose losses are a thousand times what they should be.
+    pub spiked_step: Option<u64>,
+    /// The update of this step gets one bit wrong, as a card's memory may.
+    pub wrong_at: Option<u64>,
     /// Counts loads.
     pub loads: Arc<AtomicU64>,
+    /// When each micro-batch began.
+    pub began: Arc<Mutex<Vec<Instant>>>,
 }
 
 impl Default for ModelEngines {
     fn default() -> Self {
-        Self { micro_batch_rows: 2, pause: Duration::ZERO, poisoned_row: None, loads: Arc::default() }
+        Self {
+            micro_batch_rows: 2,
+            pause: Duration::ZERO,
+            poisoned_row: None,
+            poisoned_step: None,
+            spiked_step: None,
+            wrong_at: None,
+            loads: Arc::default(),
+            began: Arc::default(),
+        }
     }
 }
 
@@ -48,7 +68,7 @@ impl EngineLoader for ModelEngines {
             matched_modules: vec!["layer.0".to_owned()],
             computed_start: false,
         };
-        Ok(Box::new(ModelEngine { facts, settings: self.clone() }))
+        Ok(Box::new(OnHost::new(ModelEngine { facts, settings: self.clone() })))
     }
 }
 
@@ -75,9 +95,15 @@ fn tokens(row: &Row) -> u64 {
     row.trained.iter().map(|range| u64::from(range.end - range.start)).sum()
 }
 
-impl StepHooks for ModelEngine {}
+impl StepHooks for ModelEngine {
+    fn after_step(&self, step: StepInfo, parameters: &mut [f32], _: &[f32], _: &mut [f32]) {
+        if self.settings.wrong_at == Some(step.step) {
+            parameters[3] = f32::from_bits(parameters[3].to_bits() ^ 1);
+        }
+    }
+}
 
-impl StepEngine for ModelEngine {
+impl HostEngine for ModelEngine {
     fn facts(&self) -> &Facts {
         &self.facts
     }
@@ -97,17 +123,18 @@ impl StepEngine for ModelEngine {
         seed: u64,
         step: u64,
         gradient: &mut [f32],
-        during: &mut (dyn FnMut() + Send),
+        sink: &mut dyn GradientSink,
     ) -> Result<Sum, Error> {
         assert!(rows.len() <= self.settings.micro_batch_rows);
+        self.settings.began.lock().unwrap().push(Instant::now());
         std::thread::sleep(self.settings.pause);
         let mut sum = Sum::default();
-        for row in rows {
+        for (number, row) in rows.iter().enumerate() {
             let weight = tokens(row);
             sum.tokens += weight;
-            for (i, (parameter, gradient)) in parameters.iter().zip(gradient.iter_mut()).enumerate() {
-                if i == PARAMETERS / 2 {
-                    during();
+            for (i, parameter) in parameters.iter().enumerate() {
+                if i == PARAMETERS / 2 && number + 1 == rows.len() {
+                    sink.ready(0..i, gradient);
                 }
                 let key = seed
                     ^ step.wrapping_mul(31)
@@ -115,12 +142,19 @@ impl StepEngine for ModelEngine {
                     ^ (i as u64) << 40;
                 let keep = if uniform(key) < 0.1 { 0.0 } else { 1.0 / 0.9 };
                 let pull = (parameter - target(row, i)) * keep;
-                *gradient += pull * weight as f32;
+                gradient[i] += pull * weight as f32;
                 sum.loss += 0.5 * f64::from(pull * pull) * weight as f64;
             }
             if self.settings.poisoned_row == Some(row.id) {
                 sum.loss = f64::NAN;
             }
+        }
+        sink.ready(PARAMETERS / 2..PARAMETERS, gradient);
+        if self.settings.poisoned_step == Some(step) {
+            sum.loss = f64::NAN;
+        }
+        if self.settings.spiked_step == Some(step) {
+            sum.loss *= 1000.0;
         }
         Ok(sum)
     }

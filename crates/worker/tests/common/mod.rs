@@ -30,6 +30,8 @@ use engine::ModelEngines;
 pub struct Crew {
     pub workers: HashMap<String, JoinHandle<Result<(), Error>>>,
     pub shutdown: CancellationToken,
+    /// Asks a worker to hand back what it holds and to end.
+    pub drains: HashMap<String, CancellationToken>,
 }
 
 impl Crew {
@@ -53,6 +55,7 @@ impl Crew {
     ) {
         let worker_id = format!("w{number}");
         let options = WorkerOptions {
+            credentials: shanty_access::Credentials::default(),
             coordinator: address.to_owned(),
             worker_id: worker_id.clone(),
             device: "cpu".to_owned(),
@@ -61,7 +64,9 @@ impl Crew {
             advertise: None,
             memory_limit_bytes: None,
             failpoints,
+            drain: CancellationToken::new(),
         };
+        self.drains.insert(worker_id.clone(), options.drain.clone());
         let (_, logs) = shanty_worker::logs::forward(&worker_id);
         let shutdown = self.shutdown.clone();
         let worker = tokio::spawn(run_worker(options, engines, logs, shutdown));
@@ -79,6 +84,17 @@ impl Crew {
         self.shutdown = all.child_token();
         self.hire_at(address, number, engines, Failpoints::none());
         std::mem::replace(&mut self.shutdown, all)
+    }
+
+    /// Asks a worker to hand back what it holds and to end; waits until it has.
+    pub async fn drain(&mut self, number: usize) -> Result<(), Error> {
+        self.drains[&format!("w{number}")].cancel();
+        self.end_of(number).await
+    }
+
+    /// Waits for a worker's end.
+    pub async fn end_of(&mut self, number: usize) -> Result<(), Error> {
+        self.workers.remove(&format!("w{number}")).unwrap().await.unwrap()
     }
 
     /// Ends all workers; gives how each ended.

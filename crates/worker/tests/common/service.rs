@@ -30,6 +30,8 @@ pub struct Job {
     pub store: PathBuf,
     pub attempt: u32,
     pub learning_rate: f64,
+    /// `[cluster]`
+    pub cluster: serde_json::Value,
 }
 
 impl Job {
@@ -45,6 +47,7 @@ impl Job {
             store,
             attempt: 1,
             learning_rate: 0.05,
+            cluster: serde_json::json!({}),
         }
     }
 
@@ -54,7 +57,7 @@ impl Job {
 
     pub(super) fn assign(&self) -> Assign {
         let spec = serde_json::json!({
-            "name": "test", "base": {"model": "none"}, "adapter": {}, "data": {"train": "none"},
+            "name": "test", "cluster": self.cluster, "base": {"model": "none"}, "adapter": {}, "data": {"train": "none"},
             "train": {
                 "global_batch_size": self.batch, "seed": SEED, "eval_every_steps": self.eval_every,
                 "learning_rate": self.learning_rate, "max_grad_norm": 1.0,
@@ -73,6 +76,7 @@ impl Job {
                 steps: self.steps,
                 ..DataSummary::default()
             }),
+            ..Assign::default()
         }
     }
 }
@@ -90,6 +94,7 @@ pub fn row(split: Split, id: u64) -> Row {
 }
 
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "few of them wait at a time")]
 pub enum Event {
     Connected(String),
     Said(String, FromWorker),
@@ -165,10 +170,11 @@ impl WorkerService for Service {
                     let shared = service.shared.lock().unwrap();
                     let ours =
                         beat.attachment.as_ref().is_some_and(|one| one.generation == shared.generation);
-                    let credit = shared
-                        .credit
-                        .filter(|_| ours)
-                        .map(|up_to_step| Credit { generation: shared.generation, up_to_step });
+                    let credit = shared.credit.filter(|_| ours).map(|up_to_step| Credit {
+                        generation: shared.generation,
+                        up_to_step,
+                        ..Credit::default()
+                    });
                     send(&sender, ToWorker::BeatAck(BeatAck { sequence: beat.sequence, credit }));
                     continue;
                 }

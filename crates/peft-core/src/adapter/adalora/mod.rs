@@ -273,6 +273,10 @@ impl Method for AdaLoraConfig {
         vec![0.0; allocate::state_length(layout)]
     }
 
+    fn has_step_hooks(&self) -> bool {
+        true
+    }
+
     fn regularise(&self, step: &StepHook<'_>, parameters: &[f32], gradient: &mut [f32]) {
         allocate::add_orthogonality(self.orth_reg_weight, step, parameters, gradient);
     }

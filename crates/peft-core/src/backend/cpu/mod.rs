@@ -112,7 +112,11 @@ impl Backend for Cpu {
 
     fn add_losses(&self, losses: View<'_, Self>, state: &mut FlatState<Self>) {
         let losses = &losses.data[losses.offset..losses.offset + losses.rows];
-        state.outcome.loss += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
+        state.known_losses.push(losses.iter().map(|loss| f64::from(*loss)).sum());
+    }
+
+    fn losses(&self, state: &mut FlatState<Self>) -> Result<Vec<f64>> {
+        Ok(std::mem::take(&mut state.known_losses))
     }
 
     fn update_flat(&self, update: &FlatUpdate<'_>, state: &mut FlatState<Self>) {
@@ -120,7 +124,8 @@ impl Backend for Cpu {
     }
 
     fn outcome(&self, state: &mut FlatState<Self>) -> Result<Outcome> {
-        Ok(std::mem::take(&mut state.outcome))
+        let loss = std::mem::take(&mut state.known_losses).iter().sum();
+        Ok(Outcome { loss, ..std::mem::take(&mut state.outcome) })
     }
 
     fn allocate_batch(&self, room: BatchRoom) -> Result<CpuBatch> {

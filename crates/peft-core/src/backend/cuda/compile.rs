@@ -17,6 +17,7 @@ const ROWS: &str = include_str!("kernels/rows.cu");
 const VECTORS: &str = include_str!("kernels/vectors.cu");
 const VIRTUAL_TOKENS: &str = include_str!("kernels/virtual_tokens.cu");
 const NF4: &str = include_str!("kernels/nf4.cu");
+const QUANTISE: &str = include_str!("kernels/quantise.cu");
 const LOW_RANK: &str = include_str!("kernels/low_rank.cu");
 const OPTIMIZER: &str = include_str!("kernels/optimizer.cu");
 const ATTENTION: &str = include_str!("kernels/attention.cu");
@@ -174,7 +175,7 @@ impl HopperTiles {
 impl Unit {
     /// Everything but attention.
     pub fn general() -> Self {
-        let parts = [COMMON, ELEMENTWISE, ROWS, VECTORS, VIRTUAL_TOKENS, NF4, LOW_RANK, OPTIMIZER];
+        let parts = [COMMON, ELEMENTWISE, ROWS, VECTORS, VIRTUAL_TOKENS, NF4, QUANTISE, LOW_RANK, OPTIMIZER];
         Self { source: parts.concat(), options: Vec::new() }
     }
 

@@ -69,6 +69,13 @@ impl Device {
         libraries::cublas()
     }
 
+    /// How many cards there are.
+    pub(super) fn count() -> Result<usize, DeviceError> {
+        libraries::driver()?;
+        result::init().map_err(|_| DeviceError::NoDriver)?;
+        Ok(result::device::get_count().map_err(|_| DeviceError::NoDriver)?.max(0) as usize)
+    }
+
     /// Bytes of a card, and how many are free.
     pub(super) fn memory_bytes(index: usize) -> Result<(u64, u64), DeviceError> {
         let card = Card::find(index)?;
@@ -268,6 +275,27 @@ impl Device {
         });
     }
 
+    /// Starts a kernel on a stream of the caller's, whose context is current.
+    ///
+    /// # Safety
+    /// `arguments` must point to what the kernel takes, in its order.
+    pub(super) unsafe fn launch_on(
+        &self,
+        stream: sys::CUstream,
+        name: &'static str,
+        blocks: usize,
+        threads: usize,
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), DeviceError> {
+        let function = self.function(name);
+        if function.is_null() {
+            return self.settle();
+        }
+        let (grid, block) = ((blocks as u32, 1, 1), (threads as u32, 1, 1));
+        // SAFETY: the caller's.
+        unsafe { result::launch_kernel(function, grid, block, 0, stream, arguments) }.map_err(call(name))
+    }
+
     /// Times every operation from now on, or no longer: an event after each, so that the times add up to the whole.
     pub(super) fn set_profiling(&self, on: bool) {
         self.attempt(|| {
@@ -362,9 +390,7 @@ struct Card {
 impl Card {
     fn find(index: usize) -> Result<Self, DeviceError> {
         use sys::CUdevice_attribute_enum as Attribute;
-        libraries::driver()?;
-        result::init().map_err(|_| DeviceError::NoDriver)?;
-        let count = result::device::get_count().map_err(|_| DeviceError::NoDriver)?.max(0) as usize;
+        let count = Device::count()?;
         if index >= count {
             return Err(DeviceError::NoSuchDevice { index, count });
         }

@@ -77,6 +77,14 @@ pub enum DeviceError {
         /// Tokens of a micro-batch.
         tokens: usize,
     },
+    /// The base alone does not fit the card's memory, or what of it may be taken.
+    #[error("the base alone needs {needed} bytes of GPU memory, {limit} may be taken")]
+    BaseTooLarge {
+        /// Bytes of the base, less what can stay with the host.
+        needed: u64,
+        /// Bytes that may be taken.
+        limit: u64,
+    },
     /// Memory of the host that the card reads directly is short.
     #[error("failed to pin {bytes} bytes of host memory")]
     HostMemory {
@@ -105,6 +113,7 @@ impl DeviceError {
             Self::Unsupported { .. } => "SH0808",
             Self::PlanTooLarge { .. } => "SH0810",
             Self::HostMemory { .. } => "SH0811",
+            Self::BaseTooLarge { .. } => "SH0830",
         }
     }
 
@@ -135,6 +144,10 @@ impl DeviceError {
             Self::PlanTooLarge { .. } => {
                 "lower data.max_length, train.micro_batch_size or adapter.r, raise train.memory, free the card of other programs \
                  (`nvidia-smi`), or use a smaller base"
+            }
+            Self::BaseTooLarge { .. } => {
+                "keep the base in 4 bits (base.quantization = \"nf4\"), share it among several cards (base.shard), raise train.memory, \
+                 free the card of other programs (`nvidia-smi`), or use a smaller base"
             }
             Self::HostMemory { .. } => {
                 "free memory of the host or raise its limit of locked memory (`ulimit -l`); a higher train.memory keeps more \

@@ -4,18 +4,16 @@
 //! plain names; one that lies elsewhere is opened here by its path first, after which the plain name finds it.
 
 use std::{
-    env,
-    ffi::{CString, OsStr, c_char, c_int, c_void},
+    ffi::{CString, c_char, c_int, c_void},
     os::unix::ffi::OsStrExt,
-    path::{Path, PathBuf},
+    path::Path,
 };
+
+use shanty_cuda::libraries::{files, folders, is_explicit};
 
 use super::DeviceError;
 
-/// Folder or file to look for CUDA libraries first.
-pub const LIBRARIES_VARIABLE: &str = "SHANTY_CUDA_LIBRARIES";
-/// A libnvrtc to compile kernels with, where no GPU is needed: for tests.
-pub const NVRTC_VARIABLE: &str = "SHANTY_NVRTC";
+pub use shanty_cuda::libraries::{LIBRARIES_VARIABLE, NVRTC_VARIABLE};
 
 const RTLD_NOW: c_int = 2;
 const RTLD_GLOBAL: c_int = 0x100;
@@ -32,73 +30,25 @@ pub(super) fn open(path: &Path) -> bool {
     unsafe { !dlopen(path.as_ptr(), RTLD_NOW | RTLD_GLOBAL).is_null() }
 }
 
-/// Folders that may hold CUDA libraries.
-fn folders() -> Vec<PathBuf> {
-    let mut folders = Vec::new();
-    for variable in [LIBRARIES_VARIABLE, NVRTC_VARIABLE] {
-        if let Some(path) = env::var_os(variable).filter(|path| !path.is_empty()).map(PathBuf::from) {
-            folders.push(if path.is_file() {
-                path.parent().map(Path::to_owned).unwrap_or(path)
-            } else {
-                path
-            });
-        }
-    }
-    for variable in ["CUDA_HOME", "CUDA_PATH"] {
-        if let Some(home) = env::var_os(variable).filter(|path| !path.is_empty()) {
-            folders.push(Path::new(&home).join("lib64"));
-        }
-    }
-    folders.push("/usr/local/cuda/lib64".into());
-    folders.push("/usr/lib/x86_64-linux-gnu".into());
-    // Wheels of Python: in the active environment, or the system's.
-    let roots = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(env::var_os).map(PathBuf::from);
-    for root in roots.chain([PathBuf::from("/usr"), PathBuf::from("/usr/local")]) {
-        let Ok(versions) = root.join("lib").read_dir() else { continue };
-        let pythons = versions.flatten().filter(|entry| entry.file_name().as_bytes().starts_with(b"python3"));
-        for python in pythons {
-            for packages in ["site-packages", "dist-packages"] {
-                for wheel in ["cu13", "cuda_nvrtc", "cublas"] {
-                    let folder = python.path().join(packages).join("nvidia").join(wheel).join("lib");
-                    if folder.is_dir() {
-                        folders.push(folder);
-                    }
-                }
-            }
-        }
-    }
-    folders
-}
-
 /// Opens every library of a family that a folder holds, `libnvrtc-builtins` with `libnvrtc`.
 fn open_from(folder: &Path, family: &str) -> bool {
-    let Ok(entries) = folder.read_dir() else { return false };
-    let mut names: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
-    let belongs = |name: &OsStr, stem: &str| {
-        let name = name.as_bytes();
-        name.starts_with(stem.as_bytes()) && name[stem.len()..].starts_with(b".so")
-    };
-    names.retain(|name| !name.as_bytes().windows(4).any(|part| part == b".alt"));
-    names.sort();
     let needed: &[&str] = match family {
-        "nvrtc" => &["libnvrtc-builtins"],
-        "cublas" => &["libcublasLt"],
+        "nvrtc" => &["nvrtc-builtins"],
+        "cublas" => &["cublasLt"],
         _ => &[],
     };
-    for stem in needed {
-        for name in names.iter().filter(|name| belongs(name, stem)) {
-            open(&folder.join(name));
+    for name in needed {
+        for file in files(folder, name) {
+            open(&file);
         }
     }
-    let stem = format!("lib{family}");
-    names.iter().any(|name| belongs(name, &stem) && open(&folder.join(name)))
+    files(folder, family).iter().any(|file| open(file))
 }
 
 /// Makes a library available, or says where it was looked for.
 fn require(family: &'static str, present: impl Fn() -> bool) -> Result<(), DeviceError> {
     let folders = folders();
-    let explicit = env::var_os(LIBRARIES_VARIABLE).is_some() || env::var_os(NVRTC_VARIABLE).is_some();
-    if !explicit && present() {
+    if !is_explicit() && present() {
         return Ok(());
     }
     for folder in &folders {

@@ -52,7 +52,20 @@ pub struct DeviceMemory {
     pub(super) buffer: DeviceBuffer,
     pub(super) bytes: usize,
     /// None while memory is only counted.
-    _region: Option<Arc<Region>>,
+    region: Option<Arc<Region>>,
+}
+
+impl DeviceMemory {
+    /// What it lies in.
+    pub(super) fn region(&self) -> Option<Arc<Region>> {
+        self.region.clone()
+    }
+
+    /// The same memory, which is given back when the last of its owners is dropped.
+    pub(super) fn share(&self) -> Self {
+        let buffer = DeviceBuffer { ..self.buffer };
+        Self { buffer, bytes: self.bytes, region: self.region.clone() }
+    }
 }
 
 impl Deref for DeviceMemory {
@@ -128,7 +141,7 @@ impl Source {
             }
             Self::Placing(..) => return Err(DeviceError::OutOfMemory { bytes: size, free: 0 }),
         };
-        Ok(DeviceMemory { buffer: DeviceBuffer::new(address, numbers), bytes: size, _region: region })
+        Ok(DeviceMemory { buffer: DeviceBuffer::new(address, numbers), bytes: size, region })
     }
 }
 

@@ -1,6 +1,6 @@
 //! Updates of low rank, added to a matrix while it is dequantised.
 
-use super::{Cuda, DeviceBuffer, Numbers, base::key, launch};
+use super::{Cuda, DeviceBuffer, Numbers, base::matrix_key, launch};
 use crate::{
     backend::{LowRank, View},
     model::Matrix,
@@ -20,22 +20,23 @@ impl Cuda {
         update: &LowRank<'_, Self>,
         scratch: &DeviceBuffer,
     ) -> bool {
-        let Matrix::Nf4(view) = matrix else { return false };
-        let (rows, columns, rank) = (view.rows(), view.columns(), update.a.rows);
+        let Some(packed) = self.base.packed.get(&matrix_key(matrix)) else { return false };
+        let (rows, columns, rank) = (matrix.rows(), matrix.columns(), update.a.rows);
         let rounded = |view: View<'_, Self>| match view.data.rounded {
             0 => None,
             address => Some(address + 2 * view.offset as u64),
         };
         let (Some(a), Some(b)) = (rounded(update.a), rounded(update.b)) else { return false };
         let fits = columns.is_multiple_of(64)
-            && view.block_size() >= 16
             && rank.is_multiple_of(2)
             && (1..=LARGEST_RANK).contains(&rank)
             && update.a.stride == columns
             && update.b.stride == rank
             && b.is_multiple_of(4)
             && scratch.numbers == Numbers::Bf16;
-        let Some(packed) = self.base.packed.get(&key(view.codes())).filter(|_| fits) else { return false };
+        if !fits {
+            return false;
+        }
         let grid = [columns.div_ceil(COLUMNS), rows.div_ceil(ROWS), 1];
         let shared = 2 * COLUMNS * (rank.next_multiple_of(16) + 2);
         launch!(

@@ -11,14 +11,19 @@ mod base;
 pub mod compile;
 mod device;
 mod error;
+mod held;
+mod lane;
 mod libraries;
+mod loading;
 mod low_rank;
 mod memory;
 mod merge;
 mod operations;
 mod optimizer;
+mod outgoing;
 mod products;
 mod profile;
+mod reduce;
 mod survey;
 mod transfers;
 mod virtual_tokens;
@@ -29,6 +34,8 @@ pub use error::DeviceError;
 pub use libraries::{LIBRARIES_VARIABLE, NVRTC_VARIABLE};
 pub use memory::{Aside, DeviceBuffer, DeviceMemory};
 use memory::{Numbers, Pinned, Region, Source};
+pub use profile::Clock;
+pub use reduce::{CardFlat, Mark};
 use serde::{Deserialize, Serialize};
 pub use survey::{Survey, survey};
 
@@ -43,6 +50,11 @@ use crate::{error::Result, model::BaseSource, random::DropoutKey};
 /// Whether this machine has a card that [`Cuda::new`] can use, and the libraries for it: for `auto`, which asks first.
 pub fn is_available() -> bool {
     Device::probe().is_ok()
+}
+
+/// How many cards this machine has; 0 without a driver.
+pub fn cards() -> usize {
+    Device::count().unwrap_or(0)
 }
 
 /// Bytes of a card, and how many are free; none where there is no such card.
@@ -81,6 +93,8 @@ pub struct Cuda {
     source: Mutex<Source>,
     /// Flat buffers on their way between host and card: pinned, so that the copy runs at the bus's speed.
     staging: Mutex<Option<Pinned>>,
+    /// Pieces of a gradient on their way to other members and back; reserved at first.
+    pieces: Mutex<Option<reduce::Pieces>>,
 }
 
 /// A micro-batch on the card.
@@ -94,6 +108,7 @@ pub struct CudaBatch {
     /// What attention's backward pass needs of every row and head: two numbers.
     statistics: DeviceMemory,
     tiles: TileLists,
+    outgoing: outgoing::Outgoing,
     span_count: usize,
     longest_queries: usize,
     longest_keys: usize,
@@ -190,6 +205,7 @@ impl Cuda {
             rounded: Mutex::new([None, None]),
             source: Mutex::new(Source::Single),
             staging: Mutex::new(None),
+            pieces: Mutex::new(None),
             device,
         })
     }
@@ -247,6 +263,17 @@ impl Cuda {
     /// What failed on the card before.
     pub fn take_profile(&self) -> Result<Vec<(String, f64, u64)>> {
         Ok(self.device.take_profile()?)
+    }
+
+    /// Queues a pause.
+    pub(crate) fn hold_for(&self, seconds: f64) {
+        let nanoseconds = (1e9 * seconds.max(0.0)) as u64;
+        launch!(self.device, "hold", [1, 1, 1], [32, 1], nanoseconds);
+    }
+
+    /// A place behind what is queued so far.
+    pub(crate) fn clock(&self) -> Result<Clock> {
+        Ok(Clock::new(&self.device)?)
     }
 
     /// Memory of the card for `bytes` bytes, all 0.

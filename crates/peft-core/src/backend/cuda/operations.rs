@@ -6,7 +6,9 @@ use super::{
     Aside, Cuda, CudaBatch, DeviceBuffer, DeviceMemory, Numbers, THREADS, any, attention,
     attention::{Backward, Forward, TileLists},
     base::{Table, key, table_key},
-    grid, kernel, launch, matrix, target,
+    grid, kernel, launch, matrix,
+    outgoing::Outgoing,
+    target,
 };
 use crate::{
     backend::{
@@ -36,6 +38,10 @@ impl Backend for Cuda {
 
     fn allocate_batch(&self, room: BatchRoom) -> Result<CudaBatch> {
         let reserve = |bytes: usize| self.take(bytes * room.tokens, Numbers::F32);
+        let tiles = TileLists::allocate(self, room)?;
+        // Six arrays and two lists.
+        let outgoing =
+            Outgoing::new(&self.device, (4 + 4 + 8 + 16 + 4 + 4) * room.tokens + tiles.bytes(), 8)?;
         Ok(CudaBatch {
             ids: reserve(4)?,
             positions: reserve(4)?,
@@ -44,7 +50,8 @@ impl Backend for Cuda {
             predicting: reserve(4)?,
             targets: reserve(4)?,
             statistics: reserve(8 * room.heads)?,
-            tiles: TileLists::allocate(self, room)?,
+            tiles,
+            outgoing,
             span_count: 0,
             longest_queries: 0,
             longest_keys: 0,
@@ -101,6 +108,10 @@ impl Backend for Cuda {
 
     fn add_losses(&self, losses: View<'_, Self>, state: &mut FlatState<Self>) {
         self.queue_losses(losses, state);
+    }
+
+    fn losses(&self, state: &mut FlatState<Self>) -> Result<Vec<f64>> {
+        self.read_losses(state)
     }
 
     fn update_flat(&self, update: &FlatUpdate<'_>, state: &mut FlatState<Self>) {

@@ -4,11 +4,11 @@ use super::{Cuda, DeviceError, Numbers, THREADS, launch, matrix};
 use crate::{
     backend::{Backend, View},
     error::Result,
-    optim::{Factors, FlatState, FlatUpdate, Outcome, SQUARES},
+    optim::{Factors, FlatState, FlatUpdate, LOSSES, Outcome, SQUARES, Source},
 };
 
-/// Numbers of f64 in front of the partial sums: norm, factor, sum of losses.
-const REPORT: usize = 3;
+/// Numbers of f64 in front of losses and partial sums: norm and factor.
+const REPORT: usize = 2;
 
 /// A group as the kernel takes it.
 #[derive(Clone, Copy)]
@@ -26,15 +26,41 @@ unsafe impl bytemuck::Pod for GroupArgument {}
 
 impl Cuda {
     pub(super) fn queue_losses(&self, losses: View<'_, Self>, state: &mut FlatState<Self>) {
-        let total = state.sums.address + 16;
+        if state.queued_losses == LOSSES {
+            match self.read_losses(state) {
+                Ok(losses) => state.known_losses = losses,
+                // What failed is told again where the caller asks.
+                Err(_) => return,
+            }
+        }
+        let total = state.sums.address + 8 * (REPORT + state.queued_losses) as u64;
         let (from, count) = (matrix(losses).address, losses.rows as u32);
         launch!(self.device, "sum_losses", [1, 1, 1], [1024, 1], from, count, total);
+        state.queued_losses += 1;
+    }
+
+    pub(super) fn read_losses(&self, state: &mut FlatState<Self>) -> Result<Vec<f64>> {
+        let mut losses = std::mem::take(&mut state.known_losses);
+        let count = std::mem::take(&mut state.queued_losses);
+        if count > 0 {
+            let mut queued = [f64::NAN; LOSSES];
+            let address = state.sums.address + 8 * REPORT as u64;
+            self.device.download(address, &mut queued[..count]);
+            self.device.upload(&[0.0_f64; LOSSES][..count], address);
+            losses.extend_from_slice(&queued[..count]);
+        }
+        self.settle()?;
+        Ok(losses)
     }
 
     pub(super) fn queue_update(&self, update: &FlatUpdate<'_>, state: &mut FlatState<Self>) {
         let (length, count) = (state.length as u64, state.length.div_ceil(SQUARES));
-        let (report, partial) = (state.sums.address, state.sums.address + 8 * REPORT as u64);
-        let gradient = state.gradient.address;
+        let (report, partial) = (state.sums.address, state.sums.address + 8 * (REPORT + LOSSES) as u64);
+        let gradient = match (update.source, &state.reduced) {
+            (Source::Reduced, Some(reduced)) => reduced.address,
+            (Source::Reduced, None) => return self.missing("a sum over all members"),
+            (Source::Own, _) => state.gradient.address,
+        };
         launch!(self.device, "square_sums", [count, 1, 1], [256, 1], gradient, length, partial);
         let (mean, max_norm, partials) = (update.mean, update.max_norm, count as u32);
         launch!(self.device, "clip", [1, 1, 1], [1024, 1], partial, partials, mean, max_norm, report);
@@ -77,9 +103,8 @@ impl Cuda {
     pub(super) fn read_outcome(&self, state: &mut FlatState<Self>) -> Result<Outcome> {
         let mut report = [f64::NAN; REPORT];
         self.device.download(state.sums.address, &mut report);
-        self.device.upload(&[0.0_f64], state.sums.address + 16);
-        self.settle()?;
-        let [norm, factor, loss] = report;
+        let loss = self.read_losses(state)?.iter().sum();
+        let [norm, factor] = report;
         if norm.is_finite() != factor.is_finite() {
             let reason = "norm and factor disagree".to_owned();
             return Err(DeviceError::Call { operation: "clip", reason }.into());

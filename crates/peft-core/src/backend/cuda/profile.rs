@@ -1,10 +1,13 @@
 //! Where a card's time goes: an event after each operation, on the stream that they run on.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use cudarc::driver::{result, sys};
 
-use super::{DeviceError, device::call};
+use super::{
+    DeviceError,
+    device::{Device, call},
+};
 
 /// Events behind operations.
 pub(super) struct Profile {
@@ -53,6 +56,45 @@ impl Profile {
             sums.into_iter().map(|(name, (seconds, calls))| (name, seconds, calls)).collect();
         all.sort_by(|a, b| b.1.total_cmp(&a.1));
         Ok(all)
+    }
+}
+
+/// A place in what is queued, whose time is taken when it is reached.
+pub struct Clock {
+    event: sys::CUevent,
+    device: Arc<Device>,
+}
+
+// SAFETY: events may be used from any thread whose context is the card's.
+unsafe impl Send for Clock {}
+
+impl Clock {
+    pub(super) fn new(device: &Arc<Device>) -> Result<Self, DeviceError> {
+        device.bind()?;
+        Ok(Self { event: event(device.stream)?, device: Arc::clone(device) })
+    }
+
+    /// Waits for both places; the seconds between them.
+    ///
+    /// # Errors
+    /// What failed on the card before.
+    pub fn seconds_to(&self, later: &Self) -> crate::error::Result<f64> {
+        self.device.bind()?;
+        // SAFETY: both events were recorded and live.
+        let milliseconds = unsafe {
+            result::event::synchronize(later.event).map_err(call("cuEventSynchronize"))?;
+            result::event::elapsed(self.event, later.event).map_err(call("cuEventElapsedTime"))?
+        };
+        Ok(f64::from(milliseconds) / 1e3)
+    }
+}
+
+impl Drop for Clock {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: destroyed once, by its owner.
+            let _ = unsafe { result::event::destroy(self.event) };
+        }
     }
 }
 

@@ -4,8 +4,8 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::{
-    Cuda, CudaBatch, DeviceBuffer, DeviceError, DeviceMemory, Numbers, THREADS, base::key, kernel, launch,
-    matrix,
+    Cuda, CudaBatch, DeviceBuffer, DeviceError, DeviceMemory, Numbers, THREADS, base::matrix_key, kernel,
+    launch, matrix,
 };
 use crate::{
     backend::{Backend, Ready, View, ViewMut},
@@ -21,12 +21,14 @@ const CHUNK: usize = 1 << 16;
 impl Cuda {
     /// [`Backend::load_batch`].
     pub(super) fn load(&self, from: &PackedBatch, into: &mut CudaBatch) {
-        let device = &self.device;
-        device.upload(&from.token_ids, into.ids.address);
-        device.upload(&from.positions, into.positions.address);
-        device.upload(&from.sample_ids, into.samples.address);
-        device.upload(&from.predicting, into.predicting.address);
-        device.upload(&from.targets, into.targets.address);
+        let device = &*self.device;
+        let CudaBatch { outgoing, ids, positions, samples, predicting, targets, .. } = into;
+        outgoing.begin(device);
+        outgoing.send(device, &from.token_ids, ids.address);
+        outgoing.send(device, &from.positions, positions.address);
+        outgoing.send(device, &from.sample_ids, samples.address);
+        outgoing.send(device, &from.predicting, predicting.address);
+        outgoing.send(device, &from.targets, targets.address);
         let spans: Vec<[u32; 4]> = from
             .spans
             .iter()
@@ -34,9 +36,10 @@ impl Cuda {
                 [span.query_start, span.queries, span.key_start, span.keys].map(|number| number as u32)
             })
             .collect();
-        device.upload(&spans, into.spans.address);
+        outgoing.send(device, &spans, into.spans.address);
+        into.tiles.load(self, outgoing, &from.spans);
+        outgoing.end(device);
         into.span_count = spans.len();
-        into.tiles.load(self, &from.spans);
         into.longest_queries = from.spans.iter().map(|span| span.queries).max().unwrap_or(0);
         into.longest_keys = from.spans.iter().map(|span| span.keys).max().unwrap_or(0);
     }
@@ -121,20 +124,18 @@ impl Cuda {
         scratch: &'a mut DeviceBuffer,
     ) -> View<'a, Self> {
         let (rows, columns) = (matrix.rows(), matrix.columns());
-        match matrix {
-            Matrix::Dense(view) => match self.base.dense.get(&key(view.data())) {
-                Some(memory) => return View::new(&memory.buffer, rows, columns),
-                None => self.missing("a matrix"),
-            },
-            Matrix::Nf4(view) => match self.base.packed.get(&key(view.codes())) {
-                Some(packed) => {
-                    let argument = packed.argument;
-                    let blocks = (argument.numbers as usize / 8).div_ceil(THREADS).clamp(1, 132 * 32);
-                    let name = kernel!("nf4", scratch.numbers);
-                    launch!(self.device, name, [blocks, 1, 1], [THREADS, 1], argument, scratch.address);
-                }
-                None => self.missing("a quantised matrix"),
-            },
+        let key = matrix_key(matrix);
+        if let Some(memory) = self.base.dense.get(&key) {
+            return View::new(&memory.buffer, rows, columns);
+        }
+        match self.base.packed.get(&key) {
+            Some(packed) => {
+                let argument = packed.argument;
+                let blocks = (argument.numbers as usize / 8).div_ceil(THREADS).clamp(1, 132 * 32);
+                let name = kernel!("nf4", scratch.numbers);
+                launch!(self.device, name, [blocks, 1, 1], [THREADS, 1], argument, scratch.address);
+            }
+            None => self.missing("a matrix"),
         }
         View::new(scratch, rows, columns)
     }

@@ -1,6 +1,6 @@
 //! Which tensors a base is loaded from, all checked before the first is read.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, path::Path};
 
 use safetensors::tensor::Dtype;
 
@@ -12,7 +12,7 @@ use crate::{
         weights::{ModelFiles, Tensor},
     },
     quant::{
-        Nf4Options,
+        Cut, Nf4Options,
         bitsandbytes::{self, StoredWeight},
         nf4,
         packed::{PackedLayer, PackedShape},
@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Where a projection's weight comes from and how it is kept.
-pub(super) enum WeightPlan<'a> {
+pub(crate) enum WeightPlan<'a> {
     /// Read as f32 and kept so.
     Dense(Tensor<'a>),
     /// Read as f32 and quantised.
@@ -33,7 +33,7 @@ pub(super) enum WeightPlan<'a> {
 
 impl WeightPlan<'_> {
     /// What it takes in the layer's packed buffer.
-    pub(super) fn packed(&self) -> Option<PackedShape> {
+    pub(crate) fn packed(&self) -> Option<PackedShape> {
         match self {
             Self::Dense(_) | Self::Widen(_) => None,
             Self::Quantise(_, shape) => Some(*shape),
@@ -43,26 +43,26 @@ impl WeightPlan<'_> {
 }
 
 /// One decoder layer.
-pub(super) struct LayerPlan<'a> {
+pub(crate) struct LayerPlan<'a> {
     /// In the order of [`Norm::ALL`].
-    pub(super) norms: Vec<(Norm, Tensor<'a>)>,
+    pub(crate) norms: Vec<(Norm, Tensor<'a>)>,
     /// In the order of [`ModelConfig::projections`].
-    pub(super) weights: Vec<WeightPlan<'a>>,
+    pub(crate) weights: Vec<WeightPlan<'a>>,
     /// In the order of [`ModelConfig::projections`].
-    pub(super) biases: Vec<Option<Tensor<'a>>>,
+    pub(crate) biases: Vec<Option<Tensor<'a>>>,
 }
 
 /// A whole base.
-pub(super) struct BasePlan<'a> {
-    pub(super) layers: Vec<LayerPlan<'a>>,
-    pub(super) embedding: Tensor<'a>,
-    pub(super) final_norm: Tensor<'a>,
-    pub(super) head: Option<Tensor<'a>>,
+pub(crate) struct BasePlan<'a> {
+    pub(crate) layers: Vec<LayerPlan<'a>>,
+    pub(crate) embedding: Tensor<'a>,
+    pub(crate) final_norm: Tensor<'a>,
+    pub(crate) head: Option<Tensor<'a>>,
 }
 
 impl<'a> BasePlan<'a> {
     /// Finds all tensors that `config` calls for and checks shapes and dtypes.
-    pub(super) fn new(files: &'a ModelFiles, config: &ModelConfig, nf4: Option<Nf4Options>) -> Result<Self> {
+    pub(crate) fn new(files: &'a ModelFiles, config: &ModelConfig, nf4: Option<Nf4Options>) -> Result<Self> {
         if let Some(options) = nf4
             && !nf4::is_block_size(options.block_size)
         {
@@ -124,7 +124,7 @@ impl<'a> BasePlan<'a> {
     }
 
     /// All tensors that will be read.
-    pub(super) fn tensors(&self) -> Vec<Tensor<'a>> {
+    pub(crate) fn tensors(&self) -> Vec<Tensor<'a>> {
         let mut tensors = vec![self.embedding, self.final_norm];
         tensors.extend(self.head);
         for layer in &self.layers {
@@ -143,14 +143,44 @@ impl<'a> BasePlan<'a> {
     }
 
     /// Tensors of the folder that nothing reads, sorted.
-    pub(super) fn unused(&self, files: &ModelFiles) -> Vec<String> {
+    pub(crate) fn unused(&self, files: &ModelFiles) -> Vec<String> {
         let tensors = self.tensors();
         let used: BTreeSet<&str> = tensors.iter().map(Tensor::name).collect();
         files.names().filter(|name| !used.contains(name)).map(str::to_owned).collect()
     }
 
-    /// What the base will take in memory.
-    pub(super) fn memory(&self, config: &ModelConfig) -> MemoryUse {
+    /// Refuses a base that cannot be read in parts: one without a matrix in 4 bits, or whose numbers lie in a GGUF file.
+    pub(crate) fn check_shard(&self, folder: &Path) -> Result<()> {
+        let base = || folder.to_owned();
+        if folder.is_file() {
+            return Err(Error::ShardOfGguf { file: base() });
+        }
+        let mut weights = self.layers.iter().flat_map(|layer| &layer.weights);
+        match weights.any(|weight| weight.packed().is_some()) {
+            true => Ok(()),
+            false => Err(Error::ShardNeedsNf4 { folder: base() }),
+        }
+    }
+
+    /// What each of `parts` members that share the base will take of it in memory.
+    pub(crate) fn shared_memory(&self, config: &ModelConfig, parts: usize) -> MemoryUse {
+        let mut memory = self.memory(config, false);
+        let mut longest = 0;
+        for layer in &self.layers {
+            let packed: Vec<_> = layer.weights.iter().filter_map(WeightPlan::packed).collect();
+            let cut = Cut::new(&packed, parts);
+            longest = longest.max(cut.bytes());
+            let maps = usize::from(packed.iter().any(|shape| shape.options.double));
+            memory.linear_bytes -= PackedLayer::bytes_for(&packed);
+            memory.linear_bytes += cut.part_bytes() + maps * size_of::<[f32; 256]>();
+        }
+        memory.slot_bytes = 2 * longest;
+        memory
+    }
+
+    /// What the base will take in memory, its matrices that are not quantised as f32 or, with `half_matrices`, as bf16.
+    pub(crate) fn memory(&self, config: &ModelConfig, half_matrices: bool) -> MemoryUse {
+        let number = if half_matrices { 2 } else { 4 };
         let table =
             |tensor: &Tensor<'_>| tensor.elements() * if tensor.dtype() == Dtype::BF16 { 2 } else { 4 };
         let mut memory = MemoryUse {
@@ -158,6 +188,7 @@ impl<'a> BasePlan<'a> {
             embedding_bytes: table(&self.embedding),
             head_bytes: self.head.as_ref().map_or(0, table),
             other_bytes: 4 * self.final_norm.elements(),
+            slot_bytes: 0,
         };
         for layer in &self.layers {
             let packed: Vec<_> = layer.weights.iter().filter_map(WeightPlan::packed).collect();
@@ -165,7 +196,7 @@ impl<'a> BasePlan<'a> {
             for (projection, weight) in config.projections().iter().zip(&layer.weights) {
                 if weight.packed().is_none() {
                     let [out, input] = config.shape(*projection);
-                    memory.linear_bytes += 4 * out * input;
+                    memory.linear_bytes += number * out * input;
                 }
             }
             let biases: usize = layer.biases.iter().flatten().map(Tensor::elements).sum();

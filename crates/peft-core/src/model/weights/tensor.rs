@@ -1,6 +1,6 @@
 //! One tensor of a file, read as numbers.
 
-use std::path::Path;
+use std::{ops::Range, path::Path};
 
 use half::{bf16, f16};
 use safetensors::tensor::Dtype;
@@ -122,7 +122,8 @@ impl<'a> Tensor<'a> {
         self.expect_dtype(&[Dtype::F32, Dtype::F16, Dtype::BF16], "F32, F16 or BF16")
     }
 
-    fn non_finite(&self) -> Error {
+    /// What is said of a number that is infinite or none.
+    pub(crate) fn non_finite(&self) -> Error {
         Error::NonFinite {
             origin: self.file.origin(),
             file: self.file().to_owned(),
@@ -131,7 +132,7 @@ impl<'a> Tensor<'a> {
     }
 
     /// Reads bytes from `offset` of the tensor on.
-    fn read_at(&self, offset: usize, out: &mut [u8]) -> Result<()> {
+    pub(crate) fn read_at(&self, offset: usize, out: &mut [u8]) -> Result<()> {
         self.file.read_at(self.stored.start + offset as u64, out)
     }
 
@@ -235,6 +236,48 @@ impl<'a> Tensor<'a> {
             return Err(self.non_finite());
         }
         Ok(numbers)
+    }
+
+    /// As [`Tensor::pieces_f32`], of the numbers of `range` alone, which begins and ends at a stored block; not of tensors
+    /// whose rows lie interleaved. `witness` hears where in the tensor its bytes lie.
+    ///
+    /// # Errors
+    /// As [`Tensor::pieces_f32`].
+    pub fn pieces_f32_of(
+        &self,
+        range: Range<usize>,
+        witness: &mut dyn FnMut(usize, &[u8]),
+        mut take: impl FnMut(&[f32]),
+    ) -> Result<()> {
+        debug_assert!(self.stored.heads.is_none() && range.end <= self.elements());
+        self.expect_float()?;
+        let encoding = self.stored.encoding;
+        let mut buffer = Buffer::new(PIECE.min(range.len()), encoding);
+        for first in range.clone().step_by(PIECE) {
+            let count = PIECE.min(range.end - first);
+            let mut at = |bytes: &[u8]| witness(encoding.bytes(first), bytes);
+            take(self.read_numbers(first, count, &mut buffer, &mut at)?);
+        }
+        Ok(())
+    }
+
+    /// Reads the bytes of `range` as they are; of use where [`Tensor::is_plain`]. `witness` hears where they lie.
+    ///
+    /// # Errors
+    /// Unreadable.
+    pub fn read_bytes_of(
+        &self,
+        range: Range<usize>,
+        out: &mut [u8],
+        witness: &mut dyn FnMut(usize, &[u8]),
+    ) -> Result<()> {
+        debug_assert_eq!(out.len(), range.len());
+        for (piece, out) in out.chunks_mut(4 * PIECE).enumerate() {
+            let from = range.start + piece * 4 * PIECE;
+            self.read_at(from, out)?;
+            witness(from, out);
+        }
+        Ok(())
     }
 
     /// Reads the numbers as f32.

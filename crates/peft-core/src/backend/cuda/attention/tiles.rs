@@ -5,7 +5,7 @@ use std::cmp::Reverse;
 use crate::{
     backend::{
         BatchRoom,
-        cuda::{Cuda, DeviceError, DeviceMemory, Numbers, compile::HopperTiles},
+        cuda::{Cuda, DeviceError, DeviceMemory, Numbers, compile::HopperTiles, outgoing::Outgoing},
     },
     batch::Span,
 };
@@ -51,8 +51,13 @@ impl TileLists {
         self.counters.address + 4 * of as u64
     }
 
+    /// Bytes of both lists.
+    pub(in crate::backend::cuda) fn bytes(&self) -> usize {
+        self.queries.memory.bytes + self.keys.memory.bytes
+    }
+
     /// Writes the tiles of a batch.
-    pub(in crate::backend::cuda) fn load(&mut self, cuda: &Cuda, spans: &[Span]) {
+    pub(in crate::backend::cuda) fn load(&mut self, cuda: &Cuda, outgoing: &mut Outgoing, spans: &[Span]) {
         let (queries, keys) = (query_tiles(spans), key_tiles(spans));
         for (list, tiles) in [(&mut self.queries, queries), (&mut self.keys, keys)] {
             let bytes = TILE_BYTES * tiles.len();
@@ -62,7 +67,7 @@ impl TileLists {
                     Err(error) => return cuda.device.note(Err(error)),
                 }
             }
-            cuda.device.upload(&tiles, list.memory.address);
+            outgoing.send(&cuda.device, &tiles, list.memory.address);
             list.count = tiles.len();
         }
     }

@@ -101,3 +101,12 @@ extern "C" __global__ void sum_losses(const float* losses, u32 count, double* to
     }
     if (threadIdx.x == 0) *total += lanes[0];
 }
+
+// Ends after so many nanoseconds. One warp.
+extern "C" __global__ void hold(u64 nanoseconds) {
+    u64 begin, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begin));
+    do {
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    } while (now - begin < nanoseconds);
+}
