@@ -14,6 +14,7 @@ mod failure;
 mod flags;
 mod format;
 mod job_file;
+mod launched;
 mod model;
 mod preflight;
 mod prepared;
