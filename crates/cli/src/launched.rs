@@ -111,7 +111,8 @@ mod tests {
     }
 
     fn file(flags: &[(&str, &str)]) -> Loaded<WorkerFile> {
-        let flags: Vec<_> = flags.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        let flags: Vec<_> =
+            flags.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         shanty_config::load_worker(None, &flags).unwrap()
     }
 

@@ -9,6 +9,7 @@ mod bar;
 mod base;
 mod client;
 mod commands;
+mod engine;
 mod error;
 mod failure;
 mod flags;

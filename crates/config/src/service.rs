@@ -354,7 +354,9 @@ fn coordinator_errors(file: &CoordinatorFile, place: impl Fn(&str) -> Place) -> 
 /// Whether a worker's name has room for a suffix and no letter that an id may not have.
 fn may_be_called(name: &str) -> bool {
     let plain = |letter: char| letter.is_ascii_alphanumeric() || "-_.".contains(letter);
-    name.len() <= 64 && name.starts_with(|first: char| first.is_ascii_alphanumeric()) && name.chars().all(plain)
+    name.len() <= 64
+        && name.starts_with(|first: char| first.is_ascii_alphanumeric())
+        && name.chars().all(plain)
 }
 
 fn worker_errors(file: &WorkerFile, place: impl Fn(&str) -> Place) -> Vec<Error> {

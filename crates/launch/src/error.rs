@@ -78,11 +78,11 @@ impl Diagnose for Error {
     fn diagnostic(&self) -> Diagnostic {
         let diagnostic = Diagnostic::new(self.code(), self);
         match self {
-            Self::Number { .. } | Self::HostList { .. } => diagnostic
-                .hint("name the coordinator with `--coordinator`: then the engine's variables are not needed"),
-            Self::NoCoordinator { .. } => {
-                diagnostic.hint("set SHANTY_COORDINATOR where the process is described, or say `--coordinator URL`")
-            }
+            Self::Number { .. } | Self::HostList { .. } => diagnostic.hint(
+                "name the coordinator with `--coordinator`: then the engine's variables are not needed",
+            ),
+            Self::NoCoordinator { .. } => diagnostic
+                .hint("set SHANTY_COORDINATOR where the process is described, or say `--coordinator URL`"),
             Self::Unfit { .. } | Self::ClusterFile { .. } => diagnostic,
             Self::Program { .. } => diagnostic.kind(Kind::Transient),
         }

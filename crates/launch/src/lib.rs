@@ -18,6 +18,7 @@
 
 mod error;
 mod host_list;
+pub mod render;
 mod surroundings;
 
 pub use crate::{

@@ -152,7 +152,8 @@ impl Surroundings {
         let own = self.place.clone().unwrap_or_else(|| {
             let launch = self.launch.as_deref().filter(|_| matches!(engine, Engine::Slurm | Engine::Dstack));
             let number = self.process.or(self.node);
-            let parts = [Some(engine.name().to_owned()), launch.map(str::to_owned), number.map(|n| n.to_string())];
+            let parts =
+                [Some(engine.name().to_owned()), launch.map(str::to_owned), number.map(|n| n.to_string())];
             parts.into_iter().flatten().collect::<Vec<_>>().join("-")
         });
         Some(plain(&own))
@@ -163,7 +164,9 @@ impl Surroundings {
         let share = match (self.processors, self.local_processes) {
             (Some(processors), _) => processors as usize,
             // torchrun binds nobody to processors: its processes share the host's.
-            (None, Some(processes)) if self.engine == Some(Engine::Torchrun) => available / processes.max(1) as usize,
+            (None, Some(processes)) if self.engine == Some(Engine::Torchrun) => {
+                available / processes.max(1) as usize
+            }
             _ => available,
         };
         share.clamp(1, available.max(1))
@@ -294,7 +297,8 @@ impl<F: Fn(&str) -> Option<String>> Environment<'_, F> {
 
 /// A text as a worker may be called: letters, digits, `-`, `_` and `.`, at most 64, none but a letter or digit first.
 fn plain(text: &str) -> String {
-    let fits = |letter: char| if letter.is_ascii_alphanumeric() || "-_.".contains(letter) { letter } else { '-' };
+    let fits =
+        |letter: char| if letter.is_ascii_alphanumeric() || "-_.".contains(letter) { letter } else { '-' };
     let fitting: String = text.chars().map(fits).collect();
     fitting.trim_start_matches(['-', '_', '.']).chars().take(64).collect()
 }

@@ -189,11 +189,15 @@ fn a_number_that_is_none_is_named() {
 
 #[test]
 fn a_process_that_is_started_again_at_its_place_has_its_name_again() {
-    let slurm = [("SLURM_JOB_ID", "91"), ("SLURM_PROCID", "2"), ("SLURM_LOCALID", "0"), ("SLURM_NODEID", "1")];
+    let slurm =
+        [("SLURM_JOB_ID", "91"), ("SLURM_PROCID", "2"), ("SLURM_LOCALID", "0"), ("SLURM_NODEID", "1")];
     let cases: [(&[(&str, &str)], Option<&str>); 8] = [
         (&[], None),
         (&slurm, Some("slurm-91-2")),
-        (&[("SLURM_JOB_ID", "20"), ("SLURM_ARRAY_JOB_ID", "18"), ("SLURM_ARRAY_TASK_ID", "2")], Some("slurm-18_2")),
+        (
+            &[("SLURM_JOB_ID", "20"), ("SLURM_ARRAY_JOB_ID", "18"), ("SLURM_ARRAY_TASK_ID", "2")],
+            Some("slurm-18_2"),
+        ),
         (&[("JOB_COMPLETION_INDEX", "3"), ("HOSTNAME", "pirate-worker-0-3")], Some("pirate-worker-0-3")),
         (&[("JOB_COMPLETION_INDEX", "3")], Some("kubernetes-3")),
         (&[("TORCHELASTIC_RUN_ID", "x/y"), ("RANK", "5")], Some("torchrun-5")),

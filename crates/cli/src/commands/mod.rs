@@ -22,12 +22,14 @@ pub(crate) mod eval;
 pub(crate) mod explain;
 pub(crate) mod export;
 pub(crate) mod generate;
+pub(crate) mod health;
 pub(crate) mod jobs;
 pub(crate) mod logits;
 pub(crate) mod logs;
 pub(crate) mod merge;
 pub(crate) mod plan;
 pub(crate) mod prepare_data;
+pub(crate) mod render;
 pub(crate) mod resume;
 pub(crate) mod run;
 pub(crate) mod status;
@@ -43,6 +45,7 @@ pub(crate) fn dispatch(command: Command, ui: &Ui) -> CommandResult<Exit> {
         Command::Plan(args) => plan::execute(args, ui),
         Command::Resume(args) => resume::execute(args, ui),
         Command::Submit(args) => submit::execute(args, ui),
+        Command::Render(args) => render::execute(args, ui),
         Command::Jobs(args) => jobs::execute(args, ui),
         Command::Status(args) => status::execute(args, ui),
         Command::Logs(args) => logs::execute(args, ui),
@@ -64,6 +67,7 @@ pub(crate) fn dispatch(command: Command, ui: &Ui) -> CommandResult<Exit> {
         Command::Adapters(args) => adapters::execute(args, ui),
         Command::Logits(args) => logits::execute(args, ui),
         Command::Bench(args) => bench::execute(args, ui),
+        Command::Health(args) => health::execute(args, ui),
         Command::Doctor(args) => doctor::execute(args, ui),
         Command::Chaos(args) => chaos::execute(args, ui),
         Command::Explain(args) => explain::execute(args, ui),

@@ -150,7 +150,7 @@ async fn wait_for_address(bind: &str, coordinator: &str, ui: &Ui) -> String {
             return address;
         }
         if !std::mem::replace(&mut told, true) {
-            ui.warn(&format!("{coordinator}: no such host, or no way to it; it is looked for again"));
+            ui.warn(format!("{coordinator}: no such host, or no way to it; it is looked for again"));
         }
         tokio::time::sleep(LOOK_AGAIN).await;
     }

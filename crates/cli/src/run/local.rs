@@ -24,10 +24,10 @@ use super::{
 };
 use crate::{
     client::{Client, wire},
-    commands::worker::devices,
     error::Error,
     failure::{CommandResult, Exit, Failure},
     job_file::{JobFile, short},
+    launched::devices,
     progress::{self, Reporter},
     sample,
     ui::Ui,
