@@ -42,6 +42,12 @@ impl JobFile {
         shanty_config::load_job(&self.job, &overrides).map_err(|errors| all(&errors))
     }
 
+    /// As the first task of an array has it.
+    #[must_use]
+    pub(crate) fn first_task(&self) -> Self {
+        Self { job: self.job.clone(), set: self.set.iter().map(|set| set.replace("{task}", "0")).collect() }
+    }
+
     /// The command that resumes this job, as the user would type it.
     pub(crate) fn resume_command(&self) -> String {
         self.command("resume")

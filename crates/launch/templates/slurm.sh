@@ -50,7 +50,8 @@ ended() { ! kill -0 "$1" 2>/dev/null; }
 wait_for() { until ended "$1"; do wait "$1"; done; wait "$1"; }
 # Steps alone: whoever is in this script goes on.
 drain_steps() { scancel --signal=TERM "$SLURM_JOB_ID"; }
-trap 'asked=yes; say "asked to end: workers hand back what they hold"; drain_steps' TERM USR1
+workers=
+trap 'asked=yes; say "asked to end: workers hand back what they hold"; [ -n "$workers" ] && drain_steps' TERM USR1
 {% if outside %}
 # The coordinator is outside this allocation. {{ "SHANTY_TOKEN, " if not token_file else "" }}the base model and the store must be known on every node.
 export SHANTY_COORDINATOR={{ outside|sh }}
@@ -91,7 +92,7 @@ until "${shanty[@]}" health >/dev/null 2>&1; do
   sleep 0.2
 done
 # The same id each time: a job that was requeued, or submitted again, goes on.
-job=$("${shanty[@]}" submit {{ job|sh }} --request-id slurm{% for set in sets %} --set {{ set }}{% endfor %}{% if array %} --set {{ store_of_task }}{% endif %}) || exit $?
+job=$("${shanty[@]}" submit {{ job|sh }} --request-id slurm{% for set in sets %} --set {{ set }}{% endfor %}{% if store_of_task %} --set {{ store_of_task }}{% endif %}) || exit $?
 if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then
   # Submitted again by hand after a failure or a cancellation: the next attempt.
   case $("${shanty[@]}" status "$job" --output json | sed -n 's/.*"state":"\([a-z]*\)".*/\1/p') in
@@ -100,10 +101,24 @@ if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then
 fi
 say "job $job, attempt of Slurm's ${SLURM_RESTART_COUNT:-0}, coordinator $SHANTY_COORDINATOR"
 {% endif %}
+go_on_later() {
+{%- if not outside %}
+  kill -TERM "$coordinator" 2>/dev/null && wait_for "$coordinator"
+{%- endif %}
+  if [ $requeue = yes ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --states=all --format=%T)" = RUNNING ]; then
+    say "requeued"
+    scontrol requeue "$SLURM_JOB_ID" && exit 0
+  fi
+  exit 130
+}
+[ -n "$asked" ] && go_on_later
+
 # A worker that dies takes no other with it; the crew goes on.
 {% if not outside %}SHANTY_CERT=$certs/worker.pem SHANTY_KEY=$certs/worker.key \
   {% endif %}srun --kill-on-bad-exit=0 --no-kill{% for flag in srun %} {{ flag|sh }}{% endfor %} {{ worker_command }} worker{% for flag in worker %} {{ flag|sh }}{% endfor %} &
 workers=$!
+# Asked while the step began: nobody was there yet to hear of it.
+[ -n "$asked" ] && { sleep 5; drain_steps; }
 {% if outside %}
 until [ -n "$asked" ] || ended "$workers"; do wait "$workers"; done
 wait_for "$workers"
@@ -138,11 +153,4 @@ wait_for "$workers"
 [ $finished = yes ] && { say "job $job is over: $code"; exit $code; }
 kill -INT "$watch" 2>/dev/null
 {% endif %}
-if [ $requeue = yes ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --states=all --format=%T)" = RUNNING ]; then
-  say "requeued"
-{%- if not outside %}
-  kill -TERM "$coordinator" && wait_for "$coordinator"
-{%- endif %}
-  scontrol requeue "$SLURM_JOB_ID" && exit 0
-fi
-exit 130
+go_on_later

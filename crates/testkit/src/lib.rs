@@ -10,8 +10,10 @@ pub mod job;
 pub mod process;
 pub mod rows;
 pub mod s3;
+pub mod slurm;
 pub mod wait;
 
 pub use cluster::LocalCluster;
 pub use job::TinyJob;
 pub use process::{Finished, Running, Shanty};
+pub use slurm::Slurm;

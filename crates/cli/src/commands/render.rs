@@ -48,7 +48,7 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     let described = match args.job {
         Some(job) => {
             let file = JobFile { job, set: args.set };
-            let spec = file.load_unseen(&[])?;
+            let spec = file.first_task().load_unseen(&[])?;
             Some(Described::of(&file, &spec)?)
         }
         None => None,

@@ -58,7 +58,11 @@ fn user() -> Option<String> {
 pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     let priority = args.priority.map(|priority| ("cluster.priority".to_owned(), priority.to_string()));
     let overrides: Vec<(String, String)> = priority.into_iter().collect();
-    let mut job = args.job.load(&overrides, ui)?;
+    let mut job = if args.engine.is_some() {
+        args.job.first_task().load(&overrides, ui)?
+    } else {
+        args.job.load(&overrides, ui)?
+    };
     if job.value.cluster.owner.is_none() {
         job.value.cluster.owner = user();
     }

@@ -15,6 +15,7 @@ mod queue;
 mod resume;
 mod run;
 mod secure;
+mod slurm;
 mod support;
 mod tools;
 mod using;

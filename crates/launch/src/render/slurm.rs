@@ -113,7 +113,7 @@ impl Slurm {
                 "worker": self.worker,
                 "job": path(&job.file),
                 "sets": sets,
-                "store_of_task": self.with_task(&format!("checkpoint.store={}-{TASK}", job.store)),
+                "store_of_task": self.store_of_task(job),
                 "outside": outside.map(|outside| outside.coordinator.clone()),
                 "ca": outside.and_then(|outside| outside.ca.as_deref().map(path)),
                 "token_file": outside.and_then(|outside| outside.token_file.as_deref().map(path)),
@@ -122,6 +122,13 @@ impl Slurm {
             }),
         )?;
         Ok(File { name: format!("{}.sbatch", job.name), text, executable: true })
+    }
+
+    /// Each task's store, unless the user gives one that differs from task to task.
+    fn store_of_task(&self, job: &Job) -> Option<String> {
+        let own = |set: &String| set.starts_with("checkpoint.store=") && set.contains(TASK);
+        let needed = self.array.is_some() && !job.overrides.iter().any(own);
+        needed.then(|| self.with_task(&format!("checkpoint.store={}-{TASK}", job.store)))
     }
 
     /// A word of the shell in which the number of the array's task stands for `{task}`.
@@ -162,6 +169,13 @@ impl Slurm {
             self.lines.iter().find(|line| !line.starts_with('-') || line.contains(['\n', '\r']))
         {
             return unfit("--sbatch", line, "must be one option of sbatch, such as `--partition=gpu`");
+        }
+        if let (Some(array), Some(_)) = (&self.array, &self.outside) {
+            return unfit(
+                "--array",
+                array,
+                "must be absent with `--coordinator`: each task has a coordinator of its own",
+            );
         }
         if self.grace < 10 {
             return unfit(
