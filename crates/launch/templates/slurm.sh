@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 #SBATCH --job-name={{ name }}
 #SBATCH --nodes={{ nodes }}
-#SBATCH --ntasks-per-node=1
 {%- if gpus %}
 #SBATCH --gpus-per-node={{ gpus }}
 {%- endif %}
@@ -115,7 +114,7 @@ go_on_later() {
 
 # A worker that dies takes no other with it; the crew goes on.
 {% if not outside %}SHANTY_CERT=$certs/worker.pem SHANTY_KEY=$certs/worker.key \
-  {% endif %}srun --kill-on-bad-exit=0 --no-kill{% for flag in srun %} {{ flag|sh }}{% endfor %} {{ worker_command }} worker{% for flag in worker %} {{ flag|sh }}{% endfor %} &
+  {% endif %}srun --ntasks-per-node=1 --kill-on-bad-exit=0 --no-kill{% for flag in srun %} {{ flag|sh }}{% endfor %} {{ worker_command }} worker{% for flag in worker %} {{ flag|sh }}{% endfor %} &
 workers=$!
 # Asked while the step began: nobody was there yet to hear of it.
 [ -n "$asked" ] && { sleep 5; drain_steps; }

@@ -76,78 +76,84 @@ fn step(status: &Value) -> u64 {
 
 fn place_on(slurm: &Slurm, job: TinyJob) -> Place {
     let conf = slurm.conf().display().to_string();
-    Place::new(job).unwrap().environment("SLURM_CONF", &conf).environment("PATH", &Slurm::path())
+    Place::new(job)
+        .unwrap()
+        .environment("SLURM_CONF", &conf)
+        .environment("PATH", &Slurm::path())
+        .environment("SHANTY_LOG", "warn,shanty_coordinator=info")
 }
 
 #[test]
-fn a_job_goes_on_through_a_requeue_a_drained_node_and_a_time_limit_and_is_not_requeued_once_cancelled() {
+fn a_job_goes_on_after_a_requeue_a_time_limit_and_a_drained_node_and_a_cancelled_one_is_not_requeued() {
     let folder = tempfile::tempdir().unwrap();
     let Some(slurm) = Slurm::start(folder.path(), 2).unwrap() else { return };
+    // Its time is up while the other job is looked at: Slurm counts in minutes.
     let endless =
         TinyJob { name: "limited", steps: 1_000_000, every_steps: 0, workers: (1, 1), ..TinyJob::default() };
     let limited = place_on(&slurm, endless);
     let flags = ["--nodes", "1", "--time", "2", "--grace", "40", "--no-requeue"];
     let out_of_time = Allocated::submit(&limited, &flags).unwrap();
 
-    let place =
-        place_on(&slurm, TinyJob { steps: STEPS, every_steps: 0, workers: (1, 2), ..TinyJob::default() });
-    let job = Allocated::submit(&place, &["--nodes", "1-2"]).unwrap();
-    let two = |status: &Value| members(status).len() == 2;
-    let status = job.wait_for(&slurm, "two at work", |status| two(status) && step(status) >= 20).unwrap();
-    let prefixes = [format!("slurm-{}-0-", job.id), format!("slurm-{}-1-", job.id)];
-    for (member, prefix) in members(&status).iter().zip(&prefixes) {
-        assert!(member.starts_with(prefix), "{member} is not called after {prefix}");
-    }
+    two_nodes_and_a_requeue(&slurm);
 
-    // Asked to end: it writes a checkpoint, goes back into the queue, and goes on there, with workers of the same names.
+    // The time limit is near: drained, with a checkpoint of the last step; without requeue that is the end.
+    slurm.wait_for_job(&out_of_time.id, "JobState", &["FAILED", "TIMEOUT"], SLURMS_PATIENCE).unwrap();
+    assert_eq!(slurm.job(&out_of_time.id, "ExitCode").unwrap(), "130:0", "{}", out_of_time.output());
+
+    // Handed in again it goes on there.
+    let again = Allocated::submit(&limited, &["--nodes", "1"]).unwrap();
+    let kept = |status: &Value| status["checkpoints"][0]["step"].as_u64().unwrap_or_default();
+    let of_this = |status: &Value| {
+        members(status).iter().any(|member| member.starts_with(&format!("slurm-{}-0-", again.id)))
+    };
+    let goes_on = |status: &Value| of_this(status) && step(status) > kept(status);
+    let status = again.wait_for(&slurm, "steps beyond the limit", goes_on).unwrap();
+    let first = kept(&status);
+    assert!(first > 0, "{status}");
+    assert_eq!(status["ledger"]["recomputed"], 0, "{status}");
+
+    // Its node is drained by an administrator: at the next requeue it goes to the other, and goes on there.
+    let node = slurm.job(&again.id, "NodeList").unwrap();
+    let drain = ["update", &format!("NodeName={node}"), "State=DRAIN", "Reason=test"];
+    slurm.ask("scontrol", &drain).unwrap();
+    slurm.ask("scancel", &["--signal=TERM", "--batch", &again.id]).unwrap();
+    slurm.wait_for_job(&again.id, "Restarts", &["1"], PATIENCE).with_context(|| again.output()).unwrap();
+    let goes_on = |status: &Value| of_this(status) && kept(status) > first && step(status) > kept(status);
+    let status = again.wait_for(&slurm, "steps on another node", goes_on).unwrap();
+    assert_ne!(slurm.job(&again.id, "NodeList").unwrap(), node);
+    assert_eq!(status["ledger"]["recomputed"], 0, "{status}");
+
+    // Cancelled by a user it ends with 93, and is not requeued.
+    again.ask(&["cancel", "limited"]).unwrap().expect_code(0).unwrap();
+    slurm.wait_for_job(&again.id, "JobState", &["FAILED"], PATIENCE).with_context(|| again.output()).unwrap();
+    assert_eq!(slurm.job(&again.id, "ExitCode").unwrap(), "93:0", "{}", again.output());
+    assert_eq!(slurm.job(&again.id, "Restarts").unwrap(), "1");
+}
+
+/// Asked to end, a job on two nodes writes a checkpoint, goes back into the queue, and goes on there to its end, with workers
+/// of the same names; nothing is trained twice or left out.
+fn two_nodes_and_a_requeue(slurm: &Slurm) {
+    let place =
+        place_on(slurm, TinyJob { steps: 6_000, every_steps: 0, workers: (2, 2), ..TinyJob::default() });
+    let job = Allocated::submit(&place, &["--nodes", "2"]).unwrap();
+    let two = |status: &Value| members(status).len() == 2;
+    let before = job.wait_for(slurm, "two at work", |status| two(status) && step(status) >= 5).unwrap();
     slurm.ask("scancel", &["--signal=TERM", "--batch", &job.id]).unwrap();
     slurm.wait_for_job(&job.id, "Restarts", &["1"], PATIENCE).with_context(|| job.output()).unwrap();
-    let again = |status: &Value| two(status) && status["generation"].as_u64() > Some(1) && step(status) > 20;
-    let before = status;
-    let status = job
-        .wait_for(&slurm, "two at work again", |status| again(status) && members(status) != members(&before));
-    let status = status.unwrap();
-    let kept = status["checkpoints"][0]["step"].as_u64().unwrap();
-    assert!(kept >= step(&before) && kept <= step(&status), "{status}");
-    for (member, prefix) in members(&status).iter().zip(&prefixes) {
-        assert!(member.starts_with(prefix), "{member} is not recognised as {prefix}");
+    let others = |status: &Value| two(status) && members(status) != members(&before);
+    let after = job.wait_for(slurm, "two at work again", |status| others(status)).unwrap();
+    for status in [&before, &after] {
+        for (rank, member) in members(status).iter().enumerate() {
+            let place = format!("slurm-{}-{rank}-", job.id);
+            assert!(member.starts_with(&place), "{member} is not called after {place}");
+        }
     }
-
-    // A node that an administrator drains is left at the next requeue, and the job goes on with one worker.
-    slurm.ask("scontrol", &["update", "NodeName=n2", "State=DRAIN", "Reason=test"]).unwrap();
-    slurm.ask("scancel", &["--signal=TERM", "--batch", &job.id]).unwrap();
-    slurm.wait_for_job(&job.id, "Restarts", &["2"], PATIENCE).unwrap();
-    job.wait_for(&slurm, "one at work", |status| members(status).len() == 1 && step(status) > kept).unwrap();
-    assert_eq!(slurm.job(&job.id, "NodeList").unwrap(), "n1");
-
-    // Nothing is trained twice or left out, over three allocations.
+    let kept = after["checkpoints"][0]["step"].as_u64().unwrap();
+    assert!(kept >= step(&before) && kept <= step(&after), "{after}");
     slurm
         .wait_for_job(&job.id, "JobState", &["COMPLETED", "FAILED"], SLURMS_PATIENCE)
         .with_context(|| job.output())
         .unwrap();
     assert_eq!(slurm.job(&job.id, "ExitCode").unwrap(), "0:0", "{}", job.output());
     place.check_exactly_once().unwrap();
-
-    // The time limit is near: drained, with a checkpoint of the last step; without --requeue that is the end.
-    slurm.wait_for_job(&out_of_time.id, "JobState", &["FAILED", "TIMEOUT"], SLURMS_PATIENCE).unwrap();
-    assert_eq!(slurm.job(&out_of_time.id, "ExitCode").unwrap(), "130:0", "{}", out_of_time.output());
-    slurm.ask("scontrol", &["update", "NodeName=n2", "State=RESUME"]).unwrap();
-
-    // Handed in again it goes on there; cancelled by a user, it ends with 93 and is not requeued.
-    let again = Allocated::submit(&limited, &["--nodes", "1"]).unwrap();
-    let status = again.wait_for(&slurm, "steps beyond the limit", |status| {
-        members(status).iter().any(|member| member.starts_with(&format!("slurm-{}-", again.id)))
-            && step(status) > 0
-    });
-    let status = status.unwrap();
-    let kept = status["checkpoints"][0]["step"].as_u64().expect("it was kept at the limit");
-    assert!(kept > 0 && step(&status) >= kept, "{status}");
-    assert_eq!(status["ledger"]["recomputed"], 0, "{status}");
-    again.ask(&["cancel", "limited"]).unwrap().expect_code(0).unwrap();
-    slurm.wait_for_job(&again.id, "JobState", &["FAILED"], PATIENCE).with_context(|| again.output()).unwrap();
-    assert_eq!(slurm.job(&again.id, "ExitCode").unwrap(), "93:0", "{}", again.output());
-    assert_eq!(slurm.job(&again.id, "Restarts").unwrap(), "0");
 }
-
-/// Steps that take longer than what is done to the job meanwhile.
-const STEPS: u64 = 3_000;
