@@ -70,6 +70,7 @@ pub(crate) enum Command {
     Checkpoints(commands::checkpoints::Args),
     Coordinator(commands::coordinator::Args),
     Worker(commands::worker::Args),
+    Up(commands::up::Args),
     Certs(commands::certs::Args),
     Token(commands::token::Args),
     #[command(hide = true)]

@@ -11,9 +11,11 @@ pub mod process;
 pub mod rows;
 pub mod s3;
 pub mod slurm;
+pub mod ssh;
 pub mod wait;
 
 pub use cluster::LocalCluster;
 pub use job::TinyJob;
 pub use process::{Finished, Running, Shanty};
 pub use slurm::Slurm;
+pub use ssh::Sshd;

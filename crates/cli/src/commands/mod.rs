@@ -35,6 +35,7 @@ pub(crate) mod run;
 pub(crate) mod status;
 pub(crate) mod submit;
 pub(crate) mod token;
+pub(crate) mod up;
 pub(crate) mod worker;
 pub(crate) mod worker_device;
 
@@ -54,6 +55,7 @@ pub(crate) fn dispatch(command: Command, ui: &Ui) -> CommandResult<Exit> {
         Command::Checkpoints(args) => checkpoints::execute(args, ui),
         Command::Coordinator(args) => coordinator::execute(args, ui),
         Command::Worker(args) => worker::execute(args, ui),
+        Command::Up(args) => up::execute(args, ui),
         Command::Certs(args) => certs::execute(args, ui),
         Command::Token(args) => token::execute(args, ui),
         Command::WorkerDevice(args) => worker_device::execute(args, ui),

@@ -5,6 +5,7 @@ use std::{ffi::OsString, path::PathBuf};
 use serde_json::json;
 use shanty_launch::Surroundings;
 use shanty_worker::supervisor::{DeviceCommand, Supervisor, SupervisorOptions, ended_well, signals};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     client::Identity,
@@ -44,6 +45,9 @@ pub(crate) struct Args {
     /// Threads to compute with; all cores when absent
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     threads: Option<u16>,
+    /// End when the standard input closes: it is a connection from whoever started this
+    #[arg(long, hide = true)]
+    end_with_stdin: bool,
     /// Address on which other workers reach this one; the one that the coordinator is reached from when absent
     #[arg(long, value_name = "HOST")]
     bind: Option<String>,
@@ -101,6 +105,9 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
     runtime.block_on(async {
         let asked = signals()?;
         let shutdown = asked.first;
+        if args.end_with_stdin {
+            cancelled_with_stdin(shutdown.clone())?;
+        }
         let bind = tokio::select! {
             bind = wait_for_address(&worker.bind, &launched.coordinator, ui) => bind,
             () = shutdown.cancelled() => return Ok(Exit::Interrupted),
@@ -136,6 +143,20 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
             Exit::Failed
         })
     })
+}
+
+/// Asks the worker to end once the standard input closes.
+fn cancelled_with_stdin(shutdown: CancellationToken) -> CommandResult<()> {
+    let watch = move || {
+        // Whatever may come is passed over; only the end counts.
+        let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+        shutdown.cancel();
+    };
+    std::thread::Builder::new()
+        .name("lifeline".to_owned())
+        .spawn(watch)
+        .map(|_| ())
+        .map_err(|source| Error::Start { what: "the thread that watches the standard input", source }.into())
 }
 
 /// The address to reach other workers by. A coordinator that starts later than its workers may have no name yet: then it is

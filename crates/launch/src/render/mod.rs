@@ -8,6 +8,7 @@ mod template;
 
 use std::path::PathBuf;
 
+pub(crate) use self::template::quote;
 pub use self::{
     compose::Compose,
     kubernetes::{Kubernetes, Mount},

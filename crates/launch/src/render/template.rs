@@ -22,7 +22,7 @@ pub(super) fn fill(name: &'static str, template: &str, values: Value) -> Result<
 }
 
 /// A word as a shell takes it.
-pub(super) fn quote(word: &str) -> String {
+pub(crate) fn quote(word: &str) -> String {
     let plain = |letter: char| letter.is_ascii_alphanumeric() || "-_./=:,+@%".contains(letter);
     if !word.is_empty() && word.chars().all(plain) {
         return word.to_owned();
