@@ -143,9 +143,9 @@ def check_overlays(schemas):
         check(built, f"overlay {overlay.name}", schemas)
 
 
-def render(shanty, *flags):
+def render(shanty, *flags, engine="kubernetes"):
     job = HERE / "kubernetes/base/job.toml"
-    command = [shanty, "render", "--engine", "kubernetes", job, *flags]
+    command = [shanty, "render", "--engine", engine, job, *flags]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -157,6 +157,21 @@ def check_rendered(shanty, schemas):
     check(render(shanty, *flags.split()), "shanty render, GPUs and a queue", schemas)
 
 
+def check_compose(text, what):
+    """What compose itself would refuse: services, networks and volumes that nobody declares, two kinds of network at once."""
+    file = yaml.safe_load(text)
+    services = file["services"]
+    for name, service in services.items():
+        assert "image" in service, f"{what}: {name} has no image"
+        assert set(service.get("depends_on") or {}) <= set(services), f"{what}: {name} waits for nobody"
+        assert set(service.get("networks") or []) <= set(file["networks"]), f"{what}: {name} is on no network"
+        assert not ("network_mode" in service and service.get("networks")), f"{what}: {name} has two kinds of network"
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert source.startswith(("/", ".")) or source in file["volumes"], f"{what}: {name} mounts {source}, which is no volume"
+    print(f"good: {what}: {', '.join(services)}")
+
+
 def main():
     schemas = crds()
     check_rendered(sys.argv[1], schemas)
@@ -164,6 +179,9 @@ def main():
     check_overlays(schemas)
     for example in sorted((HERE / "kubernetes/examples").glob("*.yaml")):
         check(example.read_text(), f"example {example.name}", schemas)
+    check_compose((HERE / "docker/compose.yaml").read_text(), "docker/compose.yaml")
+    rendered = render(sys.argv[1], "--nodes", "3", "--gpus", "1", engine="compose")
+    check_compose(rendered, "shanty render, compose")
     hadolint = shutil.which("hadolint") or str(pathlib.Path(sys.executable).parent / "hadolint")
     for dockerfile in sorted((HERE / "docker").glob("Dockerfile*")):
         subprocess.run([hadolint, "--failure-threshold", "warning", dockerfile], check=True)

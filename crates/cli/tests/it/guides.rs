@@ -66,10 +66,13 @@ fn gpu_box() {
 fn slurm() {
     let folder = tempfile::tempdir().unwrap();
     let Some(slurm) = Slurm::start(folder.path(), 2).unwrap() else { return };
-    let place = place().environment("SLURM_CONF", &slurm.conf().display().to_string());
+    // Long enough to be looked at while it runs.
+    let job = TinyJob { workers: (1, 2), steps: 6_000, every_steps: 0, ..TinyJob::default() };
+    let place = Place::new(job).unwrap().environment("SLURM_CONF", &slurm.conf().display().to_string());
     let shell = place.shanty.of("/bin/bash");
     let program = Path::new(env!("CARGO_BIN_EXE_shanty")).parent().unwrap().display().to_string();
-    let shell = shell.environment("PATH", &format!("{program}:{}", Slurm::path()));
+    let shell =
+        shell.environment("PATH", &format!("{program}:{}", Slurm::path())).environment("SHANTY_LOG", "warn");
     let followed = shell.run(&["-c", &script("slurm.md")]).unwrap();
     let output = || fs::read_to_string(place.path("runs/tiny.slurm/slurm-1.out")).unwrap_or_default();
     let followed = followed.expect_code(0).unwrap_or_else(|error| panic!("{error}\n{}", output()));
