@@ -64,15 +64,20 @@ fn parse(arguments: &[&str]) -> Result<Options> {
 
 /// Builds an example; gives the program. The development profile optimises what counts here, too.
 pub(crate) fn optimized(root: &Path, example: &str, release: bool) -> Result<PathBuf> {
+    Ok(built(root, &["--example", example], release)?.join("examples").join(example))
+}
+
+/// Builds what cargo's flags name; gives the folder of the profile.
+pub(crate) fn built(root: &Path, what: &[&str], release: bool) -> Result<PathBuf> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
-    command.args(["build", "--locked", "--workspace", "--example", example]).current_dir(root);
+    command.args(["build", "--locked", "--workspace"]).args(what).current_dir(root);
     if release {
         command.arg("--release");
     }
     ensure!(command.status().context("failed to start cargo")?.success(), "the build failed");
     let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
-    Ok(target.join(if release { "release" } else { "debug" }).join("examples").join(example))
+    Ok(target.join(if release { "release" } else { "debug" }))
 }
 
 fn measure(program: &Path, size: &str, passed: &[String]) -> Result<Value> {

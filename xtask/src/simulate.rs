@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use crate::say;
 
 /// Tests of `crates/coordinator/tests/simulation` that play schedules, each as many as it is told.
-const PURE_TESTS: u64 = 5;
+const PURE_TESTS: u64 = 7;
 /// Tests of `crates/worker/src/simulation` that do.
 const NETWORK_TESTS: u64 = 5;
 

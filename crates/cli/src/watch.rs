@@ -15,6 +15,9 @@ use crate::{
     progress::{Reporter, is_over},
 };
 
+/// Steps that are looked back at a time for the end of what is known.
+const BACK: u64 = 64;
+
 /// How long to wait before a broken watch is taken up again.
 const RETRY: Duration = Duration::from_millis(300);
 
@@ -98,7 +101,7 @@ impl<'a> Watcher<'a> {
             match message.update {
                 Some(Update::Status(status)) => {
                     if is_over(status.state()) {
-                        self.fill(status.step, reporter).await?;
+                        self.fill(status.step, (status.attempt, status.generation), reporter).await?;
                     }
                     self.show_status(&status, reporter)?;
                     if is_over(status.state()) {
@@ -106,9 +109,7 @@ impl<'a> Watcher<'a> {
                     }
                 }
                 Some(Update::Step(step)) => {
-                    if step.step > self.shown.2 + 1 {
-                        self.fill(step.step - 1, reporter).await?;
-                    }
+                    self.fill(step.step.saturating_sub(1), (step.attempt, step.generation), reporter).await?;
                     self.show_step(&step, reporter)?;
                 }
                 Some(Update::Evaluation(evaluation)) => self.show_evaluation(&evaluation, reporter)?,
@@ -120,19 +121,38 @@ impl<'a> Watcher<'a> {
         Ok(None)
     }
 
-    /// Fetches and shows the steps that the stream left out, up to `last`.
-    async fn fill(&mut self, last: u64, reporter: &mut Reporter) -> Result<(), Break> {
-        let from_step = self.shown.2 + 1;
-        if last < from_step {
-            return Ok(());
+    /// Fetches and shows the steps that the stream left out, up to `last` of an attempt and generation.
+    async fn fill(&mut self, last: u64, of: (u32, u64), reporter: &mut Reporter) -> Result<(), Break> {
+        let (attempt, generation, shown) = self.shown;
+        let mut from = shown + 1;
+        if of > (attempt, generation) {
+            // It may have gone back to a checkpoint: as far as there are newer records.
+            from = from.min(last + 1);
+            while from > 1 {
+                let before = from.saturating_sub(BACK).max(1);
+                let oldest = self.list(before, 1).await?;
+                from = before;
+                if oldest.first().is_none_or(|step| (step.attempt, step.generation) <= (attempt, generation))
+                {
+                    break;
+                }
+            }
         }
-        let limit = u32::try_from(last - self.shown.2).unwrap_or(u32::MAX);
-        let request = ListStepsRequest { job_id: self.job_id.to_owned(), from_step, limit };
-        let steps = self.client.status().list_steps(request).await?.into_inner().steps;
-        for step in steps.iter().filter(|step| step.step <= last) {
-            self.show_step(step, reporter)?;
+        while from <= last {
+            let limit = u32::try_from(last + 1 - from).unwrap_or(u32::MAX);
+            let steps = self.list(from, limit).await?;
+            let Some(end) = steps.last().map(|step| step.step) else { break };
+            for step in steps.iter().filter(|step| step.step <= last) {
+                self.show_step(step, reporter)?;
+            }
+            from = end + 1;
         }
         Ok(())
+    }
+
+    async fn list(&self, from_step: u64, limit: u32) -> Result<Vec<StepRecord>, Break> {
+        let request = ListStepsRequest { job_id: self.job_id.to_owned(), from_step, limit };
+        Ok(self.client.status().list_steps(request).await?.into_inner().steps)
     }
 
     fn show_step(&mut self, step: &StepRecord, reporter: &mut Reporter) -> CommandResult<()> {

@@ -7,15 +7,20 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::shape::{Describe, Shape, described};
+use crate::shape::described;
 
 mod adapter;
 mod shard;
+mod train_data;
+mod train_words;
 
 pub use adapter::{
     AdapterSpec, Bias, LoraInit, Method, PrefixInit, PromptEncoder, PromptTuningInit, TargetModules,
 };
 pub use shard::Shard;
+pub use train_data::TrainData;
+pub(crate) use train_words::bytes_of;
+pub use train_words::{BadStep, Recompute, Schedule};
 
 described! {
     /// A fine-tuning job.
@@ -223,89 +228,11 @@ described! {
     }
 }
 
-described! {
-    /// What becomes of a bad step.
-    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-    #[serde(rename_all = "lowercase")]
-    pub enum BadStep {
-        /// The job fails.
-        #[default]
-        Stop,
-        /// Its rows are passed over.
-        Skip,
-    }
-}
-
-/// Training data: one source, or several.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum TrainData {
-    /// A path, a glob, or a URL.
-    One(String),
-    /// Several, perhaps mixed by weight.
-    Many(Vec<TrainSource>),
-}
-
-impl TrainData {
-    /// The sources; one without form and weight where there is but a path.
-    pub fn sources(&self) -> Vec<TrainSource> {
-        match self {
-            Self::One(path) => vec![TrainSource { path: path.clone(), format: None, weight: None }],
-            Self::Many(sources) => sources.clone(),
-        }
-    }
-
-    /// The paths, each with the dotted key that names it.
-    pub fn paths(&self) -> Vec<(String, &str)> {
-        match self {
-            Self::One(path) => vec![("data.train".to_owned(), path)],
-            Self::Many(sources) => {
-                let key = |index| format!("data.train[{index}].path");
-                sources.iter().enumerate().map(|(index, source)| (key(index), source.path.as_str())).collect()
-            }
-        }
-    }
-
-    /// Changes every path.
-    pub(crate) fn map_paths(&mut self, change: impl Fn(&str) -> String) {
-        match self {
-            Self::One(path) => *path = change(path),
-            Self::Many(sources) => sources.iter_mut().for_each(|source| source.path = change(&source.path)),
-        }
-    }
-}
-
-impl Describe for TrainData {
-    fn shape() -> Shape {
-        match TrainSource::shape() {
-            Shape::Table(table) => Shape::TextOrTables(table),
-            other => other,
-        }
-    }
-}
-
 impl TrainSpec {
     /// What a step may take, bytes; none for `auto`, and where [`Self::memory`] is no size, which validation refuses.
     pub fn memory_limit(&self) -> Option<u64> {
         bytes_of(&self.memory)
     }
-}
-
-/// The bytes of `8GiB`, `512 MiB`, `7.5GB`.
-pub(crate) fn bytes_of(text: &str) -> Option<u64> {
-    let text = text.trim();
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.')?;
-    let (number, unit) = text.split_at(digits);
-    let factor = match unit.trim() {
-        "GiB" => 1_u64 << 30,
-        "MiB" => 1 << 20,
-        "GB" => 1_000_000_000,
-        "MB" => 1_000_000,
-        _ => return None,
-    };
-    let number: f64 = number.parse().ok()?;
-    let bytes = number * factor as f64;
-    (bytes.is_finite() && bytes >= 1.0).then_some(bytes as u64)
 }
 
 impl Default for TrainSpec {
@@ -334,32 +261,6 @@ impl Default for TrainSpec {
 }
 
 described! {
-    /// How the learning rate falls after the warm-up, as transformers defines them.
-    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-    #[serde(rename_all = "lowercase")]
-    pub enum Schedule {
-        /// It stays where it is.
-        Constant,
-        /// It falls to 0 in a straight line.
-        Linear,
-        /// It falls to 0 along half a cosine.
-        #[default]
-        Cosine,
-    }
-
-    /// What becomes of activations between forward and backward.
-    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-    #[serde(rename_all = "lowercase")]
-    pub enum Recompute {
-        /// Decided by the memory that is there.
-        #[default]
-        Auto,
-        /// Everything is kept: fastest.
-        Never,
-        /// Layer inputs are kept, the rest is computed again: least memory.
-        Layers,
-    }
-
     /// `[checkpoint]`
     #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
     #[serde(deny_unknown_fields, default)]

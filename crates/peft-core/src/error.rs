@@ -9,27 +9,12 @@ use shanty_diagnostic::{Diagnose, Diagnostic, Kind};
 use crate::{backend::cuda::DeviceError, engine::StepError, use_error::UseError};
 
 mod hint;
+mod origin;
+
+pub use origin::Origin;
 
 /// A result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
-
-/// Which of the two folders a file belongs to; it decides the code.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Origin {
-    /// The frozen base model.
-    Base,
-    /// The adapter.
-    Adapter,
-}
-
-impl Origin {
-    fn code(self, base: &'static str, adapter: &'static str) -> &'static str {
-        match self {
-            Self::Base => base,
-            Self::Adapter => adapter,
-        }
-    }
-}
 
 /// What goes wrong with bases and adapters.
 #[derive(Debug, thiserror::Error)]

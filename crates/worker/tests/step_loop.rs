@@ -36,7 +36,9 @@ async fn one_two_and_three_workers_train_the_same() {
     let alone = run(Job::new(store_of_one.clone()), 1, ModelEngines::default(), "").await;
     assert_eq!(alone.losses.len(), 12);
     assert_eq!(alone.evaluations.keys().copied().collect::<Vec<_>>(), [0, 4, 8, 12]);
-    assert_eq!(alone.checkpoints, [5, 10, 12]);
+    // One that still waits for its turn on the disk gives way to a newer one; the last is always written.
+    assert!(alone.checkpoints.iter().all(|step| [5, 10, 12].contains(step)), "{:?}", alone.checkpoints);
+    assert_eq!(alone.checkpoints.last(), Some(&12));
     assert!(alone.losses[&12] < alone.losses[&1]);
     let parameters = adapter(&store_of_one);
     for world in [2, 3] {

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde_json::json;
 use shanty_access::Secret;
 use shanty_config::{JobSpec, Loaded};
 use shanty_proto::v1::{
@@ -158,6 +159,11 @@ impl LocalRun<'_> {
         let request = ResumeJobRequest { job_id: job_id.clone(), spec_json };
         let answer = client.jobs().resume_job(request).await.map_err(wire)?.into_inner();
         for key in &answer.ignored {
+            if self.ui.is_json() {
+                self.ui.json(&json!({
+                    "event": "ignored_edit", "key": key.key, "submitted": key.submitted, "now": key.now,
+                }))?;
+            }
             self.ui.warn(format!(
                 "`{}` is {} in the job file now; the job goes on with {}, as it was submitted",
                 key.key, key.now, key.submitted

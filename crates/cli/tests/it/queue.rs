@@ -145,8 +145,14 @@ fn a_resumed_run_warns_of_edits_that_it_does_not_obey() {
     let arguments = ["resume", "job.toml", "--workers", "1", "--threads", "1", "--output", "json"];
     let edited = [&arguments[..], &["--set", "train.steps=7"]].concat();
     let resumed = place.shanty.run(&edited).unwrap().expect_code(0).unwrap();
-    assert!(resumed.stderr.contains("`train.steps` is 7 in the job file now"), "{}", resumed.stderr);
-    let over = resumed.events().pop().unwrap();
+    let mut events = resumed.events();
+    let told =
+        events.iter().find(|event| event["event"] == "ignored_edit").expect("it says what it does not obey");
+    assert_eq!(
+        (&told["key"], &told["submitted"], &told["now"]),
+        (&"train.steps".into(), &"60".into(), &"7".into())
+    );
+    let over = events.pop().unwrap();
     assert_eq!(over["steps"], 60, "it goes on as it was submitted");
     let status = place.shanty.run(&["status", "tiny", "--output", "json"]).unwrap().object().unwrap();
     assert!(kinds(&status).contains(&"job_file_differs"), "{:?}", kinds(&status));

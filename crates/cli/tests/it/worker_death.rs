@@ -38,8 +38,10 @@ fn killed_in(job: TinyJob, failpoint: &str) {
     assert!(lost[0]["detection_ms"].is_number(), "{failpoint}: {}", lost[0]);
     assert!(lost[0]["stall_ms"].is_number(), "{failpoint}: {}", lost[0]);
 
-    let steps: Vec<u64> =
+    let mut steps: Vec<u64> =
         finished.events_of("step").iter().filter_map(|event| event["step"].as_u64()).collect();
+    // Who is killed may have told of the step in flight, which the others make without it: its rows count once all the same.
+    steps.dedup();
     assert_eq!(
         steps,
         (1..=last_step).collect::<Vec<_>>(),
@@ -109,5 +111,5 @@ fn before_the_manifest() {
 
 #[test]
 fn after_the_manifest() {
-    killed_while_writing("after_manifest@generation=1,step=10,rank=0");
+    killed_while_writing("after_manifest@generation=1,step=5,rank=0");
 }

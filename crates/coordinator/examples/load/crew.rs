@@ -100,11 +100,12 @@ impl Crew {
                 tokio::spawn(sailor.work(plan, rows, self.begin))
             })
             .collect();
-        let mut logs = Vec::with_capacity(tasks.len());
+        // A stream that ends is a worker that is lost: all stay open until the last one has made its last step.
+        let mut done = Vec::with_capacity(tasks.len());
         for task in tasks {
-            logs.push(task.await??);
+            done.push(task.await??);
         }
-        Ok(logs)
+        Ok(done.into_iter().map(|sailor| sailor.log).collect())
     }
 }
 
@@ -240,7 +241,7 @@ impl Sailor {
         self.beats
     }
 
-    async fn work(mut self, plan: Plan, steps: Arc<Vec<Vec<u64>>>, begin: Instant) -> Result<Log> {
+    async fn work(mut self, plan: Plan, steps: Arc<Vec<Vec<u64>>>, begin: Instant) -> Result<Self> {
         let share = |of: u32| plan.step * of / 1000;
         // Spread over the period as the beats of processes are that started at different times.
         let phase = self.beat_every.mul_f64((self.number * 7919 % 1000) as f64 / 1000.0);
@@ -263,7 +264,7 @@ impl Sailor {
                 self.log.turns.push(turn);
             }
         }
-        Ok(self.log)
+        Ok(self)
     }
 
     async fn idle_until(&mut self, until: Instant, beats: &mut Interval) -> Result<()> {

@@ -24,6 +24,9 @@ impl fmt::Display for Ignored {
     }
 }
 
+/// A word that stands for whatever was decided when the job was submitted.
+const DECIDED: (&str, &str) = ("base.shard", "auto");
+
 /// The keys that differ, in the order of the alphabet.
 pub(super) fn ignored(submitted: &str, now: Option<&Value>) -> Vec<Ignored> {
     let (Some(now), Ok(submitted)) = (now, serde_json::from_str::<Value>(submitted)) else {
@@ -36,7 +39,7 @@ pub(super) fn ignored(submitted: &str, now: Option<&Value>) -> Vec<Ignored> {
 }
 
 fn compare(key: &str, submitted: &Value, now: &Value, found: &mut Vec<Ignored>) {
-    if submitted == now || NO_MATTER.contains(&key) {
+    if submitted == now || NO_MATTER.contains(&key) || (key, now.as_str()) == (DECIDED.0, Some(DECIDED.1)) {
         return;
     }
     let (Value::Object(before), Value::Object(after)) = (submitted, now) else {
@@ -64,6 +67,10 @@ mod tests {
         let found: Vec<String> = ignored(submitted, Some(&now)).iter().map(ToString::to_string).collect();
         assert_eq!(found, ["train.epochs = 2 (submitted with null)", "train.steps = 9 (submitted with 5)"]);
         assert!(ignored(submitted, None).is_empty());
+        let decided = r#"{"base": {"shard": "replicate"}}"#;
+        let says =
+            |word: &str| ignored(decided, Some(&serde_json::json!({ "base": { "shard": word } }))).len();
+        assert_eq!((says("auto"), says("replicate"), says("2")), (0, 0, 1));
         assert!(ignored(submitted, serde_json::from_str(submitted).ok().as_ref()).is_empty());
     }
 }

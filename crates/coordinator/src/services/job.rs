@@ -7,7 +7,7 @@ use shanty_config::JobSpec;
 use shanty_proto::v1::{job_service_server::JobService, *};
 use tonic::{Request, Response, Status};
 
-use super::{refuse, wire};
+use super::{refuse, wire, wire_view};
 use crate::{
     access::Caller,
     engine::Engine,
@@ -74,13 +74,13 @@ impl Jobs {
 
     async fn list(&self) -> Result<ListJobsResponse> {
         let views = self.engine.look(|machine, now| machine.views(now)).await?;
-        Ok(ListJobsResponse { jobs: views.iter().map(wire::summary_out).collect() })
+        Ok(ListJobsResponse { jobs: views.iter().map(wire_view::summary_out).collect() })
     }
 
     async fn cancel(&self, request: CancelJobRequest) -> Result<CancelJobResponse> {
         let job = wire::job_id(&request.job_id)?;
         match self.engine.ask(move |request| Event::Cancel { request, job }).await? {
-            Reply::Cancelled(state) => Ok(CancelJobResponse { state: wire::state_out(state).into() }),
+            Reply::Cancelled(state) => Ok(CancelJobResponse { state: wire_view::state_out(state).into() }),
             other => Err(Error::bad(format!("an answer to something else: {other:?}"))),
         }
     }
@@ -123,7 +123,9 @@ impl Jobs {
         });
         let spec = known.await?.ok_or(Error::NoSuchJob { job })?;
         let checkpoints = find::list(&spec).await?;
-        Ok(ListCheckpointsResponse { checkpoints: checkpoints.iter().map(wire::checkpoint_out).collect() })
+        Ok(ListCheckpointsResponse {
+            checkpoints: checkpoints.iter().map(wire_view::checkpoint_out).collect(),
+        })
     }
 }
 

@@ -5,6 +5,7 @@ mod job;
 mod status;
 pub(crate) mod wire;
 mod wire_crew;
+mod wire_view;
 mod worker;
 
 pub(crate) use self::{access::Tokens, job::Jobs, status::Statuses, worker::Workers};

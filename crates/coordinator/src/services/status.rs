@@ -12,7 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
-use super::{refuse, wire};
+use super::{refuse, wire, wire_view};
 use crate::{
     engine::Engine,
     error::{Error, Result},
@@ -69,7 +69,7 @@ impl StatusService for Statuses {
         request: Request<GetStatusRequest>,
     ) -> Result<Response<GetStatusResponse>, Status> {
         let view = self.view(&request.get_ref().job_id).await.map_err(refuse)?;
-        Ok(Response::new(GetStatusResponse { status: Some(wire::status_out(&view)) }))
+        Ok(Response::new(GetStatusResponse { status: Some(wire_view::status_out(&view)) }))
     }
 
     async fn watch_job(
@@ -98,7 +98,7 @@ impl StatusService for Statuses {
         let view = self.view(&request.job_id).await.map_err(refuse)?;
         let limit = if request.limit == 0 { STEPS } else { request.limit.min(MOST_STEPS) };
         let steps = self.store.steps(view.id, request.from_step, limit).await.map_err(refuse)?;
-        Ok(Response::new(ListStepsResponse { steps: steps.iter().map(wire::step_out).collect() }))
+        Ok(Response::new(ListStepsResponse { steps: steps.iter().map(wire_view::step_out).collect() }))
     }
 
     async fn list_events(
@@ -107,7 +107,7 @@ impl StatusService for Statuses {
     ) -> Result<Response<ListEventsResponse>, Status> {
         let view = self.view(&request.get_ref().job_id).await.map_err(refuse)?;
         let events = self.store.events(view.id, EVENTS).await.map_err(refuse)?;
-        Ok(Response::new(ListEventsResponse { events: events.iter().map(wire::event_out).collect() }))
+        Ok(Response::new(ListEventsResponse { events: events.iter().map(wire_view::event_out).collect() }))
     }
 
     async fn tail_logs(
@@ -121,7 +121,7 @@ impl StatusService for Statuses {
         let (sender, receiver) = mpsc::channel(WATCHER_QUEUE);
         let shutdown = self.shutdown.clone();
         tokio::spawn(async move {
-            let lines = past.into_iter().map(wire::log_line_out).collect();
+            let lines = past.into_iter().map(wire_view::log_line_out).collect();
             let sent = sender.send(Ok(TailLogsResponse { lines })).await.is_ok();
             if !(sent && follow) {
                 return;
@@ -154,10 +154,10 @@ async fn say(sender: &Watcher, update: Update) -> Option<()> {
 
 fn update(point: &Point) -> Update {
     match point {
-        Point::Step(step) => Update::Step(wire::step_out(step)),
-        Point::Evaluation(evaluation) => Update::Evaluation(wire::evaluation_out(evaluation)),
-        Point::Checkpoint(checkpoint) => Update::Checkpoint(wire::checkpoint_out(checkpoint)),
-        Point::Event(event) => Update::Event(wire::event_out(event)),
+        Point::Step(step) => Update::Step(wire_view::step_out(step)),
+        Point::Evaluation(evaluation) => Update::Evaluation(wire_view::evaluation_out(evaluation)),
+        Point::Checkpoint(checkpoint) => Update::Checkpoint(wire_view::checkpoint_out(checkpoint)),
+        Point::Event(event) => Update::Event(wire_view::event_out(event)),
     }
 }
 
@@ -169,7 +169,7 @@ async fn follow(watch: Watch, sender: &Watcher) {
 
 async fn follow_to_the_end(mut watch: Watch, sender: &Watcher) -> Option<()> {
     let mut last = watch.status.borrow_and_update().clone();
-    say(sender, Update::Status(wire::status_out(&last))).await?;
+    say(sender, Update::Status(wire_view::status_out(&last))).await?;
     while !last.state.is_final() {
         tokio::select! {
             biased;
@@ -179,7 +179,7 @@ async fn follow_to_the_end(mut watch: Watch, sender: &Watcher) -> Option<()> {
                 Err(RecvError::Lagged(_)) => {
                     last = watch.status.borrow_and_update().clone();
                     if !last.state.is_final() {
-                        say(sender, Update::Status(wire::status_out(&last))).await?;
+                        say(sender, Update::Status(wire_view::status_out(&last))).await?;
                     }
                 }
                 Err(RecvError::Closed) => return None,
@@ -190,7 +190,7 @@ async fn follow_to_the_end(mut watch: Watch, sender: &Watcher) -> Option<()> {
                 let is_news = gist(&now) != gist(&last);
                 last = now;
                 if is_news && !last.state.is_final() {
-                    say(sender, Update::Status(wire::status_out(&last))).await?;
+                    say(sender, Update::Status(wire_view::status_out(&last))).await?;
                 }
             }
         }
@@ -202,7 +202,7 @@ async fn follow_to_the_end(mut watch: Watch, sender: &Watcher) -> Option<()> {
             Err(TryRecvError::Empty | TryRecvError::Closed) => break,
         }
     }
-    say(sender, Update::Status(wire::status_out(&last))).await
+    say(sender, Update::Status(wire_view::status_out(&last))).await
 }
 
 /// Sends a job's log lines until it has ended, or the watcher is gone.
@@ -224,7 +224,7 @@ async fn tail(mut watch: Watch, worker: &str, sender: &mpsc::Sender<Result<TailL
             },
         };
         let wanted = lines.iter().filter(|line| worker.is_empty() || line.worker == worker);
-        let lines: Vec<LogLine> = wanted.cloned().map(wire::log_line_out).collect();
+        let lines: Vec<LogLine> = wanted.cloned().map(wire_view::log_line_out).collect();
         if !lines.is_empty() && sender.send(Ok(TailLogsResponse { lines })).await.is_err() {
             return;
         }

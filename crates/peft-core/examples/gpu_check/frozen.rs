@@ -87,6 +87,14 @@ pub(crate) fn frozen(report: &mut Report, cpu: &Cpu) {
                     all.push(get(&cuda, &out, 59, hidden));
                 }
                 report.compare(format!("embedding {hidden} {precision:?}"), &all[1], &all[0], 0.0);
+                let weights = base.layer(0).unwrap();
+                let norm = cuda.read(cuda.frozen_vector(weights.input_norm)).unwrap();
+                report.compare(
+                    format!("norm weights {hidden} {precision:?}"),
+                    &norm,
+                    weights.input_norm,
+                    0.0,
+                );
                 let mut scratch = poisoned(&cuda, 30 * hidden);
                 let table = base.head();
                 let view = cuda.frozen_rows(&table, 7, 30, &mut scratch);

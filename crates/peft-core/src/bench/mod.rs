@@ -2,6 +2,7 @@
 //! operations are beside what the card does at best.
 
 mod card;
+mod card_operations;
 mod load;
 mod random_base;
 
@@ -10,9 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use card::{
-    CardBenchOptions, CardOperation, CardStep, Line, Stepper, largest_context, model_flops, operations, steps,
-};
+pub use card::{CardBenchOptions, CardStep, Line, Stepper, largest_context, model_flops, steps};
+pub use card_operations::{CardOperation, operations};
 pub use load::{LoadBench, load, write_random};
 use random_base::noise;
 pub use random_base::{RandomBase, Shape};

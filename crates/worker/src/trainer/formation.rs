@@ -88,6 +88,16 @@ impl Formation {
         u32::try_from(self.members.len()).unwrap_or(u32::MAX)
     }
 
+    /// Whether what leaves a machine has to be encrypted: by the job's word, or because all else in the cluster is.
+    pub(crate) fn must_be_secret(&self, cluster: &ClusterSpec) -> bool {
+        let asked = cluster.encryption == job::Encryption::On;
+        asked || self.encrypted && !self.is_on_one_machine()
+    }
+
+    fn is_on_one_machine(&self) -> bool {
+        self.members.iter().all(|address| is_loopback(address))
+    }
+
     /// How members link, which follows from what all of them are told alike.
     pub(crate) fn join_options(&self, job: &str, cluster: &ClusterSpec) -> JoinOptions {
         JoinOptions {
@@ -95,9 +105,7 @@ impl Formation {
             encrypted: match cluster.encryption {
                 job::Encryption::On => true,
                 job::Encryption::Off if !self.encrypted => false,
-                job::Encryption::Auto | job::Encryption::Off => {
-                    !self.members.iter().all(|address| is_loopback(address))
-                }
+                job::Encryption::Auto | job::Encryption::Off => !self.is_on_one_machine(),
             },
             compression: match cluster.compression {
                 job::Compression::Off => Compression::Off,
@@ -201,6 +209,21 @@ mod tests {
         // In a cluster whose connections are encrypted no job does without.
         assert!(within(true, &there, job::Encryption::Off));
         assert!(!within(true, &here, job::Encryption::Off));
+    }
+
+    #[test]
+    fn nccl_is_not_chosen_where_links_must_be_secret() {
+        let secret = |encrypted, members: &[&str], encryption| {
+            let members = members.iter().map(|member| (*member).to_owned()).collect();
+            let start = Start::new(point(), 0, 3).unwrap();
+            let formation = Formation { generation: 1, rank: 0, members, token: [0; 32], encrypted, start };
+            formation.must_be_secret(&ClusterSpec { encryption, ..ClusterSpec::default() })
+        };
+        let (here, there) = (["127.0.0.1:7000", "[::1]:7001"], ["127.0.0.1:7000", "10.0.0.7:7000"]);
+        assert!(secret(false, &here, job::Encryption::On));
+        assert!(secret(true, &there, job::Encryption::Auto) && secret(true, &there, job::Encryption::Off));
+        assert!(!secret(true, &here, job::Encryption::Auto), "nothing leaves the machine");
+        assert!(!secret(false, &there, job::Encryption::Auto), "the cluster does without, too");
     }
 
     #[test]

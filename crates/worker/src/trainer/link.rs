@@ -32,6 +32,14 @@ pub(super) fn join(
     if cluster.collective == job::Collective::Tcp || formation.world_size() == 1 {
         return Ok(Box::new(links));
     }
+    if cluster.collective == job::Collective::Auto && formation.must_be_secret(cluster) {
+        if formation.rank == 0 && job.engine.card().is_some() {
+            info!(
+                "workers sum their gradients over encrypted TCP: NCCL encrypts nothing; `collective = \"nccl\"` does without"
+            );
+        }
+        return Ok(Box::new(links));
+    }
     let device = device(job);
     match nccl::agree(&mut links, device.as_ref(), JOIN_WITHIN).map_err(broken)? {
         Ok(()) => {}

@@ -23,12 +23,14 @@ use super::{
     held::{CardBase, HeldLayer, HeldNumbers, HeldTable},
     lane::{Lane, Nf4Place},
     memory::{DeviceMemory, Numbers, Registered},
+    meter::{Meter, Vectors},
+    ways::Ways,
 };
 use crate::{
     engine::SharedBase,
     error::Result,
     model::{
-        LoadProgress, ModelConfig, Norm,
+        LoadProgress, ModelConfig,
         resident::{
             Hashes, Table,
             plan::{BasePlan, LayerPlan, WeightPlan},
@@ -43,14 +45,6 @@ use crate::{
         packed::{PackedLayer, PackedShape, ScalesMut},
     },
 };
-
-/// More threads than this gain nothing: the bus is full.
-const MOST_LANES: usize = 8;
-
-/// Bytes of a slot: whole blocks of every size in every kind of number.
-const SMALLEST_SLOT: usize = 1 << 14;
-const FAIR_SLOT: usize = 1 << 20;
-const LARGEST_SLOT: usize = 1 << 23;
 
 /// What one thread does at a time.
 enum Task<'a> {
@@ -160,7 +154,7 @@ impl Cuda {
         let map = base.map(&device, &DYNAMIC_MAP)?;
         // What is reserved is also cleared, by a stream that the threads do not wait for.
         device.settle()?;
-        let made = run(&device, &tasks, map, Ways::for_tasks(&tasks, threads, room), &mut meter)?;
+        let made = run(&device, &tasks, map, ways(&tasks, threads, room), &mut meter)?;
         drop(tasks);
         let hash = meter.hashes.content_hash(config);
 
@@ -201,65 +195,6 @@ impl Cuda {
         self.base = base;
         let base = CardBase { config: config.clone(), layers: held_layers, embedding, final_norm, head };
         Ok((base, hash))
-    }
-}
-
-/// Hashes and counts what is read.
-struct Meter<'a> {
-    hashes: Hashes,
-    progress: &'a mut dyn FnMut(LoadProgress),
-    done_bytes: u64,
-    total_bytes: u64,
-}
-
-impl<'a> Meter<'a> {
-    fn new(plan: &BasePlan<'_>, progress: &'a mut dyn FnMut(LoadProgress)) -> Self {
-        let total_bytes = plan.tensors().iter().map(|tensor| tensor.bytes() as u64).sum();
-        Self { hashes: Hashes::default(), progress, done_bytes: 0, total_bytes }
-    }
-
-    fn count(&mut self, bytes: usize) {
-        self.done_bytes += bytes as u64;
-        (self.progress)(LoadProgress { done_bytes: self.done_bytes, total_bytes: self.total_bytes });
-    }
-
-    fn numbers(&mut self, tensor: &Tensor<'_>) -> Result<Vec<f32>> {
-        let mut numbers = vec![0.0; tensor.elements()];
-        tensor.read_f32(&mut numbers, &mut |bytes| {
-            self.hashes.see(tensor, bytes);
-            self.count(bytes.len());
-        })?;
-        Ok(numbers)
-    }
-
-    fn norm(&mut self, tensor: &Tensor<'_>, less_one: bool) -> Result<Vec<f32>> {
-        let mut numbers = self.numbers(tensor)?;
-        if less_one {
-            numbers.iter_mut().for_each(|number| *number += 1.0);
-        }
-        Ok(numbers)
-    }
-}
-
-/// A layer's norms and biases.
-struct Vectors {
-    norms: [Vec<f32>; Norm::ALL.len()],
-    biases: Vec<Option<Vec<f32>>>,
-}
-
-impl Vectors {
-    fn read(plan: &LayerPlan<'_>, config: &ModelConfig, meter: &mut Meter<'_>) -> Result<Self> {
-        let mut norms = <[Vec<f32>; Norm::ALL.len()]>::default();
-        for (norm, tensor) in &plan.norms {
-            norms[norm.index()] = meter.norm(tensor, config.norms_less_one)?;
-        }
-        let biases = plan.biases.iter().map(|bias| bias.as_ref().map(|bias| meter.numbers(bias)).transpose());
-        Ok(Self { norms, biases: biases.collect::<Result<_>>()? })
-    }
-
-    fn all(&self) -> impl Iterator<Item = &[f32]> {
-        let norms = self.norms.iter().filter(|norm| !norm.is_empty());
-        norms.chain(self.biases.iter().flatten()).map(Vec::as_slice)
     }
 }
 
@@ -333,50 +268,19 @@ fn reserve<'a>(
     Ok(places)
 }
 
-/// How many threads there are, and what each takes of the card.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Ways {
-    count: usize,
-    /// Bytes of a slot, of which each has two.
-    slot: usize,
-    /// Blocks of the largest matrix.
-    blocks: usize,
-}
-
-impl Ways {
-    fn for_tasks(tasks: &[Task<'_>], threads: usize, room: u64) -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let count = if threads == 0 { cores } else { threads }.min(tasks.len());
-        let (mut largest, mut blocks) = (0, 1);
-        for task in tasks {
-            let elements = task.elements();
-            largest = largest.max(elements);
-            if let Task::Quantise(_, place) = task {
-                blocks = blocks.max(nf4::blocks(elements, place.shape.options.block_size));
-            }
+/// How the tasks are shared out.
+fn ways(tasks: &[Task<'_>], threads: usize, room: u64) -> Ways {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let count = if threads == 0 { cores } else { threads }.min(tasks.len());
+    let (mut largest, mut blocks) = (0, 1);
+    for task in tasks {
+        let elements = task.elements();
+        largest = largest.max(elements);
+        if let Task::Quantise(_, place) = task {
+            blocks = blocks.max(nf4::blocks(elements, place.shape.options.block_size));
         }
-        Self::within(count, largest, blocks, room)
     }
-
-    /// First slots get smaller, then there are fewer threads; one thread with the smallest slots is the least.
-    fn within(count: usize, largest: usize, blocks: usize, room: u64) -> Self {
-        // A piece of a small tensor, widened to f32, is small as well.
-        let slot = (4 * largest).next_power_of_two().clamp(SMALLEST_SLOT, LARGEST_SLOT);
-        let mut ways = Self { count: count.clamp(1, MOST_LANES), slot, blocks };
-        while ways.bytes() > room && (ways.slot > SMALLEST_SLOT || ways.count > 1) {
-            if ways.slot > FAIR_SLOT || ways.count == 1 {
-                ways.slot /= 2;
-            } else {
-                ways.count -= 1;
-            }
-        }
-        ways
-    }
-
-    /// What all take of the card.
-    fn bytes(&self) -> u64 {
-        (self.count * (2 * self.slot + 4 * self.blocks)) as u64
-    }
+    Ways::within(count, largest, blocks, room)
 }
 
 /// Runs all tasks, the first ones first: what came of each.
@@ -555,27 +459,5 @@ fn register(device: &Arc<Device>, table: &Table) -> Result<(usize, Registered), 
             let data: &[bf16] = data;
             Ok((key(data), Registered::new(device, bytemuck::cast_slice(data), Numbers::Bf16)?))
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn threads_take_no_more_of_the_card_than_there_is_room() {
-        let most = Ways::within(64, 1 << 29, 917_504, u64::MAX);
-        assert_eq!(most, Ways { count: MOST_LANES, slot: LARGEST_SLOT, blocks: 917_504 });
-        assert_eq!(Ways::within(2, 1000, 16, u64::MAX), Ways { count: 2, slot: SMALLEST_SLOT, blocks: 16 });
-        let mut last = most.bytes();
-        for room in [most.bytes() - 1, 100 << 20, 30 << 20, 8 << 20] {
-            let ways = Ways::within(64, 1 << 29, 917_504, room);
-            assert!(ways.bytes() <= room, "{room}: {ways:?}");
-            // Less than before where that is too much now, and no less where it is not.
-            assert_eq!(ways.bytes() < last, last > room, "{room}: {ways:?}");
-            assert!(ways.slot.is_power_of_two() && ways.slot >= SMALLEST_SLOT);
-            last = ways.bytes();
-        }
-        assert_eq!(Ways::within(64, 1 << 29, 16, 0), Ways { count: 1, slot: SMALLEST_SLOT, blocks: 16 });
     }
 }

@@ -18,6 +18,7 @@ mod loading;
 mod low_rank;
 mod memory;
 mod merge;
+mod meter;
 mod operations;
 mod optimizer;
 mod outgoing;
@@ -27,6 +28,7 @@ mod reduce;
 mod survey;
 mod transfers;
 mod virtual_tokens;
+mod ways;
 
 use std::sync::{Arc, Mutex, PoisonError};
 

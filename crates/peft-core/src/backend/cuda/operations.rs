@@ -4,11 +4,9 @@ use half::bf16;
 
 use super::{
     Aside, Cuda, CudaBatch, DeviceBuffer, DeviceMemory, Numbers, THREADS, any, attention,
-    attention::{Backward, Forward, TileLists},
+    attention::{Backward, Forward},
     base::{Table, key, table_key},
-    grid, kernel, launch, matrix,
-    outgoing::Outgoing,
-    target,
+    grid, kernel, launch, matrix, target,
 };
 use crate::{
     backend::{
@@ -37,25 +35,7 @@ impl Backend for Cuda {
     }
 
     fn allocate_batch(&self, room: BatchRoom) -> Result<CudaBatch> {
-        let reserve = |bytes: usize| self.take(bytes * room.tokens, Numbers::F32);
-        let tiles = TileLists::allocate(self, room)?;
-        // Six arrays and two lists.
-        let outgoing =
-            Outgoing::new(&self.device, (4 + 4 + 8 + 16 + 4 + 4) * room.tokens + tiles.bytes(), 8)?;
-        Ok(CudaBatch {
-            ids: reserve(4)?,
-            positions: reserve(4)?,
-            samples: reserve(8)?,
-            spans: reserve(16)?,
-            predicting: reserve(4)?,
-            targets: reserve(4)?,
-            statistics: reserve(8 * room.heads)?,
-            tiles,
-            outgoing,
-            span_count: 0,
-            longest_queries: 0,
-            longest_keys: 0,
-        })
+        self.batch(room)
     }
 
     fn load_batch(&self, from: &PackedBatch, into: &mut CudaBatch) {

@@ -4,11 +4,11 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::{
-    Cuda, CudaBatch, DeviceBuffer, DeviceError, DeviceMemory, Numbers, THREADS, base::matrix_key, kernel,
-    launch, matrix,
+    Cuda, CudaBatch, DeviceBuffer, DeviceError, DeviceMemory, Numbers, THREADS, attention::TileLists,
+    base::matrix_key, kernel, launch, matrix, outgoing::Outgoing,
 };
 use crate::{
-    backend::{Backend, Ready, View, ViewMut},
+    backend::{Backend, BatchRoom, Ready, View, ViewMut},
     batch::PackedBatch,
     engine::GradientSink,
     error::Result,
@@ -19,6 +19,29 @@ use crate::{
 const CHUNK: usize = 1 << 16;
 
 impl Cuda {
+    /// [`Backend::allocate_batch`].
+    pub(super) fn batch(&self, room: BatchRoom) -> Result<CudaBatch> {
+        let reserve = |bytes: usize| self.take(bytes * room.tokens, Numbers::F32);
+        let tiles = TileLists::allocate(self, room)?;
+        // Six arrays and two lists.
+        let outgoing =
+            Outgoing::new(&self.device, (4 + 4 + 8 + 16 + 4 + 4) * room.tokens + tiles.bytes(), 8)?;
+        Ok(CudaBatch {
+            ids: reserve(4)?,
+            positions: reserve(4)?,
+            samples: reserve(8)?,
+            spans: reserve(16)?,
+            predicting: reserve(4)?,
+            targets: reserve(4)?,
+            statistics: reserve(8 * room.heads)?,
+            tiles,
+            outgoing,
+            span_count: 0,
+            longest_queries: 0,
+            longest_keys: 0,
+        })
+    }
+
     /// [`Backend::load_batch`].
     pub(super) fn load(&self, from: &PackedBatch, into: &mut CudaBatch) {
         let device = &*self.device;
