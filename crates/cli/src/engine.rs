@@ -108,6 +108,12 @@ impl ClusterFlags {
         }])
     }
 
+    /// The folder of a job's state on Slurm; in an array that of its first task.
+    pub(crate) fn folder_of_task(&self, folder: &Path) -> PathBuf {
+        let first = |array: &String| array.split([',', '-', ':', '%']).next().unwrap_or_default().to_owned();
+        self.array.as_ref().map_or_else(|| folder.to_owned(), |array| folder.join(first(array)))
+    }
+
     fn slurm(&self, job: &Described, target: &Target) -> CommandResult<Slurm> {
         let program = match (&self.program, &self.container) {
             (Some(program), _) => program.clone(),

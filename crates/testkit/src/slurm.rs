@@ -30,6 +30,7 @@ pub struct Slurm {
 
 impl Slurm {
     /// Starts `nodes` nodes (`n1`, `n2`, …) below `folder`; nothing where Slurm is not installed.
+    #[expect(clippy::print_stderr, reason = "a test that is skipped says so")]
     pub fn start(folder: &Path, nodes: usize) -> anyhow::Result<Option<Self>> {
         let missing: Vec<&str> = PROGRAMS.into_iter().filter(|program| find(program).is_none()).collect();
         if !missing.is_empty() {
@@ -158,10 +159,9 @@ impl Slurm {
             socket = self.socket().display(),
             port = ports[0],
         );
-        for node in 1..=nodes {
+        for (node, port) in ports.iter().enumerate().skip(1) {
             text.push_str(&format!(
-                "NodeName=n{node} NodeHostname={host} NodeAddr=127.0.0.1 Port={} CPUs=4 RealMemory=1000 State=UNKNOWN\n",
-                ports[node]
+                "NodeName=n{node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=1000 State=UNKNOWN\n"
             ));
         }
         text.push_str(&format!(

@@ -14,7 +14,7 @@ use crate::{
     commands::{render, status},
     engine::{ClusterFlags, Described, Engine},
     failure::{CommandResult, Exit},
-    job_file::JobFile,
+    job_file::{JobFile, quote},
     preflight::{Preflight, check_data},
     ui::Ui,
 };
@@ -72,7 +72,7 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
         let allocated = allocate(&args, &job)?;
         let text = format!("{} ({})", allocated.id, allocated.script.display());
         if args.target.coordinator.is_none() {
-            let folder = allocated.folder.display();
+            let folder = args.cluster.folder_of_task(&allocated.folder);
             ui.data(&json!({ "slurm_job": allocated.id, "script": allocated.script }), |_| text.clone())?;
             ui.note(format!(
                 "once it runs: . {folder}/environment; shanty status {} --watch",

@@ -76,7 +76,7 @@ impl Slurm {
                 let nv = if self.gpus.is_some() { "--nv " } else { "" };
                 format!("apptainer exec {nv}{} {program}", template::quote(image))
             }
-            None => program.clone(),
+            None => program,
         };
         let pyxis = self.container.as_ref().filter(|_| apptainer.is_none());
         let srun: Vec<String> = pyxis
