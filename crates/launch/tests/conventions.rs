@@ -8,12 +8,15 @@ fn read(variables: &[(&str, &str)]) -> Result<Surroundings, Error> {
     })
 }
 
+/// What an engine sets.
+type Variables = &'static [(&'static str, &'static str)];
+
 /// What a case expects: engine, node, nodes, process, coordinator's host, devices.
 type Expected = (Engine, Option<u32>, Option<u32>, Option<u32>, Option<&'static str>, Devices);
 
 #[test]
 fn every_convention_says_who_where_and_with_what() {
-    let cases: [(&str, &[(&str, &str)], Expected); 9] = [
+    let cases: [(&str, Variables, Expected); 9] = [
         (
             "torchrun, a process a device",
             &[
@@ -191,9 +194,9 @@ fn a_number_that_is_none_is_named() {
 fn a_process_that_is_started_again_at_its_place_has_its_name_again() {
     let slurm =
         [("SLURM_JOB_ID", "91"), ("SLURM_PROCID", "2"), ("SLURM_LOCALID", "0"), ("SLURM_NODEID", "1")];
-    let cases: [(&[(&str, &str)], Option<&str>); 8] = [
+    let cases: [(Variables, Option<&str>); 8] = [
         (&[], None),
-        (&slurm, Some("slurm-91-2")),
+        (SLURM, Some("slurm-91-2")),
         (
             &[("SLURM_JOB_ID", "20"), ("SLURM_ARRAY_JOB_ID", "18"), ("SLURM_ARRAY_TASK_ID", "2")],
             Some("slurm-18_2"),

@@ -74,10 +74,8 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
         if args.target.coordinator.is_none() {
             let folder = args.cluster.folder_of_task(&allocated.folder);
             ui.data(&json!({ "slurm_job": allocated.id, "script": allocated.script }), |_| text.clone())?;
-            ui.note(format!(
-                "once it runs: . {folder}/environment; shanty status {} --watch",
-                job.value.name
-            ));
+            let environment = quote(&folder.join("environment").display().to_string());
+            ui.note(format!("once it runs: . {environment}; shanty status {} --watch", job.value.name));
             return Ok(Exit::Done);
         }
         ui.note(format!("workers: Slurm's job {text}"));
