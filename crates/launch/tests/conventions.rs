@@ -192,8 +192,8 @@ fn a_number_that_is_none_is_named() {
 
 #[test]
 fn a_process_that_is_started_again_at_its_place_has_its_name_again() {
-    let slurm =
-        [("SLURM_JOB_ID", "91"), ("SLURM_PROCID", "2"), ("SLURM_LOCALID", "0"), ("SLURM_NODEID", "1")];
+    const SLURM: Variables =
+        &[("SLURM_JOB_ID", "91"), ("SLURM_PROCID", "2"), ("SLURM_LOCALID", "0"), ("SLURM_NODEID", "1")];
     let cases: [(Variables, Option<&str>); 8] = [
         (&[], None),
         (SLURM, Some("slurm-91-2")),
