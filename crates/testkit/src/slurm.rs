@@ -147,6 +147,7 @@ impl Slurm {
         let user = String::from_utf8(Command::new("id").arg("-un").output()?.stdout)?.trim().to_owned();
         let folder = self.folder.display();
         let ports = free_ports(nodes + 1)?;
+        // Ids differ from cluster to cluster, as ports do that are made of them.
         let mut text = format!(
             "ClusterName=test\nSlurmctldHost={host}(127.0.0.1)\nSlurmUser={user}\nSlurmdUser={user}\n\
              AuthType=auth/munge\nCryptoType=crypto/munge\nAuthInfo=socket={socket},cred_expire=5\n\
@@ -155,7 +156,7 @@ impl Slurm {
              ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nSwitchType=switch/none\nMpiDefault=none\n\
              SchedulerType=sched/backfill\nSchedulerParameters=bf_interval=1,sched_interval=1\n\
              SelectType=select/cons_tres\nSelectTypeParameters=CR_Core\nSlurmdParameters=config_overrides\n\
-             ReturnToService=2\nKillWait=5\nMinJobAge=600\nJobRequeue=1\n",
+             ReturnToService=2\nKillWait=5\nMinJobAge=600\nJobRequeue=1\nFirstJobId={port}\n",
             socket = self.socket().display(),
             port = ports[0],
         );

@@ -74,7 +74,11 @@ fn slurm() {
     let shell =
         shell.environment("PATH", &format!("{program}:{}", Slurm::path())).environment("SHANTY_LOG", "warn");
     let followed = shell.run(&["-c", &script("slurm.md")]).unwrap();
-    let output = || fs::read_to_string(place.path("runs/tiny.slurm/slurm-1.out")).unwrap_or_default();
+    let output = || {
+        let files = fs::read_dir(place.path("runs/tiny.slurm")).into_iter().flatten().flatten();
+        let outputs = files.filter(|file| file.file_name().to_string_lossy().ends_with(".out"));
+        outputs.filter_map(|file| fs::read_to_string(file.path()).ok()).collect::<String>()
+    };
     let followed = followed.expect_code(0).unwrap_or_else(|error| panic!("{error}\n{}", output()));
     assert!(followed.stdout.contains("succeeded"), "{}", followed.stdout);
 }
