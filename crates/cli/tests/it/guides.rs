@@ -67,7 +67,7 @@ fn slurm() {
     let folder = tempfile::tempdir().unwrap();
     let Some(slurm) = Slurm::start(folder.path(), 2).unwrap() else { return };
     // Long enough to be looked at while it runs.
-    let job = TinyJob { workers: (1, 2), steps: 6_000, every_steps: 0, ..TinyJob::default() };
+    let job = TinyJob { workers: (1, 2), steps: 2_000, every_steps: 0, ..TinyJob::default() };
     let place = Place::new(job).unwrap().environment("SLURM_CONF", &slurm.conf().display().to_string());
     let shell = place.shanty.of("/bin/bash");
     let program = Path::new(env!("CARGO_BIN_EXE_shanty")).parent().unwrap().display().to_string();
