@@ -124,9 +124,9 @@ fn means(points: &[(f64, f64)], columns: usize) -> Vec<Option<f64>> {
     let known: Vec<usize> = (0..columns).filter(|column| means[*column].is_some()).collect();
     for pair in known.windows(2) {
         let (Some(from), Some(to)) = (means[pair[0]], means[pair[1]]) else { continue };
-        for column in pair[0] + 1..pair[1] {
-            let share = (column - pair[0]) as f64 / (pair[1] - pair[0]) as f64;
-            means[column] = Some(from + share * (to - from));
+        let gap = (pair[1] - pair[0]) as f64;
+        for (steps, mean) in (1u32..).zip(&mut means[pair[0] + 1..pair[1]]) {
+            *mean = Some(from + f64::from(steps) / gap * (to - from));
         }
     }
     means
