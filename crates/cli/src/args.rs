@@ -61,6 +61,7 @@ pub(crate) enum Command {
     Plan(commands::plan::Args),
     Resume(commands::resume::Args),
     Submit(commands::submit::Args),
+    Render(commands::render::Args),
     Jobs(commands::jobs::Args),
     Status(commands::status::Args),
     Top(commands::top::Args),
@@ -70,6 +71,7 @@ pub(crate) enum Command {
     Checkpoints(commands::checkpoints::Args),
     Coordinator(commands::coordinator::Args),
     Worker(commands::worker::Args),
+    Up(commands::up::Args),
     Certs(commands::certs::Args),
     Token(commands::token::Args),
     #[command(hide = true)]
@@ -86,6 +88,7 @@ pub(crate) enum Command {
     Logits(commands::logits::Args),
     Bench(commands::bench::Args),
     Doctor(commands::doctor::Args),
+    Health(commands::health::Args),
     Chaos(commands::chaos::Args),
     Explain(commands::explain::Args),
     Completions(commands::completions::Args),

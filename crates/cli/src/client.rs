@@ -12,6 +12,7 @@ use shanty_proto::v1::{
     status_service_client::StatusServiceClient,
 };
 use tonic::transport::Endpoint;
+use tonic_health::pb::health_client::HealthClient;
 
 use crate::{error::Error, failure::CommandResult, prepared::Scratch, run::host::Host};
 
@@ -113,6 +114,10 @@ impl Client {
 
     pub(crate) fn access(&self) -> AccessServiceClient<Channel> {
         AccessServiceClient::new(self.channel.clone())
+    }
+
+    pub(crate) fn health(&self) -> HealthClient<Channel> {
+        HealthClient::new(self.channel.clone())
     }
 
     pub(crate) fn jobs(&self) -> JobServiceClient<Channel> {

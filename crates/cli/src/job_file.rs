@@ -24,17 +24,28 @@ pub(crate) struct JobFile {
 impl JobFile {
     /// Reads the job file below `--set` and below `more`, and checks the files that it names.
     pub(crate) fn load(&self, more: &[(String, String)], ui: &Ui) -> CommandResult<Loaded<JobSpec>> {
-        let mut overrides = Vec::with_capacity(self.set.len() + more.len());
-        for text in &self.set {
-            overrides.push(shanty_config::parse_override(text).map_err(|errors| all(&errors))?);
-        }
-        overrides.extend_from_slice(more);
-        let job = shanty_config::load_job(&self.job, &overrides).map_err(|errors| all(&errors))?;
+        let job = self.load_unseen(more)?;
         shanty_config::check_files(&job).map_err(|errors| all(&errors))?;
         for warning in &job.warnings {
             ui.warning(warning);
         }
         Ok(job)
+    }
+
+    /// Reads the job file below `--set` and below `more`. The files that it names may be on other machines.
+    pub(crate) fn load_unseen(&self, more: &[(String, String)]) -> CommandResult<Loaded<JobSpec>> {
+        let mut overrides = Vec::with_capacity(self.set.len() + more.len());
+        for text in &self.set {
+            overrides.push(shanty_config::parse_override(text).map_err(|errors| all(&errors))?);
+        }
+        overrides.extend_from_slice(more);
+        shanty_config::load_job(&self.job, &overrides).map_err(|errors| all(&errors))
+    }
+
+    /// As the first task of an array has it.
+    #[must_use]
+    pub(crate) fn first_task(&self) -> Self {
+        Self { job: self.job.clone(), set: self.set.iter().map(|set| set.replace("{task}", "0")).collect() }
     }
 
     /// The command that resumes this job, as the user would type it.

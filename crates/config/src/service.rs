@@ -19,6 +19,9 @@ use crate::{
 /// What the names of a coordinator's environment variables begin with.
 pub const COORDINATOR_PREFIX: &str = "SHANTY_COORDINATOR__";
 
+/// A worker's `bind` that leaves the address to the way to the coordinator.
+pub const AUTO: &str = "auto";
+
 /// What the names of a worker's environment variables begin with.
 pub const WORKER_PREFIX: &str = "SHANTY_WORKER__";
 
@@ -73,8 +76,10 @@ described! {
     #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
     #[serde(deny_unknown_fields, default)]
     pub struct WorkerFile {
-        /// URL of the coordinator.
+        /// URL of the coordinator; where no layer names one, that of the host where the launching engine has it.
         pub coordinator: String,
+        /// What this worker is called, with a suffix of its own for each process; after the launching engine's rank or pod when absent.
+        pub name: Option<String>,
         /// Certificate of the authority that the coordinator is known by, PEM; the system's authorities when absent.
         pub ca: Option<PathBuf>,
         /// This worker's certificate, PEM.
@@ -91,7 +96,8 @@ described! {
         pub state_dir: PathBuf,
         /// Folder of the log files; `logs` in `state_dir` when absent.
         pub logs: Option<PathBuf>,
-        /// Address on which other workers reach this one for reductions; each process takes a free port of it.
+        /// Address on which other workers reach this one for reductions; each process takes a free port of it. `auto`: the one from
+        /// which this machine reaches the coordinator.
         pub bind: String,
         /// Host or address that other workers are told, where it is not `bind`.
         pub advertise: Option<String>,
@@ -127,6 +133,7 @@ impl Default for WorkerFile {
     fn default() -> Self {
         Self {
             coordinator: "http://127.0.0.1:7461".to_owned(),
+            name: None,
             ca: None,
             cert: None,
             key: None,
@@ -135,7 +142,7 @@ impl Default for WorkerFile {
             threads: None,
             state_dir: PathBuf::from(".shanty/worker"),
             logs: None,
-            bind: "127.0.0.1".to_owned(),
+            bind: AUTO.to_owned(),
             advertise: None,
             telemetry: TelemetrySpec::default(),
         }
@@ -370,6 +377,14 @@ fn coordinator_errors(file: &CoordinatorFile, place: impl Fn(&str) -> Place) -> 
     errors
 }
 
+/// Whether a worker's name has room for a suffix and no letter that an id may not have.
+fn may_be_called(name: &str) -> bool {
+    let plain = |letter: char| letter.is_ascii_alphanumeric() || "-_.".contains(letter);
+    name.len() <= 64
+        && name.starts_with(|first: char| first.is_ascii_alphanumeric())
+        && name.chars().all(plain)
+}
+
 fn worker_errors(file: &WorkerFile, place: impl Fn(&str) -> Place) -> Vec<Error> {
     let mut errors: Vec<Error> = telemetry_errors(&file.telemetry, &place).into_iter().collect();
     let is_url = url::Url::parse(&file.coordinator)
@@ -392,10 +407,14 @@ fn worker_errors(file: &WorkerFile, place: impl Fn(&str) -> Place) -> Vec<Error>
         let hint = Some("leave it out to use all cores");
         errors.push(impossible(place("threads"), "threads", 0, "must be at least 1", hint));
     }
-    if file.bind.parse::<std::net::IpAddr>().is_err() {
+    if file.bind != AUTO && file.bind.parse::<std::net::IpAddr>().is_err() {
         let value = format!("`{}`", file.bind);
         let hint = Some("write it without a port, such as `127.0.0.1`");
-        errors.push(impossible(place("bind"), "bind", value, "must be an IP address", hint));
+        errors.push(impossible(place("bind"), "bind", value, "must be an IP address or `auto`", hint));
+    }
+    if let Some(name) = file.name.as_ref().filter(|name| !may_be_called(name)) {
+        let rule = "must be at most 64 letters, digits, `-`, `_` and `.`, and begin with a letter or digit";
+        errors.push(impossible(place("name"), "name", format!("`{name}`"), rule, None));
     }
     errors
 }

@@ -16,11 +16,14 @@
 //! # Ok::<(), shanty_launch::Error>(())
 //! ```
 
+mod cluster_file;
 mod error;
 mod host_list;
+pub mod render;
 mod surroundings;
 
 pub use crate::{
+    cluster_file::{ClusterFile, Host, Ssh, Worker},
     error::{Error, Result},
     host_list::hosts,
     surroundings::{Devices, Engine, Surroundings},

@@ -84,6 +84,10 @@ pub struct Surroundings {
     pub coordinator_host: Option<String>,
     /// How many devices the engine lets this process see, where it says so.
     pub visible_devices: Option<u32>,
+    /// How many processors the engine gave this process, where it says so.
+    pub processors: Option<u32>,
+    /// The name that the engine gives this process's place, the same after a restart: a pod's.
+    pub place: Option<String>,
 }
 
 impl Surroundings {
@@ -137,6 +141,35 @@ impl Surroundings {
             true => format!("{scheme}://[{host}]:{port}"),
             false => format!("{scheme}://{host}:{port}"),
         })
+    }
+
+    /// What this process is called, the same whenever the engine starts it again at its place: the pod's name, or the
+    /// launch and the number within it. None where no engine launched it.
+    ///
+    /// Letters that a name may not have become `-`.
+    pub fn name(&self) -> Option<String> {
+        let engine = self.engine?;
+        let own = self.place.clone().unwrap_or_else(|| {
+            let launch = self.launch.as_deref().filter(|_| matches!(engine, Engine::Slurm | Engine::Dstack));
+            let number = self.process.or(self.node);
+            let parts =
+                [Some(engine.name().to_owned()), launch.map(str::to_owned), number.map(|n| n.to_string())];
+            parts.into_iter().flatten().collect::<Vec<_>>().join("-")
+        });
+        Some(plain(&own))
+    }
+
+    /// How many threads this process computes with, of `available` that the system lets it have.
+    pub fn threads(&self, available: usize) -> usize {
+        let share = match (self.processors, self.local_processes) {
+            (Some(processors), _) => processors as usize,
+            // torchrun binds nobody to processors: its processes share the host's.
+            (None, Some(processes)) if self.engine == Some(Engine::Torchrun) => {
+                available / processes.max(1) as usize
+            }
+            _ => available,
+        };
+        share.clamp(1, available.max(1))
     }
 
     /// Whether this process is the first of its launch: the one that starts what there must be one of.
@@ -193,6 +226,7 @@ impl<F: Fn(&str) -> Option<String>> Environment<'_, F> {
             node: number("SLURM_NODEID")?,
             nodes,
             restarts: number("SLURM_RESTART_COUNT")?,
+            processors: number("SLURM_CPUS_PER_TASK")?,
             coordinator_host: first,
             ..Surroundings::default()
         };
@@ -216,6 +250,7 @@ impl<F: Fn(&str) -> Option<String>> Environment<'_, F> {
             node: number("PET_NODE_RANK")?,
             nodes: number("PET_NNODES")?,
             coordinator_host: self.text("PET_MASTER_ADDR"),
+            place: self.text("HOSTNAME"),
             ..Surroundings::default()
         })
     }
@@ -243,10 +278,12 @@ impl<F: Fn(&str) -> Option<String>> Environment<'_, F> {
         })
     }
 
-    /// Nothing here names the coordinator: the manifest has to.
+    /// Nothing here names the coordinator: the manifest has to. A pod's host name is its own; that of an Indexed Job ends in
+    /// the index, and a pod that replaces another has it again.
     fn indexed_job(&self) -> Result<Surroundings> {
         Ok(Surroundings {
             node: self.number(Engine::IndexedJob, "JOB_COMPLETION_INDEX")?,
+            place: self.text("HOSTNAME"),
             ..Surroundings::default()
         })
     }
@@ -256,6 +293,14 @@ impl<F: Fn(&str) -> Option<String>> Environment<'_, F> {
         let devices = self.text("CUDA_VISIBLE_DEVICES")?;
         u32::try_from(devices.split(',').filter(|device| !device.trim().is_empty()).count()).ok()
     }
+}
+
+/// A text as a worker may be called: letters, digits, `-`, `_` and `.`, at most 64, none but a letter or digit first.
+fn plain(text: &str) -> String {
+    let fits =
+        |letter: char| if letter.is_ascii_alphanumeric() || "-_.".contains(letter) { letter } else { '-' };
+    let fitting: String = text.chars().map(fits).collect();
+    fitting.trim_start_matches(['-', '_', '.']).chars().take(64).collect()
 }
 
 /// Tasks on one node by Slurm's short form, `2(x3),1`: two on each of three nodes, then one.

@@ -8,12 +8,18 @@ fn read(variables: &[(&str, &str)]) -> Result<Surroundings, Error> {
     })
 }
 
+/// What an engine sets.
+type Variables = &'static [(&'static str, &'static str)];
+
 /// What a case expects: engine, node, nodes, process, coordinator's host, devices.
 type Expected = (Engine, Option<u32>, Option<u32>, Option<u32>, Option<&'static str>, Devices);
 
+/// Names and values.
+type Variables = &'static [(&'static str, &'static str)];
+
 #[test]
 fn every_convention_says_who_where_and_with_what() {
-    let cases: [(&str, &[(&str, &str)], Expected); 9] = [
+    let cases: [(&str, Variables, Expected); 9] = [
         (
             "torchrun, a process a device",
             &[
@@ -185,4 +191,36 @@ fn a_number_that_is_none_is_named() {
     assert!(error.to_string().contains("SLURM_NODEID=two"), "{error}");
     let error = read(&[("SLURM_JOB_ID", "1"), ("SLURM_JOB_NODELIST", "n[3-1]")]).unwrap_err();
     assert_eq!(error.code(), "SH0961");
+}
+
+#[test]
+fn a_process_that_is_started_again_at_its_place_has_its_name_again() {
+    const SLURM: Variables =
+        &[("SLURM_JOB_ID", "91"), ("SLURM_PROCID", "2"), ("SLURM_LOCALID", "0"), ("SLURM_NODEID", "1")];
+    let cases: [(Variables, Option<&str>); 8] = [
+        (&[], None),
+        (SLURM, Some("slurm-91-2")),
+        (
+            &[("SLURM_JOB_ID", "20"), ("SLURM_ARRAY_JOB_ID", "18"), ("SLURM_ARRAY_TASK_ID", "2")],
+            Some("slurm-18_2"),
+        ),
+        (&[("JOB_COMPLETION_INDEX", "3"), ("HOSTNAME", "pirate-worker-0-3")], Some("pirate-worker-0-3")),
+        (&[("JOB_COMPLETION_INDEX", "3")], Some("kubernetes-3")),
+        (&[("TORCHELASTIC_RUN_ID", "x/y"), ("RANK", "5")], Some("torchrun-5")),
+        (&[("DSTACK_NODE_RANK", "1"), ("DSTACK_RUN_NAME", "wet mango")], Some("dstack-wet-mango-1")),
+        (&[("JOB_COMPLETION_INDEX", "0"), ("HOSTNAME", ".-\u{e4}x")], Some("x")),
+    ];
+    for (variables, name) in cases {
+        assert_eq!(read(variables).unwrap().name().as_deref(), name, "{variables:?}");
+    }
+}
+
+#[test]
+fn threads_are_those_that_the_engine_gave_and_never_none() {
+    let threads = |variables: &[(&str, &str)], available| read(variables).unwrap().threads(available);
+    assert_eq!(threads(&[], 16), 16);
+    assert_eq!(threads(&[("SLURM_JOB_ID", "1"), ("SLURM_CPUS_PER_TASK", "4")], 16), 4);
+    assert_eq!(threads(&[("SLURM_JOB_ID", "1"), ("SLURM_CPUS_PER_TASK", "64")], 16), 16);
+    let torchrun = [("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "8")];
+    assert_eq!((threads(&torchrun, 16), threads(&torchrun, 2)), (2, 1));
 }

@@ -52,6 +52,13 @@ impl JobService for Refuses {
     ) -> Result<Response<DrainWorkerResponse>, Status> {
         Ok(Response::new(DrainWorkerResponse::default()))
     }
+
+    async fn checkpoint_now(
+        &self,
+        _: Request<CheckpointNowRequest>,
+    ) -> Result<Response<CheckpointNowResponse>, Status> {
+        Ok(Response::new(CheckpointNowResponse::default()))
+    }
 }
 
 #[tokio::test]

@@ -11,8 +11,12 @@ pub mod process;
 pub mod pty;
 pub mod rows;
 pub mod s3;
+pub mod slurm;
+pub mod ssh;
 pub mod wait;
 
 pub use cluster::LocalCluster;
 pub use job::TinyJob;
 pub use process::{Finished, Running, Shanty};
+pub use slurm::Slurm;
+pub use ssh::Sshd;

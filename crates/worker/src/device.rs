@@ -96,6 +96,15 @@ pub fn new_worker_id() -> String {
     format!("w-{}", uuid::Uuid::now_v7().simple())
 }
 
+/// An id for a process of the worker that is called `name`, drawn anew at each call.
+///
+/// The name tells people that it is the same place; the suffix keeps a process apart from the one before it, which may live
+/// on unseen: a pod on a host that cannot be reached is replaced while it still runs.
+pub fn worker_id_of(name: &str) -> String {
+    let id = uuid::Uuid::new_v4().simple().to_string();
+    format!("{name}-{}", &id[..8])
+}
+
 /// Works for the coordinator until `shutdown`. `logs` is the other end of [`logs::forward`](crate::logs::forward).
 ///
 /// # Errors

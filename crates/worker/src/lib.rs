@@ -28,5 +28,5 @@ mod simulation;
 pub mod supervisor;
 mod trainer;
 
-pub use device::{WorkerOptions, new_worker_id, run_worker};
+pub use device::{WorkerOptions, new_worker_id, run_worker, worker_id_of};
 pub use error::Error;

@@ -7,8 +7,9 @@
 
 use std::{
     fs::{File, OpenOptions},
-    io::Write,
+    io::{ErrorKind, Write},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use serde::{Deserialize, Serialize};
@@ -58,6 +59,10 @@ pub enum Entry {
     },
 }
 
+/// How long a worker waits for room on a full disk: less than it may be without progress.
+const ROOM_WITHIN: Duration = Duration::from_secs(8);
+const LOOK_FOR_ROOM: Duration = Duration::from_millis(50);
+
 /// Appends to a worker's row log.
 #[derive(Debug)]
 pub(crate) struct RowLog {
@@ -80,11 +85,29 @@ impl RowLog {
         }
     }
 
-    /// Writes one entry with a single write, past every buffer of this process.
+    /// Writes one entry with a single write, past every buffer of this process. Waits a while for room on a full disk: a
+    /// worker that fails for it loses its place, and all have the same disk.
     pub(crate) fn write(&mut self, entry: &Entry) -> Result<(), Error> {
         let mut line = serde_json::to_vec(entry).expect("numbers and lists of numbers are always JSON");
         line.push(b'\n');
-        self.file.write_all(&line).map_err(|source| Error::RowLog { path: self.path.clone(), source })
+        let began = Instant::now();
+        loop {
+            match self.append(&line) {
+                Err(error) if error.kind() == ErrorKind::StorageFull && began.elapsed() < ROOM_WITHIN => {
+                    std::thread::sleep(LOOK_FOR_ROOM);
+                }
+                other => return other.map_err(|source| Error::RowLog { path: self.path.clone(), source }),
+            }
+        }
+    }
+
+    /// Writes a line, or nothing of it.
+    fn append(&mut self, line: &[u8]) -> std::io::Result<()> {
+        let before = self.file.metadata()?.len();
+        self.file.write_all(line).inspect_err(|_| {
+            // Should that fail, too, the next line is read as a part of this one, and both are lost.
+            let _ = self.file.set_len(before);
+        })
     }
 }
 

@@ -194,6 +194,13 @@ function bounds(steps: readonly number[], [min, max]: Range): [number, number] {
   return from < 0 || to < 0 ? [0, steps.length] : [Math.max(0, from - 1), Math.min(steps.length, to + 2)];
 }
 
+/** A number at an axis: as short as it goes. */
+function mark(tick: number): string {
+  const size = Math.abs(tick);
+  if (tick !== 0 && (size >= 1e6 || size < 1e-4)) return tick.toExponential().replace("e+", "e").replace("-", "−");
+  return String(Number(tick.toPrecision(6))).replace("-", "−");
+}
+
 function options(lines: readonly Line[], width: number, sync: string | undefined, logarithmic: boolean, onRange: (range: Range | null) => void): uPlot.Options {
   const grid = { stroke: colour("line"), width: 1 };
   const axis = { stroke: colour("muted"), grid, ticks: { ...grid, size: 4 }, font: "11px system-ui, sans-serif" };
@@ -227,7 +234,7 @@ function options(lines: readonly Line[], width: number, sync: string | undefined
     scales: { x: { time: false }, y: logarithmic ? { distr: 3 } : {} },
     axes: [
       { ...axis, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? `${tick}` : "")) },
-      { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : figure(tick, 4))) },
+      { ...axis, size: 62, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : mark(tick))) },
     ],
     series: [{ label: "step", value: (_, raw) => (raw === null ? "–" : `${Math.round(raw)}`) }, ...series],
   };

@@ -50,12 +50,16 @@ export function Compare({ ids }: { ids: readonly string[] }) {
       {jobs.map((job) => (
         <Freshness key={job.id} connection={job.connection.value} />
       ))}
-      <Table caption="Compared jobs" columns={columns} rows={jobs} rowKey={({ id }) => id} empty="Choose two jobs in the list of jobs." />
+      <section aria-label="Runs">
+        <Table caption="Compared jobs" columns={columns} rows={jobs} rowKey={({ id }) => id} empty="Choose two jobs in the list of jobs." />
+      </section>
+      <section aria-label="Curves">
       <div class="charts">
         <Chart title="Training loss" unit="nats a token" lines={training} version={version} {...shared} />
         {evaluation.length > 0 ? <Chart title="Evaluation loss" unit="nats a token" lines={evaluation} version={version} {...shared} /> : null}
         <Chart title="Throughput" unit="tokens a second" lines={pace} version={version} {...shared} />
       </div>
+      </section>
     </>
   );
 }

@@ -44,7 +44,7 @@ export function Jobs() {
           Compare {chosen.size > 1 ? chosen.size : ""}
         </button>
       </div>
-      {jobs ? <Table caption="Jobs" columns={columns} rows={jobs} rowKey={({ jobId }) => jobId} empty="No job yet: shanty submit job.toml" /> : null}
+      {jobs ? <section class="list" aria-label="All jobs"><Table caption="Jobs" columns={columns} rows={jobs} rowKey={({ jobId }) => jobId} empty="No job yet: shanty submit job.toml" /></section> : null}
     </>
   );
 }

@@ -23,18 +23,21 @@ pub(crate) mod explain;
 pub(crate) mod export;
 pub(crate) mod export_history;
 pub(crate) mod generate;
+pub(crate) mod health;
 pub(crate) mod jobs;
 pub(crate) mod logits;
 pub(crate) mod logs;
 pub(crate) mod merge;
 pub(crate) mod plan;
 pub(crate) mod prepare_data;
+pub(crate) mod render;
 pub(crate) mod resume;
 pub(crate) mod run;
 pub(crate) mod status;
 pub(crate) mod submit;
 pub(crate) mod token;
 pub(crate) mod top;
+pub(crate) mod up;
 pub(crate) mod worker;
 pub(crate) mod worker_device;
 
@@ -45,6 +48,7 @@ pub(crate) fn dispatch(command: Command, ui: &Ui) -> CommandResult<Exit> {
         Command::Plan(args) => plan::execute(args, ui),
         Command::Resume(args) => resume::execute(args, ui),
         Command::Submit(args) => submit::execute(args, ui),
+        Command::Render(args) => render::execute(args, ui),
         Command::Jobs(args) => jobs::execute(args, ui),
         Command::Status(args) => status::execute(args, ui),
         Command::Top(args) => top::execute(args, ui),
@@ -54,6 +58,7 @@ pub(crate) fn dispatch(command: Command, ui: &Ui) -> CommandResult<Exit> {
         Command::Checkpoints(args) => checkpoints::execute(args, ui),
         Command::Coordinator(args) => coordinator::execute(args, ui),
         Command::Worker(args) => worker::execute(args, ui),
+        Command::Up(args) => up::execute(args, ui),
         Command::Certs(args) => certs::execute(args, ui),
         Command::Token(args) => token::execute(args, ui),
         Command::WorkerDevice(args) => worker_device::execute(args, ui),
@@ -67,6 +72,7 @@ pub(crate) fn dispatch(command: Command, ui: &Ui) -> CommandResult<Exit> {
         Command::Adapters(args) => adapters::execute(args, ui),
         Command::Logits(args) => logits::execute(args, ui),
         Command::Bench(args) => bench::execute(args, ui),
+        Command::Health(args) => health::execute(args, ui),
         Command::Doctor(args) => doctor::execute(args, ui),
         Command::Chaos(args) => chaos::execute(args, ui),
         Command::Explain(args) => explain::execute(args, ui),

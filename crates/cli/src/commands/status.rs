@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use shanty_proto::v1::{CrewHealth, JobStatus, Ledger, Member};
 
 use crate::{
-    client::{Target, block_on},
+    client::{Client, Target, block_on},
     failure::{CommandResult, Exit},
     format,
     progress::{self, Reporter, is_over, phase_name, state_name},
@@ -42,16 +42,21 @@ pub(crate) fn execute(args: Args, ui: &Ui) -> CommandResult<Exit> {
             // Who watches wants to know how it ended.
             return if args.watch && is_over { end_of_job(&status) } else { Ok(Exit::Done) };
         }
-        let mut watcher = Watcher::new(&connection.client, &job_id);
-        let mut reporter = Reporter::new(ui);
-        let over = tokio::select! {
-            over = watcher.follow(&mut reporter) => over?,
-            _ = tokio::signal::ctrl_c() => return Ok(Exit::Interrupted),
-        };
-        reporter.finish()?;
-        ui.data(&progress::finished(&over, elapsed_seconds(&over)), |_| render(&over, ui.color_on_stdout()))?;
-        end_of_job(&over)
+        follow(&connection.client, &job_id, ui).await
     })
+}
+
+/// Shows a job's progress until it is over, and how it ended.
+pub(crate) async fn follow(client: &Client, job_id: &str, ui: &Ui) -> CommandResult<Exit> {
+    let mut watcher = Watcher::new(client, job_id);
+    let mut reporter = Reporter::new(ui);
+    let over = tokio::select! {
+        over = watcher.follow(&mut reporter) => over?,
+        _ = tokio::signal::ctrl_c() => return Ok(Exit::Interrupted),
+    };
+    reporter.finish()?;
+    ui.data(&progress::finished(&over, elapsed_seconds(&over)), |_| render(&over, ui.color_on_stdout()))?;
+    end_of_job(&over)
 }
 
 fn elapsed_seconds(status: &JobStatus) -> f64 {

@@ -10,6 +10,7 @@ use shanty_worker::{
     engine::PeftEngines,
     run_worker,
     supervisor::{end_with_parent, signals},
+    worker_id_of,
 };
 use tokio::sync::mpsc;
 
@@ -30,6 +31,9 @@ const LOG_FILES: usize = 64;
 pub(crate) struct Args {
     #[arg(long, value_name = "URL")]
     coordinator: String,
+    /// What the worker is called; the process's id is made of it
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
     #[arg(long, value_name = "FILE")]
@@ -71,6 +75,9 @@ pub(crate) fn execute(args: Args, _: &Ui) -> CommandResult<Exit> {
         token_file: args.token_file,
         token: token_of_environment(),
     };
+    if let Some(name) = &args.name {
+        options.worker_id = worker_id_of(name);
+    }
     options.device = args.device;
     options.threads = args.threads;
     options.memory_limit_bytes = args.memory;

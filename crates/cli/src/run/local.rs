@@ -25,11 +25,11 @@ use super::{
 };
 use crate::{
     client::{Client, wire},
-    commands::worker::devices,
     dashboard,
     error::Error,
     failure::{CommandResult, Exit, Failure},
     job_file::{JobFile, short},
+    launched::devices,
     progress::{self, Reporter},
     sample,
     ui::Ui,

@@ -241,6 +241,7 @@ impl Machine {
     /// Nobody who has the state is left: back to a checkpoint, or the job is given up.
     fn all_lost(&mut self, now: Moment, job: &mut Job) {
         job.total_losses += 1;
+        job.health.record.all_lost = true;
         let cause = job.broken.as_ref().map(|broken| broken.cause.text.clone()).unwrap_or_default();
         let text = format!("nobody of generation {} is left who has its state", job.generation_number());
         self.note(now, job, "all_lost", text);

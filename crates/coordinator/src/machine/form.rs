@@ -279,6 +279,7 @@ impl Machine {
             job.health.record.lineage_from = number;
         }
         job.health.record.handed_over = false;
+        job.health.record.all_lost = false;
         job.health.back_to = None;
         job.health.pace.least = self.options.hang_least;
         job.health.keeper = None;

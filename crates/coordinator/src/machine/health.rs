@@ -61,6 +61,8 @@ pub struct HealthRecord {
     pub lineage_from: Generation,
     /// No member holds the state: it is in a checkpoint.
     pub handed_over: bool,
+    /// All who held the state were lost, and there was no generation since.
+    pub all_lost: bool,
     /// What became of its time.
     pub time: TimeRecord,
     /// What is trained, once a worker has loaded the base.

@@ -115,6 +115,12 @@ impl Machine {
                 job.crew.all_out();
                 Phase::Forming(Forming { origin: Origin::Fenced, enough_since: None })
             }
+            // Whoever comes back with the state after all is heard; nobody is lost a second time.
+            JobState::Recovering if job.health.record.all_lost => {
+                job.formed = true;
+                job.health.record.coordinator_restarts += 1;
+                Phase::Forming(Forming { origin: Origin::Fenced, enough_since: None })
+            }
             JobState::Running | JobState::Recovering => {
                 job.formed = true;
                 job.health.record.coordinator_restarts += 1;

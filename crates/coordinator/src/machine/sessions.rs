@@ -233,6 +233,10 @@ impl Machine {
             _ => {
                 self.raise(job, attachment.applied);
                 self.note(now, job, "reattached", format!("{worker} is back in generation {newest}"));
+                let count = job.crew.members.len();
+                if job.crew.members.iter().all(|member| member.attached) {
+                    self.set_reason(job, format!("generation {newest} of {count} workers"));
+                }
                 return Reattached::Yes;
             }
         };

@@ -25,7 +25,7 @@ async fn a_job_from_submission_to_adapter_with_a_lost_worker_in_between() {
     let mut watch = server
         .statuses()
         .await
-        .watch_job(WatchJobRequest { job_id: job.clone(), ..WatchJobRequest::default() })
+        .watch_job(WatchJobRequest { job_id: job.clone(), pulse_every_ms: Some(1) })
         .await
         .unwrap()
         .into_inner();
@@ -113,16 +113,19 @@ async fn a_job_from_submission_to_adapter_with_a_lost_worker_in_between() {
     assert!(a.released().await.succeeded);
 
     // The watcher has seen it all, and the end.
-    let (mut steps, mut kinds, mut last) = (Vec::new(), Vec::new(), None);
+    let (mut steps, mut kinds, mut pulses, mut last) = (Vec::new(), Vec::new(), Vec::new(), None);
     while let Some(response) = watch.message().await.unwrap() {
+        assert_eq!(response.missed, 0, "this watcher reads as fast as it is told");
         match response.update.unwrap() {
             Update::Step(step) => steps.push(step.step),
             Update::Event(event) => kinds.push(event.kind),
             Update::Status(status) => last = Some(status),
-            Update::Evaluation(_) | Update::Checkpoint(_) | Update::Pulse(_) => {}
+            Update::Pulse(pulse) => pulses.push(pulse),
+            Update::Evaluation(_) | Update::Checkpoint(_) => {}
         }
     }
     assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
+    assert!(!pulses.is_empty() && pulses.iter().all(|pulse| pulse.unix_ms > 0 && pulse.ledger.is_some()));
     for kind in ["prepared", "formed", "member_lost", "recovered", "evaluated", "checkpoint", "state"] {
         assert!(kinds.iter().any(|seen| seen == kind), "{kind} in {kinds:?}");
     }
@@ -331,4 +334,40 @@ async fn health_is_served_and_beyond_loopback_must_be_asked_for() {
     })
     .await
     .unwrap();
+}
+
+#[tokio::test]
+async fn a_job_is_shown_as_it_was_submitted_with_what_was_learnt_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Server::start(folder.path()).await;
+    let spec = server.prepare(10);
+    let job = server.submit(&spec).await;
+    let mut statuses = server.statuses().await;
+    let request = || GetConfigurationRequest { job_id: job.clone() };
+    server.until(&job, |status| status.state() == JobState::Forming).await;
+    let before = statuses.get_configuration(request()).await.unwrap().into_inner();
+    assert!(before.adapter.is_none(), "nobody has loaded the base");
+    let shown: serde_json::Value = serde_json::from_str(&before.spec_json).unwrap();
+    let submitted: serde_json::Value = serde_json::from_str(&spec).unwrap();
+    assert_eq!((&shown["name"], &shown["train"]["seed"]), (&submitted["name"], &serde_json::json!(17)));
+    let (mut a, _) = Sailor::board(&server, "a", None).await;
+    a.load().await;
+    let form = a.formed().await;
+    let known = statuses.get_configuration(request()).await.unwrap().into_inner();
+    let data = known.data.unwrap();
+    assert_eq!((data.train_rows, data.eval_rows, data.steps, data.steps_per_epoch), (10, 1, 6, 3));
+    assert!(known.adapter.is_some());
+    let nobody = GetConfigurationRequest { job_id: "nobody".to_owned() };
+    assert_eq!(from_status(&statuses.get_configuration(nobody).await.unwrap_err()).code, "SH0770");
+
+    // A wish for a checkpoint reaches its members.
+    let asked = CheckpointNowRequest { job_id: job.clone() };
+    assert_eq!(server.jobs().await.checkpoint_now(asked).await.unwrap().into_inner().after_step, 0);
+    loop {
+        if let coordinator_message::Message::Save(save) = a.hear().await {
+            assert_eq!((save.job_id, save.generation), (job, form.generation));
+            break;
+        }
+    }
+    server.stop().await;
 }

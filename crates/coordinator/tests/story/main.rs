@@ -8,5 +8,6 @@ mod forming;
 mod jobs;
 mod queueing;
 mod restarts;
+mod saving;
 mod shared;
 mod stage;

@@ -155,3 +155,19 @@ fn resume_of_an_interrupted_job_is_a_new_attempt_after_the_fence() {
     assert_eq!(stage.formed("c").unwrap().1.generation.0, 2);
     assert_eq!(stage.view().attempt.0, 2);
 }
+
+#[test]
+fn who_was_lost_before_a_restart_is_not_lost_a_second_time() {
+    let mut stage = Stage::running(1, 1, 10, &["a"]);
+    stage.report("a", 1, 0, 1);
+    stage.down("a");
+    let record = stage.saved().unwrap();
+    let mut stage = stage.restarted(record);
+    assert_eq!(stage.view().state, JobState::Recovering);
+    stage.hello("a", None);
+    stage.pass(20_250, &["a"]);
+    let view = stage.view();
+    assert_eq!(view.reason, "looks for the newest good checkpoint");
+    assert!(view.events.iter().all(|event| event.kind != "all_lost"), "{:?}", view.events);
+    assert_eq!(view.crew.coordinator_restarts, 1);
+}

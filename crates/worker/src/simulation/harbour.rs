@@ -114,7 +114,7 @@ impl Outside for MadeUp {
         _: JobId,
         _: Arc<JobSpec>,
         _: Option<String>,
-        _: Option<Step>,
+        up_to: Option<Step>,
     ) -> Later<CoordinatorResult<Found>> {
         let (sea, time) = (Arc::clone(&self.0), lock(&self.0).chance.milliseconds(5, 100));
         Box::pin(async move {

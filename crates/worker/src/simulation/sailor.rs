@@ -2,7 +2,6 @@
 
 use std::sync::{Arc, mpsc::channel};
 
-use shanty_access::client::Bearer;
 use shanty_proto::v1::{Hello, worker_service_client::WorkerServiceClient};
 use tokio::{runtime::Handle, sync::mpsc};
 use tokio_util::sync::CancellationToken;
@@ -22,7 +21,7 @@ pub(super) async fn run(sea: Shared) -> turmoil::Result {
         sea.workers += 1;
         format!("w-{:04}", sea.workers)
     };
-    let client = WorkerServiceClient::with_interceptor(wire::channel(), Bearer::default());
+    let client = WorkerServiceClient::new(wire::channel());
     let control = Arc::new(Control::default());
     let (commands, commanded) = channel();
     let (reports, reported) = mpsc::unbounded_channel();

@@ -162,7 +162,7 @@ fn spec_json(min: u64, max: u64, steps: u64, batch: u64) -> String {
 
 /// Submits the job, twice, and looks until it has ended.
 async fn user(spec_json: String) -> turmoil::Result {
-    let (channel, _) = channel();
+    let channel = channel();
     let (mut jobs, mut statuses) =
         (JobServiceClient::new(channel.clone()), StatusServiceClient::new(channel));
     let mut taken = 0;

@@ -9,18 +9,18 @@ use std::{
 
 use futures::{Stream, stream};
 use hyper_util::rt::TokioIo;
-use shanty_access::{Bearer, Credentials};
+use shanty_access::{Channel, Credentials};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tonic::transport::{Channel, Endpoint, Uri, server::Connected};
+use tonic::transport::{Endpoint, Uri, server::Connected};
 use turmoil::net::{TcpListener, TcpStream};
 
 /// The coordinator's host and port.
 pub(super) const HARBOUR: &str = "harbour";
 pub(super) const PORT: u16 = 7070;
 
-/// A connection to the coordinator that is made when it is needed, with a worker's settings, and the token that goes with
-/// it: none.
-pub(super) fn channel() -> (Channel, Bearer) {
+/// A connection to the coordinator that is made when it is needed, with a worker's settings and no
+/// token.
+pub(super) fn channel() -> Channel {
     let connector = tower::service_fn(|_: Uri| async {
         Ok::<_, io::Error>(TokioIo::new(TcpStream::connect((HARBOUR, PORT)).await?))
     });
@@ -32,7 +32,7 @@ pub(super) fn channel() -> (Channel, Bearer) {
         .keep_alive_while_idle(true);
     let (endpoint, bearer) =
         Credentials::default().prepare(&address, endpoint).expect("without credentials nothing is read");
-    (endpoint.connect_with_connector_lazy(connector), bearer)
+    Channel::new(endpoint.connect_with_connector_lazy(connector), bearer)
 }
 
 /// Connections as they come.

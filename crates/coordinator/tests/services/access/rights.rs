@@ -111,3 +111,22 @@ async fn headers_that_are_no_token_are_refused() {
     }
     server.stop().await;
 }
+
+#[tokio::test]
+async fn everybody_is_told_who_they_are_and_what_they_may_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let (server, keys) = start(folder.path(), closed(folder.path())).await;
+    for (role, may, may_not) in [
+        (Role::Read, "/shanty.v1.StatusService/WatchJob", "/shanty.v1.JobService/CancelJob"),
+        (Role::Submit, "/shanty.v1.JobService/CancelJob", "/shanty.v1.JobService/DrainWorker"),
+        (Role::Admin, "/shanty.v1.JobService/DrainWorker", "/shanty.v1.JobService/DropAll"),
+    ] {
+        let channel = connect(&server, &keys.of(role)).await.unwrap();
+        let mut access = shanty_proto::v1::access_service_client::AccessServiceClient::new(channel);
+        let who = access.who_am_i(shanty_proto::v1::WhoAmIRequest {}).await.unwrap().into_inner();
+        assert_eq!((who.name.as_str(), who.asks), (role.as_str(), true));
+        assert!(who.calls.iter().any(|call| call == may), "{role}: {:?}", who.calls);
+        assert!(!who.calls.iter().any(|call| call == may_not), "{role}");
+    }
+    server.stop().await;
+}
