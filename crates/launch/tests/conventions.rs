@@ -14,9 +14,6 @@ type Variables = &'static [(&'static str, &'static str)];
 /// What a case expects: engine, node, nodes, process, coordinator's host, devices.
 type Expected = (Engine, Option<u32>, Option<u32>, Option<u32>, Option<&'static str>, Devices);
 
-/// Names and values.
-type Variables = &'static [(&'static str, &'static str)];
-
 #[test]
 fn every_convention_says_who_where_and_with_what() {
     let cases: [(&str, Variables, Expected); 9] = [

@@ -1,7 +1,5 @@
 //! A panic while the screen is drawn on: the terminal is given back, and what went wrong is to be read.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
-
 use shanty_testkit::pty::Terminal;
 use shanty_tui::{state::App, terminal::Screen, view::Theme};
 

@@ -101,6 +101,7 @@ fn varint(message: &mut &[u8]) -> u64 {
 }
 
 /// What TensorBoard's own reader finds; nothing where there is no TensorBoard.
+#[expect(clippy::print_stderr, reason = "a test that is skipped says so")]
 fn by_tensorboard(folder: &str) -> Option<Scalars> {
     let python = env::var("SHANTY_TENSORBOARD_PYTHON").unwrap_or_else(|_| "python3".to_owned());
     let script = "
@@ -113,7 +114,7 @@ print(json.dumps({tag: [[one.step, one.value] for one in read.Scalars(tag)] for 
     let there = Command::new(&python).args(["-c", "import tensorboard"]).output();
     if !there.is_ok_and(|there| there.status.success()) {
         assert!(env::var_os("SHANTY_REQUIRE_TENSORBOARD").is_none(), "`{python}` cannot import tensorboard");
-        println!("skipped: `{python}` cannot import tensorboard");
+        eprintln!("skipped: `{python}` cannot import tensorboard");
         return None;
     }
     let output = Command::new(&python).args(["-c", script, folder]).output().unwrap();

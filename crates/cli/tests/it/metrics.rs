@@ -17,12 +17,13 @@ use crate::support::Place;
 
 /// A program of Debian's package `prometheus`. Without it a test is skipped aloud; where `SHANTY_REQUIRE_PROMETHEUS` is
 /// set, as in continuous integration, it fails.
+#[expect(clippy::print_stderr, reason = "a test that is skipped says so")]
 fn program(name: &str) -> Option<PathBuf> {
     let folders = env::var_os("PATH").unwrap_or_default();
     let found = env::split_paths(&folders).map(|folder| folder.join(name)).find(|path| path.is_file());
     if found.is_none() {
         assert!(env::var_os("SHANTY_REQUIRE_PROMETHEUS").is_none(), "there is no `{name}`");
-        println!("skipped: there is no `{name}`; apt install prometheus");
+        eprintln!("skipped: there is no `{name}`; apt install prometheus");
     }
     found
 }

@@ -173,7 +173,7 @@ fn a_collector_that_is_away_costs_no_step_and_a_wrong_address_is_told() {
     let over = cluster.wait_for_status(&job, "the end", |status| status["state"] == "succeeded").unwrap();
     assert_eq!(over["step"], 6);
 
-    let wrong = place.shanty.clone().environment("SHANTY_COORDINATOR__TELEMETRY__OTLP", "collector:4317");
+    let wrong = place.shanty.environment("SHANTY_COORDINATOR__TELEMETRY__OTLP", "collector:4317");
     let refused = wrong.run(&["coordinator", "--listen", "127.0.0.1:0", "--output", "json"]).unwrap();
     assert_eq!(refused.code(), Some(2), "{}", refused.stderr);
     let error = refused.error().unwrap();
