@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::Write,
+    io::{ErrorKind, Write},
     path::Path,
 };
 
@@ -27,8 +27,10 @@ pub fn fill(folder: &Path, most_bytes: u64) -> Result<Blow> {
     }
     let path = folder.join(FILLER);
     let mut file = File::create(&path).map_err(|source| fail("write a filler in", source))?;
-    let blow = Blow::new(move || {
-        fs::remove_file(&path).map_err(|source| Error::Disk { action: "remove", path: path.clone(), source })
+    let blow = Blow::new(move || match fs::remove_file(&path) {
+        // Another blow to the same disk that ended earlier took it away.
+        Err(source) if source.kind() == ErrorKind::NotFound => Ok(()),
+        other => other.map_err(|source| Error::Disk { action: "remove", path: path.clone(), source }),
     });
     // Large pieces first; the last gaps byte by byte, so that not even a short line has room.
     for size in [1 << 20, 4096, 1] {

@@ -21,7 +21,8 @@ const ABSENT: &[(&str, &[&[&str]])] = &[
     ("shanty-diagnostic", &[HEAVY, NETWORKS]),
     ("shanty-proto", &[HEAVY]),
     ("shanty-config", &[HEAVY, NETWORKS]),
-    ("shanty-telemetry", &[HEAVY, NETWORKS]),
+    // It sends traces by OTLP.
+    ("shanty-telemetry", &[HEAVY]),
     ("shanty-gguf", &[HEAVY, NETWORKS]),
     ("shanty-data", &[HEAVY, &["tonic"]]),
     ("shanty-remote", &[HEAVY, FOREIGN, &["tonic"]]),

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use shanty_proto::v1::StepRecord;
 
-/// Points that are kept; beyond it every second of the older half goes.
+/// Points that are kept.
 const MOST: usize = 4096;
 
 /// Steps in order.
@@ -50,14 +50,21 @@ impl History {
         self.thin_out();
     }
 
+    /// Of all but the newest quarter only every so many-th step stays, evenly over the whole run.
     fn thin_out(&mut self) {
-        while self.steps.len() > MOST {
-            let (mut place, half) = (0usize, self.steps.len() / 2);
-            self.steps.retain(|_| {
-                place += 1;
-                place > half || place.is_multiple_of(2)
-            });
+        if self.steps.len() <= MOST {
+            return;
         }
+        let old = self.steps.len() - MOST / 4;
+        let mut stride = 2;
+        while self.steps.iter().take(old).filter(|step| step.step.is_multiple_of(stride)).count() > MOST / 2 {
+            stride *= 2;
+        }
+        let mut place = 0;
+        self.steps.retain(|step| {
+            place += 1;
+            place > old || step.step.is_multiple_of(stride)
+        });
     }
 }
 

@@ -87,7 +87,7 @@ mod tests {
     #[test]
     fn where_room_is_short_the_widest_column_gives_way() {
         let lines = text(&["WORKER", "STEP", "REASON"], &[&["0198f2aa-77cc-4d", "12", "it is away"]], 30);
-        assert_eq!(lines[1], "0198f2aa-77…  12    it is aw…");
+        assert_eq!(lines[1], "0198f2aa-77cc…  12    it is a…");
         assert!(lines.iter().all(|line| line.chars().count() <= 30), "{lines:?}");
     }
 }
