@@ -1,7 +1,7 @@
 //! Prometheus' page at `/metrics`, on the coordinator's port.
 //!
 //! [`table`] declares every metric; `recorder` counts what happens, `collect` looks up the rest when somebody asks, `text`
-//! writes. `Meter` times calls behind the door ([`Guard`](crate::access::guard::Guard)); `Scraped` answers the page, in front of
+//! writes. `Meter` times calls behind the door (`Guard`); `Scraped` answers the page, in front of
 //! what speaks gRPC alone, and asks for the same rights.
 
 mod collect;
