@@ -1,7 +1,7 @@
 //! A Slurm of one's own: several nodes on this machine, by the real programs, with keys, ports and folders of their own.
 //!
-//! Where Slurm or munge is not installed, tests are skipped aloud; where `SHANTY_REQUIRE_SLURM` is set, as in continuous
-//! integration, they fail.
+//! Where Slurm or munge is not installed, tests are skipped aloud; where `SHANTY_REQUIRE_SLURM` is set,
+//! they fail.
 
 use std::{
     env, fs,

@@ -16,7 +16,7 @@ use shanty_testkit::{LocalCluster, TinyJob, process, wait};
 use crate::support::Place;
 
 /// A program of Debian's package `prometheus`. Without it a test is skipped aloud; where `SHANTY_REQUIRE_PROMETHEUS` is
-/// set, as in continuous integration, it fails.
+/// set it fails.
 #[expect(clippy::print_stderr, reason = "a test that is skipped says so")]
 fn program(name: &str) -> Option<PathBuf> {
     let folders = env::var_os("PATH").unwrap_or_default();
